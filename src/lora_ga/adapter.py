@@ -1,0 +1,188 @@
+"""The writer: puts A₀ and B₀ into a model's adapter. Only this module and `restore` change a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from lora_ga.config import LoraGAConfig
+from lora_ga.estimate import settle_missing
+from lora_ga.factors import FACTORS, Factor
+from lora_ga.gradient import GradientEstimate
+from lora_ga.sidecar import RANK_FIELDS, AlignedLoraConfig, Alignment, doubled
+from lora_ga.split import Layer, split
+from lora_ga.store import fingerprint
+from lora_ga.targets import PREFIX, Target, base_weight, find_targets
+
+Starts = dict[str, tuple[Tensor, Tensor]]
+
+
+def apply_estimate(
+    model: PeftModel,
+    estimate: GradientEstimate,
+    config: LoraGAConfig = LoraGAConfig(),  # noqa: B008 (frozen)
+    *,
+    adapter_name: str = "default",
+) -> None:
+    """Write the start that an estimate gives into a fresh adapter. Everything is checked before anything is written.
+
+    Parameters stay the objects they were (an optimizer may hold them) and keep rank r. With `offset="adapter"` the
+    adapter computes at rank 2r, the base is not touched and the model's function stays exactly what it was. With
+    `offset="base"` the base weight becomes `W − s·B₀A₀`, rounded to its dtype, as in the paper; `disable_adapter()`
+    then shows the changed base. Either way `save_pretrained` writes a plain rank-2r adapter for the original base.
+
+    Args:
+        model: A `PeftModel` with a fresh LoRA adapter.
+        estimate: The estimate, of this base model.
+        config: The settings; `direction`, `scale`, `stable_gamma`, `offset`, `on_missing`, `seed` count here.
+        adapter_name: The adapter.
+
+    Raises:
+        TypeError: The model is not a `PeftModel`.
+        ValueError: The adapter cannot be aligned; the estimate belongs to another model or holds too few directions;
+            layers are missing from it (see `on_missing`); `offset="base"` on weights that cannot be changed.
+    """
+    write_starts(model, estimate, config, adapter_name, said=())
+
+
+def write_starts(
+    model: PeftModel, estimate: GradientEstimate, config: LoraGAConfig, adapter_name: str, said: Container[str]
+) -> None:
+    """`apply_estimate`, without repeating the warning about the layers in `said`.
+
+    Raises:
+        ValueError: As `apply_estimate`.
+    """
+    targets = find_targets(model, adapter_name)
+    found = fingerprint(model)
+    if found != estimate.fingerprint:
+        raise ValueError(
+            f"The estimate belongs to another model: its fingerprint is {estimate.fingerprint}, this model's {found} "
+            "(module names and weight shapes). Estimate the gradients of this model."
+        )
+    reasons = {name: reason for name, target in targets.items() if (reason := _unusable(target, estimate))}
+    if config.on_missing == "error" or len(reasons) == len(targets):
+        settle_missing(reasons, targets, config.on_missing)
+    settle_missing({name: why for name, why in reasons.items() if name not in said}, targets, config.on_missing)
+    aligned = {name: target for name, target in targets.items() if name not in reasons}
+    if config.offset == "base":
+        _check_base_can_change(model, aligned)
+    starts = {name: split(estimate[name], _layer(target, config, adapter_name)) for name, target in aligned.items()}
+    plain = {
+        name: (target.rank, target.layer.lora_alpha[adapter_name])
+        for name, target in targets.items()
+        if name in reasons
+    }
+    _write(model, aligned, starts, plain, config, adapter_name)
+
+
+def _unusable(target: Target, estimate: GradientEstimate) -> str | None:
+    """Why a layer cannot start from the estimate; None if it can."""
+    if target.too_small:
+        return target.too_small
+    if target.name not in estimate:
+        return estimate.missing.get(target.name, "the estimate does not cover it")
+    return "its gradient is exactly zero" if estimate[target.name].norm == 0 else None
+
+
+def _layer(target: Target, config: LoraGAConfig, adapter_name: str) -> Layer:
+    scaling = target.layer.scaling[adapter_name]
+    return Layer(
+        target.name, target.outputs, target.rank, scaling, config, lambda: base_weight(target.layer).detach().float()
+    )
+
+
+def _check_base_can_change(model: PeftModel, targets: dict[str, Target]) -> None:
+    """Refuse `offset="base"` where a weight is not plain numbers, or belongs to other modules too.
+
+    Raises:
+        ValueError: There is such a weight.
+    """
+    owners: dict[int, set[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(path)
+    for name, target in targets.items():
+        weight = target.layer.get_base_layer().weight
+        if not weight.is_floating_point() or weight.is_meta:
+            raise ValueError(f'{name}: offset="base" cannot change a {weight.dtype} weight; use offset="adapter".')
+        if len(owners[id(weight)]) > 1:
+            shared = ", ".join(sorted(path.removeprefix(PREFIX) for path in owners[id(weight)]))
+            raise ValueError(
+                f'{name}: its weight is shared ({shared}), so offset="base" would change them all; use '
+                'offset="adapter", or leave the layer out.'
+            )
+
+
+@torch.no_grad()
+def shift_base(layer: LoraLayer, a: Tensor, b: Tensor, scaling: float) -> None:
+    """`W ← W − s·B₀A₀` in place, computed in float32 or better and rounded once.
+
+    Args:
+        layer: The LoRA layer round the base weight.
+        a: A₀, (r, d_in).
+        b: B₀, (d_out, r).
+        scaling: s.
+    """
+    weight = base_weight(layer)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight.copy_(weight.to(wide) - scaling * (b.to(weight.device, wide) @ a.to(weight.device, wide)))
+
+
+@torch.no_grad()
+def _replace(layer: LoraLayer, adapter_name: str, starts: tuple[Tensor, Tensor], offset: str) -> tuple[Factor, Factor]:
+    """Put factors in the place of PEFT's, reusing their parameters; returns them."""
+    pair = []
+    for modules, start, kind in zip((layer.lora_A, layer.lora_B), starts, FACTORS[offset], strict=True):
+        old = modules[adapter_name]
+        factor = kind(start, old.weight, old.bias)
+        factor.set_delta(torch.zeros_like(old.weight))
+        modules[adapter_name] = factor.train(old.training)
+        pair.append(factor)
+    return pair[0], pair[1]
+
+
+def set_rank(layer: LoraLayer, adapter_name: str, rank: int) -> None:
+    """Tell PEFT the rank a layer computes with, the scaling staying what it is.
+
+    Args:
+        layer: The LoRA layer.
+        adapter_name: The adapter.
+        rank: The rank of the matrices the layer multiplies with.
+    """
+    root = math.sqrt(rank) if layer.use_rslora[adapter_name] else rank
+    layer.r[adapter_name] = rank
+    layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * root
+
+
+def _write(
+    model: PeftModel,
+    aligned: dict[str, Target],
+    starts: Starts,
+    plain: dict[str, tuple[int, float]],
+    config: LoraGAConfig,
+    adapter_name: str,
+) -> None:
+    """Change the model: factors, base weights (offset="base"), and PEFT's configuration."""
+    peft_config = model.peft_config[adapter_name]
+    alignment = Alignment(
+        factors={},
+        scaling={name: target.layer.scaling[adapter_name] for name, target in aligned.items()},
+        config=config,
+        fingerprint=fingerprint(model),
+        plain=plain,
+        original={field: getattr(peft_config, field) for field in RANK_FIELDS},
+    )
+    for name, target in aligned.items():
+        pair = _replace(target.layer, adapter_name, starts[name], config.offset)
+        alignment.factors[name] = pair
+        if config.offset == "base":
+            shift_base(target.layer, pair[0].start, pair[1].start, alignment.scaling[name])
+        else:
+            set_rank(target.layer, adapter_name, 2 * target.rank)
+    changes = doubled(peft_config, plain) if config.offset == "adapter" else {}
+    model.peft_config[adapter_name] = AlignedLoraConfig.of(peft_config, alignment, **changes)

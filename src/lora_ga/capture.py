@@ -1,0 +1,92 @@
+"""Listening to layers: their inputs and output gradients, without asking anything of their weights.
+
+Shapes: T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Sink = Callable[[str, Tensor, Tensor], None]
+
+
+@dataclasses.dataclass
+class Heard:
+    """Names of the layers that ran, and of those whose output got a gradient.
+
+    Sets, never counts: a layer may be called twice in a pass, or once more by gradient checkpointing.
+    """
+
+    ran: set[str] = dataclasses.field(default_factory=set)
+    got_gradient: set[str] = dataclasses.field(default_factory=set)
+
+
+class _Listen(torch.autograd.Function):
+    """The identity, whose backward pass hands (x, g) to the sink.
+
+    A tensor hook on the output would be dropped without an error when the layer has a bias, its input is 3-D (the
+    output is then a view) and the model changes the output in place; and a closure over x would hide x from
+    activation checkpointing, which only sees what goes through `save_for_backward`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, name: str, hand_over: Sink) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.name, ctx.hand_over = name, hand_over
+        # Not `y` nor a view of it: autograd refuses to let the model change such an output in place.
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (g,) = gradients
+        (x,) = ctx.saved_tensors
+        ctx.hand_over(ctx.name, x, g)
+        return g, None, None, None
+
+
+@contextlib.contextmanager
+def record(layers: Mapping[str, nn.Module], sink: Sink) -> Iterator[Heard]:
+    """Call `sink(name, x, g)` for every call of every layer, when its gradient arrives in the backward pass.
+
+    The layers' parameters may be frozen, quantised or sharded. Where a layer's output does not require a gradient,
+    the graph is started there. Owns all its hooks and removes them on leaving, also after an error.
+
+    Args:
+        layers: Modules that map `(..., I)` to `(..., O)` with their first argument as x.
+        sink: Receives the layer's name, x as (T, I) and ∂L/∂y as (T, O), in the dtypes of the pass.
+
+    Yields:
+        What has been heard so far.
+    """
+    heard = Heard()
+
+    def hand_over(name: str, x: Tensor, g: Tensor) -> None:
+        heard.got_gradient.add(name)
+        x_TI, g_TO = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        if len(x_TI):
+            with torch.no_grad():
+                sink(name, x_TI, g_TO)
+
+    def listen(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            heard.ran.add(name)
+            if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing; the second comes with grad
+                return output
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            x = args[0] if args else next(iter(kwargs.values()))
+            return _Listen.apply(output, x.detach(), name, hand_over)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            handle = layer.register_forward_hook(listen(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield heard

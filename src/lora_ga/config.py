@@ -1,0 +1,94 @@
+"""The settings of a LoRA-GA start: one frozen object for the library, the command line and the saved records."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# What each setting may be. The tables that give these names their meaning are `split.DIRECTIONS`, `split.SCALES`,
+# `accumulate.ESTIMATORS` and `factors.FACTORS`; a test holds the two sides together.
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "direction": ("ArB2r", "A2rBr", "ArBr", "random"),
+    "scale": ("stable", "gd", "unit", "weight"),
+    "offset": ("adapter", "base"),
+    "estimator": ("streaming", "dense"),
+    "on_missing": ("error", "lora"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraGAConfig:
+    """How the gradient is estimated and how A and B are taken from it.
+
+    The mathematics is that of "LoRA-GA: Low-Rank Adaptation with Gradient Approximation" (Wang, Yu, Li, NeurIPS 2024,
+    arXiv 2407.05000). `direction`, `scale` and `stable_gamma` mean what they mean in `peft.LoraGAConfig`.
+
+    Attributes:
+        direction: Which of the first 2r singular directions go to A and which to B. "ArB2r" (the paper's choice):
+            A the right ones 1..r, B the left ones r+1..2r; "A2rBr": the reverse; "ArBr": alternating; "random":
+            disjoint random halves. All four reach the same first step; they differ from the second on.
+        scale: Size of A and B. "stable" (the paper's Theorem 3.2): both times d_out^(1/4)/√γ; "gd": both divided by
+            the LoRA scaling s; "unit": unit vectors; "weight": both times the mean of √(σᵢ(W)/s), i ≤ r.
+        stable_gamma: γ of "stable". Larger is a smaller start and, under Adam, a smaller effective step.
+        offset: How the non-zero product B₀A₀ is taken back. "adapter": in the adapter, which trains dA and dB from
+            zero; the base is not touched. "base": the paper's way, `W ← W − s·B₀A₀` in the base weight, in place.
+        estimator: "streaming" keeps 2r + `oversample` directions of each gradient; "dense" keeps each whole gradient
+            (d_out × d_in numbers a layer) and is exact: an oracle, and fine for small models.
+        oversample: Directions kept beyond 2r. 8 gave a median alignment ratio of 0.999 (`benchmarks/results`).
+        power_steps: Power iterations for each block of tokens. With 0 the lowest layers lose about 0.01 of alignment.
+        max_batches: At most so many batches are read; None reads all. The paper uses 8 to 128 samples.
+        on_missing: What to do with a layer that cannot be aligned (no gradient, or a rank above half its smaller
+            side): "error", or "lora": it starts as plain LoRA, with a warning that names it.
+        seed: Addresses every random draw together with the layer's name; the global generators are never used.
+    """
+
+    direction: str = "ArB2r"
+    scale: str = "stable"
+    stable_gamma: float = 16.0
+    offset: str = "adapter"
+    estimator: str = "streaming"
+    oversample: int = 8
+    power_steps: int = 1
+    max_batches: int | None = 32
+    on_missing: str = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, allowed in CHOICES.items():
+            found = getattr(self, field)
+            if found not in allowed:
+                raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be one of {', '.join(allowed)}.")
+        for field, least in (("oversample", 0), ("power_steps", 0), ("seed", 0), ("max_batches", 1)):
+            found = getattr(self, field)
+            if field == "max_batches" and found is None:
+                continue
+            if not isinstance(found, int) or isinstance(found, bool) or found < least:
+                raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be an integer of at least {least}.")
+        gamma = self.stable_gamma
+        if not isinstance(gamma, (int, float)) or not math.isfinite(gamma) or gamma <= 0:
+            raise ValueError(f"LoraGAConfig.stable_gamma is {gamma!r}; it must be a finite number above 0.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for records and files."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraGAConfig:
+        """Read what `to_dict` wrote.
+
+        Args:
+            values: Setting names and plain values.
+
+        Returns:
+            The configuration, checked.
+
+        Raises:
+            ValueError: A name is not a setting, or a value is not allowed.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"LoraGAConfig has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+        return cls(**values)

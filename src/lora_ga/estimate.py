@@ -1,0 +1,176 @@
+"""The gradient estimate: batches → loss → backward → {layer name: LowRank}. Reads the model, changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from peft import PeftModel
+from torch import Tensor
+
+from lora_ga.accumulate import ESTIMATORS, Accumulator
+from lora_ga.capture import Heard, record
+from lora_ga.config import LoraGAConfig
+from lora_ga.gradient import GradientEstimate
+from lora_ga.loss import LossFunction, weighed_loss
+from lora_ga.lowrank import LowRank
+from lora_ga.store import fingerprint
+from lora_ga.targets import Target, device_of, find_targets, frozen
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Leave the global generators (torch on all devices, numpy, random) as they were found."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+def _run(
+    model: PeftModel,
+    data: Iterable[Any],
+    accumulators: Mapping[str, Accumulator],
+    targets: Mapping[str, Target],
+    limit: int | None,
+    loss_fn: LossFunction | None,
+) -> tuple[Heard, float, int]:
+    """Pass the batches through the model.
+
+    Returns:
+        What was heard, the total weight, and the number of batches.
+
+    Raises:
+        ValueError: A batch's loss or gradient cannot be used.
+    """
+    index, weight, total = 0, 1.0, 0.0
+
+    def sink(name: str, x_TI: Tensor, g_TO: Tensor) -> None:
+        try:
+            accumulators[name].add(x_TI, g_TO, weight)
+        except FloatingPointError as error:
+            raise ValueError(
+                f"batch {index}: {error}. Check that batch, or compute in float32 or bfloat16 (float16 overflows)."
+            ) from error
+
+    device = device_of(model)
+    with record({name: target.layer for name, target in targets.items()}, sink) as heard:
+        for index, batch in enumerate(itertools.islice(data, limit), start=1):
+            try:
+                loss, weight = weighed_loss(model, send_to_device(batch, device), loss_fn)
+            except ValueError as error:
+                raise ValueError(f"batch {index}: {error}.") from error
+            if loss.requires_grad:  # else no target ran; said with their names once the pass is over
+                loss.backward()
+            total += weight
+    return heard, total, index
+
+
+def _reasons(
+    targets: Mapping[str, Target], heard: Heard, factors: Mapping[str, LowRank | None], batches: int
+) -> dict[str, str]:
+    """Why layers cannot be aligned, by name."""
+    reasons = {}
+    for name, target in targets.items():
+        factor = factors.get(name)
+        if target.too_small:
+            reasons[name] = target.too_small
+        elif name not in heard.ran:
+            reasons[name] = f"never ran in {batches} batches"
+        elif name not in heard.got_gradient or factor is None:
+            reasons[name] = "ran, but got no gradient (is its output used by the loss?)"
+        elif factor.norm == 0:
+            reasons[name] = "its gradient is exactly zero"
+    return reasons
+
+
+def settle_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on_missing: str) -> None:
+    """Raise or warn about layers that cannot be aligned.
+
+    Args:
+        reasons: Layer name → why.
+        targets: All layers of the adapter.
+        on_missing: The configuration's choice.
+
+    Raises:
+        ValueError: There are such layers and `on_missing` is "error", or all layers are.
+    """
+    if not reasons:
+        return
+    listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    count = f"{len(reasons)} of {len(targets)} layers cannot be aligned:\n{listed}\n"
+    if len(reasons) == len(targets):
+        raise ValueError(count + "No layer is left. Check target_modules, the batches and the loss.")
+    if on_missing == "error":
+        raise ValueError(
+            count + 'Leave them out of target_modules, or pass LoraGAConfig(on_missing="lora") to start them as '
+            "plain LoRA."
+        )
+    warnings.warn(count + "They start as plain LoRA.", UserWarning, stacklevel=3)
+
+
+def estimate_gradients(
+    model: PeftModel,
+    data: Iterable[Any],
+    config: LoraGAConfig = LoraGAConfig(),  # noqa: B008 (frozen)
+    *,
+    loss_fn: LossFunction | None = None,
+    adapter_name: str = "default",
+) -> GradientEstimate:
+    """Estimate the loss gradient of every weight the adapter adapts, from a few batches.
+
+    The base weights are asked for no gradient: it is read from what passes by, each layer's inputs x and output
+    gradients g, as G = Σ gᵀx. The model is left exactly as it was (mode, `requires_grad`, `.grad`, hooks), and so are
+    the global random generators, also after an error.
+
+    Args:
+        model: A `PeftModel` with a fresh LoRA adapter.
+        data: Batches: mappings (keyword arguments of the model), tuples, or whatever `loss_fn` takes. They are moved
+            to the model's device. A micro-batch counts by its label tokens, so that many small batches give the
+            gradient of the one large one.
+        config: The settings; `estimator`, `oversample`, `power_steps`, `max_batches`, `on_missing`, `seed` count here.
+        loss_fn: `(model, batch) → loss` or `→ (loss, weight)`, the loss being a mean and the weight the number of
+            terms it is a mean over. By default `model(**batch).loss`.
+        adapter_name: The adapter that is to be aligned.
+
+    Returns:
+        The estimate, of the gradient of the mean loss.
+
+    Raises:
+        TypeError: The model is not a `PeftModel`.
+        ValueError: The adapter cannot be aligned; there are no batches; a batch has no label, no loss, or a loss or
+            gradient that is not finite; layers without a gradient (see `on_missing`).
+    """
+    targets = find_targets(model, adapter_name)
+    too_small = {name: target.too_small for name, target in targets.items() if target.too_small}
+    if config.on_missing == "error":
+        settle_missing(too_small, targets, "error")
+    kind = ESTIMATORS[config.estimator]
+    fitting = {name: target for name, target in targets.items() if name not in too_small}
+    accumulators: dict[str, Accumulator] = {
+        name: kind(name, target.inputs, 2 * target.rank + config.oversample, config.power_steps, config.seed)
+        for name, target in fitting.items()
+    }
+    with _random_state_kept(), frozen(model, adapter_name):
+        heard, weight, batches = _run(model, data, accumulators, fitting, config.max_batches, loss_fn)
+    if batches == 0:
+        raise ValueError("The data holds no batch; the gradient needs at least one. An iterator may be used up.")
+    factors = {name: accumulator.factors() for name, accumulator in accumulators.items()}
+    reasons = _reasons(targets, heard, factors, batches)
+    settle_missing(reasons, targets, config.on_missing)
+    layers = {
+        name: factor.scaled(1 / weight)
+        for name, factor in factors.items()
+        if factor is not None and name not in reasons
+    }
+    return GradientEstimate(layers, config, fingerprint(model), weight, batches, reasons)

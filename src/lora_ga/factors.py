@@ -1,0 +1,182 @@
+"""The two factors of an aligned LoRA layer, as drop-in replacements of PEFT's `nn.Linear` modules.
+
+With `A = A₀ + dA`, `B = B₀ + dB` the layer adds `s·(B A − B₀ A₀) x`, which is a plain LoRA of rank 2r:
+
+    s·(B A − B₀ A₀)  =  s·[B₀, dB] · [dA ; A₀ + dA]
+
+`DeltaA`, `DeltaB` (offset="adapter") train dA and dB, from zero, and compute with the joined rank-2r matrices, so the
+base stays as it is. `ShiftedA`, `ShiftedB` (offset="base") train A and B themselves and compute at rank r; the base
+weight has been changed. Both kinds save the joined matrices, and split them again on loading.
+
+Shapes: r rank, I inputs, O outputs; a joined A is (2r, I), a joined B is (O, 2r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Factor(nn.Linear):
+    """A LoRA factor that remembers its start.
+
+    The start (A₀ or B₀) is neither a Parameter, which PEFT would unfreeze in `set_adapter`, nor a buffer, which DDP
+    would broadcast at every step; `_apply` moves it along with the parameters.
+    """
+
+    start: Tensor
+    joined_dim: int  # the dimension in which the start and the delta are joined: 0 for A, 1 for B
+
+    def __init__(self, start: Tensor, trainable: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        nn.Module.__init__(self)
+        if trainable.shape != start.shape:
+            raise ValueError(f"The trainable part is {tuple(trainable.shape)}, its start {tuple(start.shape)}.")
+        self.start = start.detach().to(trainable).clone()
+        self.register_parameter(self.trainable_name, trainable)
+        self.register_parameter("bias", bias)
+        self.out_features, self.in_features = self.weight.shape
+
+    trainable_name = "weight"
+
+    @property
+    def trainable(self) -> nn.Parameter:
+        """The parameter that trains, the same object the plain LoRA factor had."""
+        return self._parameters[self.trainable_name]  # type: ignore[return-value]
+
+    @property
+    def rank(self) -> int:
+        """r, the rank that trains."""
+        return self.start.shape[self.joined_dim]
+
+    def delta(self) -> Tensor:
+        """How far the factor has moved from its start: dA (r, I) or dB (O, r)."""
+        raise NotImplementedError
+
+    def set_delta(self, delta: Tensor) -> None:
+        """Move the factor to `start + delta`, in place."""
+        raise NotImplementedError
+
+    def joined(self) -> Tensor:
+        """The factor of the plain rank-2r adapter for the original base."""
+        start, delta = self.start.to(self.trainable), self.delta()
+        parts = [delta, start + delta] if self.joined_dim == 0 else [start, delta]
+        return torch.cat(parts, dim=self.joined_dim)
+
+    def delta_in(self, joined: Tensor) -> Tensor:
+        """The part of a joined matrix that is the delta: the upper half of A's rows, the right half of B's columns."""
+        return joined.chunk(2, dim=self.joined_dim)[self.joined_dim]
+
+    @torch.no_grad()
+    def split(self, joined: Tensor) -> None:
+        """Take over a joined matrix. What is already held exactly is kept, since B₀ + dB and A₀ + dA are rounded."""
+        if joined.shape == self.joined().shape and torch.equal(joined.to(self.trainable), self.joined()):
+            return
+        first, second = joined.detach().to(self.trainable).chunk(2, dim=self.joined_dim)
+        if self.joined_dim == 1:
+            self.start = first.clone()
+        elif not torch.equal(self.start.to(first) + first, second):
+            self.start = second - first
+        self.set_delta(self.delta_in(joined))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            self.start = fn(self.start)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        joined = self.joined()
+        destination[prefix + "weight"] = joined if keep_vars else joined.detach()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = {key: value for key, value in state_dict.items() if key == prefix + "bias"}
+        missing: list[str] = []
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys.extend(key for key in missing if key == prefix + "bias")
+        joined = state_dict.get(prefix + "weight")
+        expected = tuple(self.joined().shape)
+        if joined is None:
+            missing_keys.append(prefix + "weight")
+        elif tuple(joined.shape) != expected:
+            error_msgs.append(
+                f"{prefix}weight is {tuple(joined.shape)}, but this layer is aligned by LoRA-GA and loads {expected}: "
+                f"rank {2 * self.rank}, twice the rank {self.rank} that trains. Load other adapters with stock PEFT, "
+                "under another adapter name."
+            )
+        else:
+            self.split(joined)
+
+
+class Delta(Factor):
+    """Trains the delta; `weight` is the joined matrix, as PEFT's merge, dtype probes and fused kernels read it."""
+
+    trainable_name = "delta_weight"
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The joined matrix: (2r, I) or (O, 2r)."""
+        return self.joined()
+
+    def delta(self) -> Tensor:
+        """The trained parameter itself."""
+        return self.trainable
+
+    def set_delta(self, delta: Tensor) -> None:
+        """Copy into the trained parameter."""
+        self.trainable.copy_(delta)
+
+
+class Shifted(Factor):
+    """Trains the factor itself, whose start has been taken out of the base weight."""
+
+    def delta(self) -> Tensor:
+        """The trained parameter less its start."""
+        return self.trainable - self.start.to(self.trainable)
+
+    def set_delta(self, delta: Tensor) -> None:
+        """Copy `start + delta` into the trained parameter."""
+        self.trainable.copy_(self.start.to(delta) + delta)
+
+
+class DeltaA(Delta):
+    """[dA ; A₀ + dA], (2r, I), training dA (r, I)."""
+
+    joined_dim = 0
+
+
+class DeltaB(Delta):
+    """[B₀, dB], (O, 2r), training dB (O, r)."""
+
+    joined_dim = 1
+
+
+class ShiftedA(Shifted):
+    """A, (r, I), saved as [A − A₀ ; A]."""
+
+    joined_dim = 0
+
+
+class ShiftedB(Shifted):
+    """B, (O, r), saved as [B₀, B − B₀]."""
+
+    joined_dim = 1
+
+
+FACTORS: Mapping[str, tuple[type[Factor], type[Factor]]] = {
+    "adapter": (DeltaA, DeltaB),
+    "base": (ShiftedA, ShiftedB),
+}

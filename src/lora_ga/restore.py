@@ -1,0 +1,156 @@
+"""Loading a saved adapter in the structure it was trained in."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lora_ga import sidecar
+from lora_ga.adapter import set_rank, shift_base
+from lora_ga.config import LoraGAConfig
+from lora_ga.factors import FACTORS, Factor
+from lora_ga.sidecar import AlignedLoraConfig, Alignment
+from lora_ga.store import fingerprint
+from lora_ga.targets import PREFIX
+
+# Optimizer states that have the shape of their parameter, in AdamW, Adam, SGD and their relatives.
+SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+# Between a sidecar and its adapter, which may have been stored in bfloat16.
+LARGEST_DIFFERENCE = 0.02
+
+
+def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Load a saved adapter with the structure it was trained in, to train on or to use.
+
+    Args:
+        base: The original base model.
+        path: A folder written by `save_pretrained`, or a name on the hub.
+        is_trainable: Whether the adapter's parameters are to train.
+
+    Returns:
+        The adapted model. Without a sidecar it is a plain LoRA of rank 2r, with a warning if it is to train. An
+        adapter of `offset="base"` that is not to train stays in the rank-2r form too: that leaves the base as it is.
+
+    Raises:
+        ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none and the
+            folder holds the optimizer state of LoRA-GA training. The base is given back without LoRA layers.
+    """
+    beside = sidecar.read(path)
+    if beside is not None and beside[1]["fingerprint"] != fingerprint(base):
+        raise ValueError(
+            f"{path}: trained on another base model: its fingerprint is {beside[1]['fingerprint']}, this model's "
+            f"{fingerprint(base)} (module names and weight shapes)."
+        )
+    model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
+    try:
+        if beside is None:
+            if is_trainable:
+                _train_as_plain(model, Path(path))
+        elif is_trainable or beside[1]["config"]["offset"] == "adapter":
+            _restore(model, *beside, where=str(path))
+    except BaseException:
+        model.unload()
+        raise
+    return model
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose state was saved for other shapes; stepping with it can end the process without a word.
+
+    Args:
+        optimizer: An optimizer (or Accelerate's wrapper of one) after its state has been loaded.
+
+    Raises:
+        ValueError: A state does not have its parameter's shape.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for key in SAME_SHAPE:
+                if key in state and state[key].shape != parameter.shape:
+                    raise ValueError(
+                        f"The optimizer's {key} is {tuple(state[key].shape)}, its parameter {tuple(parameter.shape)}: "
+                        "the state of a LoRA-GA run (rank r) does not fit a plain rank-2r adapter. Load the checkpoint "
+                        "with lora_ga.load(base, checkpoint, is_trainable=True), which restores the structure."
+                    )
+
+
+def _train_as_plain(model: PeftModel, path: Path) -> None:
+    """Say that every row of a plain adapter trains, and refuse an optimizer state that does not fit it.
+
+    Raises:
+        ValueError: The folder is a checkpoint whose optimizer state belongs to LoRA-GA's structure.
+    """
+    if (path / "optimizer.pt").is_file():
+        states = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")["state"].values()
+        shapes = {tuple(state[key].shape) for state in states for key in SAME_SHAPE if key in state}
+        trained = {tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad}
+        if not shapes <= trained:
+            raise ValueError(
+                f"{path}: {sidecar.FILE} is missing, so the adapter would train on as a plain LoRA, every row of its "
+                f"full rank; but the optimizer state beside it has other shapes ({min(shapes - trained)}): it belongs "
+                "to LoRA-GA's structure. Put the sidecar back, or remove optimizer.pt to train on as plain LoRA."
+            )
+    warnings.warn(
+        f"{path} has no {sidecar.FILE}: it trains on as plain LoRA, every row of its full rank.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _restore_pair(
+    name: str, layer: LoraLayer, tensors: dict[str, Tensor], offset: str, where: str
+) -> tuple[Factor, Factor]:
+    """Put factors with the sidecar's starts in the place of a layer's plain rank-2r ones.
+
+    Returns:
+        The factors.
+
+    Raises:
+        ValueError: The sidecar does not belong to the adapter.
+    """
+    pair = []
+    for letter, modules, kind in zip("AB", (layer.lora_A, layer.lora_B), FACTORS[offset], strict=True):
+        old = modules["default"]
+        start = tensors[f"{name}.{letter}0"].to(old.weight)
+        parameter = nn.Parameter(torch.zeros_like(start), requires_grad=old.weight.requires_grad)
+        factor = kind(start, parameter, old.bias)
+        if factor.joined().shape == old.weight.shape:
+            factor.set_delta(factor.delta_in(old.weight))
+            if f"{name}.{letter}" in tensors:  # offset="base": B₀ + dB is rounded, so B itself is kept
+                factor.trainable.copy_(tensors[f"{name}.{letter}"])
+            difference = (factor.joined() - old.weight).norm() / old.weight.norm()
+        else:
+            difference = torch.tensor(torch.inf)
+        if not difference <= LARGEST_DIFFERENCE:
+            raise ValueError(
+                f"{where}: {sidecar.FILE} does not belong to this adapter: {letter} of {name} differs by "
+                f"{difference:.1%}. Remove it to load the adapter as plain LoRA, or put the right one back."
+            )
+        modules["default"] = factor.train(old.training)
+        pair.append(factor)
+    return pair[0], pair[1]
+
+
+@torch.no_grad()
+def _restore(model: PeftModel, tensors: dict[str, Tensor], record: dict[str, Any], *, where: str) -> None:
+    """Give a plain rank-2r adapter the structure its sidecar describes."""
+    config = LoraGAConfig.from_dict(record["config"])
+    layers = {path.removeprefix(PREFIX): module for path, module in model.named_modules()}
+    plain = {name: (rank, alpha) for name, (rank, alpha) in record["plain"].items()}
+    alignment = Alignment({}, record["scaling"], config, record["fingerprint"], plain, record["original"])
+    for name in record["scaling"]:
+        alignment.factors[name] = _restore_pair(name, layers[name], tensors, config.offset, where)
+    changes: dict[str, Any] = {}
+    if config.offset == "base":
+        changes = record["original"]
+        for name, (a, b) in alignment.factors.items():
+            set_rank(layers[name], "default", a.rank)
+            shift_base(layers[name], a.start, b.start, alignment.scaling[name])
+    model.peft_config["default"] = AlignedLoraConfig.of(model.peft_config["default"], alignment, **changes)

@@ -1,0 +1,97 @@
+"""From the leading singular directions of a gradient to A and B. Pure; two tables that compose.
+
+All formulas are those of "LoRA-GA: Low-Rank Adaptation with Gradient Approximation" (Wang, Yu, Li, NeurIPS 2024, arXiv
+2407.05000). Singular values enter nowhere, so the start does not depend on the size of the loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lora_ga.config import LoraGAConfig
+from lora_ga.lowrank import LowRank, generator, leading_singular_values
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What a direction or scale may depend on.
+
+    Attributes:
+        name: The layer's name, the address of random draws.
+        outputs: d_out.
+        rank: r.
+        scaling: s, the factor LoRA multiplies B A by.
+        config: The settings.
+        weight: Reads the base weight as (d_out, d_in), float32; only called by the scale "weight".
+    """
+
+    name: str
+    outputs: int
+    rank: int
+    scaling: float
+    config: LoraGAConfig
+    weight: Callable[[], Tensor]
+
+
+def _random_halves(layer: Layer) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(2 * layer.rank, generator=generator(layer.config.seed, layer.name, "direction"))
+    return order[: layer.rank], order[layer.rank :]
+
+
+def _range(start: int, stop: int, step: int = 1) -> Tensor:
+    return torch.arange(start, stop, step)
+
+
+# Which of the first 2r singular directions (counted from 0) give A its rows and B its columns. Theorem 3.1: the first
+# step is the best rank-2r approximation of full fine-tuning's for any two disjoint halves.
+DIRECTIONS: Mapping[str, Callable[[Layer], tuple[Tensor, Tensor]]] = {
+    "ArB2r": lambda layer: (_range(0, layer.rank), _range(layer.rank, 2 * layer.rank)),  # the paper's choice
+    "A2rBr": lambda layer: (_range(layer.rank, 2 * layer.rank), _range(0, layer.rank)),
+    "ArBr": lambda layer: (_range(1, 2 * layer.rank, 2), _range(0, 2 * layer.rank, 2)),
+    "random": _random_halves,
+}
+
+
+def _weight_scale(layer: Layer) -> float:
+    values = leading_singular_values(layer.weight(), layer.rank, layer.config.seed, layer.name)
+    return (values / layer.scaling).sqrt().mean().item()
+
+
+# The factor by which both A and B are multiplied. "stable" is Theorem 3.2, d_out^(1/4)/√γ; "gd" divides by s, so that
+# one step of gradient descent on the product is one of full fine-tuning; "unit" and "weight" are the alternatives of
+# the authors' code.
+SCALES: Mapping[str, Callable[[Layer], float]] = {
+    "stable": lambda layer: layer.outputs**0.25 / math.sqrt(layer.config.stable_gamma),
+    "gd": lambda layer: 1.0 / layer.scaling,
+    "unit": lambda layer: 1.0,
+    "weight": _weight_scale,
+}
+
+
+def split(low_rank: LowRank, layer: Layer) -> tuple[Tensor, Tensor]:
+    """A₀ (r, d_in) and B₀ (d_out, r) of one layer.
+
+    Args:
+        low_rank: At least 2r directions of the layer's gradient.
+        layer: The layer.
+
+    Returns:
+        A₀ and B₀, in the dtype of the factorisation.
+
+    Raises:
+        ValueError: Fewer than 2r directions are held.
+    """
+    if low_rank.S.numel() < 2 * layer.rank:
+        raise ValueError(
+            f"{layer.name}: rank {layer.rank} needs {2 * layer.rank} gradient directions, but the estimate holds "
+            f"{low_rank.S.numel()}. Estimate again with an adapter of rank {layer.rank}, or use a rank of at most "
+            f"{low_rank.S.numel() // 2}."
+        )
+    rows, columns = DIRECTIONS[layer.config.direction](layer)
+    factor = SCALES[layer.config.scale](layer)
+    return factor * low_rank.V[:, rows].mT, factor * low_rank.U[:, columns]

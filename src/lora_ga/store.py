@@ -1,0 +1,121 @@
+"""Files: safetensors only, with a record of where they come from, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+SCHEMA = 1
+
+
+def plain(model: Any) -> nn.Module:
+    """The base model of a `PeftModel`, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of a base model's structure: its modules' paths and the shapes of their weights, not their values.
+
+    Adapters do not count, and linear layers count by their inputs and outputs, so that the plain, the wrapped and the
+    quantised form of a model share one fingerprint.
+
+    Args:
+        model: A base model, or a `PeftModel` round it.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    base = plain(model)
+    shapes: set[tuple[str, tuple[int, ...]]] = set()
+    for name, module in base.named_modules():
+        parts = name.split(".")
+        adapter = any(part.startswith("lora_") or part == "modules_to_save" for part in parts)
+        if adapter or hasattr(module, "base_layer"):
+            continue
+        path = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+        outputs, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        if isinstance(outputs, int) and isinstance(inputs, int):
+            shapes.add((path, (outputs, inputs)))
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            shapes.add((f"{path}.{key}", tuple(parameter.shape)))
+    return hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file so that at every moment the old or the new one is there, whole.
+
+    Args:
+        path: Where to; the folder is made if need be.
+        content: The bytes.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write tensors and a record to one safetensors file, atomically.
+
+    Args:
+        path: The file.
+        kind: What it is, checked on reading.
+        tensors: Name → tensor, of any device.
+        record: Plain values, kept as JSON in the file's header.
+    """
+    header = {"format": "pt", "kind": kind, "schema": str(SCHEMA), "record": json.dumps(record, sort_keys=True)}
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, save(plain, metadata=header))
+
+
+def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote. Nothing in the file is executed.
+
+    Args:
+        path: The file.
+        kind: What it has to be.
+
+    Returns:
+        The tensors, on the CPU, and the record.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, of another kind, or of a version this library does not know.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file (expected {kind}).")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged, or not a safetensors file ({error}). Write it anew.") from error
+    if header.get("kind") != kind:
+        raise ValueError(f"{path}: holds {header.get('kind', 'tensors of another program')}, expected {kind}.")
+    if header.get("schema") != str(SCHEMA):
+        raise ValueError(
+            f"{path}: written in format {header.get('schema')}, this version reads format {SCHEMA}. Write it anew."
+        )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise ValueError(f"{path}: damaged, it holds values that are not finite. Write it anew.")
+    return tensors, json.loads(header["record"])
