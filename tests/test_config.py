@@ -1,0 +1,40 @@
+"""Settings are checked where they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lora_ga import LoraGAConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("direction", "ArB", "direction is 'ArB'; it must be one of ArB2r, A2rBr, ArBr, random"),
+        ("scale", "weight_svd", "scale is 'weight_svd'; it must be one of stable, gd, unit, weight"),
+        ("offset", "layer", "offset is 'layer'; it must be one of adapter, base"),
+        ("estimator", "svd", "estimator is 'svd'; it must be one of streaming, dense"),
+        ("on_missing", "warn", "on_missing is 'warn'; it must be one of error, lora"),
+        ("stable_gamma", 0, "stable_gamma is 0; it must be a finite number above 0"),
+        ("stable_gamma", float("inf"), "stable_gamma is inf"),
+        ("oversample", -1, "oversample is -1; it must be an integer of at least 0"),
+        ("power_steps", 1.5, "power_steps is 1.5; it must be an integer of at least 0"),
+        ("max_batches", 0, "max_batches is 0; it must be an integer of at least 1"),
+        ("seed", True, "seed is True; it must be an integer"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_is_allowed(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoraGAConfig(**{field: value})
+
+
+def test_settings_survive_the_way_to_plain_values_and_back() -> None:
+    config = LoraGAConfig(direction="random", stable_gamma=64, max_batches=None)
+    assert LoraGAConfig.from_dict(config.to_dict()) == config
+
+
+def test_an_unknown_setting_is_named_beside_the_known() -> None:
+    with pytest.raises(ValueError, match=r"no setting gamma; it has direction, estimator, .*stable_gamma"):
+        LoraGAConfig.from_dict({"gamma": 16})

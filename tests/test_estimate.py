@@ -1,0 +1,313 @@
+"""The loop over batches: what it finds, what it leaves behind, what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified, llama, logits, t5, translated
+from torch import Tensor, nn
+
+import lora_ga
+from lora_ga import GradientEstimate, LoraGAConfig
+from lora_ga.loss import label_tokens
+
+DENSE = LoraGAConfig(estimator="dense", oversample=64, max_batches=None)
+
+
+def rebuilt(estimate: GradientEstimate, name: str) -> Tensor:
+    part = estimate[name]
+    return (part.U * part.S) @ part.V.mT
+
+
+def uneven(whole: dict[str, Tensor], sizes: list[int], labels: list[int]) -> list[dict[str, Tensor]]:
+    """Cut a batch into micro-batches of unlike numbers of label tokens; masks the whole's labels alike."""
+    parts, row = [], 0
+    for size, kept in zip(sizes, labels, strict=True):
+        if whole["labels"].dim() > 1:
+            whole["labels"][row : row + size, : whole["labels"].shape[1] - kept] = -100
+        parts.append({key: value[row : row + size] for key, value in whole.items()})
+        row += size
+    return parts
+
+
+def precise(model: nn.Module, batch: Any) -> Tensor:
+    """The model's loss in float64: Transformers computes its own in float32, whatever the model's dtype."""
+    logits, labels = model(**batch).logits, batch["labels"]
+    if label_tokens(model, {"labels": torch.ones(1, 2, dtype=torch.long)}) == 1:  # a decoder: the labels are shifted
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+
+
+# Llama's and T5's norms compute in float32 whatever the model's dtype, so that cutting a batch rounds them anew.
+WHOLE = {"llama": 1e-6, "t5": 1e-6, "gpt2": 1e-9, "bert": 1e-9}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_uneven_micro_batches_give_autograds_gradient_of_the_one_large_batch(family: str) -> None:
+    make, batches, targets = FAMILIES[family]
+    base = make().double()
+    whole = {key: torch.cat([batch[key] for batch in batches(3)])[:12] for key in batches(1)[0]}
+    parts = uneven(whole, [1, 5, 2, 4], [6, 2, 5, 1])
+
+    counts = [label_tokens(base, part) or 0 for part in parts]
+    each = [autograd_gradients(copy.deepcopy(base), lambda m, part=part: precise(m, part)) for part in parts]  # type: ignore[misc]
+    in_parts = {
+        name: torch.stack([count * one[name] for count, one in zip(counts, each, strict=True)]).sum(dim=0) / sum(counts)
+        for name in each[0]
+    }
+    at_once = autograd_gradients(copy.deepcopy(base), lambda model: precise(model, whole))
+    estimate = lora_ga.estimate_gradients(adapted(base, targets), parts, DENSE, loss_fn=precise)
+    assert estimate.batches == 4
+    for name in estimate:
+        for truth, tolerance in ((in_parts, 1e-9), (at_once, WHOLE[family])):
+            true = truth[name].mT if family == "gpt2" else truth[name]
+            assert (rebuilt(estimate, name) - true).norm() <= tolerance * true.norm(), name
+            assert estimate[name].norm == pytest.approx(true.norm().item(), rel=tolerance)
+
+
+def test_unweighted_micro_batches_would_give_another_gradient() -> None:
+    whole = {key: torch.cat([batch[key] for batch in causal(3)]) for key in ("input_ids", "labels")}
+    parts = uneven(whole, [1, 5, 2, 4], [6, 2, 5, 1])
+    model = adapted(llama())
+    weighed = lora_ga.estimate_gradients(model, parts, DENSE)
+    unweighed = lora_ga.estimate_gradients(model, parts, DENSE, loss_fn=lambda m, batch: (m(**batch).loss, 1))
+    a, b = (rebuilt(estimate, next(iter(weighed))) for estimate in (weighed, unweighed))
+    assert (a * b).sum() / (a.norm() * b.norm()) < 0.99
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All of a model that an estimate could change."""
+    return {
+        "training": [module.training for module in model.modules()],
+        "active": [getattr(module, "_active_adapter", None) for module in model.modules()],
+        "hooks": [len(module._forward_hooks) + len(module._backward_hooks) for module in model.modules()],
+        "required": [parameter.requires_grad for parameter in model.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "values": [parameter.detach().clone() for parameter in model.state_dict().values()],
+        "cache": model.config.use_cache,  # type: ignore[union-attr]
+        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),  # type: ignore[union-attr,index]
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def broken(model: nn.Module, batch: Any) -> Tensor:
+    model(**batch)
+    raise RuntimeError("the loss broke")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("loss_fn", [None, broken])
+def test_the_model_is_left_exactly_as_it_was(mode: str, loss_fn: Callable[..., Tensor] | None) -> None:
+    model = adapted(bert(), FAMILIES["bert"][2], task_type="SEQ_CLS", lora_dropout=0.1)
+    model.config.use_cache = True
+    getattr(model, mode)()
+    model(**classified(1)[0]).loss.backward()  # gradients that must survive
+    before = snapshot(model)
+
+    def shuffled() -> Any:
+        for batch in classified(3):
+            torch.randperm(5), random.random(), np.random.rand()
+            yield batch
+
+    if loss_fn is None:
+        lora_ga.estimate_gradients(model, shuffled())
+    else:
+        with pytest.raises(RuntimeError, match="the loss broke"):
+            lora_ga.estimate_gradients(model, shuffled(), loss_fn=loss_fn)
+    after = snapshot(model)
+    assert [key for key in before if not same(before[key], after[key])] == []
+
+
+def test_dropout_does_not_reach_the_estimate() -> None:
+    model = adapted(bert(), FAMILIES["bert"][2], lora_dropout=0.5).train()
+    first, again = (lora_ga.estimate_gradients(model, classified()) for _ in range(2))
+    assert all(torch.equal(first[name].U, again[name].U) for name in first)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_factors_and_is_really_used(reentrant: bool) -> None:
+    plain = lora_ga.estimate_gradients(adapted(llama()), causal(), DENSE)
+    base = llama()
+    base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    base.enable_input_require_grads()
+    calls = []
+    original = base.model.layers[0].mlp.forward
+    base.model.layers[0].mlp.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
+    model = adapted(base)
+    checkpointed = lora_ga.estimate_gradients(model, causal(2), DENSE)
+    whole = lora_ga.estimate_gradients(model, causal(), DENSE)
+    assert len(calls) == 2 * (2 + 3)  # once forward and once more backward, per batch
+    assert checkpointed.batches == 2
+    for name in plain:
+        torch.testing.assert_close(whole[name].S, plain[name].S)
+
+
+def test_the_same_seed_gives_the_same_factors_whatever_the_order_of_layers() -> None:
+    model = adapted(llama())
+    first = lora_ga.estimate_gradients(model, causal())
+    torch.manual_seed(99)
+    again = lora_ga.estimate_gradients(model, causal())
+    few = lora_ga.estimate_gradients(adapted(llama(), ["v_proj"]), causal())
+    assert all(torch.equal(first[name].U, again[name].U) for name in first)
+    assert all(torch.equal(first[name].V, few[name].V) for name in few)
+
+
+def test_max_batches_caps_what_is_read() -> None:
+    read = []
+
+    def endless() -> Any:
+        while True:
+            read.append(1)
+            yield causal(1)[0]
+
+    assert lora_ga.estimate_gradients(adapted(llama()), endless(), LoraGAConfig(max_batches=3)).batches == 3
+    assert len(read) == 3
+
+
+def test_other_active_adapters_stay_in_the_pass_and_the_fresh_one_out_of_it() -> None:
+    model = adapted(llama())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    alone = lora_ga.estimate_gradients(model, causal(), DENSE)
+    model.base_model.set_adapter(["default", "other"])
+    together = lora_ga.estimate_gradients(model, causal(), DENSE)
+    name = "model.layers.0.mlp.up_proj"
+    assert not torch.allclose(alone[name].S, together[name].S)
+    merged = copy.deepcopy(model)
+    merged.base_model.set_adapter("other")
+    base = merged.merge_and_unload()
+    truth = autograd_gradients(base, lambda m: torch.stack([m(**batch).loss for batch in causal()]).mean())
+    assert together[name].norm == pytest.approx(truth[name].norm().item(), rel=1e-4)
+
+
+def test_bfloat16_models_give_nearly_the_float32_factors() -> None:
+    exact = lora_ga.estimate_gradients(adapted(llama()), causal(), DENSE)
+    rough = lora_ga.estimate_gradients(adapted(llama().to(torch.bfloat16)), causal(), DENSE)
+    for name in exact:
+        assert rough[name].U.dtype == torch.float32
+        a, b = rebuilt(exact, name), rebuilt(rough, name)
+        assert (a * b).sum() / (a.norm() * b.norm()) > 0.99, name
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [[], iter(())])
+def test_no_batch_at_all(data: Any) -> None:
+    with pytest.raises(ValueError, match=r"The data holds no batch; the gradient needs at least one\."):
+        lora_ga.estimate_gradients(adapted(llama()), data)
+
+
+def test_a_batch_without_labels_is_named_by_its_number() -> None:
+    data = [*causal(1), {"input_ids": causal(1)[0]["input_ids"]}]
+    with pytest.raises(ValueError, match="batch 2: The model returned no loss for a batch of input_ids"):
+        lora_ga.estimate_gradients(adapted(llama()), data)
+
+
+def test_labels_all_ignored_are_named_by_their_batch() -> None:
+    data = causal(3)
+    data[2]["labels"][:] = -100
+    with pytest.raises(ValueError, match="batch 3: every label is -100"):
+        lora_ga.estimate_gradients(adapted(llama()), data)
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_batch() -> None:
+    with pytest.raises(ValueError, match="batch 1: its loss is nan"):
+        lora_ga.estimate_gradients(
+            adapted(llama()), causal(), loss_fn=lambda model, batch: model(**batch).loss * float("nan")
+        )
+
+
+@pytest.mark.parametrize("estimator", ["dense", "streaming"])
+def test_a_gradient_that_is_not_finite_is_named_by_its_layer_and_batch(estimator: str) -> None:
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *g: Tensor) -> Tensor:
+            return g[0] * float("nan")
+
+    base = llama()
+    calls: list[int] = []
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        calls.append(1)
+        return Poison.apply(output) if len(calls) == 2 else output
+
+    base.model.layers[1].register_forward_hook(hook)
+    with pytest.raises(ValueError, match=r"batch 2: model\.layers\.1\.mlp\.down_proj: the gradient is not finite"):
+        lora_ga.estimate_gradients(adapted(base), causal(), LoraGAConfig(estimator=estimator))
+
+
+def encoder_only(model: nn.Module, batch: Any) -> Tensor:
+    return model.get_encoder()(batch["input_ids"]).last_hidden_state.square().mean()  # type: ignore[operator]
+
+
+def unused(model: nn.Module, batch: Any) -> Tensor:
+    """A loss that uses the first layer's hidden states alone."""
+    return model(**batch, output_hidden_states=True).hidden_states[1].square().mean()
+
+
+def vanishing(model: nn.Module, batch: Any) -> Tensor:
+    """A loss whose gradient is zero beyond the first layer."""
+    states = model(**batch, output_hidden_states=True).hidden_states
+    return states[1].square().mean() + 0 * states[2].sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "loss_fn", "reason", "count"),
+    [
+        (t5, translated, encoder_only, "never ran in 3 batches", "20 of 32"),
+        (llama, causal, unused, "ran, but got no gradient", "7 of 14"),
+        (llama, causal, vanishing, "its gradient is exactly zero", "7 of 14"),
+    ],
+)
+def test_layers_without_a_gradient_are_an_error_or_by_choice_a_warning(
+    make: Any, data: Any, loss_fn: Any, reason: str, count: str
+) -> None:
+    with pytest.raises(ValueError, match=f"(?s){count} layers cannot be aligned:.*{reason}.*on_missing="):
+        lora_ga.estimate_gradients(adapted(make()), data(), loss_fn=loss_fn)
+    with pytest.warns(UserWarning, match=f"(?s){count} layers cannot be aligned:.*{reason}.*They start as plain LoRA"):
+        estimate = lora_ga.estimate_gradients(
+            adapted(make()), data(), LoraGAConfig(on_missing="lora"), loss_fn=loss_fn
+        )
+    assert f"{len(estimate.missing)} of {len(estimate) + len(estimate.missing)}" == count
+    assert all(reason in why for why in estimate.missing.values())
+
+
+def test_a_loss_that_uses_no_layer_at_all_is_an_error_whatever_the_choice() -> None:
+    with pytest.raises(ValueError, match="(?s)14 of 14 layers cannot be aligned.*No layer is left"):
+        lora_ga.estimate_gradients(
+            adapted(llama()), causal(), LoraGAConfig(on_missing="lora"), loss_fn=lambda model, batch: torch.ones(())
+        )
+
+
+def test_a_rank_above_half_the_smaller_side_is_refused_before_any_batch_is_read() -> None:
+    model = adapted(llama(), rank_pattern={"k_proj": 9})
+
+    def unread() -> Any:
+        raise AssertionError("a batch was read")
+        yield
+
+    message = r"(?s)2 of 14 layers.*layers\.0\.self_attn\.k_proj: rank 9 needs 18 gradient directions, but the weight "
+    with pytest.raises(ValueError, match=message + r"is 16 x 32: use a rank of at most 8"):
+        lora_ga.estimate_gradients(model, unread())
+    with pytest.warns(UserWarning, match=message):
+        estimate = lora_ga.estimate_gradients(model, causal(), LoraGAConfig(on_missing="lora"))
+    assert len(estimate) == 12

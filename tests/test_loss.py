@@ -1,0 +1,92 @@
+"""Weights of micro-batches and the errors of losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from toys import bert, causal, classified, gpt2, llama, t5, tokens, translated
+
+from lora_ga.loss import label_tokens, model_loss, weighed_loss
+
+
+def test_a_decoders_first_position_is_not_a_label() -> None:
+    batch = causal(1, rows=4, length=12)[0]
+    assert label_tokens(llama(), batch) == label_tokens(gpt2(), batch) == 4 * 11
+
+
+def test_ignored_labels_do_not_count() -> None:
+    batch = causal(1, rows=4, length=12)[0]
+    batch["labels"][:, :5] = -100
+    assert label_tokens(llama(), batch) == 4 * 7
+
+
+def test_an_encoder_decoders_labels_are_not_shifted() -> None:
+    assert label_tokens(t5(), translated(1)[0]) == 4 * 7
+
+
+def test_a_classifiers_labels_are_its_rows() -> None:
+    assert label_tokens(bert(), classified(1, rows=8)[0]) == 8
+    assert label_tokens(bert(), {"labels": torch.rand(8)}) == 8
+
+
+def test_what_the_batch_says_itself_comes_first() -> None:
+    batch = causal(1)[0]
+    assert label_tokens(llama(), batch | {"num_items_in_batch": torch.tensor(99)}) == 99
+    assert label_tokens(llama(), batch | {"shift_labels": torch.tensor([[1, 2, -100]])}) == 2
+
+
+@pytest.mark.parametrize("batch", [(tokens(),), {"input_ids": tokens()}, {"labels": [1, 2]}, 3])
+def test_labels_that_cannot_be_counted_are_none(batch: Any) -> None:
+    assert label_tokens(llama(), batch) is None
+
+
+def test_a_batch_of_positional_values_is_passed_on() -> None:
+    batch = causal(1)[0]
+    model = llama()
+    by_name = model_loss(model, batch)
+    by_place = model_loss(model, (batch["input_ids"], None, None, None, None, batch["labels"]))
+    assert torch.equal(by_name, by_place)
+
+
+def test_a_batch_without_labels_is_refused_by_its_keys() -> None:
+    with pytest.raises(ValueError, match="no loss for a batch of input_ids. Add 'labels'"):
+        model_loss(llama(), {"input_ids": tokens()})
+
+
+def test_a_batch_of_another_type_needs_a_loss_function() -> None:
+    with pytest.raises(TypeError, match="A batch is a Tensor; the default loss takes a dict or a tuple"):
+        model_loss(llama(), tokens())
+
+
+def test_what_the_loss_function_says_is_the_weight() -> None:
+    batch = causal(1)[0]
+    loss, weight = weighed_loss(llama(), batch, lambda model, batch: (model(**batch).loss, 5))
+    assert weight == 5
+    assert weighed_loss(llama(), batch, lambda model, batch: model(**batch).loss)[1] == 44
+    assert weighed_loss(llama(), tokens(), lambda model, ids: model(ids, labels=ids).loss)[1] == 1
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.tensor(float("nan")), "its loss is nan. Check the data, or compute the loss in float32"),
+        (torch.tensor(float("inf")), "its loss is inf"),
+        (torch.ones(2), r"its loss must be a scalar tensor, found \(2,\)"),
+        (1.5, "its loss must be a scalar tensor, found float"),
+        ((torch.tensor(1.0), 0), "its weight is 0.0; it must be a finite number above 0"),
+        ((torch.tensor(1.0), float("nan")), "its weight is nan"),
+    ],
+)
+def test_a_loss_that_cannot_be_used_is_refused(result: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        weighed_loss(llama(), causal(1)[0], lambda model, batch: result)
+
+
+def test_a_batch_whose_labels_are_all_ignored_is_refused() -> None:
+    batch = causal(1)[0]
+    batch["labels"][:] = -100
+    with pytest.raises(ValueError, match="every label is -100, so it has no loss"):
+        weighed_loss(llama(), batch, None)

@@ -1,0 +1,136 @@
+"""The pure part: known spectra, sums and norms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_ga.lowrank import (
+    LowRank,
+    estimated_norm,
+    generator,
+    leading_singular_values,
+    merge,
+    merge_factors,
+    probes,
+    truncated_svd,
+    update,
+)
+
+
+def known(outputs: int = 30, inputs: int = 40, decay: float = 0.7, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A matrix with singular values decay^i, and those values; float64."""
+    draw = torch.Generator().manual_seed(seed)
+    u = torch.linalg.qr(torch.randn(outputs, outputs, generator=draw, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(inputs, outputs, generator=draw, dtype=torch.float64)).Q
+    s = decay ** torch.arange(outputs, dtype=torch.float64)
+    return (u * s) @ v.mT, s
+
+
+def streamed(g: Tensor, blocks: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Feed a matrix to `update` as blocks of (x, g) whose products add up to it."""
+    held = None
+    columns = torch.eye(g.shape[1], dtype=g.dtype)
+    for index, part in enumerate(columns.chunk(blocks)):
+        width = kept if held is None else 4
+        omega = torch.randn(g.shape[1], width, generator=generator(0, "test", str(index))).to(g)
+        held = update(held, part, (g @ part.mT).mT, omega, kept=kept, power_steps=1)
+    assert held is not None
+    return held
+
+
+def test_one_block_finds_the_leading_singular_triplets_of_a_known_spectrum() -> None:
+    g, s = known()
+    u, found, v = streamed(g, blocks=1, kept=12)
+    torch.testing.assert_close(found[:8], s[:8], rtol=1e-3, atol=0)
+    torch.testing.assert_close(u.mT @ u, torch.eye(12, dtype=g.dtype))
+    torch.testing.assert_close(v.mT @ v, torch.eye(12, dtype=g.dtype))
+
+
+def test_many_blocks_keep_nearly_all_the_energy_that_one_svd_keeps() -> None:
+    g, s = known(decay=0.85)
+    u, _, v = streamed(g, blocks=10, kept=16)
+    captured = (u[:, :8].mT @ g @ v[:, :8]).norm()
+    assert captured >= 0.995 * s[:8].norm()
+
+
+def test_a_gradient_of_low_rank_is_held_exactly() -> None:
+    g, _ = known()
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    low = (u[:, :5] * s[:5]) @ vh[:5]
+    held = streamed(low, blocks=7, kept=12)
+    torch.testing.assert_close((held[0] * held[1]) @ held[2].mT, low)
+
+
+def test_a_layer_smaller_than_the_directions_asked_for_is_held_whole() -> None:
+    g, _ = known(outputs=6, inputs=9)
+    u, s, v = streamed(g, blocks=3, kept=20)
+    assert s.shape == (6,)
+    torch.testing.assert_close((u * s) @ v.mT, g)
+
+
+def test_merged_factors_are_those_of_the_sum() -> None:
+    (a, _), (b, _) = known(seed=1), known(seed=2)
+    exact = truncated_svd(a + b, 10)
+    merged = merge_factors([truncated_svd(a, 30), truncated_svd(b, 30)], 10)
+    for mine, true in zip(merged, exact, strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+def test_merging_weighs_the_parts_and_estimates_the_norm_of_the_sum() -> None:
+    (a, _), (b, _) = known(seed=1), known(seed=2)
+    omega = probes(40, 0, "layer").double()
+    parts = [(LowRank(*truncated_svd(g, 30), norm=g.norm().item(), sketch=g @ omega), w) for g, w in ((a, 3), (b, 1))]
+    merged = merge(parts, 30, omega)
+    assert merged.norm == pytest.approx((3 * a + b).norm().item(), rel=1e-9)
+    torch.testing.assert_close((merged.U * merged.S) @ merged.V.mT, 3 * a + b)
+
+
+def test_merging_without_a_sketch_is_refused() -> None:
+    g, _ = known()
+    with pytest.raises(ValueError, match="without a sketch cannot be merged"):
+        merge([(LowRank(*truncated_svd(g, 4), norm=1.0), 1.0)], 4, probes(40, 0, "layer"))
+
+
+def test_the_norm_estimate_is_unbiased_where_little_is_held() -> None:
+    g, _ = known(decay=0.95)
+    held = truncated_svd(g, 4)
+    squares = []
+    for seed in range(200):
+        omega = probes(40, seed, "layer").double()
+        squares.append(estimated_norm(held, g @ omega, omega) ** 2)
+    error = torch.tensor(squares).std() / len(squares) ** 0.5
+    assert abs(sum(squares) / len(squares) - g.square().sum().item()) < 3 * error
+
+
+def test_the_limit_is_that_of_eckart_and_young() -> None:
+    g, s = known()
+    part = LowRank(*truncated_svd(g, 16), norm=g.norm().item())
+    assert part.limit(4) == pytest.approx((s[:8].norm() / s.norm()).item())
+    assert math.isnan(part.limit(9))
+    assert math.isnan(LowRank(part.U, part.S, part.V, norm=0.0).limit(1))
+
+
+def test_signs_do_not_depend_on_the_sign_the_solver_chose() -> None:
+    g, _ = known()
+    u, s, v = truncated_svd(g, 6)
+    again = merge_factors([(-u, s, -v)], 6)
+    torch.testing.assert_close(again[0], u)
+    torch.testing.assert_close(again[2], v)
+
+
+def test_random_numbers_have_an_address_and_leave_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    draws = [torch.randn(3, generator=generator(*address)) for address in ((0, "a"), (0, "a"), (1, "a"), (0, "b"))]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[3])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_leading_singular_values_of_a_weight() -> None:
+    w, s = known()
+    torch.testing.assert_close(leading_singular_values(w, 5, 0, "layer"), s[:5])

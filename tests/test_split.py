@@ -1,0 +1,85 @@
+"""A and B from singular directions: each table entry against its formula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_ga.config import CHOICES, LoraGAConfig
+from lora_ga.lowrank import LowRank, truncated_svd
+from lora_ga.split import DIRECTIONS, SCALES, Layer, split
+
+RANK, OUTPUTS, INPUTS = 3, 16, 12
+G = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+W = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def part(kept: int = 10) -> LowRank:
+    return LowRank(*truncated_svd(G, kept), norm=G.norm().item())
+
+
+def layer(**settings: Any) -> Layer:
+    return Layer("layer", OUTPUTS, RANK, 2.5, LoraGAConfig(**settings), lambda: W)
+
+
+def alignment_ratio(a: Tensor, b: Tensor) -> float:
+    """cos(G AᵀA + B BᵀG, G) over its limit."""
+    step = G @ a.mT @ a + b @ b.mT @ G
+    cosine = (step * G).sum() / (step.norm() * G.norm())
+    return (cosine / (torch.linalg.svdvals(G)[: 2 * RANK].norm() / G.norm())).item()
+
+
+def test_the_tables_hold_what_the_configuration_allows() -> None:
+    assert set(DIRECTIONS) == set(CHOICES["direction"])
+    assert set(SCALES) == set(CHOICES["scale"])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_direction_and_scale_reaches_the_alignment_limit(direction: str, scale: str) -> None:
+    a, b = split(part(), layer(direction=direction, scale=scale))
+    assert a.shape == (RANK, INPUTS)
+    assert b.shape == (OUTPUTS, RANK)
+    assert alignment_ratio(a, b) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_rows_of_a_and_columns_of_b_come_from_disjoint_halves_of_the_first_2r(direction: str) -> None:
+    rows, columns = DIRECTIONS[direction](layer(direction=direction))
+    assert sorted([*rows.tolist(), *columns.tolist()]) == list(range(2 * RANK))
+
+
+def test_the_papers_direction_gives_a_the_first_right_and_b_the_next_left_vectors() -> None:
+    a, b = split(part(), layer(scale="unit"))
+    torch.testing.assert_close(a, part().V[:, :RANK].mT)
+    torch.testing.assert_close(b, part().U[:, RANK : 2 * RANK])
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor"),
+    [
+        ("stable", OUTPUTS**0.25 / math.sqrt(16.0)),
+        ("gd", 1 / 2.5),
+        ("unit", 1.0),
+        ("weight", (torch.linalg.svdvals(W)[:RANK] / 2.5).sqrt().mean().item()),
+    ],
+)
+def test_both_factors_have_the_size_their_scale_states(scale: str, factor: float) -> None:
+    a, b = split(part(), layer(scale=scale))
+    torch.testing.assert_close(a.norm(dim=1), torch.full((RANK,), factor, dtype=torch.float64))
+    torch.testing.assert_close(b.norm(dim=0), torch.full((RANK,), factor, dtype=torch.float64))
+
+
+def test_random_halves_depend_on_the_seed_alone() -> None:
+    first, again, other = (DIRECTIONS["random"](layer(seed=seed))[0].tolist() for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_too_few_directions_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"layer: rank 3 needs 6 gradient directions, but the estimate holds 4\."):
+        split(part(kept=4), layer())

