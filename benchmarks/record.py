@@ -1,0 +1,49 @@
+"""What every benchmark here shares: where its record goes and what it says about the machine."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def about() -> dict[str, Any]:
+    """The command, commit, versions and device of a run."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
+    )
+    return {
+        "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit.stdout.strip() or None,
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "lora-ga")},
+        "python": platform.python_version(),
+        "device": f"CPU, {os.cpu_count()} cores",
+    }
+
+
+def finish(name: str, record: dict[str, Any]) -> None:
+    """Keep the record in results/ and print it as the last line."""
+    RESULTS.mkdir(exist_ok=True)
+    whole = about() | record
+    (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    print(json.dumps(whole))
+
+
+def data(*parts: str) -> Path:
+    """A path in the research data, or the end of the program with the reason."""
+    root = os.environ.get("LORA_GA_DATA")
+    if not root:
+        sys.exit("Set LORA_GA_DATA to the folder of the research data (data/, models/) to run this benchmark.")
+    path = Path(root).joinpath(*parts)
+    if not path.exists():
+        sys.exit(f"{path} is not there.")
+    return path

@@ -1,0 +1,398 @@
+"""The start as written into a model: the theorem, the unchanged function, PEFT's own operations, refusals."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified, llama, logits, t5, train, translated
+from torch import Tensor, nn
+
+import lora_ga
+from lora_ga import LoraGAConfig
+from lora_ga.config import CHOICES
+from lora_ga.factors import FACTORS, Delta, Factor
+
+DENSE = LoraGAConfig(estimator="dense", max_batches=None)
+
+
+def deltas(model: PeftModel) -> dict[str, Tensor]:
+    """s·(B A − B₀A₀) of every layer, by base name, as a (d_out, d_in) matrix, for either offset."""
+    found = {}
+    for path, layer in model.named_modules():
+        factors = getattr(layer, "lora_A", {})
+        if "default" in factors:
+            a, b = layer.lora_A["default"], layer.lora_B["default"]
+            a, b = (f.joined() if isinstance(f, Factor) else f.weight for f in (a, b))
+            found[path.removeprefix("base_model.model.")] = layer.scaling["default"] * (b @ a).detach()
+    return found
+
+
+def sgd_alignment(model: PeftModel, gradients: dict[str, Tensor], batch: Any, rank: int) -> dict[str, float]:
+    """Alignment ratio by its definition: one SGD step of what trains, the change of each delta weight against G."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = deltas(model)
+    model(**batch).loss.backward()
+    torch.optim.SGD(trained, lr=1e-6).step()
+    ratios = {}
+    for name, after in deltas(model).items():
+        g = gradients[name]
+        change = before[name] - after
+        cosine = (change * g).sum() / (change.norm() * g.norm())
+        ratios[name] = (cosine / (torch.linalg.svdvals(g)[: 2 * rank].norm() / g.norm())).item()
+    return ratios
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+@pytest.mark.parametrize("direction", CHOICES["direction"])
+def test_first_sgd_step_follows_the_best_rank_2r_gradient(offset: str, direction: str) -> None:
+    base, batch = llama(hidden_size=64, intermediate_size=96).double(), causal(1, rows=8, length=24)[0]
+    gradients = autograd_gradients(copy.deepcopy(base), lambda model: model(**batch).loss)
+    model = adapted(base)
+    lora_ga.initialize(model, [batch], LoraGAConfig(estimator="dense", offset=offset, direction=direction))
+    ratios = sgd_alignment(model, gradients, batch, rank=4)
+    assert len(ratios) == 14
+    assert min(ratios.values()) >= 0.9999
+
+
+def test_the_alignment_of_plain_lora_is_far_below_one() -> None:
+    base, batch = llama(hidden_size=64, intermediate_size=96).double(), causal(1, rows=8, length=24)[0]
+    gradients = autograd_gradients(copy.deepcopy(base), lambda model: model(**batch).loss)
+    ratios = sgd_alignment(adapted(base), gradients, batch, rank=4)
+    assert max(ratios.values()) < 0.9
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+@pytest.mark.parametrize("estimator", CHOICES["estimator"])
+def test_the_start_does_not_depend_on_the_size_of_the_loss(factor: float, estimator: str) -> None:
+    # In float64: in float32 the loss's own rounding, amplified by close singular values, reaches 1e-4 in some layers.
+    plain, scaled = adapted(llama().double()), adapted(llama().double())
+    config = LoraGAConfig(estimator=estimator)
+    lora_ga.initialize(plain, causal(), config)
+    lora_ga.initialize(scaled, causal(), config, loss_fn=lambda model, batch: factor * model(**batch).loss)
+    for path, module in plain.named_modules():
+        if isinstance(module, Factor):
+            other = scaled.get_submodule(path)
+            assert isinstance(other, Factor)
+            torch.testing.assert_close(other.start, module.start, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_function_is_unchanged_by_initialisation_bit_for_bit(family: str, dtype: torch.dtype) -> None:
+    make, batches, targets = FAMILIES[family]
+    base = make().to(dtype)
+    before = logits(base, batches(1)[0])
+    model = adapted(base, targets)
+    lora_ga.initialize(model, batches())
+    assert torch.equal(logits(model, batches(1)[0]), before)
+
+
+def test_model_function_is_unchanged_even_in_training_mode_with_dropout() -> None:
+    base = bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    model = adapted(base, FAMILIES["bert"][2], lora_dropout=0.1).train()
+    batch = classified(1)[0]
+    outputs = []
+    for moment in ("before", "after"):
+        if moment == "after":
+            lora_ga.initialize(model, classified())
+        torch.manual_seed(3)
+        outputs.append(logits(model, batch))
+    torch.manual_seed(4)
+    other = logits(model, batch)
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], other)  # dropout was at work
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_base_offset_preserves_the_function_up_to_rounding(family: str) -> None:
+    make, batches, targets = FAMILIES[family]
+    base = make()
+    before = logits(base, batches(1)[0])
+    model = adapted(base, targets)
+    lora_ga.initialize(model, batches(), LoraGAConfig(offset="base"))
+    torch.testing.assert_close(logits(model, batches(1)[0]), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+def test_both_offsets_train_along_the_same_path(offset: str) -> None:
+    paths = []
+    for way in ("adapter", offset):
+        model = adapted(llama())
+        lora_ga.initialize(model, causal(), LoraGAConfig(offset=way))
+        paths.append(train(model, causal(), steps=10, lr=1e-3))
+    assert paths[0] == pytest.approx(paths[1], rel=1e-5)
+    assert paths[0][-1] < paths[0][0]
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+def test_exactly_the_parameters_of_rank_r_train_and_stay_the_same_objects(offset: str) -> None:
+    model = adapted(bert(), FAMILIES["bert"][2], task_type="SEQ_CLS")
+    before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(before, lr=1e-2)
+    lora_ga.initialize(model, classified(), LoraGAConfig(offset=offset))
+    after = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in before} == {id(parameter) for parameter in after}
+    first = model(**classified(1)[0]).loss
+    for _ in range(5):
+        model(**classified(1)[0]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model(**classified(1)[0]).loss < first
+
+
+def test_the_base_is_never_touched() -> None:
+    base = llama()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    model = adapted(base)
+    lora_ga.initialize(model, causal())
+    train(model, causal())
+    after = model.unload().state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_disable_adapter_shows_the_base_bit_for_bit() -> None:
+    base = llama()
+    batch = causal(1)[0]
+    before = logits(base, batch)
+    model = adapted(base)
+    lora_ga.initialize(model, causal())
+    train(model, causal())
+    assert not torch.equal(logits(model.eval(), batch), before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), before)
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merging_gives_the_adapted_function(offset: str, family: str) -> None:
+    make, batches, targets = FAMILIES[family]
+    model = adapted(make(), targets)
+    lora_ga.initialize(model, batches(), LoraGAConfig(offset=offset))
+    train(model, batches())
+    expected = logits(model.eval(), batches(1)[0])
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged, batches(1)[0]), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+def test_ranks_alphas_and_scaling_follow_the_patterns(offset: str) -> None:
+    model = adapted(llama(), rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 32}, use_rslora=False)
+    lora_ga.initialize(model, causal(), LoraGAConfig(offset=offset))
+    layers = model.base_model.model.model.layers[0].self_attn
+    factor = 2 if offset == "adapter" else 1
+    assert layers.q_proj.scaling["default"] == 8 / 2
+    assert layers.v_proj.scaling["default"] == 32 / 4
+    assert layers.k_proj.scaling["default"] == 8 / 4
+    assert layers.q_proj.r["default"] == 2 * factor
+    assert layers.q_proj.lora_A["default"].weight.shape == (2 * factor, 32)
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (
+        4 * factor,
+        8 * factor,
+        {"q_proj": 2 * factor},
+        {"v_proj": 32 * factor},
+    )
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+def test_set_scale_keeps_meaning_a_multiple_of_the_first_scaling(rslora: bool) -> None:
+    model = adapted(llama(), use_rslora=rslora)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    scaling = layer.scaling["default"]
+    lora_ga.initialize(model, causal())
+    assert layer.scaling["default"] == scaling
+    layer.set_scale("default", 3.0)
+    assert layer.scaling["default"] == pytest.approx(3 * scaling)
+
+
+def test_the_users_configuration_object_is_not_changed() -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    model = lora_ga.get_lora_ga_model(llama(), config, causal())
+    assert (config.r, config.lora_alpha) == (4, 8)
+    assert model.peft_config["default"].r == 8
+
+
+def test_set_adapter_and_moves_keep_the_frozen_halves_frozen_and_in_place() -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    model.set_adapter("default")
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == trained
+    assert not any("start" in name for name, _ in model.named_buffers())
+    model.to(torch.float64)
+    factor = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    assert isinstance(factor, Delta)
+    assert factor.start.dtype == factor.weight.dtype == torch.float64
+    assert model(**causal(1)[0]).logits.dtype == torch.float64
+
+
+def test_several_adapters_live_side_by_side() -> None:
+    model = adapted(llama(), use_rslora=False)  # with rsLoRA PEFT's own combined adapters are scaled wrongly
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    batch = causal(1)[0]
+    plain = logits(model, batch)
+    lora_ga.initialize(model, causal())
+    lora_ga.initialize(model, causal(), adapter_name="second")
+    train(model, causal())
+    first = logits(model.eval(), batch)
+    model.set_adapter("second")
+    assert torch.equal(logits(model, batch), plain)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, batch), first)
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", combination_type="cat")
+    model.set_adapter("both")
+    torch.testing.assert_close(logits(model, batch), first, rtol=0, atol=1e-5)
+    model.delete_adapter("both")
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert torch.equal(logits(model, batch), first)
+
+
+def test_lora_bias_trains_along() -> None:
+    model = adapted(bert(), FAMILIES["bert"][2], lora_bias=True)
+    before = logits(model, classified(1)[0])
+    lora_ga.initialize(model, classified())
+    assert torch.equal(logits(model, classified(1)[0]), before)
+    assert sum(name.endswith("bias") for name, p in model.named_parameters() if p.requires_grad) == 13
+    losses = train(model, classified(), steps=9)
+    assert losses[-1] < losses[0]
+
+
+def test_a_deep_copy_is_an_aligned_model_of_its_own() -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    twin = copy.deepcopy(model)
+    train(twin, causal())
+    assert twin.peft_config["default"].alignment is not model.peft_config["default"].alignment
+    modules = set(map(id, twin.modules()))
+    assert all(id(factor) in modules for pair in twin.peft_config["default"].alignment.factors.values() for factor in pair)
+    assert torch.equal(logits(model, causal(1)[0]), logits(llama(), causal(1)[0]))
+
+
+def test_every_offset_of_the_configuration_has_its_factors() -> None:
+    assert set(FACTORS) == set(CHOICES["offset"])
+
+
+def test_layers_that_cannot_be_aligned_stay_plain_lora_at_their_rank() -> None:
+    base = t5()
+
+    def encoder_only(model: nn.Module, batch: Any) -> Tensor:
+        return model.get_encoder()(batch["input_ids"]).last_hidden_state.square().mean()  # type: ignore[operator]
+
+    model = adapted(base, use_rslora=False)
+    before = logits(model, translated(1)[0])
+    config = LoraGAConfig(on_missing="lora")
+    with pytest.warns(UserWarning, match="20 of 32 layers cannot be aligned") as caught:
+        lora_ga.initialize(model, translated(), config, loss_fn=encoder_only)
+    assert len([w for w in caught if "cannot be aligned" in str(w.message)]) == 1  # said once, not by both halves
+    assert torch.equal(logits(model, translated(1)[0]), before)
+    plain = model.base_model.model.decoder.block[0].layer[0].SelfAttention.q
+    assert (plain.r["default"], plain.scaling["default"]) == (4, 2.0)
+    assert not isinstance(plain.lora_A["default"], Factor)
+
+
+# --- refusals: each before anything is changed -----------------------------------------------------------------------
+
+
+def assert_untouched(model: PeftModel) -> None:
+    assert not any(isinstance(module, Factor) for module in model.modules())
+    assert type(model.peft_config["default"]) is LoraConfig
+
+
+def test_a_model_without_lora_layers() -> None:
+    with pytest.raises(TypeError, match="LlamaForCausalLM without LoRA layers.*get_peft_model"):
+        lora_ga.initialize(llama(), causal())
+    prefix = get_peft_model(llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="has no LoRA layers; LoRA-GA needs one made by LoraConfig"):
+        lora_ga.initialize(prefix, causal())
+
+
+def test_an_adapter_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="The model has no adapter 'mine'; it has default"):
+        lora_ga.initialize(adapted(llama()), causal(), adapter_name="mine")
+
+
+def test_an_adapter_that_was_trained() -> None:
+    model = adapted(llama())
+    train(model, causal(), steps=1)
+    with pytest.raises(ValueError, match="not fresh: lora_B of .*q_proj is not zero.*delete_adapter"):
+        lora_ga.initialize(model, causal())
+    assert_untouched(model)
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+def test_an_adapter_that_is_aligned(offset: str) -> None:
+    model = adapted(llama())
+    estimate = lora_ga.initialize(model, causal(), LoraGAConfig(offset=offset))
+    with pytest.raises(ValueError, match="already aligned .*delete_adapter"):
+        lora_ga.initialize(model, causal())
+    with pytest.raises(ValueError, match="already aligned"):
+        lora_ga.apply_estimate(model, estimate)
+
+
+def test_dora_and_other_variants() -> None:
+    with pytest.raises(ValueError, match="LoRA variant DoraLinear, which is not supported yet"):
+        lora_ga.initialize(adapted(llama(), use_dora=True), causal())
+
+
+def test_an_unknown_layer_kind_is_named_with_its_class_and_what_to_exclude() -> None:
+    model = adapted(llama(), ["embed_tokens", "q_proj"])
+    message = r"embed_tokens is a Embedding \(PEFT: layer.Embedding\); known are Linear, Conv1D.*exclude_modules=\['emb"
+    with pytest.raises(ValueError, match=message):
+        lora_ga.initialize(model, causal())
+    assert_untouched(model)
+
+
+def test_merged_adapters() -> None:
+    model = adapted(llama())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="has merged adapters .default.; call model.unmerge_adapter"):
+        lora_ga.initialize(model, causal())
+
+
+def test_an_estimate_of_another_model() -> None:
+    estimate = lora_ga.estimate_gradients(adapted(llama()), causal())
+    model = adapted(llama(num_hidden_layers=3))
+    with pytest.raises(ValueError, match="The estimate belongs to another model: its fingerprint is"):
+        lora_ga.initialize(model, estimate)
+    assert_untouched(model)
+
+
+def test_an_estimate_with_too_few_directions() -> None:
+    estimate = lora_ga.estimate_gradients(adapted(llama(), r=2), causal(), LoraGAConfig(oversample=1))
+    model = adapted(llama(), r=8)
+    with pytest.raises(ValueError, match="rank 8 needs 16 gradient directions, but the estimate holds 5"):
+        lora_ga.initialize(model, estimate)
+    assert_untouched(model)
+
+
+def test_an_estimate_that_does_not_cover_a_layer() -> None:
+    estimate = lora_ga.estimate_gradients(adapted(llama(), ["q_proj"]), causal())
+    model = adapted(llama(), ["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match="(?s)2 of 4 layers.*v_proj: the estimate does not cover it"):
+        lora_ga.initialize(model, estimate)
+    assert_untouched(model)
+    with pytest.warns(UserWarning, match="2 of 4 layers"):
+        lora_ga.initialize(model, estimate, LoraGAConfig(on_missing="lora"))
+
+
+def test_the_base_offset_refuses_a_shared_weight() -> None:
+    model = adapted(llama(tie_word_embeddings=True), ["lm_head", "q_proj"], r=2)
+    with pytest.raises(ValueError, match=r"lm_head: its weight is shared \(.*embed_tokens.*offset=\"adapter\""):
+        lora_ga.initialize(model, causal(), LoraGAConfig(offset="base"))
+    assert_untouched(model)
+    lora_ga.initialize(model, causal())
+    assert math.isfinite(model(**causal(1)[0]).loss.item())
+
+
+def test_a_refused_start_gives_the_base_back_without_lora_layers() -> None:
+    base = llama()
+    with pytest.raises(ValueError, match="holds no batch"):
+        lora_ga.get_lora_ga_model(base, LoraConfig(r=4, target_modules=["q_proj"]), [])
+    assert not any("lora" in name for name, _ in base.named_modules())

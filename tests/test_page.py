@@ -1,0 +1,82 @@
+"""The page holds everything, fetches nothing, and takes nothing in a record for markup."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from lora_ga.comparison import compare_runs
+from lora_ga.page import page_html, rendered, training_caption, training_figure
+from runs import falling, make_run
+
+
+class Tags(HTMLParser):
+    """Collects tags and attributes, and the text between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+HOSTILE = '<script src="http://evil.example/x.js">alert(1)</script> $x$ & _"'
+
+
+def hostile_page(tmp_path: Path) -> str:
+    text = dict.fromkeys(("name", "task", "model", "dataset", "device", "commit"), HOSTILE)
+    config = {HOSTILE: HOSTILE, "x": 1}
+    runs = [
+        make_run(tmp_path / "a", **text, versions={HOSTILE: HOSTILE}, config=config, metrics={HOSTILE: 1.0}),
+        make_run(tmp_path / "b", **text | {"name": "_hidden"}, config=config | {"x": HOSTILE}, seed=1),
+    ]
+    return page_html(compare_runs(runs))
+
+
+def test_whatever_a_record_says_stays_text(tmp_path: Path) -> None:
+    parser = Tags()
+    parser.feed(hostile_page(tmp_path))
+    assert "script" not in {tag for tag, _ in parser.tags}
+    assert HOSTILE in parser.text
+
+
+def test_the_page_fetches_nothing(tmp_path: Path) -> None:
+    page = page_html(compare_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]))
+    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", without_namespaces)
+    parser = Tags()
+    parser.feed(page)
+    assert {"script", "link", "iframe", "img"}.isdisjoint(tag for tag, _ in parser.tags)
+    references = [value for _, attributes in parser.tags for key, value in attributes.items() if key.endswith("href")]
+    assert all(value and value.startswith("#") for value in references)
+
+
+def test_ids_on_the_page_are_unique_and_the_page_is_the_same_every_time(tmp_path: Path) -> None:
+    comparison = compare_runs([make_run(tmp_path / "a")])
+    page = page_html(comparison)
+    ids = re.findall(r'\bid="(m?[pc]?[0-9a-f]{10,})"', page)  # those that are referred to
+    assert len(ids) == len(set(ids)) > 0
+    assert page == page_html(comparison)
+
+
+def test_the_caption_says_how_the_curve_was_made(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", curve=[*falling(1.0), {"step": 41, "loss": 50.0}])]
+    assert training_caption(compare_runs(runs, window=8)) == (
+        "Training loss, trailing mean over 8 optimiser steps. Faint: the values as logged. Dashed: the target, the "
+        "final loss of “lora”; a dot marks the step at which it is reached. Losses above 5.925 are cut off."
+    )
+
+
+def test_runs_without_a_curve_still_make_a_page(tmp_path: Path) -> None:
+    comparison = compare_runs([make_run(tmp_path / "a", curve=[], eval=[])])
+    assert comparison.target.value is None
+    assert "no training loss was logged" in page_html(comparison)
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    figure = training_figure(compare_runs([make_run(tmp_path / "a")]))
+    assert rendered(figure, "png").startswith(b"\x89PNG")

@@ -1,0 +1,259 @@
+"""Saved adapters: what stock PEFT makes of them, and how training goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from toys import FAMILIES, adapted, bert, causal, classified, llama, logits, t5, train, translated
+from torch import Tensor, nn
+
+import lora_ga
+from lora_ga import LoraGAConfig
+from lora_ga.config import CHOICES
+from lora_ga.factors import Factor
+from lora_ga.restore import check_optimizer_state
+from lora_ga.sidecar import FILE
+
+
+def trained(folder: Path, make: Callable[..., Any] = llama, data: Any = causal, offset: str = "adapter", **lora: Any) -> Any:
+    """Align, train, save; returns the model in evaluation mode."""
+    model = adapted(make(), lora.pop("targets", "all-linear"), **lora)
+    lora_ga.initialize(model, data(), LoraGAConfig(offset=offset))
+    train(model, data())
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_peft_loads_the_adapter_on_the_original_base(tmp_path: Path, family: str, offset: str) -> None:
+    make, data, targets = FAMILIES[family]
+    model = trained(tmp_path, make, data, offset, targets=targets)
+    stock = PeftModel.from_pretrained(make(), tmp_path)
+    assert not any(isinstance(module, Factor) for module in stock.modules())
+    expected = logits(model, data(1)[0])
+    torch.testing.assert_close(logits(stock, data(1)[0]), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected, logits(make(), data(1)[0]), atol=1e-3)
+
+
+def test_the_file_on_disk_has_the_form_of_the_theorem(tmp_path: Path) -> None:
+    trained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    beside = load_file(tmp_path / FILE)
+    layer = "model.layers.0.self_attn.q_proj"
+    a, b = (tensors[f"base_model.model.{layer}.lora_{letter}.weight"] for letter in "AB")
+    assert a.shape == (8, 32)
+    assert b.shape == (32, 8)
+    assert torch.equal(b[:, :4], beside[f"{layer}.B0"])
+    assert torch.equal(a[4:], beside[f"{layer}.A0"] + a[:4])
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}, "alpha_pattern": {"v_proj": 32}},
+        {"rank_pattern": {"q_proj": 2}, "use_rslora": False},
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]},
+        {"lora_dropout": 0.1},
+    ],
+)
+def test_patterns_saved_modules_and_dropout_survive_saving(tmp_path: Path, lora: dict[str, Any]) -> None:
+    lora = dict(lora)
+    model = trained(tmp_path, targets=lora.pop("target_modules", "all-linear"), **lora)
+    for load in (PeftModel.from_pretrained, lora_ga.load):
+        again = load(llama(), tmp_path).eval()
+        torch.testing.assert_close(logits(again, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+
+
+def test_lora_bias_and_a_classification_head_survive_saving(tmp_path: Path) -> None:
+    lora = {"lora_bias": True, "task_type": "SEQ_CLS", "targets": FAMILIES["bert"][2]}
+    model = trained(tmp_path, bert, classified, **lora)
+    for load in (PeftModel.from_pretrained, lora_ga.load):
+        again = load(bert(), tmp_path).eval()
+        torch.testing.assert_close(logits(again, classified(1)[0]), logits(model, classified(1)[0]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+def test_layers_left_as_plain_lora_survive_saving(tmp_path: Path, offset: str) -> None:
+    def encoder_only(model: nn.Module, batch: Any) -> Tensor:
+        return model.get_encoder()(batch["input_ids"]).last_hidden_state.square().mean()  # type: ignore[operator]
+
+    model = adapted(t5(), use_rslora=False, rank_pattern={"q": 2}, alpha_pattern={"wo": 3})
+    config = LoraGAConfig(on_missing="lora", offset=offset)
+    with pytest.warns(UserWarning, match="start as plain LoRA"):
+        lora_ga.initialize(model, translated(), config, loss_fn=encoder_only)
+    train(model, translated())
+    model.save_pretrained(tmp_path)
+    expected = logits(model.eval(), translated(1)[0])
+    for load in (PeftModel.from_pretrained, lora_ga.load):
+        torch.testing.assert_close(logits(load(t5(), tmp_path), translated(1)[0]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_named_adapter_is_saved_in_its_folder_with_its_sidecar(tmp_path: Path) -> None:
+    model = adapted(llama())
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    lora_ga.initialize(model, causal(), adapter_name="second")
+    model.set_adapter("second")
+    train(model, causal())
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / FILE).exists()
+    assert (tmp_path / "second" / FILE).exists()
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "second")
+    torch.testing.assert_close(logits(stock, causal(1)[0]), logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+def test_training_goes_on_bit_for_bit_after_save_and_load(tmp_path: Path, offset: str) -> None:
+    unbroken = adapted(llama())
+    lora_ga.initialize(unbroken, causal(), LoraGAConfig(offset=offset))
+    optimizers = []
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, index: int) -> None:
+        model(**causal(3)[index % 3]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    optimizers.append(torch.optim.AdamW([p for p in unbroken.parameters() if p.requires_grad], lr=1e-2))
+    for index in range(4):
+        step(unbroken, optimizers[0], index)
+    unbroken.save_pretrained(tmp_path)
+    state = copy.deepcopy(optimizers[0].state_dict())
+    resumed = lora_ga.load(llama(), tmp_path, is_trainable=True)
+    optimizers.append(torch.optim.AdamW([p for p in resumed.parameters() if p.requires_grad], lr=1e-2))
+    optimizers[1].load_state_dict(state)
+    check_optimizer_state(optimizers[1])
+    # A trainer loads the weights a second time, into the structure: that must not round what is exact.
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    for index in range(4, 8):
+        step(unbroken, optimizers[0], index)
+        step(resumed, optimizers[1], index)
+    assert torch.equal(logits(unbroken, causal(1)[0]), logits(resumed, causal(1)[0]))
+    for (name, mine), (other, theirs) in zip(unbroken.named_parameters(), resumed.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+def test_saving_what_was_loaded_writes_the_same_files(tmp_path: Path, offset: str) -> None:
+    trained(tmp_path / "first", offset=offset)
+    lora_ga.load(llama(), tmp_path / "first", is_trainable=True).save_pretrained(tmp_path / "second")
+    for file in ("adapter_model.safetensors", FILE):
+        mine, theirs = load_file(tmp_path / "first" / file), load_file(tmp_path / "second" / file)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    configs = [(tmp_path / name / "adapter_config.json").read_text() for name in ("first", "second")]
+    assert configs[0].replace('"inference_mode": true', "") == configs[1].replace('"inference_mode": true', "")
+
+
+def test_a_base_offset_adapter_to_use_leaves_the_base_alone(tmp_path: Path) -> None:
+    model = trained(tmp_path, offset="base")
+    loaded = lora_ga.load(llama(), tmp_path)
+    torch.testing.assert_close(logits(loaded, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded, causal(1)[0]), logits(llama(), causal(1)[0]))
+
+
+def test_an_adapter_loaded_to_use_does_not_train(tmp_path: Path) -> None:
+    trained(tmp_path)
+    assert not any(parameter.requires_grad for parameter in lora_ga.load(llama(), tmp_path).parameters())
+    again = lora_ga.load(llama(), tmp_path, is_trainable=True)
+    assert sum(p.numel() for p in again.parameters() if p.requires_grad) == sum(
+        p.numel() for p in adapted(llama()).parameters() if p.requires_grad
+    )
+
+
+def test_an_adapter_stored_in_bfloat16_is_close_and_loads(tmp_path: Path) -> None:
+    # The learning rate of the published runs is small, so B A is close to B0 A0: the hard case for rounding.
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    train(model, causal(), steps=20, lr=1e-4)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    exact = load_file(file)
+    save_file({name: tensor.bfloat16() for name, tensor in exact.items()}, file)
+    rough = load_file(file)
+    for name in exact:
+        if name.endswith("lora_A.weight"):
+            other = name.replace("lora_A", "lora_B")
+            true = exact[other].double() @ exact[name].double()
+            assert (rough[other].double() @ rough[name].double() - true).norm() <= 0.005 * true.norm(), name
+    again = lora_ga.load(llama(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(logits(again, causal(1)[0]), logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-2)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_another_base_model_is_refused_and_given_back_as_it_was(tmp_path: Path) -> None:
+    trained(tmp_path)
+    base = llama(intermediate_size=64)
+    with pytest.raises(ValueError, match="trained on another base model: its fingerprint is"):
+        lora_ga.load(base, tmp_path)
+    assert not any("lora" in name for name, _ in base.named_modules())
+
+
+def test_a_damaged_sidecar_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="lora_ga.safetensors: damaged, or not a safetensors file"):
+        lora_ga.load(llama(), tmp_path)
+
+
+def test_the_sidecar_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path / "a")
+    trained(tmp_path / "b", data=lambda: causal(3, rows=5))
+    (tmp_path / "a" / FILE).write_bytes((tmp_path / "b" / FILE).read_bytes())
+    base = llama()
+    with pytest.raises(ValueError, match=r"does not belong to this adapter: A of model.layers.0.* differs by \d+.*Remove it"):
+        lora_ga.load(base, tmp_path / "a")
+    assert not any("lora" in name for name, _ in base.named_modules())
+
+
+def test_without_a_sidecar_it_trains_on_as_plain_lora_and_says_so(tmp_path: Path) -> None:
+    trained(tmp_path)
+    (tmp_path / FILE).unlink()
+    with pytest.warns(UserWarning, match="has no lora_ga.safetensors: it trains on as plain LoRA"):
+        model = lora_ga.load(llama(), tmp_path, is_trainable=True)
+    assert not any(isinstance(module, Factor) for module in model.modules())
+
+
+def test_a_lora_ga_optimizer_state_does_not_get_into_a_plain_structure(tmp_path: Path) -> None:
+    model = trained(tmp_path)
+    (tmp_path / FILE).unlink()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(**causal(1)[0]).loss.backward()
+    optimizer.step()
+    stock = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    wrong = torch.optim.AdamW([p for p in stock.parameters() if p.requires_grad])
+    wrong.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg is \(4, 32\), its parameter \(8, 32\): the state of a LoRA-GA run"):
+        check_optimizer_state(wrong)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match="(?s)lora_ga.safetensors is missing.*optimizer state.*has other shapes"):
+        lora_ga.load(llama(), tmp_path, is_trainable=True)
+
+
+def test_an_adapter_of_another_rank_does_not_load_into_an_aligned_one(tmp_path: Path) -> None:
+    adapted(llama(), r=6).save_pretrained(tmp_path)
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    with pytest.raises(RuntimeError, match=r"weight is \(6, 32\), but this layer is aligned by LoRA-GA and loads \(8, 32\)"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_another_plain_adapter_of_twice_the_rank_loads_into_an_aligned_one(tmp_path: Path) -> None:
+    plain = adapted(llama(), r=8, lora_alpha=8 * 2**0.5)
+    train(plain, causal())
+    plain.save_pretrained(tmp_path)
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(logits(model, causal(1)[0]), logits(plain.eval(), causal(1)[0]), rtol=0, atol=1e-5)
