@@ -2,19 +2,20 @@
 
     LORA_GA_DATA=... python benchmarks/bench_convergence.py
 
-babyllama105 (0.94M parameters, trained on TinyStories) on tinyshakespeare, all linear layers, r = 8, 300 steps of 8 x 128
-characters, AdamW without weight decay, cosine schedule with 3% warm-up. The text is cut into three parts: training (90%),
-tuning (5%: picks each method's rate, on seed 0) and reporting (5%: all figures below). The rate grid is in half decades and grows
-until its best lies inside. Data order and schedule are the same for all methods. About 40 minutes on one core.
+babyllama105 (0.94M parameters, trained on TinyStories) on tinyshakespeare, all linear layers, r = 8, 300 steps of
+8 x 128 characters, AdamW without weight decay, cosine schedule with 3% warm-up. The text is cut into three parts:
+training (90%), tuning (5%: picks each method's rate, on seed 0) and reporting (5%: all figures below). The rate grid is
+in half decades and grows until its best lies inside. Data order and schedule are the same for all methods. About 40
+minutes on one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from typing import Any
 
-import record
 import torch
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import lora_ga
+import record
 
 RANK, ALPHA, LENGTH, ROWS, EVERY = 8, 16, 128, 8, 20
 GRID = {  # exponents of 10^(1/2): -6 is 1e-3
@@ -125,7 +127,7 @@ def sweep(method: str, parts: dict[str, Tensor], steps: int) -> tuple[int, dict[
 
 def steps_to(curve: list[list[float]], loss: float) -> float | None:
     """The step at which a curve, joined by straight lines, first falls to `loss`."""
-    for (left, high), (right, low) in zip(curve, curve[1:], strict=False):
+    for (left, high), (right, low) in itertools.pairwise(curve):
         if low <= loss:
             return left + (right - left) * (high - loss) / (high - low) if high > loss else left
     return None

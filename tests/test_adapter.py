@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified, llama, logits, t5, train, translated
 from torch import Tensor, nn
 
 import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.config import CHOICES
 from lora_ga.factors import FACTORS, Delta, Factor
+from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified, llama, logits, t5, train, translated
 
 DENSE = LoraGAConfig(estimator="dense", max_batches=None)
 
@@ -271,7 +271,9 @@ def test_a_deep_copy_is_an_aligned_model_of_its_own() -> None:
     train(twin, causal())
     assert twin.peft_config["default"].alignment is not model.peft_config["default"].alignment
     modules = set(map(id, twin.modules()))
-    assert all(id(factor) in modules for pair in twin.peft_config["default"].alignment.factors.values() for factor in pair)
+    assert all(
+        id(factor) in modules for pair in twin.peft_config["default"].alignment.factors.values() for factor in pair
+    )
     assert torch.equal(logits(model, causal(1)[0]), logits(llama(), causal(1)[0]))
 
 

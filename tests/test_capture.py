@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from toys import FAMILIES, adapted, autograd_gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_ga.capture import record
 from lora_ga.targets import find_targets, frozen
+from toys import FAMILIES, adapted, autograd_gradients
 
 
 class Summed:
@@ -96,9 +96,14 @@ def test_listening_does_not_change_the_models_output_or_gradients() -> None:
 
 def test_hooks_are_gone_when_the_loss_raises() -> None:
     block = Block()
-    with pytest.raises(RuntimeError, match="the loss broke"), record(dict(block.named_children()), Summed()):
-        block(torch.randn(2, 3, 6))
-        raise RuntimeError("the loss broke")
+
+    def broken() -> None:
+        with record(dict(block.named_children()), Summed()):
+            block(torch.randn(2, 3, 6))
+            raise RuntimeError("the loss broke")
+
+    with pytest.raises(RuntimeError, match="the loss broke"):
+        broken()
     assert not any(layer._forward_hooks for layer in block.modules())
 
 

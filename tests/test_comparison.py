@@ -27,6 +27,14 @@ def test_a_loss_that_is_not_finite_spoils_its_own_windows_only() -> None:
     assert smoothed[-1] == (4, 4.0)
 
 
+@pytest.mark.parametrize(
+    ("every", "said"), [(1, "10 optimiser steps"), (4, "10 optimiser steps, logged every 4 steps")]
+)
+def test_how_finely_the_loss_is_known_is_said(tmp_path: Path, every: int, said: str) -> None:
+    run = make_run(tmp_path / "a", curve=falling(1.0)[every - 1 :: every])
+    assert compare_runs([run]).smoothing == f"trailing mean over {said}"
+
+
 def test_steps_to_is_the_first_step_at_or_below() -> None:
     curve = ((1, 3.0), (2, math.nan), (3, 2.0), (4, 2.5), (5, 1.0))
     assert [steps_to(curve, loss) for loss in (3.0, 2.0, 1.5, 0.5)] == [1, 3, 5, None]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from toys import adapted, bert, causal, classified, llama, logits, train
 from transformers import AutoModelForCausalLM
 
 import lora_ga
 from lora_ga.export import merge_adapter
+from toys import adapted, bert, causal, classified, llama, logits, train
 
 
 def saved(folder: Path, **lora: Any) -> Any:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from toys import bert, causal, classified, gpt2, llama, t5, tokens, translated
 
 from lora_ga.loss import label_tokens, model_loss, weighed_loss
+from toys import bert, causal, classified, gpt2, llama, t5, tokens, translated
 
 
 def test_a_decoders_first_position_is_not_a_label() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 
 import lora_ga
+import tables
+from toys import adapted, causal, llama, logits, train
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "lora_ga"
@@ -35,6 +41,8 @@ def imports(module: str) -> set[str]:
 
 def test_the_public_list_is_short_and_every_name_is_there() -> None:
     assert len(lora_ga.__all__) <= 12
+    assert set(lora_ga.__all__) == set(lora_ga._HOMES)
+    assert lora_ga.__version__ == importlib.metadata.version("lora-ga")
     assert all(getattr(lora_ga, name).__doc__ for name in lora_ga.__all__)
 
 
@@ -58,14 +66,14 @@ def test_modules_import_no_more_than_the_design_lets_them(module: str, allowed: 
 
 def test_data_flows_one_way() -> None:
     order = ["config", "lowrank", "factors", "capture", "store", "loss", "accumulate", "split", "gradient", "targets"]
-    order += ["estimate", "sidecar", "adapter", "initialize", "restore", "export"]
+    order += ["estimate", "sidecar", "adapter", "start", "restore", "export"]
     for index, module in enumerate(order):
         assert not imports(module) & set(order[index + 1 :]), module
 
 
 def test_peft_is_imported_only_where_models_and_adapters_are_touched() -> None:
     users = {path.stem for path in SOURCE.glob("*.py") if "peft" in imports(path.stem)}
-    assert users == {"targets", "estimate", "sidecar", "adapter", "initialize", "restore", "export"}
+    assert users == {"targets", "estimate", "sidecar", "adapter", "start", "restore", "export"}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -74,12 +82,26 @@ def loaded_by(statement: str) -> set[str]:
     return {name.split(".")[0] for name in run.stdout.split()}
 
 
-def test_importing_the_library_stays_light() -> None:
-    assert not loaded_by("import lora_ga") & {"matplotlib", "datasets", "rich", "pandas", "sklearn"}
+HEAVY = {"torch", "transformers", "peft", "matplotlib", "datasets", "rich", "pandas"}
+
+
+def test_importing_the_package_or_asking_for_help_loads_nothing_heavy() -> None:
+    assert not loaded_by("import lora_ga") & HEAVY
+    assert not loaded_by("from lora_ga.cli.main import main; main(['--help'])") & HEAVY
+
+
+def test_using_the_library_loads_neither_plots_nor_data_sets() -> None:
+    assert not loaded_by("import lora_ga; lora_ga.initialize") & {"matplotlib", "datasets", "rich"}
 
 
 def test_the_test_of_light_imports_would_notice() -> None:
     assert "matplotlib" in loaded_by("import lora_ga, matplotlib")
+
+
+def test_an_unknown_name_is_refused_with_the_known() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'initialise'; it has GradientEstimate, .*initialize"):
+        _ = lora_ga.initialise
+    assert set(dir(lora_ga)) == {*lora_ga.__all__, "__version__"}
 
 
 def test_no_module_of_the_library_outgrows_its_budget() -> None:
@@ -87,31 +109,60 @@ def test_no_module_of_the_library_outgrows_its_budget() -> None:
     assert {name: length for name, length in lengths.items() if length > 300} == {}
 
 
+def blocks(document: str) -> list[str]:
+    """The Python blocks of a document."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+    assert found
+    return found
+
+
+class Trainer:
+    """Stands for any trainer."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def train(self) -> None:
+        train(self.model, causal())
+
+
 def test_the_readmes_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from toys import causal, llama, train  # noqa: PLC0415 (only this test trains)
-
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert blocks
     monkeypatch.chdir(tmp_path)
-
-    class Trainer:
-        """Stands for any trainer."""
-
-        def __init__(self, model: object) -> None:
-            self.model = model
-
-        def train(self) -> None:
-            train(self.model, causal())  # type: ignore[arg-type]
-
-    names = {"base": llama(), "dataloader": causal(), "Trainer": Trainer}
-    exec(blocks[0], names)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    exec(blocks("README.md")[0], {"base": llama(), "dataloader": causal(), "Trainer": Trainer})
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+    assert not torch.equal(logits(stock, causal(1)[0]), logits(llama(), causal(1)[0]))
 
 
-def test_the_readme_names_only_commands_that_exist() -> None:
+def test_the_guides_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = adapted(llama())
+    names = {"lora_ga": lora_ga, "PeftModel": PeftModel, "model": model, "base": llama(), "dataloader": causal()}
+    names["config"] = lora_ga.LoraGAConfig()
+    start, loading = blocks("docs/guide.md")
+    exec(start, names)
+    assert (tmp_path / "estimate.safetensors").exists()
+    model.save_pretrained("adapter")
+    for line in loading.splitlines():
+        exec(line, names | {"base": llama()})
+
+
+def test_the_readmes_table_is_drawn_from_the_records() -> None:
     text = (ROOT / "README.md").read_text()
+    assert tables.table() in text
+    assert tables.written(text) == text
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "CHANGELOG.md"])
+def test_documents_name_only_commands_files_and_options_that_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z]+)", text):
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for target in re.findall(r"(?m)`make ([a-z]+)|^make ([a-z]+)", text):
+        assert re.search(rf"^{''.join(target)}:", makefile, flags=re.MULTILINE), target
     for path in re.findall(r"\]\(([^)#]+)\)", text):
-        assert path.startswith("http") or (ROOT / path).exists(), path
+        assert path.startswith("https://") or ((ROOT / document).parent / path).exists(), path
+    for command, line in re.findall(r"(?m)^lora-ga ([a-z]+)(.*)$", text):
+        shown = subprocess.run(
+            [sys.executable, "-m", "lora_ga", command, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for option in re.findall(r"--[a-z_]+", line):
+            assert option in shown, (command, option)

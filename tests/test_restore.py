@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from toys import FAMILIES, adapted, bert, causal, classified, llama, logits, t5, train, translated
 from torch import Tensor, nn
 
 import lora_ga
@@ -20,9 +19,12 @@ from lora_ga.config import CHOICES
 from lora_ga.factors import Factor
 from lora_ga.restore import check_optimizer_state
 from lora_ga.sidecar import FILE
+from toys import FAMILIES, adapted, bert, causal, classified, llama, logits, t5, train, translated
 
 
-def trained(folder: Path, make: Callable[..., Any] = llama, data: Any = causal, offset: str = "adapter", **lora: Any) -> Any:
+def trained(
+    folder: Path, make: Callable[..., Any] = llama, data: Any = causal, offset: str = "adapter", **lora: Any
+) -> Any:
     """Align, train, save; returns the model in evaluation mode."""
     model = adapted(make(), lora.pop("targets", "all-linear"), **lora)
     lora_ga.initialize(model, data(), LoraGAConfig(offset=offset))
@@ -212,7 +214,9 @@ def test_the_sidecar_of_another_adapter_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "b", data=lambda: causal(3, rows=5))
     (tmp_path / "a" / FILE).write_bytes((tmp_path / "b" / FILE).read_bytes())
     base = llama()
-    with pytest.raises(ValueError, match=r"does not belong to this adapter: A of model.layers.0.* differs by \d+.*Remove it"):
+    with pytest.raises(
+        ValueError, match=r"not belong to this adapter: A of model.layers.0.* differs by \d+.*Remove it"
+    ):
         lora_ga.load(base, tmp_path / "a")
     assert not any("lora" in name for name, _ in base.named_modules())
 
@@ -245,7 +249,7 @@ def test_an_adapter_of_another_rank_does_not_load_into_an_aligned_one(tmp_path: 
     adapted(llama(), r=6).save_pretrained(tmp_path)
     model = adapted(llama())
     lora_ga.initialize(model, causal())
-    with pytest.raises(RuntimeError, match=r"weight is \(6, 32\), but this layer is aligned by LoRA-GA and loads \(8, 32\)"):
+    with pytest.raises(RuntimeError, match=r"weight is \(6, 32\), but this layer is aligned.* loads \(8, 32\)"):
         model.load_adapter(tmp_path, "default")
 
 

