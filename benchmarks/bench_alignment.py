@@ -14,7 +14,7 @@ import copy
 import importlib.util
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ RANK, BATCHES = 8, 32
 Batch = dict[str, Tensor]
 
 
-def minilm_batches(rows: list[dict[str, Any]], size: int = 8, length: int = 64) -> list[Batch]:
+def minilm_batches(rows: Sequence[Mapping[str, Any]], size: int = 8, length: int = 64) -> list[Batch]:
     """Tokenised batches of labelled rows for the packaged MiniLM."""
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     made = []
@@ -156,7 +156,11 @@ def drift(make: Callable[[], nn.Module], batches: list[Batch], targets: Any, dty
     models = []
     for factor in (1.0, 1e-4, 1e4):
         model = get_peft_model(make().to(dtype), LoraConfig(r=RANK, target_modules=targets))
-        lora_ga.initialize(model, batches, loss_fn=lambda m, batch, factor=factor: factor * m(**batch).loss)
+
+        def scaled(m: nn.Module, batch: Batch, factor: float = factor) -> Tensor:
+            return factor * m(**batch).loss
+
+        lora_ga.initialize(model, batches, loss_fn=scaled)
         models.append([module.start for module in model.modules() if isinstance(module, Factor)])
     moved = [
         ((other - one).norm() / one.norm()).item()

