@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_ga
-from lora_ga import LoraGAConfig
+from lora_ga import LoraGAConfig, sidecar
 from lora_ga.config import CHOICES
 from lora_ga.factors import Factor
 from lora_ga.restore import check_optimizer_state
@@ -199,6 +200,22 @@ def test_another_base_model_is_refused_and_given_back_as_it_was(tmp_path: Path) 
     with pytest.raises(ValueError, match="trained on another base model: its fingerprint is"):
         lora_ga.load(base, tmp_path)
     assert not any("lora" in name for name, _ in base.named_modules())
+
+
+@pytest.mark.parametrize("name", ["no-such-owner/no-such-adapter", "no/such/folder"])
+def test_an_adapter_that_is_nowhere(name: str) -> None:
+    base = llama()
+    with pytest.raises(FileNotFoundError, match=f"{name}: not a local folder, and not to be had from the hub"):
+        lora_ga.load(base, name)
+    assert not any("lora" in path for path, _ in base.named_modules())
+
+
+def test_the_hubs_word_that_an_adapter_has_no_sidecar_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> str:
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr(sidecar, "hf_hub_download", absent)
+    assert sidecar.read("owner/adapter") is None
 
 
 def test_a_damaged_sidecar_is_refused(tmp_path: Path) -> None:

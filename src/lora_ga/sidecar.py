@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import file_exists, hf_hub_download
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
 from torch import Tensor
 
@@ -76,14 +77,21 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         Tensors and record; None if the adapter has no sidecar.
 
     Raises:
+        FileNotFoundError: There is no such folder, and the hub has no such adapter or cannot be asked.
         ValueError: The sidecar is damaged.
     """
     if Path(path).is_dir():
         file = Path(path) / FILE
         return read_tensors(file, FILE_KIND) if file.exists() else None
-    if not file_exists(str(path), FILE):
-        return None
-    return read_tensors(hf_hub_download(str(path), FILE), FILE_KIND)
+    try:
+        return read_tensors(hf_hub_download(str(path), FILE), FILE_KIND)
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):  # the hub was asked: the adapter has no sidecar
+            return None
+        reason: Exception = error
+    except (OSError, HFValidationError) as error:  # no such name, no access, no network
+        reason = error
+    raise FileNotFoundError(f"{path}: not a local folder, and not to be had from the hub ({reason}).") from reason
 
 
 def doubled(config: LoraConfig, plain: Mapping[str, tuple[int, float]]) -> dict[str, Any]:

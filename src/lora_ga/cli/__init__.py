@@ -1,0 +1,1 @@
+"""The `lora-ga` command: argument parsing and calls of the library."""

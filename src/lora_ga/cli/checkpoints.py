@@ -1,0 +1,119 @@
+"""The folder of a run: what may be in it at the start, and from where an unfinished run goes on."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_ga import sidecar
+from lora_ga.store import write_atomically
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+MODEL = "model"
+ESTIMATE = "estimate.safetensors"
+LABELS = "labels.json"  # beside an adapter of a classification: id -> name of the class
+STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
+
+# Options that may differ between the two parts of one run: they do not touch what is computed.
+FREE = {"output_dir", "report_to", "run_name"}
+
+
+def check_unused(folder: Path) -> None:
+    """Refuses a folder for a new run that has something in it.
+
+    Raises:
+        FileExistsError: it is a file, or not empty.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--output_dir {folder}: this is a file. Give a new folder.")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"--output_dir {folder}: the folder is not empty. Give a new one, or --resume to go on with the run in it."
+        )
+
+
+def saved_config(folder: Path) -> Path:
+    """Finds the run in a folder.
+
+    Returns:
+        The file with its options.
+
+    Raises:
+        FileNotFoundError: there is no run.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--resume: there is no run in {folder} (no {CONFIG}). Give its --output_dir, or leave --resume out."
+        )
+    return file
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
+    """Refuses to go on with other options than a run began with.
+
+    Raises:
+        ValueError: options differ in a way that changes the result.
+    """
+    differing = [name for name in saved if name not in FREE and saved[name] != now[name]]
+    if differing:
+        changes = "; ".join(f"{name} was {saved[name]} and is now {now[name]}" for name in differing)
+        raise ValueError(
+            f"--resume: the run in {file.parent} began with other options: {changes}. Leave them out to go on with the "
+            "run as it was, or start a new run in another folder."
+        )
+
+
+def last_checkpoint(folder: Path, method: str) -> Path:
+    """The newest checkpoint that was written to its end.
+
+    Args:
+        folder: The run's folder.
+        method: A LoRA-GA run also needs the sidecar file.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint, or the sidecar is missing.
+    """
+    steps = {
+        int(match[1]): path
+        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
+    }
+    if not steps:
+        raise FileNotFoundError(
+            f"--resume: there is no complete checkpoint in {folder / CHECKPOINTS}; the run ended before the first one "
+            f"(--save_steps). Remove {folder} and start again."
+        )
+    newest = steps[max(steps)]
+    if method == "lora-ga" and not (newest / sidecar.FILE).is_file():
+        raise FileNotFoundError(
+            f"--resume: {newest} has no {sidecar.FILE}, the file that says how its adapter divides into start and "
+            "change. Without it the adapter would go on as plain LoRA. Put the file back, or start again elsewhere."
+        )
+    return newest
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What Trainer wrote about itself: step, log and more."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether training had ended when this checkpoint was written."""
+    state = read_state(checkpoint)
+    return state["global_step"] >= state["max_steps"]
+
+
+def begin(folder: Path, options: Mapping[str, Any]) -> None:
+    """Makes the folder and writes the options that replay the run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = f"# `lora-ga train --config {CONFIG} --output_dir NEW_FOLDER` runs this again.\n"
+    write_atomically(folder / CONFIG, (head + yaml.safe_dump(dict(options), sort_keys=False)).encode())

@@ -1,0 +1,259 @@
+"""From a file or a hub data set to tokenised examples; every column and label is checked on the way."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from lora_ga.cli.options import DataOptions
+
+# suffix -> reader of the datasets library, and its settings: pandas would take a text "NA" or "None" for a missing one.
+FILE_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+
+IGNORED = -100  # a label that Transformers leaves out of the loss
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a task: their names in the order of their ids, and the id of each value in the data."""
+
+    names: tuple[str, ...]
+    ids: Mapping[Any, int]
+
+
+def load_file(path: Path) -> Dataset:
+    """Reads a local file.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a kind of file that is not supported, one that cannot be read as its kind, or one without rows.
+    """
+    if path.suffix not in FILE_TYPES:
+        raise ValueError(f"{path}: a data file ends in {', '.join(FILE_TYPES)}; this one ends in {path.suffix!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such data file.")
+    kind, settings = FILE_TYPES[path.suffix]
+    try:
+        rows = load_dataset(kind, data_files={"rows": str(path)}, split="rows", **settings)
+    except (DatasetGenerationError, ValueError) as error:
+        reason = error.__cause__ or error
+        if "corresponds to no data" in str(reason):
+            raise ValueError(f"{path}: holds no rows. Give a file with at least one example.") from error
+        raise ValueError(f"{path}: could not be read as {path.suffix[1:]} ({reason}).") from error
+    return rows
+
+
+def load_hub(name: str, config: str | None, split: str) -> Dataset:
+    """Reads one split of a hub data set.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        ValueError: no such data set, configuration or split, or no way to the hub; or no rows.
+    """
+    try:
+        rows = load_dataset(name, config, split=split)
+    except (DatasetNotFoundError, ConnectionError, ValueError) as error:
+        raise ValueError(
+            f"--dataset {name}, configuration {config}, split {split}: could not be loaded ({error}). "
+            "Check the three names, or give a local file by --train_file."
+        ) from error
+    if len(rows) == 0:
+        raise ValueError(f"--dataset {name}, split {split}: holds no rows. Give a split with at least one example.")
+    return rows
+
+
+def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> None:
+    """Refuses columns that are not there, or whose values the task cannot use.
+
+    Args:
+        rows: The data.
+        columns: Option name → column name.
+        source: Where the rows come from, for the message.
+
+    Raises:
+        ValueError: a column is missing (the message lists those that exist) or not of text, or of integers or text.
+    """
+    for option, column in columns.items():
+        if column not in rows.column_names:
+            raise ValueError(
+                f"{source}: there is no column {column!r} (--{option}); its columns are {', '.join(rows.column_names)}."
+            )
+        kind = rows.features[column]
+        dtype = "int64" if isinstance(kind, ClassLabel) else getattr(kind, "dtype", type(kind).__name__)
+        is_text = dtype in {"string", "large_string", "string_view"}
+        is_class = option == "label_column" and (dtype == "bool" or dtype.startswith(("int", "uint")))
+        if not is_text and not is_class:
+            wanted = "integers or text" if option == "label_column" else "text"
+            raise ValueError(f"{source}: column {column!r} (--{option}) holds {dtype}, but it must hold {wanted}.")
+
+
+def read_labels(rows: Dataset, column: str, source: str) -> Labels:
+    """Finds the classes in the training data.
+
+    Returns:
+        Those that a hub data set declares, or else the values themselves, sorted.
+
+    Raises:
+        ValueError: a row without a label, or fewer than two classes.
+    """
+    kind = rows.features[column]
+    if isinstance(kind, ClassLabel):
+        return Labels(tuple(kind.names), {number: number for number in range(kind.num_classes)})
+    values = rows.unique(column)
+    if None in values or "" in values:
+        row = next(number for number, value in enumerate(rows[column]) if value is None or value == "")
+        raise ValueError(f"{source}: row {row} has no label in column {column!r}. Fill it in or remove the row.")
+    values = sorted(values)
+    if len(values) < 2:
+        raise ValueError(f"{source}: column {column!r} holds one class only, {values[0]!r}; nothing to learn.")
+    return Labels(tuple(map(str, values)), {value: number for number, value in enumerate(values)})
+
+
+def _texts(batch: Mapping[str, list[Any]], rows: list[int], column: str, source: str) -> list[str]:
+    """A column's values, none of them missing."""
+    for row, value in zip(rows, batch[column], strict=True):
+        if value is None:
+            raise ValueError(f"{source}: row {row} has nothing in column {column!r}. Fill it in or remove the row.")
+    return batch[column]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns rows into token ids and labels, for one tokenizer and one choice of columns.
+
+    Attributes:
+        tokenizer: Of the model.
+        options: The columns.
+        max_length: Most tokens of an example.
+        labels: The classes, for seq-cls only.
+    """
+
+    tokenizer: Any
+    options: DataOptions
+    max_length: int
+    labels: Labels | None = None
+
+    def classes(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
+        """Makes an example of a text or a pair, and the id of its class.
+
+        Returns:
+            Token ids and labels.
+
+        Raises:
+            ValueError: a label that the training data does not have.
+        """
+        assert self.labels is not None, "seq-cls has labels"
+        texts = [
+            _texts(batch, rows, column, source)
+            for column in (self.options.text_column, self.options.text_pair_column)
+            if column is not None
+        ]
+        column = self.options.label_column
+        for row, value in zip(rows, batch[column], strict=True):
+            if value not in self.labels.ids:
+                known = ", ".join(f"{known!r}" for known in self.labels.ids)
+                raise ValueError(
+                    f"{source}: row {row} has the label {value!r}, but the classes of the training data are {known}."
+                )
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        return {**encoded, "labels": [self.labels.ids[value] for value in batch[column]]}
+
+    def plain_text(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
+        """Text to be continued; one longer than `max_length` gives several examples, so that nothing is lost."""
+        texts = _texts(batch, rows, self.options.text_column, source)
+        pieces = []
+        for ids in self.tokenizer(texts, verbose=False)["input_ids"]:
+            whole = self._ended(ids)
+            starts = range(0, len(whole), self.max_length)
+            # The first token of an example is never predicted: one alone teaches nothing.
+            pieces += [whole[start : start + self.max_length] for start in starts if len(whole) - start > 1]
+        return {
+            "input_ids": pieces,
+            "attention_mask": [[1] * len(piece) for piece in pieces],
+            "labels": [list(piece) for piece in pieces],
+        }
+
+    def prompts(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
+        """Prompt and target in one sequence, with a loss on the target; left out where the prompt leaves no room."""
+        prompts = self.tokenizer(self._column(batch, rows, "prompt_column", source), verbose=False)["input_ids"]
+        targets = self.tokenizer(
+            self._column(batch, rows, "target_column", source), add_special_tokens=False, verbose=False
+        )["input_ids"]
+        examples: dict[str, Any] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for prompt, target in zip(prompts, targets, strict=True):
+            # Some tokenizers end every text; here the text goes on.
+            given = prompt[:-1] if prompt and prompt[-1] == self.tokenizer.eos_token_id else prompt
+            learned = self._ended(target)
+            ids = (given + learned)[: self.max_length]
+            labels = ([IGNORED] * len(given) + learned)[: self.max_length]
+            if any(label != IGNORED for label in labels[1:]):
+                examples["input_ids"].append(ids)
+                examples["attention_mask"].append([1] * len(ids))
+                examples["labels"].append(labels)
+        return examples
+
+    def pairs(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
+        """Source text for the encoder, target text for the decoder."""
+        encoded = self.tokenizer(
+            self._column(batch, rows, "prompt_column", source),
+            text_target=self._column(batch, rows, "target_column", source),
+            truncation=True,
+            max_length=self.max_length,
+        )
+        return dict(encoded)
+
+    def _column(self, batch: Mapping[str, list[Any]], rows: list[int], option: str, source: str) -> list[str]:
+        return _texts(batch, rows, getattr(self.options, option), source)
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """The ids with the end-of-text token, once, where the tokenizer has one."""
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+# What an encoder does with a batch of rows: the columns, the rows' numbers and where they come from -> examples.
+Encoding = Callable[[Encoder, Mapping[str, list[Any]], list[int], str], dict[str, Any]]
+
+
+def encode(rows: Dataset, encoding: Encoding, encoder: Encoder, source: str) -> Dataset:
+    """Tokenises all rows.
+
+    Args:
+        rows: The data, its columns checked.
+        encoding: One of the encoder's methods.
+        encoder: The tokenizer and the columns.
+        source: Where the rows come from, for messages.
+
+    Returns:
+        The examples: as many as rows, but for plain text, and for prompts that leave no room for their target.
+
+    Raises:
+        ValueError: a row that cannot be used, or no example left.
+    """
+    examples = rows.map(
+        lambda batch, numbers: encoding(encoder, batch, numbers, source),
+        with_indices=True,
+        batched=True,
+        remove_columns=rows.column_names,
+        load_from_cache_file=False,  # its key does not cover the code above
+        desc=f"Tokenising {source}",
+    )
+    if len(examples) == 0:
+        raise ValueError(
+            f"{source}: no row has a token to learn within {encoder.max_length} tokens. Raise --max_length."
+        )
+    return examples

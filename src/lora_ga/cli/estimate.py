@@ -1,0 +1,96 @@
+"""`lora-ga estimate`: the gradient of every adapted layer, in a file."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lora_ga.cli.options import DataOptions, EstimateOptions, ModelOptions, TargetOptions, option, require
+from lora_ga.cli.parsing import config_parser, parse_with_config
+
+
+@dataclass
+class OutputOptions:
+    """Where the estimate goes."""
+
+    _argument_group_name: ClassVar[str] = "output"
+
+    output: str = option("", "file to write, ending in .safetensors; it must not exist (required)")
+
+    def __post_init__(self) -> None:
+        require(self, "output")
+
+
+GROUPS = (ModelOptions, DataOptions, TargetOptions, EstimateOptions, OutputOptions)
+
+USAGE = "lora-ga estimate --model MODEL --task TASK (--train_file FILE | --dataset NAME) --output FILE [options]"
+
+DESCRIPTION = """\
+Estimate the loss gradient of every layer that an adapter would adapt, on a few batches of training data, and write its
+leading directions to a file. The model is not changed. `lora-ga inspect` shows what the file holds, and
+`lora-ga train --estimate_file` starts from it, any number of times: one is enough for a sweep of learning rates.
+
+example:
+  lora-ga estimate --model meta-llama/Llama-3.2-1B --task causal-lm --train_file notes.jsonl --rank 16 \\
+      --output notes.safetensors
+"""
+
+
+def new_file(path: str) -> Path:
+    """Checks the name of a new estimate file.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ValueError: it does not end in .safetensors, or its folder does not exist.
+        FileExistsError: the file exists.
+    """
+    file = Path(path)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"--output {path}: an estimate is a .safetensors file. Give a name with that ending.")
+    if file.exists():
+        raise FileExistsError(f"--output {path}: this file exists. Give another name, or remove it.")
+    if not file.parent.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {file.parent}. Make it first.")
+    return file
+
+
+def main(argv: list[str]) -> int:
+    """Estimates, writes the file and says what is in it."""
+    parser = config_parser(GROUPS, prog="lora-ga estimate", usage=USAGE, description=DESCRIPTION)
+    model, data, target, options, output = parse_with_config(parser, argv)
+    file = new_file(output.output)
+    estimate = run(model, data, target, options)
+    estimate.save(file)
+    limits = sorted(limit for limit in estimate.limit(target.rank).values() if not math.isnan(limit))
+    middle = f"; a rank of {target.rank} can follow {limits[len(limits) // 2]:.3f} of it (median)" if limits else ""
+    print(
+        f"{file}: the gradient of {len(estimate)} layers from {estimate.batches} batches with "
+        f"{estimate.weight:.0f} labels{middle}. `lora-ga inspect {file}` shows each layer."
+    )
+    return 0
+
+
+def run(model: ModelOptions, data: DataOptions, target: TargetOptions, options: EstimateOptions) -> Any:
+    """Loads model and data and estimates, as `lora-ga train` does before it trains.
+
+    Returns:
+        The `GradientEstimate`.
+
+    Raises:
+        ValueError: something about the request does not fit.
+    """
+    import torch
+
+    import lora_ga
+    from lora_ga.cli import tasks
+    from lora_ga.cli.gradient import EstimateBatches, estimate_config
+    from lora_ga.cli.models import add_adapter
+    from lora_ga.cli.options import AdapterOptions
+
+    base, prepared, collate = tasks.assemble(model, tasks.prepare(model, data))
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    adapted = add_adapter(base, target, AdapterOptions(), tasks.TASKS[model.task].peft_type).to(device)
+    batches = EstimateBatches(prepared.train, collate, options, data.batch_size, model.seed)
+    return lora_ga.estimate_gradients(adapted, batches, estimate_config(options, model.seed))

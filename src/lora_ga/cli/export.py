@@ -1,0 +1,155 @@
+"""`lora-ga export`: a smaller adapter, or a full model, of a trained adapter."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from lora_ga.cli.options import at_least, option, require
+from lora_ga.cli.parsing import OptionParser
+
+USAGE = "lora-ga export ADAPTER --output FOLDER (--rank K | --merge) [options]"
+
+DESCRIPTION = """\
+Make something else of a trained adapter. After LoRA-GA training with rank r the adapter file has rank 2r: it is plain
+LoRA for the untouched base model, and needs no export to be used. --rank K writes the nearest adapter of rank K and
+shows what each layer loses; --merge writes a full model, with the tokenizer if there is one.
+
+example:
+  lora-ga export runs/mrpc/adapter --output small --rank 8
+  lora-ga export runs/mrpc/adapter --output merged --merge
+"""
+
+
+@dataclass
+class ExportOptions:
+    """What to make of an adapter."""
+
+    output: str = option("", "new or empty folder for the result (required)")
+    rank: int | None = option(None, "compress the adapter to this rank, by the SVD of each layer's change")
+    merge: bool = option(False, "write the full model with the adapter merged into its weights")
+    model: str | None = option(
+        None, "with --merge: the base model, a hub name or local folder (default: the one the adapter names)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "with --merge: precision of the merged weights; auto is the base model's own"
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "output")
+        at_least(self, rank=1)
+        if (self.rank is None) == (not self.merge):
+            found = "neither" if self.rank is None else "both"
+            raise ValueError(
+                f"Choose what to make: --rank K (a smaller adapter) or --merge (a full model); {found} was given."
+            )
+        if not self.merge and (self.model is not None or self.dtype != "auto"):
+            raise ValueError("--model and --dtype belong to --merge, but --rank was given. Leave them out.")
+
+
+def main(argv: list[str]) -> int:
+    """Writes the smaller adapter or the merged model."""
+    parser = OptionParser((ExportOptions,), prog="lora-ga export", usage=USAGE, description=DESCRIPTION)
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter: DIR/adapter of a run, or any other")
+    options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    adapter, out = Path(positional.adapter), Path(options.output)
+    if not (adapter / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{adapter}: there is no adapter (no adapter_config.json). Give the folder that save_pretrained wrote, "
+            "for a run of `lora-ga train` its adapter folder."
+        )
+    if options.merge:
+        merge(adapter, out, options)
+    else:
+        compress(adapter, out, options.rank)
+    return 0
+
+
+def compress(adapter: Path, out: Path, rank: int) -> None:
+    """Writes the adapter of a lower rank and shows the loss of each layer."""
+    from lora_ga.cli.checkpoints import LABELS
+    from lora_ga.cli.terminal import as_rich, terminal
+    from lora_ga.export import compress_adapter
+    from lora_ga.tables import Table
+
+    errors = compress_adapter(adapter, out, rank)
+    tokenizer = find_tokenizer([str(adapter)])
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    if (adapter / LABELS).is_file():
+        shutil.copy(adapter / LABELS, out)
+    rows = [[name, f"{error:.2e}"] for name, error in errors.items()]
+    terminal().print(as_rich(Table(["layer", "what is lost of its change (relative)"], rows)))
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"{out}: rank {rank}; median error {median(errors.values()):.2e}, worst {errors[worst]:.2e} ({worst})")
+
+
+def merge(adapter: Path, out: Path, options: ExportOptions) -> None:
+    """Writes the base model with the adapter in its weights.
+
+    Raises:
+        ValueError: the output is not empty, the base model cannot be loaded, or the adapter does not fit it.
+    """
+    from lora_ga.export import check_empty, merge_adapter
+
+    check_empty(out)
+    name, base = load_base(adapter, options)
+    tokenizer = find_tokenizer([str(adapter), name])
+    if tokenizer is not None and base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id  # a classifier cannot read a padded batch without it
+    try:
+        merge_adapter(adapter, out, base=base)
+    except RuntimeError as error:
+        raise ValueError(f"{adapter}: does not fit {name} ({error}). Give its base model by --model.") from error
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    print(f"{out}: {name} with the adapter merged in" + ("" if tokenizer else "; no tokenizer was found to go with it"))
+
+
+def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
+    """Loads the base model, with the classes that the adapter's folder names.
+
+    Returns:
+        Its name, and the model.
+
+    Raises:
+        ValueError: the adapter names no base model, is for an unknown task, or the model cannot be loaded.
+    """
+    import transformers
+    from peft import PeftConfig
+
+    from lora_ga.cli.checkpoints import LABELS
+    from lora_ga.cli.models import load_pretrained
+    from lora_ga.cli.tasks import TASKS
+
+    config = PeftConfig.from_pretrained(str(adapter))
+    name = options.model or config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"{adapter}: the adapter does not name its base model. Give it by --model.")
+    classes = {task.peft_type: task.model_class for task in TASKS.values()}
+    if config.task_type not in classes:
+        raise ValueError(
+            f"{adapter}: its task type is {config.task_type}, but --merge knows {', '.join(classes)}. "
+            "Merge it with lora_ga.export.merge_adapter and a base model of your own."
+        )
+    settings: dict[str, Any] = {"dtype": options.dtype}
+    if (adapter / LABELS).is_file():
+        names = {int(number): label for number, label in json.loads((adapter / LABELS).read_text()).items()}
+        settings |= {"id2label": names, "label2id": {label: number for number, label in names.items()}}
+    return name, load_pretrained(getattr(transformers, classes[config.task_type]), name, **settings)
+
+
+def find_tokenizer(sources: list[str]) -> Any:
+    """The first tokenizer there is in local folders or under hub names; None if there is none."""
+    import transformers
+
+    for source in sources:
+        if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
+            continue
+        try:
+            return transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError):
+            continue
+    return None

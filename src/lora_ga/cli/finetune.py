@@ -1,0 +1,210 @@
+"""A fine-tuning run, from the options to the folder with adapter, estimate and record."""
+
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import PeftModel
+from transformers.integrations import get_available_reporting_integrations
+
+import lora_ga
+from lora_ga.cli import checkpoints, tasks
+from lora_ga.cli.callbacks import OptimizerGuard, WholeCurve, spent
+from lora_ga.cli.gradient import EstimateBatches, estimate_config
+from lora_ga.cli.models import add_adapter, train_in_float32
+from lora_ga.cli.options import Job
+from lora_ga.cli.record import run_record
+from lora_ga.report import RECORD, write_json_atomically
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to.
+
+    Attributes:
+        record: As written to `run.json`.
+        result: The folder with the adapter or the model.
+    """
+
+    record: dict[str, Any]
+    result: Path
+
+
+def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
+    """Trains as the job says and writes its folder; nothing is written before all that can be refused has been.
+
+    Args:
+        job: The options.
+        checkpoint: Where an unfinished run goes on from.
+
+    Returns:
+        The record, and where the result is.
+
+    Raises:
+        ValueError: something about the job does not fit.
+    """
+    began = time.monotonic()
+    check_surroundings(job)
+    folder, method = Path(job.training.output_dir), job.training.method
+    settings = arguments(job, folder)
+    base, data, collate = tasks.assemble(
+        job.model,
+        tasks.prepare(job.model, job.data, eval_file=job.training.eval_file, eval_split=job.training.eval_split),
+        trains_all=method == "full",
+        weights=checkpoint if method == "full" else None,
+    )
+    model, estimate, seconds = started(job, base, data.train, collate, settings.device, checkpoint)
+    train_in_float32(model)
+    if checkpoint is None:
+        checkpoints.begin(folder, job.options())
+        if estimate is not None:
+            estimate.save(folder / checkpoints.ESTIMATE)
+    trainer = getattr(transformers, tasks.TASKS[job.model.task].trainer)(
+        model=model,
+        args=settings,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=collate,
+        compute_metrics=tasks.accuracy if data.labels else None,
+        preprocess_logits_for_metrics=tasks.predicted_class if data.labels else None,
+        callbacks=[WholeCurve(seconds), OptimizerGuard()],
+    )
+    train(trainer, checkpoint)
+    took = spent(trainer.state.log_history)
+    if data.evaluation is not None and not evaluated(trainer.state):
+        trainer.evaluate()
+    earlier = {} if checkpoint is None else spent(checkpoints.read_state(checkpoint)["log_history"])
+    record = run_record(
+        job,
+        dataset=data.source,
+        history=trainer.state.log_history,
+        steps=trainer.state.global_step,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        device=settings.device,
+        seconds={**took, "total": sum(earlier.values()) + time.monotonic() - began},
+    )
+    result = folder / (checkpoints.MODEL if method == "full" else checkpoints.ADAPTER)
+    model.save_pretrained(result)
+    data.tokenizer.save_pretrained(result)
+    if data.labels is not None and method != "full":
+        # Not config.json: Transformers takes a folder that has one for a whole model.
+        write_json_atomically(result / checkpoints.LABELS, dict(enumerate(data.labels.names)))
+    write_json_atomically(folder / RECORD, record)
+    if not math.isfinite(record["metrics"]["train_loss"]):
+        tasks.warn("the training loss is not finite, so the result is of no use. Try a smaller --learning_rate.")
+    return Outcome(record, result)
+
+
+def check_surroundings(job: Job) -> None:
+    """Refuses what would fail, or go wrong unseen, long after the start.
+
+    Raises:
+        ValueError: several processes, or a report that no installed package can take.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ValueError(
+            f"lora-ga train runs in one process, but WORLD_SIZE is {processes}. Start it without torchrun or "
+            "accelerate, or call lora_ga.initialize in a training script of your own."
+        )
+    available = get_available_reporting_integrations()
+    unknown = [name for name in job.training.report_to if name not in {*available, "none", "all"}]
+    if unknown:
+        raise ValueError(
+            f"--report_to {' '.join(unknown)}: not installed or not known. "
+            f"Available here are {', '.join(['none', 'all', *sorted(available)])}."
+        )
+
+
+def arguments(job: Job, folder: Path) -> Any:
+    """Transformers' training arguments."""
+    training, accelerated = job.training, torch.accelerator.is_available()
+    evaluates = training.eval_steps is not None
+    settings = getattr(transformers, tasks.TASKS[job.model.task].trainer.replace("Trainer", "TrainingArguments"))(
+        output_dir=str(folder / checkpoints.CHECKPOINTS),
+        per_device_train_batch_size=job.data.batch_size,
+        per_device_eval_batch_size=job.data.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
+        weight_decay=training.weight_decay,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        bf16=job.model.dtype == "bfloat16",
+        use_cpu=not accelerated,
+        dataloader_pin_memory=accelerated,
+        seed=job.model.seed,
+        label_names=["labels"],
+        prediction_loss_only=job.model.task != "seq-cls",
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=training.eval_steps,
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not finite is shown as it is
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        save_total_limit=2,
+        report_to=training.report_to,
+        run_name=training.run_name or training.method,
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+    # Trainer would split each batch over all visible GPUs with DataParallel, which copies parameters and buffers only.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
+
+
+def started(
+    job: Job, base: Any, examples: Dataset, collate: Any, device: torch.device, checkpoint: Path | None
+) -> tuple[Any, lora_ga.GradientEstimate | None, float]:
+    """The model to train: with a new adapter at its start, or with that of the checkpoint.
+
+    Args:
+        job: The options.
+        base: The base model.
+        examples: Training data, for the estimate.
+        collate: Makes a batch of examples.
+        device: Where the model goes.
+        checkpoint: Where the run goes on from, if it does.
+
+    Returns:
+        The model on its device, the estimate and the seconds it took.
+
+    Raises:
+        ValueError: the library refuses the estimate or the adapter.
+    """
+    peft_type = tasks.TASKS[job.model.task].peft_type
+    if job.training.method == "full":
+        return base.to(device), None, 0.0
+    if checkpoint is not None and job.training.method == "lora-ga":
+        return lora_ga.load(base, checkpoint, is_trainable=True).to(device), None, 0.0
+    model = add_adapter(base, job.target, job.adapter, peft_type).to(device)
+    if job.training.method == "lora":
+        return model, None, 0.0
+    began = time.monotonic()
+    batches: Any = EstimateBatches(examples, collate, job.estimate, job.data.batch_size, job.model.seed)
+    if job.training.estimate_file is not None:
+        batches = lora_ga.GradientEstimate.load(job.training.estimate_file)
+    estimate = lora_ga.initialize(model, batches, estimate_config(job.estimate, job.model.seed, job.adapter))
+    return model, estimate, time.monotonic() - began
+
+
+def train(trainer: Any, checkpoint: Path | None) -> None:
+    """Trains to the end; of a checkpoint that is at the end only the weights and the history are taken."""
+    if checkpoint is None or not checkpoints.is_complete(checkpoint):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return
+    trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
+    if isinstance(trainer.model, PeftModel):
+        trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+
+
+def evaluated(state: Any) -> bool:
+    """Whether the last step has been evaluated."""
+    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)

@@ -1,0 +1,66 @@
+"""What the gradient estimate of the commands is made of: its settings, its batches, its file."""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import Progress
+from torch.utils.data import DataLoader
+
+from lora_ga.cli.options import AdapterOptions, EstimateOptions
+from lora_ga.config import LoraGAConfig
+
+
+def estimate_config(options: EstimateOptions, seed: int, adapter: AdapterOptions | None = None) -> LoraGAConfig:
+    """The library's settings; those of the start are left at their defaults where only an estimate is asked for."""
+    start: dict[str, Any] = {}
+    if adapter is not None:
+        start = {name: getattr(adapter, name) for name in ("direction", "scale", "stable_gamma", "offset")}
+    return LoraGAConfig(
+        estimator=options.estimator,
+        oversample=options.oversample,
+        max_batches=options.estimate_batches,
+        on_missing=options.on_missing,
+        seed=seed,
+        **start,
+    )
+
+
+class EstimateBatches:
+    """A seeded choice of training examples, in batches, with a progress bar on a terminal.
+
+    The choice is drawn from a generator of its own: the order of training, and all else that is random there, is the
+    same with an estimate and without.
+    """
+
+    def __init__(
+        self,
+        examples: Dataset,
+        collate: Callable[[list[Any]], Any],
+        options: EstimateOptions,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        size = options.estimate_batch_size or batch_size
+        shuffled = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+        chosen = examples.select(shuffled[: size * options.estimate_batches].tolist())
+        # A loader draws a number from the global generator for its workers unless it is given one.
+        self._loader: DataLoader[Any] = DataLoader(
+            chosen,
+            batch_size=size,
+            collate_fn=collate,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+            bar = progress.add_task("Estimating the gradient", total=len(self))
+            for batch in self._loader:
+                progress.advance(bar)  # not after the yield: nobody asks for more than the last
+                yield batch

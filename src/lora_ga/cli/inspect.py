@@ -1,0 +1,177 @@
+"""`lora-ga inspect`: what an estimate file holds, layer by layer."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from rich.text import Text
+
+from lora_ga import GradientEstimate
+from lora_ga.cli.parsing import config_parser, parse_with_config
+from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
+from lora_ga.page import FAINT, STYLE, rendered
+from lora_ga.tables import BLANK, Table
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+
+EXAMPLE = """\
+Show an estimate: for each layer the norm of its gradient, and the share of the gradient that LoRA can follow.
+
+  lora-ga inspect runs/lora-ga/estimate.safetensors
+  lora-ga inspect estimate.safetensors --sort share --plot shares.png
+
+The share at rank r is the largest cosine there can be between the first step of a LoRA of rank r and the gradient:
+the norm of the first 2r singular values over the norm of all of them. 1 means that nothing is lost. A layer whose share
+is low gains most from a higher rank. Where an estimate holds fewer than 2r directions the place is blank."""
+
+
+@dataclass
+class InspectOptions:
+    """What `lora-ga inspect` is told besides the file."""
+
+    plot: str | None = field(
+        default=None, metadata={"help": "write a map of the shares, layers by ranks, to this .png"}
+    )
+    sort: Literal["name", "norm", "share"] = field(
+        default="name",
+        metadata={
+            "help": "name: as the model numbers its layers; norm: largest first; share: smallest first, at the largest "
+            "rank that has a share in every layer"
+        },
+    )
+
+
+Shares = dict[str, dict[int, float]]  # layer -> rank -> share, NaN where the estimate does not say
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments after `inspect`.
+
+    Returns:
+        0. A damaged file, or one that is not an estimate, is refused with its reason by `GradientEstimate.load`.
+
+    Raises:
+        ValueError: no file, or more than one.
+    """
+    parser = config_parser([InspectOptions], prog="lora-ga inspect", description=EXAMPLE)
+    parser.add_argument("estimates", nargs="*", metavar="ESTIMATE", help="the estimate.safetensors of a run")
+    parser.add_argument("--overwrite", action="store_true", help="replace the plot if it exists")
+    namespace, _ = parser.parse_known_args(argv)
+    (options,) = parse_with_config(parser, argv)
+    if len(namespace.estimates) != 1:
+        raise ValueError(
+            f"{len(namespace.estimates)} estimate files given, but it must be 1. Name one .safetensors file."
+        )
+    plot = Path(options.plot) if options.plot else None
+    if plot:
+        check_output(plot, ".png", overwrite=namespace.overwrite)
+    estimate = GradientEstimate.load(namespace.estimates[0])
+    shares: Shares = {name: {} for name in estimate}
+    for rank in RANKS:
+        for name, share in estimate.limit(rank).items():
+            shares[name][rank] = share
+    names = ordered(estimate, shares, options.sort)
+    if plot:
+        write_output(plot, rendered(share_figure([shares[name] for name in names], short_names(names)), "png"))
+    console = terminal()
+    console.print(as_rich(layer_table(estimate, shares, names)))
+    for line in summary(estimate):
+        console.print(Text(line), soft_wrap=True)
+    if plot:
+        console.print(Text(f"Written: {plot.resolve()}"), soft_wrap=True)
+    return 0
+
+
+def ordered(estimate: Mapping[str, Any], shares: Shares, by: str) -> list[str]:
+    """Returns the layers in the order asked for; equal ones by name, with 2 before 10."""
+
+    def natural(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+    everywhere = [rank for rank in RANKS if all(math.isfinite(share[rank]) for share in shares.values())]
+    keys = {
+        "name": lambda name: 0.0,
+        "norm": lambda name: -estimate[name].norm,
+        "share": lambda name: shares[name][everywhere[-1]] if everywhere else 0.0,
+    }
+    return sorted(sorted(shares, key=natural), key=keys[by])
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Returns the names without the leading parts that all of them have, and without PEFT's own."""
+    parts = [name.split(".") for name in names]
+    common = 0
+    while all(len(part) > common + 1 for part in parts) and len({part[common] for part in parts}) == 1:
+        common += 1
+    return [".".join(part[common:]) for part in parts]
+
+
+def layer_table(estimate: GradientEstimate, shares: Shares, names: Sequence[str]) -> Table:
+    """Returns a row for each layer, and one for the median over them."""
+
+    def cells(values: Sequence[float]) -> list[str]:
+        return [f"{value:.3f}" if math.isfinite(value) else BLANK for value in values]
+
+    rows = []
+    for name, short in zip(names, short_names(names), strict=True):
+        layer = estimate[name]
+        size = f"{layer.U.shape[0]}×{layer.V.shape[0]}"
+        rows.append([short, size, f"{layer.norm:.3g}", *cells(list(shares[name].values()))])
+    known = {rank: [s for layer in shares.values() if math.isfinite(s := layer[rank])] for rank in RANKS}
+    middle = cells([median(values) if values else math.nan for values in known.values()])
+    norms = f"{median(layer.norm for layer in estimate.values()):.3g}" if shares else BLANK
+    rows.append(["median", "", norms, *middle])
+    return Table(["layer", "out×in", "‖G‖", *(f"r={rank}" for rank in RANKS)], rows)
+
+
+def summary(estimate: GradientEstimate) -> list[str]:
+    """Returns how the estimate was made, and what it lacks."""
+    config = estimate.config
+    settings = ", ".join(f"{name}={value}" for name, value in config.to_dict().items() if name != "seed")
+    lines = [
+        f"{len(estimate)} layers; {estimate.batches} batches, {estimate.weight:,.0f} label tokens; seed {config.seed}.",
+        f"Settings: {settings}.",
+    ]
+    if config.estimator == "streaming":
+        lines.append(
+            "‖G‖ is estimated (streaming), and the shares are as exact as it is; the dense estimator gives both."
+        )
+    if {share for layer in estimate.values() if math.isnan(share := layer.limit(RANKS[-1]))}:
+        lines.append(
+            f"{BLANK}: fewer than 2r directions are held; a higher --rank or --oversample at `estimate` holds more."
+        )
+    lines += [f"No gradient for {name}: {reason}." for name, reason in estimate.missing.items()]
+    return lines
+
+
+def share_figure(shares: Sequence[Mapping[int, float]], labels: Sequence[str]) -> Figure:
+    """Returns a map of the shares, a row for each layer and a column for each rank; blank ones stay white."""
+    ranks = [rank for rank in RANKS if any(math.isfinite(layer[rank]) for layer in shares)] or [RANKS[0]]
+    values = [[layer[rank] for rank in ranks] for layer in shares]
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        # A quarter of an inch a row is readable; above 60 rows only some are named, so that the picture stays one page.
+        figure = Figure(figsize=(8.6, 1.6 + 0.25 * min(len(labels), 60)), layout="constrained", label="shares")
+        axes = figure.add_subplot()
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        every = math.ceil(len(labels) / 60)
+        axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=8)
+        axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
+        axes.set_xlabel("rank r of the adapter")
+        axes.tick_params(length=0)
+        if every == 1:
+            for row, line in enumerate(values):
+                for column, value in enumerate(line):
+                    text = f"{value:.2f}" if math.isfinite(value) else BLANK
+                    colour = "white" if value < 0.6 else "black" if math.isfinite(value) else FAINT
+                    axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
+        figure.colorbar(image, ax=axes, label="share of the gradient that the first step can hold", pad=0.02, aspect=40)
+        return figure

@@ -1,0 +1,287 @@
+"""The options of `lora-ga train` and `lora-ga estimate`: typed, checked when made, and free of heavy imports.
+
+The help texts are what the user reads; the parser adds the default to each.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+from lora_ga.config import LoraGAConfig
+
+LIBRARY = LoraGAConfig()  # whose defaults are those of the commands
+
+# Where to begin a sweep, by method. The authors of LoRA-GA advise full fine-tuning's rate, not LoRA's tenfold
+# (github.com/Outsider565/LoRA-GA, issue 12); their paper (Wang, Yu, Li: LoRA-GA, NeurIPS 2024) used 1e-4 on T5-Base and
+# 2e-5 on Llama-2-7B, and 5e-5 lies between. With stable_gamma = 16 the start is large, so one step moves the product of
+# the factors some four to ten times as far as plain LoRA's at the same rate.
+LEARNING_RATES = {"lora-ga": 5e-5, "lora": 2e-4, "full": 2e-5}
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with a default and a help text; a required text has the default "" and is checked by `require`."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def at_least(options: object, **bounds: float) -> None:
+    """Refuses a number below its bound; None means that the option was not given.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, bound in bounds.items():
+        value = getattr(options, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"--{name}: found {value}, but it must be at least {bound}.")
+
+
+def fraction(options: object, *names: str) -> None:
+    """Refuses a share outside [0, 1).
+
+    Raises:
+        ValueError: it is.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"--{name}: found {value}, but it must be at least 0 and less than 1.")
+
+
+def require(options: object, *names: str) -> None:
+    """Refuses options that were not given.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name in names:
+        if not getattr(options, name):
+            raise ValueError(f"--{name} is missing. Give it on the command line or in the --config file.")
+
+
+@dataclass
+class ModelOptions:
+    """Which model, for which task."""
+
+    _argument_group_name: ClassVar[str] = "model and task"
+
+    model: str = option("", "model to start from: a name on the Hugging Face hub or a local folder (required)")
+    task: Literal["seq-cls", "causal-lm", "seq2seq"] = option(
+        "",
+        "what to learn (required): seq-cls sorts texts into classes, with a new head that is trained in full; "
+        "causal-lm continues text; seq2seq maps a text to a text by encoder and decoder",
+    )
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "bfloat16 computes in mixed precision: frozen weights are held in bfloat16, trained ones in float32",
+    )
+    gradient_checkpointing: bool = option(False, "compute activations a second time in place of keeping them")
+    seed: int = option(0, "seed of a new head, of the adapter, of the choice of estimation batches and of the order")
+
+    def __post_init__(self) -> None:
+        require(self, "model", "task")
+        at_least(self, seed=0)
+
+
+@dataclass
+class DataOptions:
+    """Which examples to learn from, and which columns of them."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    train_file: str | None = option(None, "local training file: .jsonl, .json, .csv, .tsv or .parquet")
+    dataset: str | None = option(None, "data set on the Hugging Face hub, in place of a training file")
+    dataset_config: str | None = option(None, "configuration of that data set, for instance mrpc of nyu-mll/glue")
+    train_split: str = option("train", "split of that data set to train on")
+    text_column: str = option("text", "column with the text (seq-cls, and causal-lm without prompts)")
+    text_pair_column: str | None = option(None, "column with the second text of a pair (seq-cls)")
+    label_column: str = option("label", "column with the class: integers or strings (seq-cls)")
+    prompt_column: str | None = option(
+        None, "column with the given text (seq2seq; in causal-lm its tokens carry no loss); needs --target_column"
+    )
+    target_column: str | None = option(None, "column with the text to be learned, right behind the prompt")
+    max_length: int | None = option(
+        None,
+        "most tokens of an example (default: 512, or what the model can read if less). Longer pairs and prompts are "
+        "cut at the end; a longer plain text in causal-lm is divided into several examples",
+    )
+    batch_size: int = option(8, "examples in a batch")
+
+    def __post_init__(self) -> None:
+        at_least(self, max_length=2, batch_size=1)
+        if (self.train_file is None) == (self.dataset is None):
+            found = "neither" if self.train_file is None else "both"
+            raise ValueError(f"Give either --train_file or --dataset; {found} was given.")
+        if self.dataset_config is not None and self.dataset is None:
+            raise ValueError("--dataset_config belongs to --dataset, but a --train_file was given. Leave it out.")
+        if (self.prompt_column is None) != (self.target_column is None):
+            given, missing = ("prompt", "target") if self.target_column is None else ("target", "prompt")
+            raise ValueError(f"--{given}_column was given without --{missing}_column. Give both, or neither.")
+
+
+@dataclass
+class TargetOptions:
+    """Which layers get an adapter, and how large."""
+
+    _argument_group_name: ClassVar[str] = "adapter"
+
+    rank: int = option(8, "rank r of the adapter; LoRA-GA needs 2r directions of each layer's gradient")
+    target_modules: list[str] = option(  # noqa: RUF009 (it makes a default_factory)
+        ["all-linear"], "names of the layers to adapt (last parts of their names), or all-linear"
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, rank=1)
+
+    @property
+    def targets(self) -> str | list[str]:
+        """As PEFT wants it: "all-linear" is a word, any other name is one of a list."""
+        return "all-linear" if self.target_modules == ["all-linear"] else self.target_modules
+
+
+@dataclass
+class AdapterOptions:
+    """How the adapter enters the layer, and where LoRA-GA lets it begin."""
+
+    _argument_group_name: ClassVar[str] = "adapter scaling and start"
+
+    alpha: float = option(16.0, "LoRA alpha")
+    use_rslora: bool = option(True, "scale by alpha / sqrt(rank), the LoRA-GA paper's choice, and not by alpha / rank")
+    lora_dropout: float = option(0.0, "share of the adapter's inputs that is dropped in training")
+    stable_gamma: float = option(
+        LIBRARY.stable_gamma,
+        "lora-ga: size of the start under --scale stable, d_out^(1/4) / sqrt(gamma); larger is smaller",
+    )
+    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = option(
+        LIBRARY.direction, "lora-ga: which singular directions of the gradient go to A and to B; ArB2r is the paper's"
+    )
+    scale: Literal["stable", "gd", "unit", "weight"] = option(LIBRARY.scale, "lora-ga: length of these directions")
+    offset: Literal["adapter", "base"] = option(
+        LIBRARY.offset,
+        "lora-ga: adapter leaves the base model as it is; base takes the start from its weights, as the paper does",
+    )
+
+    def __post_init__(self) -> None:
+        fraction(self, "lora_dropout")
+        for name in ("alpha", "stable_gamma"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}: found {getattr(self, name)}, but it must be greater than 0.")
+
+
+@dataclass
+class EstimateOptions:
+    """How the gradient is estimated."""
+
+    _argument_group_name: ClassVar[str] = "gradient estimate (lora-ga)"
+
+    estimator: Literal["streaming", "dense"] = option(
+        LIBRARY.estimator,
+        "streaming keeps the leading directions only; dense keeps every layer's whole gradient in memory",
+    )
+    oversample: int = option(LIBRARY.oversample, "streaming: directions kept beyond the 2r that are needed")
+    estimate_batches: int = option(LIBRARY.max_batches, "batches of training data in the estimate")
+    estimate_batch_size: int | None = option(None, "examples in each of them (default: the batch size)")
+    on_missing: Literal["error", "lora"] = option(
+        LIBRARY.on_missing,
+        "a layer without a usable gradient: error stops, lora starts that layer as plain LoRA, with a warning",
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, oversample=0, estimate_batches=1, estimate_batch_size=1)
+
+
+@dataclass
+class TrainingOptions:
+    """How to train, and what to write."""
+
+    _argument_group_name: ClassVar[str] = "training"
+
+    output_dir: str = option("", "folder of the run; it must be new or empty (required)")
+    method: Literal["lora-ga", "lora", "full"] = option(
+        "lora-ga", "lora-ga starts the adapter by the gradient, lora as PEFT does, full trains every weight"
+    )
+    estimate_file: str | None = option(
+        None, "lora-ga: an estimate made before by `lora-ga estimate` or another run, in place of a new one"
+    )
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate (default: "
+        + ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
+        + "). These are places to begin: the best rate depends on model and method, so sweep it for each of them",
+    )
+    epochs: float = option(1.0, "passes over the training data")
+    max_steps: int | None = option(None, "optimiser steps, in place of --epochs")
+    gradient_accumulation_steps: int = option(1, "batches for one optimiser step")
+    warmup_ratio: float = option(0.03, "share of the steps over which the learning rate rises from 0")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = option(
+        "cosine", "course of the learning rate after that (constant has no warm-up)"
+    )
+    weight_decay: float = option(0.0, "weight decay of AdamW")
+    eval_file: str | None = option(None, "local file to evaluate on, with the same columns")
+    eval_split: str | None = option(None, "split of --dataset to evaluate on")
+    eval_steps: int | None = option(None, "evaluate every so many steps (default: at the end only)")
+    logging_steps: int = option(10, "log the training loss every so many steps")
+    save_steps: int = option(500, "write a checkpoint every so many steps, and at the end; the last two are kept")
+    report_to: list[str] = option(  # noqa: RUF009 (it makes a default_factory)
+        ["none"], "where else to log, for instance tensorboard or wandb"
+    )
+    run_name: str | None = option(None, "name of the run in reports and comparisons (default: the method)")
+    resume: bool = option(
+        False,
+        "go on with the unfinished run in --output_dir from its last checkpoint; its config.yaml gives the options",
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "output_dir")
+        at_least(self, max_steps=1, gradient_accumulation_steps=1, weight_decay=0.0)
+        at_least(self, eval_steps=1, logging_steps=1, save_steps=1)
+        fraction(self, "warmup_ratio")
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES[self.method]
+        for name in ("learning_rate", "epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}: found {getattr(self, name)}, but it must be greater than 0.")
+        if self.estimate_file is not None and self.method != "lora-ga":
+            raise ValueError(f"--estimate_file belongs to --method lora-ga, but the method is {self.method}.")
+        if self.eval_steps is not None and self.eval_file is None and self.eval_split is None:
+            raise ValueError("--eval_steps was given, but nothing to evaluate on. Give --eval_file or --eval_split.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything `lora-ga train` was told."""
+
+    model: ModelOptions
+    data: DataOptions
+    target: TargetOptions
+    adapter: AdapterOptions
+    estimate: EstimateOptions
+    training: TrainingOptions
+
+    GROUPS: ClassVar[tuple[type, ...]] = (
+        ModelOptions,
+        DataOptions,
+        TargetOptions,
+        AdapterOptions,
+        EstimateOptions,
+        TrainingOptions,
+    )
+
+    def __post_init__(self) -> None:
+        """Checks what concerns two groups.
+
+        Raises:
+            ValueError: evaluation data that does not fit the training data, or two sources of it.
+        """
+        training = self.training
+        if training.eval_split is not None and self.data.dataset is None:
+            raise ValueError("--eval_split belongs to --dataset, but a --train_file was given. Use --eval_file.")
+        if training.eval_split is not None and training.eval_file is not None:
+            raise ValueError("Give either --eval_file or --eval_split; both were given.")
+
+    def options(self) -> dict[str, Any]:
+        """Every option by its name, but not `resume`, which says how to run and not what."""
+        groups = (self.model, self.data, self.target, self.adapter, self.estimate, self.training)
+        values = {name: value for group in groups for name, value in asdict(group).items()}
+        del values["resume"]
+        return values

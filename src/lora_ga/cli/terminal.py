@@ -1,0 +1,63 @@
+"""What the commands that draw have in common: tables on the screen, and files that replace nothing by accident."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from lora_ga.store import write_atomically
+from lora_ga.tables import Table
+
+
+def check_output(path: Path, suffix: str, *, overwrite: bool) -> None:
+    """Refuses a file that cannot or must not be written, before the work is done.
+
+    Args:
+        path: the file that is to be written.
+        suffix: how its name must end, since programs go by it.
+        overwrite: whether it may exist.
+
+    Raises:
+        ValueError: another suffix, a folder, or something in the place of its folder.
+        FileExistsError: it exists and must not be replaced.
+    """
+    if path.suffix.lower() != suffix:
+        raise ValueError(
+            f"{path}: ends in {path.suffix or 'nothing'}, but what is written is {suffix}. Change the name."
+        )
+    if path.is_dir():
+        raise ValueError(f"{path}: this is a folder. Name a file in it.")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"{path}: cannot be made, {parent} is a file. Choose another place.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: exists already. Choose another name, or add --overwrite.")
+
+
+def terminal() -> Console:
+    """Returns a console on stdout that does not squeeze tables into 80 columns where nobody watches."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def as_rich(table: Table) -> RichTable:
+    """Returns the table for the terminal; nothing in it is read as markup."""
+    rich = RichTable()
+    for place, header in enumerate(table.headers):
+        rich.add_column(Text(header), justify="right" if place else "left", overflow="fold")
+    for row in table.rows:
+        rich.add_row(*map(Text, row))
+    return rich
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Writes a file whole, or says in words why it cannot be written.
+
+    Raises:
+        ValueError: the operating system refuses.
+    """
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}). Choose another place.") from error

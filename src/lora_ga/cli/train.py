@@ -1,0 +1,85 @@
+"""`lora-ga train`: what it is told, and whether it may begin."""
+
+from pathlib import Path
+from typing import Any
+
+from lora_ga.cli.options import Job
+from lora_ga.cli.parsing import OptionParser, config_parser, parse_with_config
+
+USAGE = "lora-ga train --model MODEL --task TASK (--train_file FILE | --dataset NAME) --output_dir FOLDER [options]"
+
+DESCRIPTION = """\
+Fine-tune a model and write a folder with the adapter, the gradient estimate, the record and the configuration that
+replays the run. --method lora-ga estimates the loss gradient of every adapted layer on a few batches and starts the
+adapter in its leading directions; the adapter that comes out is plain LoRA for the untouched base model. --method lora
+and --method full are there to compare with.
+
+example:
+  lora-ga train --model google-bert/bert-base-uncased --task seq-cls --dataset nyu-mll/glue --dataset_config mrpc \\
+      --text_column sentence1 --text_pair_column sentence2 --eval_split validation --output_dir runs/mrpc
+
+The folder of a finished run:
+  adapter/ (or model/)   what was trained, with the tokenizer and the names of the classes
+  run.json               losses, metrics, times and versions, for `lora-ga compare`
+  config.yaml            `lora-ga train --config config.yaml --output_dir OTHER` runs it again
+  estimate.safetensors   the gradient estimate, for `lora-ga inspect` and --estimate_file
+  checkpoints/           where `lora-ga train --resume --output_dir FOLDER` goes on after a break
+"""
+
+
+def make_parser() -> OptionParser:
+    """The parser of every option of `lora-ga train`."""
+    return config_parser(Job.GROUPS, prog="lora-ga train", usage=USAGE, description=DESCRIPTION)
+
+
+def parse(argv: list[str]) -> tuple[Job, Path | None]:
+    """Reads and checks the options.
+
+    Returns:
+        The job, and the checkpoint from which it goes on, if it does.
+
+    Raises:
+        ValueError: an option is wrong, or a resumed run began with other options.
+        FileExistsError: the output folder is not empty.
+        FileNotFoundError: there is nothing to resume.
+    """
+    parser = make_parser()
+    given = parser.parse_known_args(argv)[0]  # shows the help, before anything slow is imported
+    from lora_ga.cli import checkpoints
+
+    saved = None
+    if given.resume and given.config is None and given.output_dir:
+        saved = checkpoints.saved_config(Path(given.output_dir))
+    job = Job(*parse_with_config(parser, argv, config=str(saved) if saved else None))
+    folder = Path(job.training.output_dir)
+    if not job.training.resume:
+        checkpoints.check_unused(folder)
+        return job, None
+    saved = checkpoints.saved_config(folder)
+    checkpoints.check_same(Job(*parse_with_config(parser, [], config=str(saved))).options(), job.options(), saved)
+    return job, checkpoints.last_checkpoint(folder, job.training.method)
+
+
+def main(argv: list[str]) -> int:
+    """Trains, and says what came out."""
+    job, checkpoint = parse(argv)
+    from lora_ga.cli.finetune import finetune
+    from lora_ga.report import RECORD
+
+    folder = Path(job.training.output_dir)
+    if checkpoint is not None and (folder / RECORD).exists():
+        print(f"{folder} is finished; there is nothing to resume.")
+        return 0
+    outcome = finetune(job, checkpoint)
+    print(summary(outcome.record))
+    print(f"{outcome.result}: the result. {folder / RECORD}: its record.")
+    return 0
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A run in one line."""
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
+    return (
+        f"{record['name']}: {record['steps']} steps in {record['seconds']['total']:.0f} s, "
+        f"{record['trainable_parameters']:,} trained parameters; {metrics}"
+    )

@@ -1,0 +1,93 @@
+"""`lora-ga estimate`: a file that `inspect` and `train` can use."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import lora_ga
+from lora_ga.cli import tasks
+from lora_ga.cli.gradient import EstimateBatches, estimate_config
+from lora_ga.cli.main import main
+from lora_ga.cli.options import DataOptions, EstimateOptions, ModelOptions
+
+
+def command(model: Path, data: Path, out: Path, /, **options: object) -> list[str]:
+    given = {"task": "causal-lm", "rank": 2, "estimate_batches": 3, "batch_size": 4, **options}
+    given |= {"model": model, "train_file": data, "output": out}
+    return ["estimate", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def test_file_holds_what_the_library_estimates(
+    llama: Path, asking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "estimate.safetensors"
+    assert main(command(llama, asking, file, seed=3)) == 0
+    shown = capsys.readouterr().out
+    found = lora_ga.GradientEstimate.load(file)
+    assert f"{file}: the gradient of {len(found)} layers from 3 batches with {found.weight:.0f} labels" in shown
+    assert "a rank of 2 can follow 0." in shown
+
+    model = ModelOptions(model=str(llama), task="causal-lm", seed=3)
+    data = DataOptions(train_file=str(asking), batch_size=4)
+    base, prepared, collate = tasks.assemble(model, tasks.prepare(model, data))
+    options = EstimateOptions(estimate_batches=3)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+    expected = lora_ga.estimate_gradients(
+        adapted, EstimateBatches(prepared.train, collate, options, 4, 3), estimate_config(options, 3)
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].U, expected[name].U) for name in found)
+    assert found.config.max_batches == 3
+
+
+def test_train_starts_from_the_file(llama: Path, asking: Path, tmp_path: Path) -> None:
+    file = tmp_path / "estimate.safetensors"
+    assert main(command(llama, asking, file)) == 0
+    argv = [f"--model={llama}", "--task=causal-lm", f"--train_file={asking}", "--batch_size=4", "--max_steps=2"]
+    for name, more in (("given", [f"--estimate_file={file}"]), ("own", ["--estimate_batches=3"])):
+        assert main(["train", *argv, "--rank=2", f"--output_dir={tmp_path / name}", *more]) == 0
+    given, own = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("given", "own"))
+    assert given.read_bytes() == own.read_bytes()
+
+
+def test_estimate_of_another_model_is_refused_by_train(
+    llama: Path, bert: Path, asking: Path, sorting: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    file = tmp_path / "estimate.safetensors"
+    assert main(command(bert, sorting, file, task="seq-cls")) == 0
+    argv = [f"--model={llama}", "--task=causal-lm", f"--train_file={asking}", f"--estimate_file={file}", "--rank=2"]
+    message = refused(["train", *argv, f"--output_dir={tmp_path / 'run'}"])
+    assert "The estimate belongs to another model" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_is_checked_before_anything_is_loaded(tmp_path: Path, refused: Callable[[list[object]], str]) -> None:
+    nothing = Path("/none")
+    (tmp_path / "there.safetensors").touch()
+    assert "this file exists. Give another name" in refused(
+        [*command(nothing, nothing, tmp_path / "there.safetensors")]
+    )
+    assert "an estimate is a .safetensors file" in refused([*command(nothing, nothing, tmp_path / "estimate.pt")])
+    assert "there is no folder" in refused([*command(nothing, nothing, tmp_path / "no" / "e.safetensors")])
+    assert "--output is missing" in refused(["estimate", "--model=m", "--task=seq-cls", "--train_file=f"])
+
+
+def test_nothing_is_written_when_the_estimate_is_refused(
+    llama: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    message = refused([*command(llama, asking, tmp_path / "e.safetensors", rank=17)])
+    assert "rank 17" in message
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
+def test_bfloat16_base_gives_a_float32_estimate_close_to_its_own(llama: Path, asking: Path, tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert main(command(llama, asking, tmp_path / f"{dtype}.safetensors", dtype=dtype)) == 0
+    full, half = (lora_ga.GradientEstimate.load(tmp_path / f"{d}.safetensors") for d in ("float32", "bfloat16"))
+    assert {layer.U.dtype for layer in half.values()} == {torch.float32}
+    assert all(half[name].norm == pytest.approx(full[name].norm, rel=0.05) for name in full)
+    assert AutoModelForCausalLM.from_pretrained(llama).dtype == torch.float32

@@ -1,0 +1,151 @@
+"""`lora-ga export`: smaller adapters and merged models."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lora_ga.cli.main import main
+
+from .conftest import VOCABULARY
+
+LOADERS: dict[str, Any] = {
+    "seq-cls": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+
+
+def trained(model: Path, data: Path, out: Path, task: str) -> Path:
+    """A LoRA-GA adapter of rank 2r = 4, trained far enough to differ from its start."""
+    columns = {"seq2seq": ["--prompt_column=prompt", "--target_column=target"]}.get(task, [])
+    argv = [f"--model={model}", f"--task={task}", f"--train_file={data}", f"--output_dir={out}", *columns]
+    assert main(["train", *argv, "--rank=2", "--max_steps=4", "--learning_rate=1e-2", "--estimate_batches=2"]) == 0
+    return out / "adapter"
+
+
+@pytest.fixture
+def adapter(llama: Path, asking: Path, tmp_path: Path) -> Path:
+    return trained(llama, asking, tmp_path / "run", "causal-lm")
+
+
+def batch(task: str) -> dict[str, torch.Tensor]:
+    ids = torch.arange(5, len(VOCABULARY))[None]
+    return {"input_ids": ids, "decoder_input_ids": ids} if task == "seq2seq" else {"input_ids": ids}
+
+
+@pytest.mark.parametrize(("task", "model"), [("seq-cls", "bert"), ("causal-lm", "llama"), ("seq2seq", "t5")])
+def test_merged_model_computes_what_base_and_adapter_compute(
+    task: str, model: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base_folder = request.getfixturevalue(model)
+    adapter = trained(
+        base_folder, request.getfixturevalue("sorting" if task == "seq-cls" else "asking"), tmp_path / "run", task
+    )
+    assert main(["export", str(adapter), "--output", str(tmp_path / "merged"), "--merge"]) == 0
+    assert capsys.readouterr().out.endswith(f"merged: {base_folder} with the adapter merged in\n")
+    merged = LOADERS[task].from_pretrained(tmp_path / "merged").eval()
+    adapted = PeftModel.from_pretrained(LOADERS[task].from_pretrained(base_folder), adapter).eval()
+    with torch.no_grad():
+        difference = merged(**batch(task)).logits - adapted(**batch(task)).logits
+    assert difference.abs().max() < 1e-5
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("a")["input_ids"]
+    if task == "seq-cls":
+        assert merged.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_merged_model_has_the_precision_asked_for(adapter: Path, tmp_path: Path) -> None:
+    assert main(["export", str(adapter), "--output", str(tmp_path / "m"), "--merge", "--dtype", "bfloat16"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").dtype == torch.bfloat16
+
+
+def test_smaller_adapter_is_written_with_a_table_of_what_is_lost(
+    adapter: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(adapter), "--output", str(tmp_path / "small"), "--rank", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj" in shown
+    assert "small: rank 3; median error " in shown
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "small")
+    assert model.peft_config["default"].r == 3
+    assert (tmp_path / "small" / "tokenizer.json").exists()
+
+
+def test_smaller_adapter_keeps_the_names_of_the_classes(bert: Path, sorting: Path, tmp_path: Path) -> None:
+    adapter = trained(bert, sorting, tmp_path / "run", "seq-cls")
+    assert main(["export", str(adapter), "--output", str(tmp_path / "small"), "--rank", "1"]) == 0
+    assert main(["export", str(tmp_path / "small"), "--output", str(tmp_path / "merged"), "--merge"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert model.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_merged_classifier_reads_padded_batches_although_its_base_had_no_padding(
+    llama: Path, sorting: Path, tmp_path: Path
+) -> None:
+    adapter = trained(llama, sorting, tmp_path / "run", "seq-cls")
+    assert main(["export", str(adapter), "--output", str(tmp_path / "merged"), "--merge"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    texts = AutoTokenizer.from_pretrained(tmp_path / "merged")(["a b c", "a"], padding=True, return_tensors="pt")
+    assert model(**texts).logits.shape == (2, 2)
+
+
+def test_base_given_on_the_command_line_is_used(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    moved = shutil.copytree(llama, tmp_path / "moved")
+    for file in [*adapter.glob("tokenizer*"), *Path(moved).glob("tokenizer*")]:
+        file.unlink()
+    assert main(["export", str(adapter), "--output", str(tmp_path / "m"), "--merge", "--model", str(moved)]) == 0
+    assert (tmp_path / "m" / "model.safetensors").exists()
+    assert not (tmp_path / "m" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "Choose what to make: --rank K (a smaller adapter) or --merge (a full model); neither was given."),
+        (["--merge", "--rank", "2"], "or --merge (a full model); both was given."),
+        (["--rank", "0"], "--rank: found 0, but it must be at least 1."),
+        (["--rank", "4"], "rank 4: the adapter has rank 4; compress to a rank from 1 to 3."),
+        (["--rank", "2", "--dtype", "float16"], "--model and --dtype belong to --merge, but --rank was given."),
+        (["--merge", "--model", "/none"], "--model /none: AutoModelForCausalLM could not load it"),
+    ],
+)
+def test_request_that_cannot_be_met_is_refused_and_nothing_is_written(
+    argv: list[str], message: str, adapter: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    assert message in refused(["export", adapter, "--output", tmp_path / "out", *argv])
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_are_checked(adapter: Path, tmp_path: Path, refused: Callable[[list[object]], str]) -> None:
+    assert "there is no adapter (no adapter_config.json)" in refused(
+        ["export", tmp_path, "--output", tmp_path / "out", "--merge"]
+    )
+    for argv in (["--merge"], ["--rank", "2"]):
+        assert "not empty. Choose another output folder" in refused(["export", adapter, "--output", tmp_path, *argv])
+    assert "--output is missing" in refused(["export", adapter, "--merge"])
+
+
+def test_adapter_that_does_not_fit_or_name_its_base_is_refused(
+    adapter: Path, bert: Path, t5: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+
+    def attempt(**changes: object) -> str:
+        (adapter / "adapter_config.json").write_text(json.dumps(settings | changes))
+        return refused(["export", adapter, "--output", tmp_path / "out", "--merge"])
+
+    assert "the adapter does not name its base model. Give it by --model" in attempt(base_model_name_or_path=None)
+    assert "its task type is None, but --merge knows SEQ_CLS, CAUSAL_LM, SEQ_2_SEQ_LM" in attempt(task_type=None)
+    wider = AutoModelForCausalLM.from_pretrained(settings["base_model_name_or_path"]).config
+    wider.intermediate_size = 64
+    AutoModelForCausalLM.from_config(wider).save_pretrained(tmp_path / "wider")
+    assert f"does not fit {tmp_path / 'wider'}" in attempt(base_model_name_or_path=str(tmp_path / "wider"))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,124 @@
+"""`lora-ga inspect` through the program's own entry, on estimates whose spectrum is known."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_ga import GradientEstimate, LoraGAConfig
+from lora_ga.cli.inspect import RANKS, layer_table, ordered, share_figure, short_names, summary
+from lora_ga.cli.main import main
+from lora_ga.lowrank import LowRank
+from lora_ga.page import rendered
+
+
+def layer(singular_values: list[float], norm: float) -> LowRank:
+    kept = len(singular_values)
+    return LowRank(torch.eye(12, kept), torch.tensor(singular_values), torch.eye(10, kept), norm)
+
+
+def known() -> GradientEstimate:
+    """Three layers: shares (r = 1, 2) of (0.5, 0.7071), (0.8, blank) and (1, 1)."""
+    layers = {
+        "base_model.model.layers.10.q": layer([1.0, 1.0, 1.0, 1.0], norm=math.sqrt(8)),
+        "base_model.model.layers.2.q": layer([8.0, 0.0, 0.0], norm=10.0),
+        "base_model.model.layers.2.k": layer([1.0, 0.0, 0.0, 0.0], norm=1.0),
+    }
+    return GradientEstimate(layers, LoraGAConfig(seed=7), "0" * 16, 1234.0, 5, {"lost.layer": "never ran in 5 batches"})
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    known().save("estimate.safetensors")
+    return "estimate.safetensors"
+
+
+def test_shares_are_those_of_the_spectrum_and_blank_where_too_little_is_held() -> None:
+    estimate = known()
+    shares = {name: {rank: estimate[name].limit(rank) for rank in RANKS} for name in estimate}
+    table = layer_table(estimate, shares, list(estimate))
+    assert table.headers == ["layer", "out×in", "‖G‖", "r=1", "r=2", "r=4", "r=8", "r=16", "r=32", "r=64"]
+    assert [row[:5] for row in table.rows] == [
+        ["10.q", "12×10", "2.83", "0.500", "0.707"],
+        ["2.q", "12×10", "10", "0.800", "–"],
+        ["2.k", "12×10", "1", "1.000", "1.000"],
+        ["median", "", "2.83", "0.800", "0.854"],
+    ]
+    assert {cell for row in table.rows for cell in row[5:]} == {"–"}
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [("name", ["2.k", "2.q", "10.q"]), ("norm", ["2.q", "10.q", "2.k"]), ("share", ["10.q", "2.q", "2.k"])],
+)
+def test_layers_are_sorted_as_asked(by: str, expected: list[str]) -> None:
+    estimate = known()
+    shares = {name: {rank: estimate[name].limit(rank) for rank in RANKS} for name in estimate}
+    assert short_names(ordered(estimate, shares, by)) == expected
+
+
+def test_names_are_shortened_by_what_they_share_but_never_to_nothing() -> None:
+    assert short_names(["a.b.c", "a.b.d"]) == ["c", "d"]
+    assert short_names(["a.b", "a.b.c"]) == ["b", "b.c"]
+    assert short_names(["a.b.c"]) == ["c"]
+
+
+def test_the_summary_says_how_the_estimate_was_made_and_what_it_lacks() -> None:
+    text = "\n".join(summary(known()))
+    assert "3 layers; 5 batches, 1,234 label tokens; seed 7." in text
+    assert "estimator=streaming" in text
+    assert "‖G‖ is estimated" in text
+    assert "fewer than 2r directions are held" in text
+    assert "No gradient for lost.layer: never ran in 5 batches." in text
+
+
+def test_table_and_plot_are_made_of_a_file(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", file, "--sort", "share", "--plot", "shares.png"]) == 0
+    shown = capsys.readouterr().out
+    assert "0.707" in shown
+    assert shown.index("10.q") < shown.index("2.k")
+    assert f"Written: {tmp_path / 'shares.png'}" in shown
+    assert Path("shares.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_very_many_layers_keeps_its_size() -> None:
+    known_shares = dict.fromkeys(RANKS, math.nan) | {1: 0.5, 2: 0.7}
+    figures = [share_figure([known_shares] * n, [str(i) for i in range(n)]) for n in (60, 1000)]
+    assert figures[0].get_size_inches().tolist() == figures[1].get_size_inches().tolist()
+    assert rendered(figures[1], "png").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "0 estimate files given, but it must be 1"),
+        (["estimate.safetensors", "other"], "2 estimate files given, but it must be 1"),
+        (["gone.safetensors"], "gone.safetensors: no such file"),
+        (["damaged.safetensors"], "damaged.safetensors: damaged, or not a safetensors file"),
+        (["adapter.safetensors"], "adapter.safetensors: holds tensors of another program"),
+        (["estimate.safetensors", "--plot", "plot.svg"], "plot.svg: ends in .svg, but what is written is .png"),
+        (["estimate.safetensors", "--plot", "old.png"], "old.png: exists already"),
+        (["estimate.safetensors", "--sort", "size"], "invalid choice: 'size'"),
+    ],
+)
+def test_bad_input_is_refused_in_words_and_nothing_is_written(
+    arguments: list[str], message: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("damaged.safetensors").write_bytes(Path(file).read_bytes()[:-100])
+    save_file({"weight": torch.ones(2)}, "adapter.safetensors")
+    Path("old.png").write_text("old")
+    before = sorted(tmp_path.iterdir())
+    assert main(["inspect", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lora-ga inspect: error: ")
+    assert message in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["inspect", "--help"])
+    assert "lora-ga inspect runs/lora-ga/estimate.safetensors" in capsys.readouterr().out

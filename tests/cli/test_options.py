@@ -1,0 +1,153 @@
+"""Options: their checks, and the configuration file under the command line."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from lora_ga.cli import train
+from lora_ga.cli.options import (
+    LEARNING_RATES,
+    AdapterOptions,
+    DataOptions,
+    EstimateOptions,
+    Job,
+    ModelOptions,
+    TargetOptions,
+    TrainingOptions,
+)
+from lora_ga.cli.parsing import parse_with_config, read_mapping
+from lora_ga.config import CHOICES, LoraGAConfig
+
+NEEDED = ["--model", "m", "--task", "causal-lm", "--train_file", "t.jsonl", "--output_dir", "o"]
+
+
+def job(*argv: str, config: Path | None = None) -> Job:
+    given = [] if config is None else ["--config", str(config)]
+    return Job(*parse_with_config(train.make_parser(), [*argv, *given]))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+def test_command_line_wins_over_the_file_and_the_file_over_the_defaults(suffix: str, tmp_path: Path) -> None:
+    text = {
+        ".json": '{"rank": 4, "alpha": 32, "learning-rate": 1e-4, "target_modules": ["q", "v"], "use_rslora": false}'
+    }.get(suffix, "rank: 4\nalpha: 32\nlearning-rate: 1e-4\ntarget_modules: [q, v]\nuse_rslora: false\nmax_steps: null")
+    found = job(*NEEDED, "--alpha", "2", config=write(tmp_path / f"file{suffix}", text))
+    assert (found.target.rank, found.adapter.alpha, found.training.learning_rate) == (4, 2.0, 1e-4)
+    assert found.target.targets == ["q", "v"]
+    assert found.adapter.use_rslora is False
+    assert found.data.batch_size == 8
+    assert found.training.max_steps is None
+
+
+def test_required_options_may_come_from_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "file.yaml", "model: m\ntask: seq-cls\ntrain_file: t.csv\n")
+    assert job("--output_dir", "o", config=file).model.model == "m"
+
+
+def test_options_survive_the_way_through_a_file(tmp_path: Path) -> None:
+    from lora_ga.cli import checkpoints
+
+    before = job(*NEEDED, "--learning_rate", "3e-5", "--target_modules", "q_proj", "v_proj", "--no_use_rslora")
+    checkpoints.begin(tmp_path / "run", before.options())
+    after = job(config=tmp_path / "run" / "config.yaml")
+    assert after == before
+    assert "resume" not in before.options()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rnk: 4", r"file.yaml: unknown keys rnk. The known keys are .*rank, .*warmup_ratio"),
+        ("rank: many", r"file.yaml: argument --rank: invalid int value: 'many'"),
+        ("task: sorting", r"file.yaml: argument --task: invalid choice: 'sorting' \(choose from .*seq-cls"),
+        ("rank: {a: 1}", r"file.yaml: rank holds a mapping, but every option is a single value or a list"),
+        ("- rank", r"file.yaml: holds a list, but it must map option names to values"),
+        ("rank: [", r"file.yaml: could not be read as YAML"),
+    ],
+)
+def test_wrong_files_are_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        job(*NEEDED, config=write(tmp_path / "file.yaml", text))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"file.toml: a configuration file ends in .yaml, .yml, .json"):
+        job(*NEEDED, config=write(tmp_path / "file.toml", "rank = 1"))
+    with pytest.raises(FileNotFoundError, match=r"none.yaml: there is no such configuration file"):
+        job(*NEEDED, config=tmp_path / "none.yaml")
+    assert read_mapping(write(tmp_path / "empty.yaml", "")) == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rank", "0"], "--rank: found 0, but it must be at least 1"),
+        (["--batch_size", "0"], "--batch_size: found 0, but it must be at least 1"),
+        (["--seed", "-1"], "--seed: found -1, but it must be at least 0"),
+        (["--alpha", "0"], r"--alpha: found 0.0, but it must be greater than 0"),
+        (["--stable_gamma", "-1"], r"--stable_gamma: found -1.0, but it must be greater than 0"),
+        (["--lora_dropout", "1"], r"--lora_dropout: found 1.0, but it must be at least 0 and less than 1"),
+        (["--warmup_ratio", "2"], r"--warmup_ratio: found 2.0, but it must be at least 0 and less than 1"),
+        (["--learning_rate", "nan"], r"--learning_rate: found nan, but it must be greater than 0"),
+        (["--epochs", "0"], r"--epochs: found 0.0, but it must be greater than 0"),
+        (["--max_steps", "0"], "--max_steps: found 0, but it must be at least 1"),
+        (["--estimate_batches", "0"], "--estimate_batches: found 0, but it must be at least 1"),
+        (["--method", "dora"], "argument --method: invalid choice: 'dora'"),
+        (["--rnk", "4"], r"Some specified arguments are not used.*--rnk"),
+        (["--dataset", "d"], "Give either --train_file or --dataset; both was given"),
+        (["--dataset_config", "c"], "--dataset_config belongs to --dataset"),
+        (["--eval_split", "test"], "--eval_split belongs to --dataset"),
+        (["--eval_steps", "5"], "--eval_steps was given, but nothing to evaluate on"),
+        (["--prompt_column", "p"], "--prompt_column was given without --target_column"),
+        (["--target_column", "p"], "--target_column was given without --prompt_column"),
+        (["--method", "lora", "--estimate_file", "f"], "--estimate_file belongs to --method lora-ga"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        job(*NEEDED, *argv)
+
+
+def test_two_sources_of_evaluation_data_are_refused() -> None:
+    argv = ["--model", "m", "--task", "seq-cls", "--dataset", "d", "--output_dir", "o"]
+    with pytest.raises(ValueError, match="Give either --eval_file or --eval_split; both were given"):
+        job(*argv, "--eval_split", "test", "--eval_file", "f.csv")
+    with pytest.raises(ValueError, match="Give either --train_file or --dataset; neither was given"):
+        job("--model", "m", "--task", "seq-cls", "--output_dir", "o")
+
+
+@pytest.mark.parametrize("method", LEARNING_RATES)
+def test_each_method_has_a_learning_rate_of_its_own(method: str) -> None:
+    assert job(*NEEDED, "--method", method).training.learning_rate == LEARNING_RATES[method]
+    assert job(*NEEDED, "--method", method, "--learning_rate", "1").training.learning_rate == 1
+
+
+def test_choices_and_defaults_are_those_of_the_library() -> None:
+    hints: dict[str, Any] = get_type_hints(AdapterOptions) | get_type_hints(EstimateOptions)
+    assert {name: get_args(hints[name]) for name in CHOICES} == dict(CHOICES)
+    library, adapter, estimate = LoraGAConfig(), AdapterOptions(), EstimateOptions()
+    for name in ("direction", "scale", "stable_gamma", "offset"):
+        assert getattr(adapter, name) == getattr(library, name)
+    for name in ("estimator", "oversample", "on_missing"):
+        assert getattr(estimate, name) == getattr(library, name)
+    assert estimate.estimate_batches == library.max_batches
+
+
+def test_help_explains_every_option_once(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = train.make_parser().format_help()
+    groups = (ModelOptions, DataOptions, TargetOptions, AdapterOptions, EstimateOptions, TrainingOptions)
+    for group in groups:
+        for item in fields(group):
+            assert item.metadata["help"]
+            assert shown.count(f"\n  --{item.name} ") + shown.count(f"\n  --{item.name}\n") == 1, item.name
+    assert "(default: all-linear)" in shown
+    assert "(default: 16.0)" in shown
+    assert "swept" in shown or "sweep" in shown
+    assert "--no" not in shown

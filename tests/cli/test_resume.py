@@ -1,0 +1,189 @@
+"""`lora-ga train --resume`: to the very same end as an unbroken run, or refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_ga.cli.callbacks import OptimizerGuard
+from lora_ga.cli.checkpoints import last_checkpoint
+from lora_ga.cli.main import main
+from lora_ga.cli.train import parse
+
+from .conftest import text, write_rows
+
+RUN = {
+    "task": "seq-cls",
+    "rank": 2,
+    "lora_dropout": 0.1,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 8,
+    "eval_steps": 3,
+    "logging_steps": 3,
+    "save_steps": 4,
+    "estimate_batches": 2,
+    "learning_rate": 1e-3,
+}
+
+# Kills the process as nothing but the operating system can, in the middle of the second half.
+KILLED = """
+import os, signal, sys
+from lora_ga.cli import callbacks
+from lora_ga.cli.main import main
+
+def die(self, args, state, control, **kwargs):
+    if state.global_step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+callbacks.OptimizerGuard.on_step_end = die
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def command(model: Path, data: Path, out: Path, **options: object) -> list[str]:
+    given = {**RUN, "model": model, "train_file": data, "eval_file": data, "output_dir": out, **options}
+    return ["train", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def broken_copy(whole: Path, broken: Path) -> Path:
+    """The folder of a run as it is when the process dies after step 4 and before step 8."""
+    shutil.copytree(whole, broken)
+    (broken / "run.json").unlink()
+    shutil.rmtree(broken / "checkpoints" / "checkpoint-8")
+    shutil.rmtree(broken / ("model" if (broken / "model").exists() else "adapter"))
+    return broken
+
+
+def weights(folder: Path) -> bytes:
+    (file,) = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
+    return file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA-GA run that was not interrupted; its data lie beside it."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    rows = [{"text": text(number, 5 + number % 4), "label": ("good", "bad")[number % 2]} for number in range(40)]
+    assert main(command(bert, write_rows(folder / "data.jsonl", rows), folder / "run")) == 0
+    return folder / "run"
+
+
+def assert_same_end(broken: Path, unbroken: Path) -> None:
+    assert weights(broken) == weights(unbroken)
+    records = [json.loads((folder / "run.json").read_text()) for folder in (broken, unbroken)]
+    for key in ("curve", "eval", "metrics", "steps", "trainable_parameters"):
+        assert records[0][key] == records[1][key], key
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"method": "lora-ga", "offset": "base"}, id="lora-ga with the offset in the base"),
+        pytest.param({"method": "lora-ga", "dtype": "bfloat16"}, id="lora-ga in bfloat16"),
+        pytest.param({"method": "lora"}, id="lora"),
+        pytest.param({"method": "full"}, id="full"),
+    ],
+)
+def test_resumed_run_ends_as_the_unbroken_one_bit_for_bit(
+    options: dict[str, str], bert: Path, sorting: Path, tmp_path: Path
+) -> None:
+    assert main(command(bert, sorting, tmp_path / "whole", **options)) == 0
+    broken = broken_copy(tmp_path / "whole", tmp_path / "broken")
+    assert main(["train", "--resume", "--output_dir", str(broken)]) == 0
+    assert_same_end(broken, tmp_path / "whole")
+
+
+def test_resumed_lora_ga_run_needs_neither_the_estimate_nor_the_first_folder(whole: Path, tmp_path: Path) -> None:
+    broken = broken_copy(whole, tmp_path / "broken")
+    (broken / "estimate.safetensors").unlink()
+    assert main(["train", "--resume", "--output_dir", str(broken)]) == 0
+    assert_same_end(broken, whole)
+    first, second = (json.loads((folder / "run.json").read_text())["seconds"] for folder in (whole, broken))
+    assert second["estimate"] == first["estimate"]
+    assert second["total"] > second["estimate"] + second["train"]
+
+
+def test_run_killed_by_the_system_goes_on_to_the_same_end(bert: Path, whole: Path, tmp_path: Path) -> None:
+    argv = command(bert, whole.parent / "data.jsonl", tmp_path / "broken")
+    killed = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "broken" / "run.json").exists()
+    assert main([*argv, "--resume"]) == 0
+    assert_same_end(tmp_path / "broken", whole)
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "lora", "full"])
+def test_run_killed_after_its_last_step_is_only_finished(
+    method: str, bert: Path, sorting: Path, tmp_path: Path
+) -> None:
+    argv = command(bert, sorting, tmp_path / "run", method=method, max_steps=4)
+    assert main(argv) == 0
+    copy = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+    (copy / "run.json").unlink()
+    shutil.rmtree(copy / ("model" if method == "full" else "adapter"))
+    assert main(["train", "--resume", "--output_dir", str(copy)]) == 0
+    assert_same_end(copy, tmp_path / "run")
+
+
+def test_checkpoint_cut_short_is_passed_over(whole: Path, tmp_path: Path) -> None:
+    broken = broken_copy(whole, tmp_path / "broken")
+    torn = Path(shutil.copytree(broken / "checkpoints" / "checkpoint-4", broken / "checkpoints" / "checkpoint-6"))
+    (torn / "trainer_state.json").unlink()
+    assert last_checkpoint(broken, "lora-ga").name == "checkpoint-4"
+
+
+def test_finished_run_is_left_alone(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = weights(whole)
+    assert main(["train", "--resume", "--output_dir", str(whole)]) == 0
+    assert "is finished; there is nothing to resume" in capsys.readouterr().out
+    assert weights(whole) == before
+
+
+def test_options_that_change_the_end_are_refused(
+    whole: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    broken = broken_copy(whole, tmp_path / "broken")
+    message = refused(["train", "--resume", "--output_dir", broken, "--rank", 4, "--learning_rate", 1])
+    assert "began with other options: rank was 2 and is now 4; learning_rate was 0.001 and is now 1.0." in message
+    assert "or start a new run in another folder" in message
+
+
+def test_options_that_do_not_touch_the_result_may_change(whole: Path, tmp_path: Path) -> None:
+    broken = broken_copy(whole, tmp_path / "broken")
+    job, checkpoint = parse(["--resume", "--output_dir", str(broken), "--run_name", "other"])
+    assert job.training.run_name == "other"
+    assert checkpoint == broken / "checkpoints" / "checkpoint-4"
+
+
+def test_nothing_to_resume_is_refused(whole: Path, tmp_path: Path, refused: Callable[[list[object]], str]) -> None:
+    assert f"there is no run in {tmp_path}" in refused(["train", "--resume", "--output_dir", tmp_path])
+    broken = broken_copy(whole, tmp_path / "broken")
+    shutil.rmtree(broken / "checkpoints")
+    message = refused(["train", "--resume", "--output_dir", broken])
+    assert "there is no complete checkpoint in" in message
+    assert "the run ended before the first one (--save_steps)" in message
+
+
+def test_lora_ga_checkpoint_without_its_sidecar_is_refused(
+    whole: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    broken = broken_copy(whole, tmp_path / "broken")
+    (broken / "checkpoints" / "checkpoint-4" / "lora_ga.safetensors").unlink()
+    message = refused(["train", "--resume", "--output_dir", broken])
+    assert "checkpoint-4 has no lora_ga.safetensors" in message
+    assert "Without it the adapter would go on as plain LoRA" in message
+
+
+def test_optimizer_state_of_another_structure_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 3))
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.state[weight] = {"exp_avg": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match=r"exp_avg is \(2, 3\), its parameter \(4, 3\)"):
+        OptimizerGuard().on_train_begin(None, None, None, optimizer=optimizer)

@@ -1,0 +1,298 @@
+"""`lora-ga train` on small models: what it writes, that it learns, and what it refuses."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    T5Config,
+    T5ForSequenceClassification,
+    set_seed,
+)
+
+import lora_ga
+from lora_ga.cli import data as reading
+from lora_ga.cli.gradient import EstimateBatches
+from lora_ga.cli.main import main
+from lora_ga.cli.options import EstimateOptions
+from lora_ga.cli.train import parse
+from lora_ga.report import load_run
+
+from .conftest import VOCABULARY, save_tokenizer, write_rows
+
+QUICK = {"rank": 2, "estimate_batches": 2, "max_steps": 6, "logging_steps": 2, "learning_rate": 3e-3, "warmup_ratio": 0}
+
+
+def command(model: Path, data: Path | None, out: Path, /, **options: object) -> list[object]:
+    given = {"task": "seq-cls", **QUICK, "model": model, "train_file": data, "output_dir": out, **options}
+    return ["train", *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+
+
+def run(*argv: object, **options: Any) -> dict[str, Any]:
+    """Trains, and returns the record."""
+    assert main([str(argument) for argument in command(*argv, **options)]) == 0  # type: ignore[arg-type]
+    record: dict[str, Any] = json.loads((Path(str(argv[2])) / "run.json").read_text())
+    return record
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "lora", "full"])
+@pytest.mark.parametrize(
+    ("task", "model", "columns"),
+    [
+        ("seq-cls", "bert", {}),
+        ("causal-lm", "llama", {}),
+        ("causal-lm", "llama", {"prompt_column": "prompt", "target_column": "target"}),
+        ("seq2seq", "t5", {"prompt_column": "prompt", "target_column": "target"}),
+    ],
+)
+def test_every_method_learns_every_task(
+    method: str, task: str, model: str, columns: dict[str, str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    data = request.getfixturevalue("sorting" if task == "seq-cls" else "asking")
+    folder = request.getfixturevalue(model)
+    record = run(folder, data, tmp_path / "run", method=method, task=task, max_steps=12, eval_file=data, **columns)
+    losses = [point["loss"] for point in record["curve"]]
+    assert losses[-1] < losses[0]
+    assert record["metrics"]["train_loss"] == pytest.approx(np.mean(losses))
+    assert [point["step"] for point in record["eval"]] == [12]
+    assert record["metrics"]["eval_loss"] < losses[0]
+    assert (tmp_path / "run" / "estimate.safetensors").exists() == (method == "lora-ga")
+
+
+def test_record_and_folder_are_what_comparisons_read(bert: Path, sorting: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    record = run(bert, sorting, out, eval_file=sorting, eval_steps=3, run_name="first", seed=5)
+    found = load_run(out)
+    assert (found.name, found.method, found.task, found.seed, found.steps) == ("first", "lora-ga", "seq-cls", 5, 6)
+    assert (found.learning_rate, found.rank, found.alpha) == (3e-3, 2, 16.0)
+    assert (found.model, found.dataset, found.device) == (str(bert), str(sorting), "cpu")
+    assert [step for step, _ in found.curve] == [2, 4, 6]
+    assert [point["step"] for point in record["eval"]] == [3, 6]
+    assert set(record["metrics"]) == {"eval_loss", "eval_accuracy", "train_loss"}
+    assert set(record["versions"]) == {"lora_ga", "torch", "transformers", "peft"}
+    assert record["config"]["estimate_batches"] == 2
+    seconds = record["seconds"]
+    assert 0 < seconds["estimate"] < seconds["total"]
+    assert 0 < seconds["train"] < seconds["total"]
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    # Half of what LoRA-GA saves is its start; the head is trained as a whole, and saved under one name.
+    trained = sum(tensor.numel() // (2 if "lora_" in name else 1) for name, tensor in saved.items())
+    assert record["trainable_parameters"] == trained
+    assert AutoTokenizer.from_pretrained(out / "adapter")("a b")["input_ids"] == [3, *map(VOCABULARY.get, "ab"), 4]
+    assert len(lora_ga.GradientEstimate.load(out / "estimate.safetensors")) == 13  # 6 a layer, and the pooler
+    assert not any(path.name.startswith(".") for path in out.rglob("*"))
+
+
+def test_full_fine_tuning_has_no_rank(bert: Path, sorting: Path, tmp_path: Path) -> None:
+    record = run(bert, sorting, tmp_path / "run", method="full")
+    assert (record["rank"], record["alpha"]) == (None, None)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert record["trainable_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert model.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_saved_config_replays_the_run(llama: Path, asking: Path, tmp_path: Path) -> None:
+    first = run(llama, asking, tmp_path / "first", task="causal-lm", use_rslora=False)
+    replay = ["train", "--config", str(tmp_path / "first" / "config.yaml"), "--output_dir", str(tmp_path / "second")]
+    assert main(replay) == 0
+    second = json.loads((tmp_path / "second" / "run.json").read_text())
+    assert second["curve"] == first["curve"]
+    for file in ("adapter/adapter_model.safetensors", "estimate.safetensors"):
+        assert_same_tensors(tmp_path / "first" / file, tmp_path / "second" / file)
+
+
+def test_config_file_holds_every_option(llama: Path, asking: Path, tmp_path: Path) -> None:
+    record = run(llama, asking, tmp_path / "run", task="causal-lm", learning_rate=None, method="lora")
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved == record["config"]
+    assert saved["learning_rate"] == 2e-4
+
+
+def test_estimate_of_another_run_gives_the_same_start(llama: Path, asking: Path, tmp_path: Path) -> None:
+    run(llama, asking, tmp_path / "first", task="causal-lm")
+    file = tmp_path / "first" / "estimate.safetensors"
+    run(llama, asking, tmp_path / "second", task="causal-lm", estimate_file=file)
+    for name in ("adapter/adapter_model.safetensors", "estimate.safetensors"):
+        assert_same_tensors(tmp_path / "first" / name, tmp_path / "second" / name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["lora-ga", "lora"])
+def test_adapter_works_with_stock_peft_on_the_original_base(
+    method: str, dtype: str, bert: Path, sorting: Path, tmp_path: Path
+) -> None:
+    record = run(bert, sorting, tmp_path / "run", method=method, dtype=dtype, eval_file=sorting)
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")
+    rows = [json.loads(line) for line in sorting.read_text().splitlines()]
+    batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    labels = torch.tensor([["bad", "good"].index(row["label"]) for row in rows])
+    with torch.no_grad():
+        found = model(**batch, labels=labels)
+    assert found.loss.item() == pytest.approx(record["metrics"]["eval_loss"], abs=1e-5 if dtype == "float32" else 1e-2)
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    # Transformers finds base and adapter by the adapter's folder alone.
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter").eval()
+    with torch.no_grad():
+        assert whole(**batch, labels=labels).loss.item() == pytest.approx(found.loss.item(), abs=1e-6)
+    assert json.loads((tmp_path / "run" / "adapter" / "labels.json").read_text()) == {"0": "bad", "1": "good"}
+
+
+def test_full_fine_tuning_keeps_float32_weights_in_mixed_precision(bert: Path, sorting: Path, tmp_path: Path) -> None:
+    run(bert, sorting, tmp_path / "run", method="full", dtype="bfloat16")
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "lora"])
+def test_head_of_any_name_is_trained_in_full_and_not_adapted(method: str, sorting: Path, tmp_path: Path) -> None:
+    set_seed(0)
+    config = T5Config(
+        vocab_size=len(VOCABULARY),
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=1,
+        num_heads=2,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    T5ForSequenceClassification(config).transformer.save_pretrained(tmp_path / "t5")
+    save_tokenizer(tmp_path / "t5", template="$A </s>")
+    run(tmp_path / "t5", sorting, tmp_path / "run", method=method, eval_file=sorting)
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    head = {name.rpartition("classification_head.")[2] for name in saved if "classification_head" in name}
+    assert head == {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
+
+
+def test_classes_of_other_data_take_the_place_of_a_trained_head(bert: Path, sorting: Path, tmp_path: Path) -> None:
+    run(bert, sorting, tmp_path / "two", method="full", max_steps=1)
+    rows = [json.loads(line) | {"label": number % 3} for number, line in enumerate(sorting.read_text().splitlines())]
+    three = write_rows(tmp_path / "three.jsonl", rows)
+    run(tmp_path / "two" / "model", three, tmp_path / "three", method="full", max_steps=1)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "three" / "model").num_labels == 3
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(llama: Path, asking: Path, tmp_path: Path) -> None:
+    plain = run(llama, asking, tmp_path / "plain", task="causal-lm")
+    saving = run(llama, asking, tmp_path / "saving", task="causal-lm", gradient_checkpointing=True)
+    assert [p["loss"] for p in saving["curve"]] == pytest.approx([p["loss"] for p in plain["curve"]], rel=1e-5)
+
+
+def test_hub_data_trains_like_a_file(
+    llama: Path, asking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_file = run(llama, asking, tmp_path / "file", task="causal-lm")
+    rows = [json.loads(line) for line in asking.read_text().splitlines()]
+    monkeypatch.setattr(reading, "load_dataset", lambda name, config, split: Dataset.from_list(rows))
+    from_hub = run(
+        llama, None, tmp_path / "hub", task="causal-lm", dataset="o/d", dataset_config="c", eval_split="validation"
+    )
+    assert from_hub["curve"] == from_file["curve"]
+    assert from_hub["dataset"] == "o/d/c (train)"
+    assert from_hub["metrics"]["eval_loss"] > 0
+
+
+def test_estimation_batches_leave_the_global_random_state_alone() -> None:
+    examples = Dataset.from_dict({"x": list(range(50))})
+    options = EstimateOptions(estimate_batches=3, estimate_batch_size=4)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+    batches = EstimateBatches(examples, lambda rows: [row["x"] for row in rows], options, 8, seed=1)
+    seen = list(batches)
+    flat = [number for batch in seen for number in batch]
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[index]
+    assert seen == list(batches)
+    assert (len(batches), [len(batch) for batch in seen]) == (3, [4, 4, 4])
+    assert len(set(flat)) == 12
+    assert flat != sorted(flat)
+    other = EstimateBatches(examples, lambda rows: [row["x"] for row in rows], options, 8, seed=2)
+    assert seen != list(other)
+
+
+def test_loss_that_is_not_finite_is_shown_and_said(
+    llama: Path, asking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = run(llama, asking, tmp_path / "run", task="causal-lm", method="full", learning_rate=1e30)
+    assert None in [point["loss"] for point in record["curve"]]
+    assert "warning: the training loss is not finite" in capsys.readouterr().err
+
+
+def test_output_folder_with_something_in_it_is_refused(
+    bert: Path, sorting: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    assert "the folder is not empty. Give a new one, or --resume" in refused(command(bert, sorting, tmp_path / "run"))
+    assert "this is a file. Give a new folder" in refused(command(bert, sorting, sorting))
+    (tmp_path / "run" / "notes.txt").unlink()
+    assert parse([str(argument) for argument in command(bert, sorting, tmp_path / "run")[1:]])[1] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_column": "txt"}, "there is no column 'txt' (--text_column); its columns are text, label."),
+        ({"train_file": "none.jsonl"}, "none.jsonl: there is no such data file."),
+        ({"train_file": "none.doc"}, "none.doc: a data file ends in .jsonl, .json, .csv, .tsv, .parquet"),
+        ({"model": "/none"}, "--model /none: AutoTokenizer could not load it"),
+        ({"target_modules": "nothing"}, "--target_modules nothing: No modules were targeted"),
+        ({"rank": 17}, "17"),
+        ({"report_to": "paper"}, "--report_to paper: not installed or not known. Available here are none, all"),
+        ({"estimate_file": "none.safetensors"}, "none.safetensors"),
+        ({"task": "causal-lm", "text_pair_column": "label"}, "--text_pair_column belongs to --task seq-cls"),
+    ],
+)
+def test_request_that_cannot_be_met_is_refused_and_nothing_is_written(
+    options: dict[str, Any],
+    message: str,
+    bert: Path,
+    sorting: Path,
+    tmp_path: Path,
+    refused: Callable[[list[object]], str],
+) -> None:
+    assert message in refused(command(bert, sorting, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(
+    bert: Path, sorting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[list[object]], str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refused(command(bert, sorting, tmp_path / "run"))
+    assert "lora-ga train runs in one process, but WORLD_SIZE is 2" in message
+
+
+@pytest.mark.parametrize(
+    ("loader", "model"), [(AutoModelForCausalLM, "llama"), (AutoModelForSeq2SeqLM, "t5")], ids=["causal-lm", "seq2seq"]
+)
+def test_base_folder_is_not_touched(
+    loader: Any, model: str, asking: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(model)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    task = "causal-lm" if model == "llama" else "seq2seq"
+    run(folder, asking, tmp_path / "run", task=task, prompt_column="prompt", target_column="target", max_steps=1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    PeftModel.from_pretrained(loader.from_pretrained(folder), tmp_path / "run" / "adapter")
