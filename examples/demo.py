@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 import lora_ga
 from corpus import docstring_rows, write_jsonl
@@ -91,10 +91,10 @@ def reloaded_by_stock_peft(folder: Path, run: Path, data: Path) -> str:
         What was found, as a sentence.
     """
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
-    config = AutoConfig.from_pretrained(run / "adapter")
+    classes = len({row["label"] for row in rows})
 
     def base() -> torch.nn.Module:
-        return AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
 
     stock = predictions(PeftModel.from_pretrained(base(), run / "adapter"), run, rows)
     ours = predictions(lora_ga.load(base(), run / "adapter"), run, rows)
