@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
@@ -151,8 +153,10 @@ def test_saving_what_was_loaded_writes_the_same_files(tmp_path: Path, offset: st
         mine, theirs = load_file(tmp_path / "first" / file), load_file(tmp_path / "second" / file)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    configs = [(tmp_path / name / "adapter_config.json").read_text() for name in ("first", "second")]
-    assert configs[0].replace('"inference_mode": true', "") == configs[1].replace('"inference_mode": true', "")
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("first", "second")]
+    for config in configs:
+        config["target_modules"] = sorted(config["target_modules"])  # PEFT keeps a set
+    assert configs[0] == configs[1]
 
 
 def test_a_base_offset_adapter_to_use_leaves_the_base_alone(tmp_path: Path) -> None:
@@ -203,7 +207,8 @@ def test_another_base_model_is_refused_and_given_back_as_it_was(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["no-such-owner/no-such-adapter", "no/such/folder"])
-def test_an_adapter_that_is_nowhere(name: str) -> None:
+def test_an_adapter_that_is_nowhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it tries for half a minute
     base = llama()
     with pytest.raises(FileNotFoundError, match=f"{name}: not a local folder, and not to be had from the hub"):
         lora_ga.load(base, name)
