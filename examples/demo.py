@@ -33,7 +33,7 @@ LENGTH = 64
 # Learning rate and other settings by method; the rates are the best of `python benchmarks/bench_demo_rates.py`.
 METHODS: dict[str, dict[str, Any]] = {
     "lora-ga": {"learning_rate": 1e-3, "stable_gamma": 256},
-    "lora": {"learning_rate": 3e-3},
+    "lora": {"learning_rate": 1e-3},
 }
 say = Console().print
 
@@ -61,7 +61,7 @@ def train(method: str, model: Path, data: Path, out: Path, **changes: Any) -> No
         "max_length": LENGTH,
         "batch_size": 16,
         "max_steps": 120,
-        "logging_steps": 1,
+        "logging_steps": 4,
         "output_dir": out,
     }
     arguments = ["train", *(f"--{name}={value}" for name, value in (options | METHODS[method] | changes).items())]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_ga.capture import record
-from lora_ga.targets import find_targets, frozen
+from lora_ga.frozen import frozen
+from lora_ga.targets import find_targets
 from toys import FAMILIES, adapted, autograd_gradients
 
 

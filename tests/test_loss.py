@@ -37,11 +37,6 @@ def test_what_the_batch_says_itself_comes_first() -> None:
     assert label_tokens(llama(), batch | {"shift_labels": torch.tensor([[1, 2, -100]])}) == 2
 
 
-@pytest.mark.parametrize("batch", [(tokens(),), {"input_ids": tokens()}, {"labels": [1, 2]}, 3])
-def test_labels_that_cannot_be_counted_are_none(batch: Any) -> None:
-    assert label_tokens(llama(), batch) is None
-
-
 def test_a_batch_of_positional_values_is_passed_on() -> None:
     batch = causal(1)[0]
     model = llama()
@@ -65,7 +60,8 @@ def test_what_the_loss_function_says_is_the_weight() -> None:
     loss, weight = weighed_loss(llama(), batch, lambda model, batch: (model(**batch).loss, 5))
     assert weight == 5
     assert weighed_loss(llama(), batch, lambda model, batch: model(**batch).loss)[1] == 44
-    assert weighed_loss(llama(), tokens(), lambda model, ids: model(ids, labels=ids).loss)[1] == 1
+    assert weighed_loss(llama(), tokens(4), lambda model, ids: model(ids, labels=ids).loss)[1] == 4
+    assert weighed_loss(llama(), "text", lambda model, text: torch.ones(()))[1] == 1
     assert torch.isfinite(loss)
 
 
@@ -74,8 +70,8 @@ def test_what_the_loss_function_says_is_the_weight() -> None:
     [
         (torch.tensor(float("nan")), "its loss is nan. Check the data, or compute the loss in float32"),
         (torch.tensor(float("inf")), "its loss is inf"),
-        (torch.ones(2), r"its loss must be a scalar tensor, found \(2,\)"),
-        (1.5, "its loss must be a scalar tensor, found float"),
+        (torch.ones(2), r"its loss must be a scalar tensor, found of shape \(2,\)"),
+        (1.5, "its loss must be a scalar tensor, found a float"),
         ((torch.tensor(1.0), 0), "its weight is 0.0; it must be a finite number above 0"),
         ((torch.tensor(1.0), float("nan")), "its weight is nan"),
     ],
@@ -90,3 +86,15 @@ def test_a_batch_whose_labels_are_all_ignored_is_refused() -> None:
     batch["labels"][:] = -100
     with pytest.raises(ValueError, match="every label is -100, so it has no loss"):
         weighed_loss(llama(), batch, None)
+
+
+def test_rows_are_counted_where_labels_have_other_names() -> None:
+    starts = torch.zeros(3, dtype=torch.long)
+    assert label_tokens(bert(), {"input_ids": tokens(3), "start_positions": starts, "end_positions": starts}) == 3
+    assert label_tokens(bert(), (tokens(5), None)) == 5
+    assert label_tokens(bert(), [{"nested": 1}]) is None
+
+
+def test_a_second_value_that_is_no_weight_is_named() -> None:
+    with pytest.raises(ValueError, match=r"loss_fn returned \(loss, dict\); the second is to be the weight, a number"):
+        weighed_loss(llama(), causal(1)[0], lambda model, batch: (model(**batch).loss, {"logits": 1}))  # type: ignore[arg-type,return-value]

@@ -14,10 +14,10 @@ from lora_ga.config import LoraGAConfig
 from lora_ga.estimate import settle_missing
 from lora_ga.factors import FACTORS, Factor
 from lora_ga.gradient import GradientEstimate
-from lora_ga.sidecar import RANK_FIELDS, AlignedLoraConfig, Alignment, doubled
+from lora_ga.sidecar import RANK_FIELDS, AlignedLoraConfig, Alignment
 from lora_ga.split import Layer, split
 from lora_ga.store import fingerprint
-from lora_ga.targets import PREFIX, Target, base_weight, find_targets
+from lora_ga.targets import PREFIX, SHIFTED_BASES, Target, base_weight, find_targets
 
 Starts = dict[str, tuple[Tensor, Tensor]]
 
@@ -35,6 +35,8 @@ def apply_estimate(
     adapter computes at rank 2r, the base is not touched and the model's function stays exactly what it was. With
     `offset="base"` the base weight becomes `W − s·B₀A₀`, rounded to its dtype, as in the paper; `disable_adapter()`
     then shows the changed base. Either way `save_pretrained` writes a plain rank-2r adapter for the original base.
+    After `offset="base"` the model is for this one adapter: `unload()` gives the changed base, and saving or loading
+    others beside it is refused.
 
     Args:
         model: A `PeftModel` with a fresh LoRA adapter.
@@ -70,8 +72,9 @@ def write_starts(
         settle_missing(reasons, targets, config.on_missing)
     settle_missing({name: why for name, why in reasons.items() if name not in said}, targets, config.on_missing)
     aligned = {name: target for name, target in targets.items() if name not in reasons}
+    _check_shapes(estimate, aligned)
     if config.offset == "base":
-        _check_base_can_change(model, aligned)
+        _check_base_can_change(model, aligned, adapter_name)
     starts = {name: split(estimate[name], _layer(target, config, adapter_name)) for name, target in aligned.items()}
     plain = {
         name: (target.rank, target.layer.lora_alpha[adapter_name])
@@ -86,7 +89,8 @@ def _unusable(target: Target, estimate: GradientEstimate) -> str | None:
     if target.too_small:
         return target.too_small
     if target.name not in estimate:
-        return estimate.missing.get(target.name, "the estimate does not cover it")
+        left_out = estimate.missing.get(target.name)
+        return f"left out of the estimate: {left_out}" if left_out else "the estimate does not cover it"
     return "its gradient is exactly zero" if estimate[target.name].norm == 0 else None
 
 
@@ -97,8 +101,23 @@ def _layer(target: Target, config: LoraGAConfig, adapter_name: str) -> Layer:
     )
 
 
-def _check_base_can_change(model: PeftModel, targets: dict[str, Target]) -> None:
-    """Refuse `offset="base"` where a weight is not plain numbers, or belongs to other modules too.
+def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> None:
+    """Refuse an estimate whose factors do not fit the layers they are named after.
+
+    Raises:
+        ValueError: There is such a layer.
+    """
+    for name, target in targets.items():
+        found = (estimate[name].U.shape[0], estimate[name].V.shape[0])
+        if found != (target.outputs, target.inputs):
+            raise ValueError(
+                f"{name}: the estimate is of a {found[0]} x {found[1]} weight, the layer's is {target.outputs} x "
+                f"{target.inputs}. Estimate the gradients of this model."
+            )
+
+
+def _check_base_can_change(model: PeftModel, targets: dict[str, Target], adapter_name: str) -> None:
+    """Refuse `offset="base"` where a weight is not plain numbers, or matters to other modules or adapters too.
 
     Raises:
         ValueError: There is such a weight.
@@ -108,6 +127,12 @@ def _check_base_can_change(model: PeftModel, targets: dict[str, Target]) -> None
         owners.setdefault(id(parameter), set()).add(path)
     for name, target in targets.items():
         weight = target.layer.get_base_layer().weight
+        others = [other for other in target.layer.r if other != adapter_name]
+        if others:
+            raise ValueError(
+                f'{name}: offset="base" would change the weight under the other adapters of the layer '
+                f'({", ".join(others)}); use offset="adapter", or delete them first.'
+            )
         if not weight.is_floating_point() or weight.is_meta:
             raise ValueError(f'{name}: offset="base" cannot change a {weight.dtype} weight; use offset="adapter".')
         if len(owners[id(weight)]) > 1:
@@ -128,6 +153,7 @@ def shift_base(layer: LoraLayer, a: Tensor, b: Tensor, scaling: float) -> None:
         b: B₀, (d_out, r).
         scaling: s.
     """
+    SHIFTED_BASES.add(layer.get_base_layer())
     weight = base_weight(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight.copy_(weight.to(wide) - scaling * (b.to(weight.device, wide) @ a.to(weight.device, wide)))
@@ -184,5 +210,5 @@ def _write(
             shift_base(target.layer, pair[0].start, pair[1].start, alignment.scaling[name])
         else:
             set_rank(target.layer, adapter_name, 2 * target.rank)
-    changes = doubled(peft_config, plain) if config.offset == "adapter" else {}
+    changes = alignment.rank_fields(peft_config) if config.offset == "adapter" else {}
     model.peft_config[adapter_name] = AlignedLoraConfig.of(peft_config, alignment, **changes)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import random
+import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
@@ -18,23 +16,12 @@ from torch import Tensor
 from lora_ga.accumulate import ESTIMATORS, Accumulator
 from lora_ga.capture import Heard, record
 from lora_ga.config import LoraGAConfig
+from lora_ga.frozen import device_of, frozen, in_half, random_state_kept
 from lora_ga.gradient import GradientEstimate
-from lora_ga.loss import LossFunction, weighed_loss
+from lora_ga.loss import BatchError, LossFunction, weighed_loss
 from lora_ga.lowrank import LowRank
 from lora_ga.store import fingerprint
-from lora_ga.targets import Target, device_of, find_targets, frozen
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Leave the global generators (torch on all devices, numpy, random) as they were found."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+from lora_ga.targets import Target, find_targets
 
 
 def _run(
@@ -53,25 +40,29 @@ def _run(
     Raises:
         ValueError: A batch's loss or gradient cannot be used.
     """
-    index, weight, total = 0, 1.0, 0.0
+    index, weight, total, magnified = 0, 1.0, 0.0, 1.0
+    device = device_of(model)
+    half = in_half(model, device)
 
     def sink(name: str, x_TI: Tensor, g_TO: Tensor) -> None:
         try:
-            accumulators[name].add(x_TI, g_TO, weight)
+            with torch.autocast(g_TO.device.type, enabled=False):
+                accumulators[name].add(x_TI, g_TO, weight / magnified)
         except FloatingPointError as error:
             raise ValueError(
                 f"batch {index}: {error}. Check that batch, or compute in float32 or bfloat16 (float16 overflows)."
             ) from error
 
-    device = device_of(model)
     with record({name: target.layer for name, target in targets.items()}, sink) as heard:
         for index, batch in enumerate(itertools.islice(data, limit), start=1):
             try:
                 loss, weight = weighed_loss(model, send_to_device(batch, device), loss_fn)
-            except ValueError as error:
+            except BatchError as error:
                 raise ValueError(f"batch {index}: {error}.") from error
+            if half:  # a mean over many tokens would vanish in float16: pass the power of two next to the sum back
+                magnified = 2.0 ** round(math.log2(weight))
             if loss.requires_grad:  # else no target ran; said with their names once the pass is over
-                loss.backward()
+                (loss * magnified if half else loss).backward()
             total += weight
     return heard, total, index
 
@@ -92,6 +83,25 @@ def _reasons(
         elif factor.norm == 0:
             reasons[name] = "its gradient is exactly zero"
     return reasons
+
+
+def _warn_thin(layers: Mapping[str, LowRank], targets: Mapping[str, Target]) -> None:
+    """Say which layers take rounding noise for directions, because their gradient has fewer than 2r of them."""
+    thin = []
+    for name, layer in layers.items():
+        wanted = 2 * targets[name].rank
+        floor = torch.finfo(layer.S.dtype).eps * max(targets[name].inputs, targets[name].outputs) * layer.S[0]
+        found = int((layer.S[:wanted] > floor).sum())
+        if found < wanted:
+            thin.append(f"  {name}: {found} directions, rank {targets[name].rank} uses {wanted}")
+    if thin:
+        listed = "\n".join(thin)
+        warnings.warn(
+            f"The gradient of {len(thin)} layers has fewer directions than the start uses:\n{listed}\nThe rest is "
+            "arbitrary. Use more or larger batches, or a smaller rank.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def settle_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on_missing: str) -> None:
@@ -161,11 +171,14 @@ def estimate_gradients(
         name: kind(name, target.inputs, 2 * target.rank + config.oversample, config.power_steps, config.seed)
         for name, target in fitting.items()
     }
-    with _random_state_kept(), frozen(model, adapter_name):
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() is on, in which there are no gradients; call this outside of it.")
+    with random_state_kept(), torch.enable_grad(), frozen(model, adapter_name):
         heard, weight, batches = _run(model, data, accumulators, fitting, config.max_batches, loss_fn)
     if batches == 0:
         raise ValueError("The data holds no batch; the gradient needs at least one. An iterator may be used up.")
-    factors = {name: accumulator.factors() for name, accumulator in accumulators.items()}
+    with torch.no_grad(), torch.autocast(device_of(model).type, enabled=False):
+        factors = {name: accumulator.factors() for name, accumulator in accumulators.items()}
     reasons = _reasons(targets, heard, factors, batches)
     settle_missing(reasons, targets, config.on_missing)
     layers = {
@@ -173,4 +186,5 @@ def estimate_gradients(
         for name, factor in factors.items()
         if factor is not None and name not in reasons
     }
+    _warn_thin(layers, targets)
     return GradientEstimate(layers, config, fingerprint(model), weight, batches, reasons)

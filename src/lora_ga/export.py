@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
@@ -62,6 +63,10 @@ def _pairs(tensors: dict[str, Tensor], config: LoraConfig, path: Path) -> list[s
     Raises:
         ValueError: The adapter holds something else of LoRA.
     """
+    if config.target_parameters:
+        raise ValueError(
+            f"{path}: adapts parameters without a layer of their own ({config.target_parameters[0]}); merge it."
+        )
     if config.use_dora:
         raise ValueError(f"{path}: a DoRA adapter; its product has magnitudes that a lower rank cannot keep. Merge it.")
     names = []
@@ -167,11 +172,28 @@ def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None
         base: The original base model, without LoRA layers; it is changed in place.
 
     Raises:
-        ValueError: `out` is not empty, the base is quantised, or the merged weights are not finite.
+        TypeError: The base model cannot be saved.
+        ValueError: `out` is not empty, the base is quantised, an adapted weight is shared with other modules, or the
+            merged weights are not finite.
     """
     target = check_empty(out)
+    if not hasattr(base, "save_pretrained"):
+        raise TypeError(f"The base is a {type(base).__name__} without save_pretrained; give a Transformers model.")
     if getattr(base, "is_quantized", False):
         raise ValueError("The base model is quantised; load it in full precision to merge an adapter into it.")
-    merged = PeftModel.from_pretrained(base, str(path)).merge_and_unload(safe_merge=True)
+    model = PeftModel.from_pretrained(base, str(path))
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.removeprefix(PREFIX))
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            shared = owners.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+            if len(shared) > 1:
+                model.unload()
+                raise ValueError(
+                    f"{name.removeprefix(PREFIX)}: its weight is shared ({', '.join(shared)}), so merging would change "
+                    "all. Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
+                )
+    merged = model.merge_and_unload(safe_merge=True)
     with _whole_folder(target) as folder:
         merged.save_pretrained(folder)

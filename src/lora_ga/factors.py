@@ -69,17 +69,16 @@ class Factor(nn.Linear):
         """The part of a joined matrix that is the delta: the upper half of A's rows, the right half of B's columns."""
         return joined.chunk(2, dim=self.joined_dim)[self.joined_dim]
 
-    @torch.no_grad()
+    def agrees(self, joined: Tensor) -> bool:
+        """Whether a joined matrix of the same shape is this one, up to the rounding of the file it was stored in."""
+        low = any(torch.equal(joined, joined.to(kind).to(joined)) for kind in (torch.bfloat16, torch.float16))
+        own, delta = self.joined(), self.delta().repeat((2, 1) if self.joined_dim == 0 else (1, 2))
+        size = joined.abs() + own.abs() + delta.abs()
+        return bool(((own - joined).abs() <= (2.0**-7 if low else 1e-6) * size).all())
+
     def split(self, joined: Tensor) -> None:
-        """Take over a joined matrix. What is already held exactly is kept, since B₀ + dB and A₀ + dA are rounded."""
-        if joined.shape == self.joined().shape and torch.equal(joined.to(self.trainable), self.joined()):
-            return
-        first, second = joined.detach().to(self.trainable).chunk(2, dim=self.joined_dim)
-        if self.joined_dim == 1:
-            self.start = first.clone()
-        elif not torch.equal(self.start.to(first) + first, second):
-            self.start = second - first
-        self.set_delta(self.delta_in(joined))
+        """Take over a joined matrix, (2r, I) or (O, 2r), in place."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
@@ -118,7 +117,10 @@ class Factor(nn.Linear):
                 "under another adapter name."
             )
         else:
-            self.split(joined)
+            try:
+                self.split(joined.detach().to(self.trainable))
+            except ValueError as error:
+                error_msgs.append(f"{prefix}weight: {error}")
 
 
 class Delta(Factor):
@@ -139,6 +141,16 @@ class Delta(Factor):
         """Copy into the trained parameter."""
         self.trainable.copy_(delta)
 
+    @torch.no_grad()
+    def split(self, joined: Tensor) -> None:
+        """Take over a joined matrix of any start. An exact start is kept, since A₀ + dA in the file is rounded."""
+        first, second = joined.chunk(2, dim=self.joined_dim)
+        if self.joined_dim == 1:
+            self.start = first.clone()
+        elif not torch.equal(self.start.to(first) + first, second):
+            self.start = second - first
+        self.set_delta(self.delta_in(joined))
+
 
 class Shifted(Factor):
     """Trains the factor itself, whose start has been taken out of the base weight."""
@@ -150,6 +162,27 @@ class Shifted(Factor):
     def set_delta(self, delta: Tensor) -> None:
         """Copy `start + delta` into the trained parameter."""
         self.trainable.copy_(self.start.to(delta) + delta)
+
+    @torch.no_grad()
+    def split(self, joined: Tensor) -> None:
+        """Take over a joined matrix of the same start; the base weight is shifted by that one.
+
+        Args:
+            joined: (2r, I) or (O, 2r).
+
+        Raises:
+            ValueError: It has another start.
+        """
+        if torch.equal(joined, self.joined()):  # A = A₀ + dA is rounded: keep what is already held exactly
+            return
+        held = self.trainable.clone()
+        self.set_delta(self.delta_in(joined))
+        if not self.agrees(joined):
+            self.trainable.copy_(held)
+            raise ValueError(
+                "the adapter in the file started elsewhere than this one, whose start has been taken out of the base "
+                'weight (offset="base"). Load it with lora_ga.load on the original base model.'
+            )
 
 
 class DeltaA(Delta):
@@ -174,6 +207,18 @@ class ShiftedB(Shifted):
     """B, (O, r), saved as [B₀, B − B₀]."""
 
     joined_dim = 1
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        layer, _, own = prefix.removesuffix(".").rpartition("lora_B.")
+        saved = (key.removeprefix(f"{layer}lora_A.") for key in destination if key.startswith(f"{layer}lora_A."))
+        others = sorted({key.partition(".")[0] for key in saved} - {own})
+        if others:
+            raise ValueError(
+                f'{layer.removesuffix(".")}: offset="base" has changed the weight under adapter {own!r}, so the other '
+                f"adapters of the layer ({', '.join(others)}) would be saved or loaded for a base model that nobody "
+                'else has. Keep one adapter on this model, or use offset="adapter".'
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 FACTORS: Mapping[str, tuple[type[Factor], type[Factor]]] = {

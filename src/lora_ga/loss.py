@@ -6,7 +6,7 @@ their numbers of label tokens. Unweighted, the cosine to the gradient of the one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,11 @@ LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, float]]
 
 IGNORED = -100  # Transformers' label for "no label here"
 # Losses of Transformers that shift the labels by one, so that the first position of a row is never a label.
-SHIFTING = {"ForCausalLM", "ForConditionalGeneration", None}
+SHIFTING = {"ForCausalLM", "ForConditionalGeneration"}
+
+
+class BatchError(ValueError):
+    """A batch whose loss cannot be used; the caller adds its number."""
 
 
 def _shifts(model: nn.Module) -> bool:
@@ -26,32 +30,40 @@ def _shifts(model: nn.Module) -> bool:
     base = plain(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return False
-    return getattr(base, "loss_type", "not a Transformers model") in SHIFTING
+    kind, name = getattr(base, "loss_type", None), type(base).__name__
+    # GPT2LMHeadModel and its kin declare no loss type; XLMWithLMHeadModel and its kin do not shift.
+    return kind in SHIFTING or (kind is None and name.endswith("LMHeadModel") and not name.endswith("WithLMHeadModel"))
 
 
 def label_tokens(model: nn.Module, batch: Any) -> float | None:
-    """How many labels a batch's mean loss is a mean over.
+    """How many terms a batch's mean loss is a mean over.
 
     Args:
         model: The model, whose class says whether labels are shifted.
-        batch: A batch; only mappings have labels that can be counted.
+        batch: A batch.
 
     Returns:
-        The number of labels other than -100 for integer labels of tokens or rows, the number of rows for other
-        labels, `num_items_in_batch` where the batch sets it; None if the batch shows no labels.
+        What `num_items_in_batch` says where the batch sets it; the number of integer labels other than -100, of tokens
+        or rows; the number of rows where there are other labels or none (`start_positions`, a tuple); None if the
+        batch shows no rows either.
     """
     if not isinstance(batch, Mapping):
-        return None
+        return _rows(batch if isinstance(batch, (tuple, list)) else [batch])
     if batch.get("num_items_in_batch") is not None:
         return float(batch["num_items_in_batch"])
     labels = batch.get("shift_labels", batch.get("labels"))
     if not isinstance(labels, Tensor):
-        return None
+        return _rows(batch.values())
     if labels.is_floating_point():
         return float(len(labels))
     if labels.dim() > 1 and "shift_labels" not in batch and _shifts(model):
         labels = labels[..., 1:]
     return float((labels != IGNORED).sum())
+
+
+def _rows(values: Iterable[Any]) -> float | None:
+    """The first dimension of the first tensor that has one."""
+    return next((float(len(value)) for value in values if isinstance(value, Tensor) and value.dim() > 0), None)
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -65,7 +77,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: The model computed no loss.
+        BatchError: The model computed no loss.
         TypeError: The batch is neither a mapping nor a sequence.
     """
     if isinstance(batch, Mapping):
@@ -78,8 +90,8 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
         )
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
-        raise ValueError(
-            f"The model returned no loss for a batch of {keys}. Add 'labels' to the batch, or pass a loss_fn."
+        raise BatchError(
+            f"The model returned no loss for a batch of {keys}. Add 'labels' to the batch, or pass a loss_fn"
         )
     return loss
 
@@ -93,22 +105,27 @@ def weighed_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> 
         loss_fn: The caller's loss, `(model, batch) → loss` or `→ (loss, weight)`; None for the model's own.
 
     Returns:
-        The loss and its weight: what `loss_fn` says; otherwise the number of label tokens, or 1 where none are seen.
+        The loss and its weight: what `loss_fn` says; otherwise the number of label tokens or rows, or 1 where none are
+        seen.
 
     Raises:
-        ValueError: The batch has no label at all, the loss is not a finite scalar, or the weight not a number above 0.
+        BatchError: The batch has no label at all, the loss is not a finite scalar, or the weight not a number above 0.
     """
     counted = label_tokens(model, batch)
     if counted == 0 and loss_fn is None:
-        raise ValueError(f"every label is {IGNORED}, so it has no loss. Leave such batches out, or truncate less")
+        raise BatchError(f"every label is {IGNORED}, so it has no loss. Leave such batches out, or truncate less")
     result = model_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
-    loss, weight = result if isinstance(result, tuple) else (result, 1.0 if counted is None else counted)
-    weight = float(weight)
-    if not (0 < weight < float("inf")):
-        raise ValueError(f"its weight is {weight}; it must be a finite number above 0")
+    loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, counted or 1.0)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"its loss must be a scalar tensor, found {shape}")
+        found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise BatchError(f"its loss must be a scalar tensor, found {found}")
     if not bool(torch.isfinite(loss)):
-        raise ValueError(f"its loss is {loss.item()}. Check the data, or compute the loss in float32")
-    return loss, weight
+        raise BatchError(f"its loss is {loss.item()}. Check the data, or compute the loss in float32")
+    if not (isinstance(weight, (int, float)) or (isinstance(weight, Tensor) and weight.numel() == 1)):
+        raise BatchError(
+            f"loss_fn returned (loss, {type(weight).__name__}); the second is to be the weight, a number: return the "
+            "loss alone, or (loss, number of terms it is a mean over)"
+        )
+    if not (0 < float(weight) < float("inf")):
+        raise BatchError(f"its weight is {float(weight)}; it must be a finite number above 0")
+    return loss, float(weight)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga import sidecar
 from lora_ga.adapter import set_rank, shift_base
@@ -17,12 +19,10 @@ from lora_ga.config import LoraGAConfig
 from lora_ga.factors import FACTORS, Factor
 from lora_ga.sidecar import AlignedLoraConfig, Alignment
 from lora_ga.store import fingerprint
-from lora_ga.targets import PREFIX
+from lora_ga.targets import PREFIX, SHIFTED_BASES
 
 # Optimizer states that have the shape of their parameter, in AdamW, Adam, SGD and their relatives.
 SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-# Between a sidecar and its adapter, which may have been stored in bfloat16.
-LARGEST_DIFFERENCE = 0.02
 
 
 def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -34,30 +34,48 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> Pe
         is_trainable: Whether the adapter's parameters are to train.
 
     Returns:
-        The adapted model. Without a sidecar it is a plain LoRA of rank 2r, with a warning if it is to train. An
-        adapter of `offset="base"` that is not to train stays in the rank-2r form too: that leaves the base as it is.
+        The adapted model: to train on, in LoRA-GA's structure of rank r, or without a sidecar as a plain LoRA of rank
+        2r, with a warning; to use, in the plain rank-2r form, which computes the same and leaves the base as it is.
 
     Raises:
+        FileNotFoundError: There is no such adapter.
+        TypeError: The base has LoRA layers already.
         ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none and the
             folder holds the optimizer state of LoRA-GA training. The base is given back without LoRA layers.
     """
+    if isinstance(base, PeftModel) or any(isinstance(module, LoraLayer) for module in base.modules()):
+        raise TypeError("The base has LoRA layers already; give the original base model, or call its load_adapter.")
+    if any(module in SHIFTED_BASES for module in base.modules()):
+        raise ValueError('The base was changed by offset="base"; load the original base model anew.')
     beside = sidecar.read(path)
-    if beside is not None and beside[1]["fingerprint"] != fingerprint(base):
-        raise ValueError(
-            f"{path}: trained on another base model: its fingerprint is {beside[1]['fingerprint']}, this model's "
-            f"{fingerprint(base)} (module names and weight shapes)."
-        )
+    if beside is not None and not PeftConfig.from_pretrained(str(path)).layer_replication:
+        _check_base(base, beside[1]["fingerprint"], path)
     model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
     try:
-        if beside is None:
+        if beside is not None:
+            _check_base(model, beside[1]["fingerprint"], path)
             if is_trainable:
-                _train_as_plain(model, Path(path))
-        elif is_trainable or beside[1]["config"]["offset"] == "adapter":
-            _restore(model, *beside, where=str(path))
+                _restore(model, *beside, where=str(path))
+        elif is_trainable:
+            _train_as_plain(model, Path(path))
     except BaseException:
         model.unload()
         raise
     return model
+
+
+def _check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
+    """Refuse another base model than the one the adapter was trained on.
+
+    Raises:
+        ValueError: It is another.
+    """
+    found = fingerprint(model)
+    if found != trained_on:
+        raise ValueError(
+            f"{path}: trained on another base model: its fingerprint is {trained_on}, this model's {found} (module "
+            "names and weight shapes)."
+        )
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
@@ -102,6 +120,24 @@ def _train_as_plain(model: PeftModel, path: Path) -> None:
         UserWarning,
         stacklevel=3,
     )
+    _check_first_steps()
+
+
+def _check_first_steps() -> None:
+    """From now on check every optimizer's state at its first step: a wrong one could end the process without a word."""
+    if _checked_optimizers is None:
+        globals()["_checked_optimizers"] = weakref.WeakSet()
+        register_optimizer_step_pre_hook(_check_first_step)
+
+
+_checked_optimizers: weakref.WeakSet[torch.optim.Optimizer] | None = None
+
+
+def _check_first_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    assert _checked_optimizers is not None
+    if optimizer not in _checked_optimizers:
+        check_optimizer_state(optimizer)
+        _checked_optimizers.add(optimizer)
 
 
 def _restore_pair(
@@ -121,17 +157,16 @@ def _restore_pair(
         start = tensors[f"{name}.{letter}0"].to(old.weight)
         parameter = nn.Parameter(torch.zeros_like(start), requires_grad=old.weight.requires_grad)
         factor = kind(start, parameter, old.bias)
-        if factor.joined().shape == old.weight.shape:
+        fits = factor.joined().shape == old.weight.shape
+        if fits:
             factor.set_delta(factor.delta_in(old.weight))
             if f"{name}.{letter}" in tensors:  # offset="base": B₀ + dB is rounded, so B itself is kept
                 factor.trainable.copy_(tensors[f"{name}.{letter}"])
-            difference = (factor.joined() - old.weight).norm() / old.weight.norm()
-        else:
-            difference = torch.tensor(torch.inf)
-        if not difference <= LARGEST_DIFFERENCE:
+        if not fits or not factor.agrees(old.weight):
             raise ValueError(
-                f"{where}: {sidecar.FILE} does not belong to this adapter: {letter} of {name} differs by "
-                f"{difference:.1%}. Remove it to load the adapter as plain LoRA, or put the right one back."
+                f"{where}: {sidecar.FILE} does not belong to this adapter: {letter} of {name} has another start. It "
+                "may be left from before the adapter was trained as plain LoRA. Remove it to load the adapter as "
+                "plain LoRA, or put the right one back."
             )
         modules["default"] = factor.train(old.training)
         pair.append(factor)

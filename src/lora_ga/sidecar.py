@@ -10,19 +10,22 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import Tensor
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.factors import Factor, Shifted
 from lora_ga.store import read_tensors, write_tensors
 
+PREFIX = "base_model.model."
 FILE = "lora_ga.safetensors"
 FILE_KIND = "the LoRA-GA sidecar of an adapter"
 # The fields of LoraConfig that rank and scaling are read from.
@@ -49,8 +52,44 @@ class Alignment:
     plain: dict[str, tuple[int, float]]
     original: dict[str, Any]
 
+    def rank_fields(self, config: LoraConfig) -> dict[str, Any]:
+        """Values of `RANK_FIELDS` for the rank-2r adapter, with every layer's scaling unchanged.
+
+        Where all layers are aligned the user's patterns are doubled. Otherwise each layer that differs gets an entry of
+        its own: PEFT writes patterns sorted and takes the first that matches, so the two cannot be mixed.
+
+        Args:
+            config: The configuration of rank r.
+
+        Returns:
+            Field name → value.
+        """
+        root = math.sqrt(2) if config.use_rslora else 2
+        ranks = {key: 2 * value for key, value in (config.rank_pattern or {}).items()}
+        alphas = {key: root * value for key, value in (config.alpha_pattern or {}).items()}
+        rank, alpha = 2 * config.r, root * config.lora_alpha
+        if self.plain:
+            layers = dict(self.plain)
+            for name, (factor, _) in self.factors.items():
+                full = 2 * factor.rank
+                layers[name] = (full, self.scaling[name] * (math.sqrt(full) if config.use_rslora else full))
+            ranks = {f"^{re.escape(name)}": own for name, (own, _) in layers.items() if own != rank}
+            alphas = {f"^{re.escape(name)}": own for name, (_, own) in layers.items() if own != alpha}
+        return {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
+
     def write(self, folder: Path) -> None:
-        """Write the sidecar into `folder`, atomically."""
+        """Write the sidecar into `folder`, atomically, if the adapter in it is the aligned one.
+
+        It is not where PEFT was given this adapter's configuration for another adapter.
+        """
+        weights = folder / SAFETENSORS_WEIGHTS_NAME
+        if weights.is_file():
+            name, (_, b) = next(iter(self.factors.items()))
+            with safe_open(str(weights), framework="pt") as file:
+                key = f"{PREFIX}{name}.lora_B.weight"
+                saved = file.get_tensor(key) if key in file.keys() else torch.empty(0)  # noqa: SIM118 (not a dict)
+            if saved.shape != b.joined().shape or not torch.equal(saved, b.joined().detach().to(saved)):
+                return
         tensors: dict[str, Tensor] = {}
         for name, pair in self.factors.items():
             for letter, factor in zip("AB", pair, strict=True):
@@ -82,9 +121,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """
     if Path(path).is_dir():
         file = Path(path) / FILE
-        return read_tensors(file, FILE_KIND) if file.exists() else None
+        return _checked(file) if file.exists() else None
     try:
-        return read_tensors(hf_hub_download(str(path), FILE), FILE_KIND)
+        return _checked(hf_hub_download(str(path), FILE))
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):  # the hub was asked: the adapter has no sidecar
             return None
@@ -94,26 +133,22 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     raise FileNotFoundError(f"{path}: not a local folder, and not to be had from the hub ({reason}).") from reason
 
 
-def doubled(config: LoraConfig, plain: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """The rank fields of the rank-2r adapter, with every layer's scaling unchanged.
-
-    Args:
-        config: The configuration of rank r.
-        plain: Layers that keep their rank → (r, α); each gets an entry of its own, before the user's patterns.
+def _checked(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a sidecar file.
 
     Returns:
-        Values of `RANK_FIELDS`.
+        Tensors and record.
+
+    Raises:
+        ValueError: The file is damaged.
     """
-    alpha = math.sqrt(2) if config.use_rslora else 2
-    exact = {re.escape(name): values for name, values in plain.items()}
-    ranks = {key: 2 * value for key, value in (config.rank_pattern or {}).items()}
-    alphas = {key: alpha * value for key, value in (config.alpha_pattern or {}).items()}
-    return {
-        "r": 2 * config.r,
-        "lora_alpha": alpha * config.lora_alpha,
-        "rank_pattern": {key: rank for key, (rank, _) in exact.items()} | ranks,
-        "alpha_pattern": {key: value for key, (_, value) in exact.items()} | alphas,
-    }
+    tensors, record = read_tensors(file, FILE_KIND)
+    missing = [key for key in ("config", "fingerprint", "scaling", "plain", "original") if key not in record]
+    missing += [f"{name}.{part}" for name in record.get("scaling", ()) for part in ("A0", "B0")]
+    missing = [key for key in missing if key not in tensors]
+    if missing:
+        raise ValueError(f"{file}: damaged, it holds no {missing[0]}. Put the whole file back, or remove it.")
+    return tensors, record
 
 
 class AlignedLoraConfig(LoraConfig):
@@ -144,7 +179,7 @@ class AlignedLoraConfig(LoraConfig):
         if self.alignment is not None and self.alignment.config.offset == "base":
             # In memory the adapter has rank r; what leaves the house has rank 2r.
             saved = copy.copy(self)
-            saved.__dict__.update(doubled(self, self.alignment.plain))
+            saved.__dict__.update(self.alignment.rank_fields(self))
         LoraConfig.save_pretrained(saved, save_directory, **kwargs)
         if self.alignment is not None:
             self.alignment.write(Path(save_directory))

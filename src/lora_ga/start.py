@@ -74,10 +74,13 @@ def get_lora_ga_model(
     Raises:
         ValueError: What `initialize` refuses.
     """
+    required = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     model = get_peft_model(base, peft_config)
     try:
         initialize(model, data, config, loss_fn=loss_fn)
     except BaseException:
         model.unload()
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(required[name])
         raise
     return model

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+import weakref
+from collections.abc import Mapping
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as lora_layers
@@ -17,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_ga.factors import Factor
 
 PREFIX = "base_model.model."
+# Base layers whose weight `offset="base"` has changed: the layer itself does not say so once the adapter is gone.
+SHIFTED_BASES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,8 @@ def _lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     """
     if not isinstance(model, PeftModel):
         raise TypeError(
-            f"The model is a {type(model).__name__} without LoRA layers; LoRA-GA fills the adapter of a PeftModel. "
-            "Call peft.get_peft_model(model, LoraConfig(...)) first, or lora_ga.get_lora_ga_model."
+            f"The model is a {type(model).__name__}, not a PeftModel with LoRA layers. Call "
+            "peft.get_peft_model(model, LoraConfig(...)) first (not model.add_adapter), or lora_ga.get_lora_ga_model."
         )
     if adapter_name not in model.peft_config:
         raise ValueError(f"The model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}.")
@@ -119,6 +119,10 @@ def _refusal(name: str, layer: LoraLayer, adapter_name: str) -> str | None:
         return (
             f"{name} is a {base} (PEFT: {type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}); known are "
             f"{known}. Leave it out with LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
+        )
+    if layer.get_base_layer() in SHIFTED_BASES and not isinstance(layer.lora_A[adapter_name], Factor):
+        return (
+            f'{name} sits on a base weight that offset="base" has changed for another adapter; load the base model anew'
         )
     if layer.merged:
         return f"{name} has merged adapters ({', '.join(layer.merged_adapters)}); call model.unmerge_adapter() first"
@@ -163,6 +167,8 @@ def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         f"Start from a fresh one: model.delete_adapter({adapter_name!r}), then "
         f"model.add_adapter({adapter_name!r}, LoraConfig(...))."
     )
+    if any(layer.get_base_layer() in SHIFTED_BASES for layer in layers.values()):
+        reset = 'Load the base model anew: offset="base" has changed its weights.'
     for name, layer in layers.items():
         if isinstance(layer.lora_A[adapter_name], Factor):
             raise ValueError(f"Adapter {adapter_name!r} is already aligned (at {name}). {reset}")
@@ -171,51 +177,3 @@ def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
                 f"Adapter {adapter_name!r} is not fresh: lora_B of {name} is not zero, so it was trained, or made with "
                 f"an init_lora_weights that sets it. {reset}"
             )
-
-
-@contextlib.contextmanager
-def frozen(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """The model as the estimate needs it, and on leaving exactly as it was.
-
-    No parameter asks for a gradient (so no `.grad` is touched); the adapter `adapter_name` is out of the pass while
-    other active ones stay in it; modules are in evaluation mode, except those that checkpoint activations, which do
-    so only in training mode; no key-value cache is filled.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter to leave out.
-
-    Yields:
-        Nothing.
-    """
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modules = [(module, module.training) for module in model.modules()]
-    active = [(module, module._active_adapter) for module in model.modules() if isinstance(module, LoraLayer)]
-    config: Any = getattr(model.get_base_model(), "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    try:
-        for parameter, _ in parameters:
-            parameter.requires_grad_(False)
-        for module, _ in modules:
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
-        for module, _ in active:
-            module._active_adapter = [name for name in module.active_adapters if name != adapter_name]
-        if use_cache:
-            config.use_cache = False
-        yield
-    finally:
-        for parameter, required in parameters:
-            parameter.requires_grad_(required)
-        for module, training in modules:
-            module.training = training
-        for module, names in active:
-            module._active_adapter = names
-        if use_cache:
-            config.use_cache = use_cache
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where batches go: the device of the input embeddings, or of the first parameter."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    parameter = next((embeddings or model).parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
