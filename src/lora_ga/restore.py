@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from pathlib import Path
@@ -123,21 +124,19 @@ def _train_as_plain(model: PeftModel, path: Path) -> None:
     _check_first_steps()
 
 
+_checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+@functools.cache
 def _check_first_steps() -> None:
     """From now on check every optimizer's state at its first step: a wrong one could end the process without a word."""
-    if _checked_optimizers is None:
-        globals()["_checked_optimizers"] = weakref.WeakSet()
-        register_optimizer_step_pre_hook(_check_first_step)
-
-
-_checked_optimizers: weakref.WeakSet[torch.optim.Optimizer] | None = None
+    register_optimizer_step_pre_hook(_check_first_step)
 
 
 def _check_first_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    assert _checked_optimizers is not None
-    if optimizer not in _checked_optimizers:
+    if optimizer not in _checked:
         check_optimizer_state(optimizer)
-        _checked_optimizers.add(optimizer)
+        _checked.add(optimizer)
 
 
 def _restore_pair(

@@ -39,13 +39,10 @@ def fingerprint(model: nn.Module) -> str:
     shapes: set[tuple[str, tuple[int, ...]]] = set()
     for name, module in base.named_modules():
         parts = name.split(".")
-        adapter = any(
-            part.startswith(("lora_", "trainable_tokens_")) or part in ("modules_to_save", "token_adapter")
-            for part in parts
-        )
+        adapter = any(part.startswith(("lora_", "trainable_tokens_")) or part == "modules_to_save" for part in parts)
         if adapter or hasattr(module, "base_layer"):
             continue
-        path = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+        path = ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
         outputs, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
         if isinstance(outputs, int) and isinstance(inputs, int):
             shapes.add((path, (outputs, inputs)))

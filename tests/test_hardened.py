@@ -1,0 +1,317 @@
+"""Cases that an adversarial reading of the library found; each once ended in a wrong result without a word."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertForQuestionAnswering, OPTConfig, OPTForCausalLM, Trainer, TrainingArguments
+
+import lora_ga
+from lora_ga import LoraGAConfig
+from lora_ga.export import merge_adapter
+from lora_ga.factors import Factor
+from lora_ga.sidecar import FILE
+from toys import FAMILIES, adapted, bert, causal, classified, gpt2, llama, logits, t5, tokens, train, translated
+
+BASE = LoraGAConfig(offset="base")
+BATCH = causal(1)[0]
+
+
+def cosine(a: lora_ga.LowRank, b: lora_ga.LowRank) -> float:
+    left, right = ((part.U * part.S) @ part.V.mT for part in (a, b))
+    return ((left * right).sum() / (left.norm() * right.norm())).item()
+
+
+# --- the changed base ------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_base_is_refused_for_another_start_after_its_adapter_is_gone() -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal(), BASE)
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(ValueError, match='offset="base" has changed for another adapter; load the base model anew'):
+        lora_ga.initialize(model, causal())
+    base = model.unload()
+    with pytest.raises(ValueError, match='offset="base" has changed'):
+        lora_ga.initialize(adapted(base), causal())
+
+
+def test_the_base_is_not_changed_under_another_adapter() -> None:
+    model = adapted(llama())
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"would change the weight under the other adapters of the layer \(default\)"):
+        lora_ga.initialize(model, causal(), BASE, adapter_name="second")
+    assert torch.equal(logits(model, BATCH), logits(llama(), BATCH))
+
+
+def test_other_adapters_on_a_changed_base_do_not_leave_the_house(tmp_path: Path) -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal(), BASE)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"adapters of the layer \(second\) would be saved or loaded for a base model"):
+        model.save_pretrained(tmp_path, selected_adapters=["second"])
+    model.delete_adapter("second")
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(logits(stock, BATCH), logits(model, BATCH), rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_another_start_does_not_load_onto_a_changed_base(tmp_path: Path) -> None:
+    first = adapted(llama())
+    lora_ga.initialize(first, causal(3)[2:], BASE)
+    train(first, causal())
+    first.save_pretrained(tmp_path)
+    other = adapted(llama())
+    lora_ga.initialize(other, causal(1), BASE)
+    before = logits(other, BATCH)
+    with pytest.raises(RuntimeError, match="the adapter in the file started elsewhere than this one"):
+        other.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(logits(other, BATCH), before)
+
+
+def test_a_checkpoint_of_another_start_loads_into_the_adapter_offset(tmp_path: Path) -> None:
+    first, other = adapted(llama()), adapted(llama())
+    lora_ga.initialize(first, causal(3)[2:])
+    train(first, causal())
+    first.save_pretrained(tmp_path)
+    lora_ga.initialize(other, causal(1))
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    torch.testing.assert_close(logits(other.eval(), BATCH), logits(first.eval(), BATCH), rtol=0, atol=1e-5)
+
+
+# --- patterns on disk ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", ["adapter", "base"])
+@pytest.mark.parametrize("lora", [{"alpha_pattern": {"k": 32}}, {"rank_pattern": {"k": 2}}, {"use_rslora": False}])
+def test_plain_layers_keep_their_rank_and_scaling_whatever_the_order_of_patterns(
+    tmp_path: Path, lora: dict[str, Any], offset: str
+) -> None:
+    def encoder_only(model: nn.Module, batch: Any) -> Tensor:
+        return model.get_encoder()(batch["input_ids"]).last_hidden_state.square().mean()  # type: ignore[operator]
+
+    model = adapted(t5(), **lora)
+    config = LoraGAConfig(on_missing="lora", offset=offset)
+    with pytest.warns(UserWarning, match="start as plain LoRA"):
+        lora_ga.initialize(model, translated(), config, loss_fn=encoder_only)
+    train(model, translated())
+    model.save_pretrained(tmp_path)
+    for trainable in (False, True):
+        again = lora_ga.load(t5(), tmp_path, is_trainable=trainable).eval()
+        torch.testing.assert_close(
+            logits(again, translated(1)[0]), logits(model.eval(), translated(1)[0]), rtol=0, atol=1e-5
+        )
+
+
+class Nested(nn.Module):
+    """A layer whose name is the last part of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.block = nn.Linear(12, 12), nn.Sequential()
+        self.block.add_module("lin", nn.Linear(12, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) + 0 * self.lin(x).detach()
+
+
+def test_a_plain_layer_whose_name_ends_another_does_not_catch_it(tmp_path: Path) -> None:
+    base = Nested()
+    model = adapted(copy.deepcopy(base), ["lin"])
+    x = torch.randn(30, 12)
+    with pytest.warns(UserWarning, match="1 of 2 layers cannot be aligned"):
+        lora_ga.initialize(
+            model, [x], LoraGAConfig(on_missing="lora"), loss_fn=lambda m, batch: m(batch).square().mean()
+        )
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
+
+
+# --- the estimate ----------------------------------------------------------------------------------------------------
+
+
+def test_functional_dropout_stays_out_of_a_checkpointed_estimate() -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.3,
+        max_position_embeddings=64, word_embed_proj_dim=32,
+    )  # fmt: skip
+    base = OPTForCausalLM(config)
+    targets = ["q_proj", "v_proj", "fc1", "fc2"]
+    plain = lora_ga.estimate_gradients(adapted(copy.deepcopy(base), targets), causal())
+    base.activation_checkpointing_enable()
+    model = adapted(base, targets).train()
+    checkpointed = lora_ga.estimate_gradients(model, causal())
+    assert "forward" not in base.model.decoder.layers[0].__dict__
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name].S, plain[name].S)
+
+
+def test_batches_whose_labels_have_other_names_weigh_by_their_rows() -> None:
+    torch.manual_seed(0)
+    base = BertForQuestionAnswering(
+        BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    ).eval()
+    ids = tokens(18, 10)
+    whole = {"input_ids": ids, "start_positions": ids[:, 0] % 10, "end_positions": ids[:, 1] % 10}
+    parts = [{key: value[:16] for key, value in whole.items()}, {key: value[16:] for key, value in whole.items()}]
+    config = LoraGAConfig(estimator="dense", oversample=64)
+    model = adapted(base, ["query", "value", "dense"])
+    at_once = lora_ga.estimate_gradients(model, [whole], config)
+    in_parts = lora_ga.estimate_gradients(model, parts, config)
+    assert min(cosine(at_once[name], in_parts[name]) for name in at_once) > 0.99999
+
+
+@pytest.mark.parametrize("shrink", [1.0, 0.01])
+def test_float16_gradients_do_not_vanish(shrink: float) -> None:
+    config = LoraGAConfig(estimator="dense")
+    batches = causal(2, rows=32, length=48)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return shrink * model(**batch).loss
+
+    exact = lora_ga.estimate_gradients(adapted(llama()), batches, config, loss_fn=loss)
+    half = lora_ga.estimate_gradients(adapted(llama().half()), batches, config, loss_fn=loss)
+    assert min(cosine(exact[name], half[name]) for name in exact) > 0.999
+    assert all(half[name].norm == pytest.approx(exact[name].norm, rel=0.01) for name in exact)
+
+
+def test_sums_stay_in_float32_under_autocast() -> None:
+    model = adapted(llama())
+    with torch.autocast("cpu", torch.bfloat16):
+        estimate = lora_ga.estimate_gradients(model, causal())
+    for part in estimate.values():
+        assert part.V.dtype == torch.float32
+        torch.testing.assert_close(part.V.mT @ part.V, torch.eye(part.V.shape[1]), rtol=0, atol=1e-5)
+
+
+def test_a_gradient_of_too_few_directions_is_named() -> None:
+    with pytest.warns(
+        UserWarning, match=r"(?s)fewer directions than the start uses.*pooler\.dense: [12] directions, ra"
+    ):
+        lora_ga.estimate_gradients(adapted(bert(), FAMILIES["bert"][2]), classified(1, rows=2))
+
+
+def test_gradients_are_found_under_no_grad_and_refused_under_inference_mode() -> None:
+    model = adapted(llama())
+    with torch.no_grad():
+        assert len(lora_ga.estimate_gradients(model, causal())) == 14
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.. is on, in which there are no grad"):
+        lora_ga.estimate_gradients(model, causal())
+
+
+def test_an_error_of_the_callers_loss_is_not_taken_for_ours() -> None:
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        raise ValueError("too many values to unpack")
+
+    with pytest.raises(ValueError, match="^too many values to unpack$"):
+        lora_ga.estimate_gradients(adapted(llama()), causal(), loss_fn=broken)
+
+
+def test_an_estimate_with_a_wrong_shape_changes_nothing() -> None:
+    model = adapted(llama())
+    estimate = lora_ga.estimate_gradients(model, causal())
+    layers = dict(estimate)
+    name = "model.layers.1.mlp.down_proj"
+    part = layers[name]
+    layers[name] = lora_ga.LowRank(part.U[:5], part.S, part.V, part.norm)
+    wrong = lora_ga.GradientEstimate(layers, estimate.config, estimate.fingerprint, 1.0, 1)
+    with pytest.raises(ValueError, match="down_proj: the estimate is of a 5 x 48 weight, the layer's is 32 x 48"):
+        lora_ga.initialize(model, wrong)
+    assert not any(isinstance(module, Factor) for module in model.modules())
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    train(model, causal())
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_sidecar_from_before_plain_training_is_refused(saved: Path) -> None:
+    stock = PeftModel.from_pretrained(llama(), saved, is_trainable=True)
+    train(stock, causal(), steps=3, lr=1e-4)
+    stock.save_pretrained(saved)
+    with pytest.raises(
+        ValueError, match="has another start. It may be left from before the adapter was trained as plain"
+    ):
+        lora_ga.load(llama(), saved, is_trainable=True)
+    torch.testing.assert_close(logits(lora_ga.load(llama(), saved), BATCH), logits(stock.eval(), BATCH))
+
+
+def test_a_sidecar_that_lacks_a_part_is_damaged(saved: Path) -> None:
+    tensors = load_file(saved / FILE)
+    tensors.pop("model.layers.0.mlp.up_proj.B0")
+    from safetensors import safe_open
+
+    with safe_open(str(saved / FILE), "pt") as file:
+        header = file.metadata()
+    save_file(tensors, saved / FILE, metadata=header)
+    with pytest.raises(ValueError, match="damaged, it holds no model.layers.0.mlp.up_proj.B0"):
+        lora_ga.load(llama(), saved)
+
+
+def test_the_sidecar_is_not_written_beside_another_adapter(saved: Path, tmp_path: Path) -> None:
+    model = lora_ga.load(llama(), saved, is_trainable=True)
+    model.add_adapter("twin", model.peft_config["default"])
+    model.save_pretrained(tmp_path / "both")
+    assert (tmp_path / "both" / FILE).exists()
+    assert not (tmp_path / "both" / "twin" / FILE).exists()
+
+
+def test_trained_tokens_do_not_change_the_fingerprint(tmp_path: Path) -> None:
+    model = adapted(llama(), trainable_token_indices=[1, 2])
+    lora_ga.initialize(model, causal())
+    train(model, causal())
+    model.save_pretrained(tmp_path)
+    again = lora_ga.load(llama(), tmp_path, is_trainable=True).eval()
+    torch.testing.assert_close(logits(again, BATCH), logits(model.eval(), BATCH), rtol=0, atol=1e-5)
+
+
+def test_loading_onto_an_adapted_model_is_refused(saved: Path) -> None:
+    with pytest.raises(TypeError, match="The base has LoRA layers already"):
+        lora_ga.load(adapted(llama()), saved)
+
+
+def test_a_trainers_optimizer_state_in_a_plain_structure_ends_in_words(saved: Path, tmp_path: Path) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=4, save_steps=2, report_to=[], disable_tqdm=True, use_cpu=True
+    )
+    data = [{key: value[0] for key, value in batch.items()} for batch in causal(8)]
+    Trainer(lora_ga.load(llama(), saved, is_trainable=True), arguments, train_dataset=data).train()
+    (saved / FILE).unlink()
+    with pytest.warns(UserWarning, match="trains on as plain LoRA"):
+        plain = lora_ga.load(llama(), saved, is_trainable=True)
+    with pytest.raises(ValueError, match=r"its parameter .*the state of a LoRA-GA run \(rank r\) does not fit"):
+        Trainer(plain, arguments, train_dataset=data).train(str(tmp_path / "run" / "checkpoint-2"))
+
+
+def test_merging_into_a_tied_head_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    model = adapted(llama(tie_word_embeddings=True), ["lm_head", "q_proj"])
+    lora_ga.initialize(model, causal())
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"lm_head: its weight is shared .*so merging would change all\. Untie them"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=llama(tie_word_embeddings=True))
+    with pytest.raises(TypeError, match="The base is a Nested without save_pretrained"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=Nested())
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_refused_start_leaves_the_bases_parameters_trainable() -> None:
+    base = gpt2()
+    with pytest.raises(ValueError, match="holds no batch"):
+        lora_ga.get_lora_ga_model(base, LoraConfig(r=4, target_modules=["c_attn"]), [])
+    assert all(parameter.requires_grad for parameter in base.parameters())
