@@ -27,6 +27,7 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/bench_alignment.py
 	$(BIN)/python benchmarks/bench_convergence.py
+	$(BIN)/python benchmarks/bench_demo_rates.py
 
 clean:
 	rm -rf $(VENV) runs build dist
