@@ -66,16 +66,7 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
         checkpoints.begin(folder, job.options())
         if estimate is not None:
             estimate.save(folder / checkpoints.ESTIMATE)
-    trainer = getattr(transformers, tasks.TASKS[job.model.task].trainer)(
-        model=model,
-        args=settings,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        data_collator=collate,
-        compute_metrics=tasks.accuracy if data.labels else None,
-        preprocess_logits_for_metrics=tasks.predicted_class if data.labels else None,
-        callbacks=[WholeCurve(seconds), OptimizerGuard()],
-    )
+    trainer = make_trainer(job, model, data, collate, settings, seconds)
     train(trainer, checkpoint)
     took = spent(trainer.state.log_history)
     if data.evaluation is not None and not evaluated(trainer.state):
@@ -100,6 +91,22 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
     if not math.isfinite(record["metrics"]["train_loss"]):
         tasks.warn("the training loss is not finite, so the result is of no use. Try a smaller --learning_rate.")
     return Outcome(record, result)
+
+
+def make_trainer(
+    job: Job, model: Any, data: tasks.Prepared, collate: Any, settings: Any, estimate_seconds: float
+) -> Any:
+    """Transformers' trainer for the task, with the callbacks that a run needs."""
+    return getattr(transformers, tasks.TASKS[job.model.task].trainer)(
+        model=model,
+        args=settings,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=collate,
+        compute_metrics=tasks.accuracy if data.labels else None,
+        preprocess_logits_for_metrics=tasks.predicted_class if data.labels else None,
+        callbacks=[WholeCurve(estimate_seconds), OptimizerGuard()],
+    )
 
 
 def check_surroundings(job: Job) -> None:
