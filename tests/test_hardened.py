@@ -195,7 +195,7 @@ def test_sums_stay_in_float32_under_autocast() -> None:
 
 def test_a_gradient_of_too_few_directions_is_named() -> None:
     with pytest.warns(
-        UserWarning, match=r"(?s)fewer directions than the start uses.*pooler\.dense: [12] directions, ra"
+        UserWarning, match=r"(?s)Fewer gradient directions than the start uses, in .*pooler\.dense: [12] directions, ra"
     ):
         lora_ga.estimate_gradients(adapted(bert(), FAMILIES["bert"][2]), classified(1, rows=2))
 

@@ -97,8 +97,8 @@ def _warn_thin(layers: Mapping[str, LowRank], targets: Mapping[str, Target]) -> 
     if thin:
         listed = "\n".join(thin)
         warnings.warn(
-            f"The gradient of {len(thin)} layers has fewer directions than the start uses:\n{listed}\nThe rest is "
-            "arbitrary. Use more or larger batches, or a smaller rank.",
+            f"Fewer gradient directions than the start uses, in {len(thin)} of {len(layers)} layers:\n{listed}\nThe "
+            "rest is arbitrary. Use more or larger batches, or a smaller rank.",
             UserWarning,
             stacklevel=3,
         )
