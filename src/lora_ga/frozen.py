@@ -21,7 +21,8 @@ def random_state_kept() -> Iterator[None]:
     """Leave the global generators (torch on all devices, numpy, random) as they were found."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
-        with torch.random.fork_rng():
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices):
             yield
     finally:
         np.random.set_state(numpy_state)
