@@ -33,7 +33,7 @@ LENGTH = 64
 # Learning rate and other settings by method; the rates are the best of `python benchmarks/bench_demo_rates.py`.
 METHODS: dict[str, dict[str, Any]] = {
     "lora-ga": {"learning_rate": 1e-3, "stable_gamma": 256},
-    "lora": {"learning_rate": 1e-3},
+    "lora": {"learning_rate": 2e-3},
 }
 say = Console().print
 
