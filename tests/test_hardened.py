@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering, OPTConfig, OPTForCausalLM, Trainer, TrainingArguments
 
@@ -17,7 +16,8 @@ import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.export import merge_adapter
 from lora_ga.factors import Factor
-from lora_ga.sidecar import FILE
+from lora_ga.sidecar import FILE, FILE_KIND
+from lora_ga.store import read_tensors, write_tensors
 from toys import FAMILIES, adapted, bert, causal, classified, gpt2, llama, logits, t5, tokens, train, translated
 
 BASE = LoraGAConfig(offset="base")
@@ -253,13 +253,9 @@ def test_a_sidecar_from_before_plain_training_is_refused(saved: Path) -> None:
 
 
 def test_a_sidecar_that_lacks_a_part_is_damaged(saved: Path) -> None:
-    tensors = load_file(saved / FILE)
+    tensors, record = read_tensors(saved / FILE, FILE_KIND)
     tensors.pop("model.layers.0.mlp.up_proj.B0")
-    from safetensors import safe_open
-
-    with safe_open(str(saved / FILE), "pt") as file:
-        header = file.metadata()
-    save_file(tensors, saved / FILE, metadata=header)
+    write_tensors(saved / FILE, FILE_KIND, tensors, record)
     with pytest.raises(ValueError, match="damaged, it holds no model.layers.0.mlp.up_proj.B0"):
         lora_ga.load(llama(), saved)
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -99,6 +100,29 @@ def _compress(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return right.to(a.dtype).contiguous(), left.to(b.dtype).contiguous(), lost.item()
 
 
+def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Read a saved adapter.
+
+    Args:
+        folder: Its folder.
+
+    Returns:
+        Its configuration and its weights.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged.
+    """
+    for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder}: holds no {file}; give the folder that save_pretrained wrote.")
+    try:
+        return PeftConfig.from_pretrained(str(folder)), load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        files = f"{CONFIG_NAME} or {SAFETENSORS_WEIGHTS_NAME}"
+        raise ValueError(f"{folder}: damaged, {files} cannot be read ({error}). Save the adapter anew.") from error
+
+
 def compress_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, float]:
     """Write the best adapter of a lower rank, by SVD of each layer's product s·B A (Eckart and Young, 1936).
 
@@ -116,11 +140,7 @@ def compress_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, 
             not empty.
     """
     source, target = Path(path), check_empty(out)
-    for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        if not (source / file).is_file():
-            raise FileNotFoundError(f"{source}: holds no {file}; give the folder that save_pretrained wrote.")
-    config = PeftConfig.from_pretrained(str(source))
-    tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+    config, tensors = read_adapter(source)
     names = _pairs(tensors, config, source)
     largest = max(tensors[f"{name}.lora_A.weight"].shape[0] for name in names)
     if not 1 <= rank < largest:
@@ -172,15 +192,17 @@ def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None
         base: The original base model, without LoRA layers; it is changed in place.
 
     Raises:
+        FileNotFoundError: There is no adapter in `path`.
         TypeError: The base model cannot be saved.
-        ValueError: `out` is not empty, the base is quantised, an adapted weight is shared with other modules, or the
-            merged weights are not finite.
+        ValueError: `out` is not empty, the base is quantised, an adapted weight is shared with other modules, the
+            adapter is damaged, or the merged weights are not finite.
     """
     target = check_empty(out)
     if not hasattr(base, "save_pretrained"):
         raise TypeError(f"The base is a {type(base).__name__} without save_pretrained; give a Transformers model.")
     if getattr(base, "is_quantized", False):
         raise ValueError("The base model is quantised; load it in full precision to merge an adapter into it.")
+    read_adapter(Path(path))
     model = PeftModel.from_pretrained(base, str(path))
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -83,9 +83,24 @@ def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], re
         tensors: Name → tensor, of any device.
         record: Plain values, kept as JSON in the file's header.
     """
-    header = {"format": "pt", "kind": kind, "schema": str(SCHEMA), "record": json.dumps(record)}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    header = {
+        "format": "pt",
+        "kind": kind,
+        "schema": str(SCHEMA),
+        "record": json.dumps(record),
+        "sha256": _digest(plain),
+    }
     write_atomically(path, save(plain, metadata=header))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of all values, whatever the order of the tensors in the file."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        total.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -102,6 +117,8 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, of another kind, or of a version this library does not know.
     """
+    if Path(path).is_dir():
+        raise FileNotFoundError(f"{path}: a folder; give the file itself (expected {kind}).")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file (expected {kind}).")
     try:
@@ -116,8 +133,8 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise ValueError(
             f"{path}: written in format {header.get('schema')}, this version reads format {SCHEMA}. Write it anew."
         )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise ValueError(f"{path}: damaged, it holds values that are not finite. Write it anew.")
+    if header.get("sha256") != _digest(tensors):
+        raise ValueError(f"{path}: damaged, its values do not fit their checksum. Write it anew.")
     try:
         return tensors, json.loads(header["record"])
     except (KeyError, ValueError) as error:

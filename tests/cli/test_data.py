@@ -48,6 +48,9 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": ')
     with pytest.raises(ValueError, match=r"torn.jsonl: could not be read as jsonl \("):
         load_file(tmp_path / "torn.jsonl")
+    (tmp_path / "nothing.jsonl").touch()
+    with pytest.raises(ValueError, match=r"nothing.jsonl: holds no rows"):
+        load_file(tmp_path / "nothing.jsonl")
     (tmp_path / "empty.csv").write_text("text,label\n")
     with pytest.raises(ValueError, match=r"empty.csv: holds no rows"):
         load_file(tmp_path / "empty.csv")

@@ -110,7 +110,7 @@ def test_base_given_on_the_command_line_is_used(adapter: Path, llama: Path, tmp_
     ("argv", "message"),
     [
         ([], "Choose what to make: --rank K (a smaller adapter) or --merge (a full model); neither was given."),
-        (["--merge", "--rank", "2"], "or --merge (a full model); both was given."),
+        (["--merge", "--rank", "2"], "or --merge (a full model); both were given."),
         (["--rank", "0"], "--rank: found 0, but it must be at least 1."),
         (["--rank", "4"], "rank 4: the adapter has rank 4; compress to a rank from 1 to 3."),
         (["--rank", "2", "--dtype", "float16"], "--model and --dtype belong to --merge, but --rank was given."),
@@ -148,4 +148,16 @@ def test_adapter_that_does_not_fit_or_name_its_base_is_refused(
     wider.intermediate_size = 64
     AutoModelForCausalLM.from_config(wider).save_pretrained(tmp_path / "wider")
     assert f"does not fit {tmp_path / 'wider'}" in attempt(base_model_name_or_path=str(tmp_path / "wider"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", [["--rank", 2], ["--merge"]])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_is_refused_by_name(
+    adapter: Path, tmp_path: Path, refused: Callable[[list[object]], str], what: list[object], file: str
+) -> None:
+    content = (adapter / file).read_bytes()
+    (adapter / file).write_bytes(content[: len(content) // 3])
+    message = refused(["export", adapter, "--output", tmp_path / "out", *what])
+    assert f"{adapter}: damaged, adapter_config.json or adapter_model.safetensors cannot be read" in message
     assert not (tmp_path / "out").exists()

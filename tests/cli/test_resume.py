@@ -119,6 +119,17 @@ def test_run_killed_by_the_system_goes_on_to_the_same_end(bert: Path, whole: Pat
     assert_same_end(tmp_path / "broken", whole)
 
 
+def test_resumed_run_may_remove_the_checkpoint_it_came_from(bert: Path, whole: Path, tmp_path: Path) -> None:
+    # Only the last two checkpoints are kept: with one at every step, that of step 6 is gone at the end.
+    argv = command(bert, whole.parent / "data.jsonl", tmp_path / "broken", save_steps=1)
+    killed = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert main(["train", "--resume", "--output_dir", str(tmp_path / "broken")]) == 0
+    assert {path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()} == {"checkpoint-7", "checkpoint-8"}
+    assert weights(tmp_path / "broken") == weights(whole)
+    assert (tmp_path / "broken" / "run.json").exists()
+
+
 @pytest.mark.parametrize("method", ["lora-ga", "lora", "full"])
 def test_run_killed_after_its_last_step_is_only_finished(
     method: str, bert: Path, sorting: Path, tmp_path: Path

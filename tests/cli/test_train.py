@@ -296,3 +296,19 @@ def test_base_folder_is_not_touched(
     run(folder, asking, tmp_path / "run", task=task, prompt_column="prompt", target_column="target", max_steps=1)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     PeftModel.from_pretrained(loader.from_pretrained(folder), tmp_path / "run" / "adapter")
+
+
+def test_a_model_that_sees_later_tokens_is_no_causal_model(
+    bert: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    argv = ["train", "--model", bert, "--task", "causal-lm", "--train_file", asking, "--output_dir", tmp_path / "run"]
+    assert "that sees later tokens, so it cannot learn to continue text" in refused(argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_below_a_file_is_refused(
+    bert: Path, sorting: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    (tmp_path / "file").touch()
+    argv = ["train", "--model", bert, "--task", "seq-cls", "--train_file", sorting]
+    assert f"{tmp_path / 'file'} is a file, so no folder" in refused([*argv, "--output_dir", tmp_path / "file" / "run"])

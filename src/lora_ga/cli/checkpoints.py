@@ -31,6 +31,11 @@ def check_unused(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--output_dir {folder}: this is a file. Give a new folder.")
+    above = next((parent for parent in folder.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise FileExistsError(
+            f"--output_dir {folder}: {above} is a file, so no folder can be made in it. Give another."
+        )
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(
             f"--output_dir {folder}: the folder is not empty. Give a new one, or --resume to go on with the run in it."

@@ -41,9 +41,16 @@ def load_file(path: Path) -> Dataset:
         ValueError: a kind of file that is not supported, one that cannot be read as its kind, or one without rows.
     """
     if path.suffix not in FILE_TYPES:
-        raise ValueError(f"{path}: a data file ends in {', '.join(FILE_TYPES)}; this one ends in {path.suffix!r}.")
+        raise ValueError(
+            f"{path}: a data file ends in {', '.join(FILE_TYPES)}; this one ends in {path.suffix!r}. "
+            "Plain text goes into the column 'text' of one of these."
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such data file.")
+        raise FileNotFoundError(
+            f"{path}: there is no such data file. Check the path, or give a hub data set by --dataset."
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: holds no rows. Give a file with at least one example.")
     kind, settings = FILE_TYPES[path.suffix]
     try:
         rows = load_dataset(kind, data_files={"rows": str(path)}, split="rows", **settings)

@@ -41,9 +41,9 @@ class ExportOptions:
         require(self, "output")
         at_least(self, rank=1)
         if (self.rank is None) == (not self.merge):
-            found = "neither" if self.rank is None else "both"
+            found = "neither was" if self.rank is None else "both were"
             raise ValueError(
-                f"Choose what to make: --rank K (a smaller adapter) or --merge (a full model); {found} was given."
+                f"Choose what to make: --rank K (a smaller adapter) or --merge (a full model); {found} given."
             )
         if not self.merge and (self.model is not None or self.dtype != "auto"):
             raise ValueError("--model and --dtype belong to --merge, but --rank was given. Leave them out.")
@@ -102,7 +102,8 @@ def merge(adapter: Path, out: Path, options: ExportOptions) -> None:
     try:
         merge_adapter(adapter, out, base=base)
     except RuntimeError as error:
-        raise ValueError(f"{adapter}: does not fit {name} ({error}). Give its base model by --model.") from error
+        first = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error))
+        raise ValueError(f"{adapter}: does not fit {name} ({first}). Give its base model by --model.") from error
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     print(f"{out}: {name} with the adapter merged in" + ("" if tokenizer else "; no tokenizer was found to go with it"))
@@ -118,13 +119,13 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
         ValueError: the adapter names no base model, is for an unknown task, or the model cannot be loaded.
     """
     import transformers
-    from peft import PeftConfig
 
     from lora_ga.cli.checkpoints import LABELS
     from lora_ga.cli.models import load_pretrained
     from lora_ga.cli.tasks import TASKS
+    from lora_ga.export import read_adapter
 
-    config = PeftConfig.from_pretrained(str(adapter))
+    config, _ = read_adapter(adapter)
     name = options.model or config.base_model_name_or_path
     if not name:
         raise ValueError(f"{adapter}: the adapter does not name its base model. Give it by --model.")

@@ -67,11 +67,12 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
         if estimate is not None:
             estimate.save(folder / checkpoints.ESTIMATE)
     trainer = make_trainer(job, model, data, collate, settings, seconds)
+    # Before training, which removes old checkpoints.
+    earlier = {} if checkpoint is None else spent(checkpoints.read_state(checkpoint)["log_history"])
     train(trainer, checkpoint)
     took = spent(trainer.state.log_history)
     if data.evaluation is not None and not evaluated(trainer.state):
         trainer.evaluate()
-    earlier = {} if checkpoint is None else spent(checkpoints.read_state(checkpoint)["log_history"])
     record = run_record(
         job,
         dataset=data.source,

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import warnings
 from importlib.metadata import version
 
 # name -> what it does. The module of the same name in this package has `main(argv) -> int`; it is imported when it is
@@ -48,14 +49,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _call(command: str, argv: list[str]) -> int:
-    """Runs one sub-command; its ValueError and missing or existing files are the user's to mend, all else is a bug."""
+    """Runs one sub-command; its ValueError and OSError are the user's to mend, all else is a bug."""
     debug = os.environ.get("LORA_GA_DEBUG", "") not in {"", "0"}
+    # PEFT reads an attribute that Transformers 5.23 has renamed.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
         return importlib.import_module(f"lora_ga.cli.{command}").main(argv)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         if debug:
             raise
-        return _refuse(f"lora-ga {command}", str(error))
+        # The library speaks of its own settings; here they are options.
+        message = str(error).replace('pass LoraGAConfig(on_missing="lora")', "give --on_missing lora")
+        return _refuse(f"lora-ga {command}", message)
     except KeyboardInterrupt:
         if debug:
             raise

@@ -101,11 +101,29 @@ def load_base(
     model = load_pretrained(getattr(transformers, model_class), options.model, **settings)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    if model_class == "AutoModelForCausalLM":
+        check_causal(model, options.model)
     if options.gradient_checkpointing:
         # The name before Transformers 5.23, and since.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def check_causal(model: Any, name: str) -> None:
+    """Refuses a model that sees the tokens it is to predict, as an encoder under a language head does.
+
+    Raises:
+        ValueError: the logits at a position depend on a later one.
+    """
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]])  # alike but for the last
+    with torch.no_grad():
+        before, after = model.eval()(input_ids=ids).logits[:, :-1].float()
+    if not torch.allclose(before, after, rtol=1e-2, atol=1e-3 * float(before.abs().max())):
+        raise ValueError(
+            f"--model {name}: a {type(model).__name__} that sees later tokens, so it cannot learn to continue text. "
+            "Give a decoder for --task causal-lm, or another task."
+        )
 
 
 def new_heads(base: Any) -> list[str]:

@@ -110,8 +110,8 @@ class DataOptions:
     def __post_init__(self) -> None:
         at_least(self, max_length=2, batch_size=1)
         if (self.train_file is None) == (self.dataset is None):
-            found = "neither" if self.train_file is None else "both"
-            raise ValueError(f"Give either --train_file or --dataset; {found} was given.")
+            found = "neither was" if self.train_file is None else "both were"
+            raise ValueError(f"Give either --train_file or --dataset; {found} given.")
         if self.dataset_config is not None and self.dataset is None:
             raise ValueError("--dataset_config belongs to --dataset, but a --train_file was given. Leave it out.")
         if (self.prompt_column is None) != (self.target_column is None):

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,7 +72,13 @@ def parse_with_config(parser: OptionParser, argv: list[str], *, config: str | No
     if file is not None:
         argv = _file_arguments(parser, Path(file)) + argv
     groups = [group for group in parser.dataclass_types if hasattr(group, "__dataclass_fields__")]
-    return tuple(parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[: len(groups)])
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{unknown[0]}: there is no such option.{hint} `{parser.prog} --help` explains every option.")
+    return tuple(parsed[: len(groups)])
 
 
 def _file_arguments(parser: OptionParser, path: Path) -> list[str]:
