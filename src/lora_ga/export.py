@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-PREFIX = "base_model.model."
+from lora_ga.targets import PREFIX
 
 
 def check_empty(folder: str | Path) -> Path:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from torch import Tensor
 from lora_ga.config import LoraGAConfig
 from lora_ga.factors import Factor, Shifted
 from lora_ga.store import read_tensors, write_tensors
+from lora_ga.targets import PREFIX
 
-PREFIX = "base_model.model."
 FILE = "lora_ga.safetensors"
 FILE_KIND = "the LoRA-GA sidecar of an adapter"
 # The fields of LoraConfig that rank and scaling are read from.
@@ -80,7 +81,7 @@ class Alignment:
     def write(self, folder: Path) -> None:
         """Write the sidecar into `folder`, atomically, if the adapter in it is the aligned one.
 
-        It is not where PEFT was given this adapter's configuration for another adapter.
+        It is not where PEFT was given this adapter's configuration for another adapter; a warning says so.
         """
         weights = folder / SAFETENSORS_WEIGHTS_NAME
         if weights.is_file():
@@ -89,6 +90,12 @@ class Alignment:
                 key = f"{PREFIX}{name}.lora_B.weight"
                 saved = file.get_tensor(key) if key in file.keys() else torch.empty(0)  # noqa: SIM118 (not a dict)
             if saved.shape != b.joined().shape or not torch.equal(saved, b.joined().detach().to(saved)):
+                warnings.warn(
+                    f"{folder}: no {FILE} was written, since the adapter in this folder is not the one that was "
+                    "aligned; it trains on as plain LoRA.",
+                    UserWarning,
+                    stacklevel=2,
+                )
                 return
         tensors: dict[str, Tensor] = {}
         for name, pair in self.factors.items():

@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from lora_ga.cli.options import DataOptions
+from lora_ga.loss import IGNORED
 
 # suffix -> reader of the datasets library, and its settings: pandas would take a text "NA" or "None" for a missing one.
 FILE_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -18,8 +19,6 @@ FILE_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"}),
     ".parquet": ("parquet", {}),
 }
-
-IGNORED = -100  # a label that Transformers leaves out of the loss
 
 
 @dataclass(frozen=True)

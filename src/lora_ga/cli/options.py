@@ -13,7 +13,7 @@ LIBRARY = LoraGAConfig()  # whose defaults are those of the commands
 # Where to begin a sweep, by method. The authors of LoRA-GA advise full fine-tuning's rate, not LoRA's tenfold
 # (github.com/Outsider565/LoRA-GA, issue 12); their paper (Wang, Yu, Li: LoRA-GA, NeurIPS 2024) used 1e-4 on T5-Base and
 # 2e-5 on Llama-2-7B, and 5e-5 lies between. With stable_gamma = 16 the start is large, so one step moves the product of
-# the factors some four to ten times as far as plain LoRA's at the same rate.
+# the factors some five to ten times as far as plain LoRA's at the same rate.
 LEARNING_RATES = {"lora-ga": 5e-5, "lora": 2e-4, "full": 2e-5}
 
 
