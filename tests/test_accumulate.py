@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_ga.accumulate import ESTIMATORS, Accumulator, Dense, Streaming, sum_dtype
+from lora_ga.accumulate import ESTIMATORS, Accumulator, Dense, Size, Streaming, sum_dtype
 from lora_ga.config import CHOICES
 
 INPUTS, OUTPUTS = 24, 20
+Kind = type[Dense] | type[Streaming]
+Blocks = list[tuple[Tensor, Tensor, float]]
+SIZES = {name: Size(kept=10, used=4) for name in ("layer", "other", "third")}
 
 
-def blocks(count: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[tuple[Tensor, Tensor, float]]:
+def blocks(count: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Blocks:
     """Blocks whose gradients share a few strong directions, with weights."""
     draw = torch.Generator().manual_seed(seed)
     shared = torch.randn(5, INPUTS, generator=draw), torch.randn(5, OUTPUTS, generator=draw)
@@ -25,15 +28,17 @@ def blocks(count: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> lis
     return made
 
 
-def total(parts: list[tuple[Tensor, Tensor, float]]) -> Tensor:
+def total(parts: Blocks) -> Tensor:
     """The oracle."""
     return torch.stack([weight * g.double().mT @ x.double() for x, g, weight in parts]).sum(dim=0)
 
 
-def filled(kind: type[Dense] | type[Streaming], parts: list[tuple[Tensor, Tensor, float]]) -> Dense | Streaming:
-    accumulator = kind("layer", INPUTS, 10, 1, 0)
+def filled(kind: Kind, parts: Blocks, names: tuple[str, ...] = ("layer",)) -> Dense | Streaming:
+    accumulator = kind(SIZES, 0, 0)
     for x, g, weight in parts:
-        accumulator.add(x, g, weight)
+        for name in names:
+            accumulator.add(name, x, g, weight)
+        accumulator.flush()
     return accumulator
 
 
@@ -43,7 +48,7 @@ def test_every_estimator_of_the_configuration_has_an_accumulator() -> None:
 
 def test_dense_keeps_the_exact_sum_and_norm() -> None:
     parts = blocks(5)
-    factors = filled(Dense, parts).factors()
+    factors = filled(Dense, parts).factors("layer")
     assert factors is not None
     u, s, vh = torch.linalg.svd(total(parts))
     torch.testing.assert_close(factors.S, s[:10])
@@ -52,56 +57,117 @@ def test_dense_keeps_the_exact_sum_and_norm() -> None:
     assert factors.norm == pytest.approx(total(parts).norm().item())
 
 
-def test_streaming_finds_the_leading_directions_of_the_sum() -> None:
-    parts = blocks(12)
-    factors = filled(Streaming, parts).factors()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_streaming_finds_the_leading_directions_of_the_sum(dtype: torch.dtype) -> None:
+    parts = blocks(12, dtype)
+    factors = filled(Streaming, parts).factors("layer")
     assert factors is not None
     g = total(parts)
-    captured = (factors.U[:, :4].mT @ g @ factors.V[:, :4]).norm()
+    captured = (factors.U[:, :4].double().mT @ g @ factors.V[:, :4].double()).norm()
     assert captured >= 0.999 * torch.linalg.svdvals(g)[:4].norm()
     assert factors.norm == pytest.approx(g.norm().item(), rel=0.02)
+    for factor in (factors.U, factors.V):
+        torch.testing.assert_close(factor.mT @ factor, torch.eye(10, dtype=dtype), atol=1e-5, rtol=0)
+
+
+def test_layers_truncated_together_hold_what_each_would_alone() -> None:
+    parts = blocks(4)
+    together = filled(Streaming, parts, ("layer", "other", "third"))
+    alone = filled(Streaming, parts, ("other",))
+    one, other = together.factors("other"), alone.factors("other")
+    assert one is not None
+    assert other is not None
+    torch.testing.assert_close(one.S, other.S)
+    torch.testing.assert_close((one.U * one.S) @ one.V.mT, (other.U * other.S) @ other.V.mT)
 
 
 @pytest.mark.parametrize("kind", [Dense, Streaming])
-def test_accumulators_of_two_halves_merge_to_that_of_the_whole(kind: type[Dense] | type[Streaming]) -> None:
-    parts = blocks(10)
-    whole, first, second = (filled(kind, some) for some in (parts, parts[:5], parts[5:]))
-    first.merge(second)
-    mine, true = first.factors(), whole.factors()
-    assert mine is not None
-    assert true is not None
-    torch.testing.assert_close(mine.S[:5], true.S[:5], rtol=1e-3, atol=0)
-    cosines = torch.linalg.svdvals(mine.V[:, :4].mT @ true.V[:, :4])
-    assert cosines.min() > 0.999
-    torch.testing.assert_close(mine.sketch, true.sketch)
+def test_a_layer_that_runs_twice_in_a_pass_counts_twice(kind: Kind) -> None:
+    (first, second), accumulator = blocks(2), kind(SIZES, 0, 0)
+    accumulator.add("layer", *first)
+    accumulator.add("layer", *second)
+    accumulator.flush()
+    factors = accumulator.factors("layer")
+    assert factors is not None
+    s = torch.linalg.svdvals(total([first, second]))
+    torch.testing.assert_close(factors.S[:4], s[:4], rtol=1e-3, atol=0)
+
+
+def test_directions_that_appear_late_are_found_after_a_first_block_of_one_token() -> None:
+    (x, g, _), parts = blocks(1)[0], blocks(12, seed=1)
+    accumulator = Streaming(SIZES, 0, 0)
+    for block in [(x[:1], g[:1], 1.0), *parts]:
+        accumulator.add("layer", *block)
+        accumulator.flush()
+    factors = accumulator.factors("layer")
+    assert factors is not None
+    true = total([(x[:1], g[:1], 1.0), *parts])
+    captured = (factors.U[:, :4].mT @ true @ factors.V[:, :4]).norm()
+    assert captured >= 0.999 * torch.linalg.svdvals(true)[:4].norm()
 
 
 @pytest.mark.parametrize("kind", [Dense, Streaming])
-def test_merging_an_empty_accumulator_changes_nothing(kind: type[Dense] | type[Streaming]) -> None:
-    mine = filled(kind, blocks(3))
-    before = mine.factors()
-    mine.merge(kind("layer", INPUTS, 10, 1, 0))
-    after = mine.factors()
-    assert before is not None
-    assert after is not None
-    torch.testing.assert_close(before.S, after.S)
-    empty: Accumulator = kind("layer", INPUTS, 10, 1, 0)
-    assert empty.factors() is None
+def test_the_state_restored_goes_on_as_the_unbroken_run(kind: Kind) -> None:
+    parts = blocks(9, torch.float32)
+    names = ("layer", "other")
+    whole, first = filled(kind, parts, names), filled(kind, parts[:4], names)
+    resumed = kind(SIZES, 0, 0)
+    resumed.restore(
+        {key: value.clone() for key, value in first.state().items()}, dict.fromkeys(names, torch.device("cpu"))
+    )
+    for x, g, weight in parts[4:]:
+        for name in names:
+            resumed.add(name, x, g, weight)
+        resumed.flush()
+    for name in names:
+        mine, true = resumed.factors(name), whole.factors(name)
+        assert mine is not None
+        assert true is not None
+        for part in ("U", "S", "V", "sketch"):
+            assert torch.equal(getattr(mine, part), getattr(true, part)), (name, part)
+
+
+def test_changes_are_told_once_a_batch_where_they_are_asked_for() -> None:
+    accumulator = Streaming(SIZES, 0, 0, watched=True)
+    found = []
+    for x, g, weight in blocks(30):
+        accumulator.add("layer", x, g, weight=weight**0)
+        accumulator.flush()
+        found.append(accumulator.changes())
+    assert found[0] == {}  # nothing to compare the first with
+    assert all(set(change) == {"layer"} for change in found[1:])
+    assert found[1]["layer"] > 10 * found[-1]["layer"] > 0
+    assert accumulator.changes() == {}
+    assert filled(Streaming, blocks(2)).changes() == filled(Dense, blocks(2)).changes() == {}
+
+
+def test_nothing_seen_gives_nothing() -> None:
+    for kind in (Dense, Streaming):
+        empty: Accumulator = kind(SIZES, 0, 0)
+        empty.flush()
+        assert empty.factors("layer") is None
+        assert empty.state() == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_sums_are_kept_in_float32_for_models_of_lower_precision(dtype: torch.dtype) -> None:
     parts = blocks(4, dtype)
-    factors = filled(Dense, parts).factors()
-    assert factors is not None
-    assert factors.U.dtype == sum_dtype(dtype) == torch.float32
-    assert factors.norm == pytest.approx(total(parts).norm().item(), rel=1e-5)
+    for kind in (Dense, Streaming):
+        accumulator = filled(kind, parts)
+        assert {tensor.dtype for tensor in accumulator.state().values()} <= {torch.float32, torch.int64}
+        factors = accumulator.factors("layer")
+        assert factors is not None
+        assert factors.U.dtype == sum_dtype(dtype) == torch.float32
+        assert factors.norm == pytest.approx(total(parts).norm().item(), rel=1e-5 if kind is Dense else 0.02)
 
 
 @pytest.mark.parametrize("kind", [Dense, Streaming])
 @pytest.mark.parametrize("spoiled", ["x", "g"])
-def test_a_number_that_is_not_finite_is_refused(kind: type[Dense] | type[Streaming], spoiled: str) -> None:
+def test_a_number_that_is_not_finite_is_refused_by_the_layers_name(kind: Kind, spoiled: str) -> None:
     x, g, weight = blocks(1)[0]
+    accumulator = kind(SIZES, 0, 0)
+    accumulator.add("other", x, g, weight)
     (x if spoiled == "x" else g)[3, 4] = torch.nan
-    with pytest.raises(FloatingPointError, match="layer: the gradient is not finite"):
-        kind("layer", INPUTS, 10, 1, 0).add(x, g, weight)
+    accumulator.add("layer", x, g, weight)
+    with pytest.raises(FloatingPointError, match=r"^layer: the gradient is not finite$"):
+        accumulator.flush()

@@ -12,12 +12,14 @@ from lora_ga.lowrank import (
     LowRank,
     estimated_norm,
     generator,
-    leading_singular_values,
     merge,
     merge_factors,
+    orthonormal,
     probes,
+    project,
+    truncate,
     truncated_svd,
-    update,
+    turned,
 )
 
 
@@ -31,13 +33,18 @@ def known(outputs: int = 30, inputs: int = 40, decay: float = 0.7, seed: int = 0
 
 
 def streamed(g: Tensor, blocks: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Feed a matrix to `update` as blocks of (x, g) whose products add up to it."""
+    """Feed a matrix to `project` as blocks of (x, g) whose products add up to it."""
     held = None
     columns = torch.eye(g.shape[1], dtype=g.dtype)
     for index, part in enumerate(columns.chunk(blocks)):
-        width = kept if held is None else 4
-        omega = torch.randn(g.shape[1], width, generator=generator(0, "test", str(index))).to(g)
-        held = update(held, part, (g @ part.mT).mT, omega, kept=kept, power_steps=1)
+        width = min(kept + 8, *g.shape)
+        start = torch.randn(g.shape[1], width, generator=generator(0, "test", str(index))).to(g)
+        if held is not None:
+            start[:, : held[1].numel()] = torch.where(held[1] > 0, held[2], start[:, : held[1].numel()])
+        omega = probes(g.shape[1], 0).to(g)
+        q, z, sketch = project(held, part, 2 * (g @ part.mT).mT, 0.5, start, omega, power_steps=int(held is None))
+        torch.testing.assert_close(sketch, g @ part.mT @ part @ omega)
+        held = truncate(q, z, kept)
     assert held is not None
     return held
 
@@ -82,7 +89,7 @@ def test_merged_factors_are_those_of_the_sum() -> None:
 
 def test_merging_weighs_the_parts_and_estimates_the_norm_of_the_sum() -> None:
     (a, _), (b, _) = known(seed=1), known(seed=2)
-    omega = probes(40, 0, "layer").double()
+    omega = probes(40, 0).double()
     parts = [(LowRank(*truncated_svd(g, 30), norm=g.norm().item(), sketch=g @ omega), w) for g, w in ((a, 3), (b, 1))]
     merged = merge(parts, 30, omega)
     assert merged.norm == pytest.approx((3 * a + b).norm().item(), rel=1e-9)
@@ -92,7 +99,7 @@ def test_merging_weighs_the_parts_and_estimates_the_norm_of_the_sum() -> None:
 def test_merging_without_a_sketch_is_refused() -> None:
     g, _ = known()
     with pytest.raises(ValueError, match="without a sketch cannot be merged"):
-        merge([(LowRank(*truncated_svd(g, 4), norm=1.0), 1.0)], 4, probes(40, 0, "layer"))
+        merge([(LowRank(*truncated_svd(g, 4), norm=1.0), 1.0)], 4, probes(40, 0))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.6])
@@ -102,7 +109,7 @@ def test_the_norm_estimate_is_unbiased_where_little_is_held(share: float) -> Non
     held = (u, share * s, v)  # truncation loses a part of what is held, too: then the rest is not orthogonal to it
     squares = []
     for seed in range(200):
-        omega = probes(40, seed, "layer").double()
+        omega = probes(40, seed).double()
         squares.append(estimated_norm(held, g @ omega, omega) ** 2)
     error = torch.tensor(squares).std() / len(squares) ** 0.5
     assert abs(sum(squares) / len(squares) - g.square().sum().item()) < 3 * error
@@ -133,6 +140,69 @@ def test_random_numbers_have_an_address_and_leave_the_global_generator_alone() -
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_leading_singular_values_of_a_weight() -> None:
-    w, s = known()
-    torch.testing.assert_close(leading_singular_values(w, 5, 0, "layer"), s[:5])
+def test_dependent_columns_come_out_short_and_the_others_orthonormal() -> None:
+    y = torch.randn(50, 6, generator=generator(0, "y"), dtype=torch.float64)
+    y[:, 4] = y[:, :4].sum(dim=1)
+    y[:, 5] = 0
+    scaled = y * torch.tensor([1e-9, 1.0, 1e9, 1.0, 1.0, 1.0])  # sizes do not matter, angles do
+    scaled[:, 4] = scaled[:, :3].sum(dim=1)
+    q = orthonormal(scaled)
+    gram = q.mT @ q
+    torch.testing.assert_close(gram[:4, :4], torch.eye(4, dtype=gram.dtype), atol=1e-9, rtol=0)
+    assert q[:, 4].norm() < 1e-2
+    assert q[:, 5].norm() == 0
+
+
+def test_truncation_takes_stacks_of_layers_and_columns_that_are_not_orthonormal() -> None:
+    matrices = [known(seed=seed)[0] for seed in (1, 2, 3)]
+    q = torch.stack(
+        [torch.linalg.qr(g @ torch.randn(40, 12, generator=generator(0, "q")).double()).Q for g in matrices]
+    )
+    mixed = q @ (torch.eye(12) + 0.1 * torch.randn(12, 12, generator=generator(0, "mix"))).double()
+    z = torch.stack([g.mT @ part for g, part in zip(matrices, mixed, strict=True)])
+    u, s, v = truncate(mixed, z, 5)
+    for index, g in enumerate(matrices):
+        exact = truncated_svd(q[index] @ (q[index].mT @ g), 5)
+        torch.testing.assert_close(s[index], exact[1])
+        torch.testing.assert_close((u[index] * s[index]) @ v[index].mT, (exact[0] * exact[1]) @ exact[2].mT)
+
+
+def test_directions_a_gradient_does_not_have_are_zeros_until_they_are_merged() -> None:
+    g, _ = known()
+    low = truncated_svd(g, 3)
+    held = streamed((low[0] * low[1]) @ low[2].mT, blocks=2, kept=6)
+    assert held[1][3:].eq(0).all()
+    assert held[2][:, 3:].eq(0).all()
+    u, s, v = merge_factors([held], 6)
+    torch.testing.assert_close(s[:3], low[1])
+    for factor in (u, v):
+        torch.testing.assert_close(factor.mT @ factor, torch.eye(6, dtype=factor.dtype))
+
+
+def test_turning_counts_angles_by_energy_and_not_mixtures_of_equals() -> None:
+    u = torch.eye(6, dtype=torch.float64)[:, :4]
+    s = torch.tensor([2.0, 1.0, 1.0, 0.5], dtype=torch.float64)
+    before = (u[:, :3], u[:, :3])
+    assert turned(before, (u, s, u)).item() == pytest.approx(0)
+    angle = 0.3
+    rotated = u.clone()
+    rotated[:, 1], rotated[:, 2] = (u[:, 1] + u[:, 2]) / 2**0.5, (u[:, 1] - u[:, 2]) / 2**0.5
+    assert turned(before, (rotated, s, rotated)).item() == pytest.approx(0)
+    tilted = u.clone()
+    tilted[:, 0] = math.cos(angle) * u[:, 0]
+    tilted[5, 0] = math.sin(angle)
+    share = 4 / (4 + 1 + 1)
+    assert turned(before, (tilted, s, tilted)).item() == pytest.approx(share * math.sin(angle) ** 2)
+    assert turned(before, (tilted, s, u)).item() == pytest.approx(share * math.sin(angle) ** 2 / 2)
+
+
+@pytest.mark.parametrize("kept", [4, 12, 30])
+def test_the_share_held_is_known_without_the_gradient(kept: int) -> None:
+    g, s = known(outputs=120, inputs=160, decay=0.98)
+    omega = probes(160, 0).double()
+    u, found, v = truncated_svd(g, kept)
+    part = LowRank(u, found, v, norm=estimated_norm((u, found, v), g @ omega, omega))
+    true = 1 - (g - (u * found) @ v.mT).square().sum() / g.square().sum()
+    assert part.held == pytest.approx(true.item(), abs=0.05)
+    assert 1 - part.held == pytest.approx((s[kept:].norm() / s.norm()).item() ** 2, rel=0.25)
+    assert LowRank(u, found, v, norm=0.0).held == 1.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_ga.config import CHOICES, LoraGAConfig
 from lora_ga.lowrank import LowRank, truncated_svd
-from lora_ga.split import DIRECTIONS, SCALES, Layer, split
+from lora_ga.split import DIRECTIONS, SCALES, Layer, leading_singular_values, split
 
 RANK, OUTPUTS, INPUTS = 3, 16, 12
 G = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -83,3 +83,9 @@ def test_random_halves_depend_on_the_seed_alone() -> None:
 def test_too_few_directions_are_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"layer: rank 3 needs 6 gradient directions, but the estimate holds 4\."):
         split(part(kept=4), layer())
+
+
+def test_leading_singular_values_of_a_weight() -> None:
+    w = torch.randn(30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = w * 0.7 ** torch.arange(40)
+    torch.testing.assert_close(leading_singular_values(w, 5, 0, "layer"), torch.linalg.svdvals(w)[:5])

@@ -70,14 +70,15 @@ def test_estimates_of_two_halves_merge_to_that_of_the_whole() -> None:
 def test_estimates_that_do_not_add_up_are_refused(estimate: GradientEstimate) -> None:
     model = adapted(llama())
     cases = {
-        "differ in their config": lora_ga.estimate_gradients(model, causal()),
-        "differ in their fingerprint": dataclasses.replace(estimate, fingerprint="0" * 16),
+        r"1 and 2 differ: config\.seed is 5 in one, 0 in the other": lora_ga.estimate_gradients(model, causal()),
+        "1 and 2 differ: fingerprint is": dataclasses.replace(estimate, fingerprint="0" * 16),
         r"differ in their layers: model\.layers\.0\.mlp\.down_proj": dataclasses.replace(
             estimate, layers={n: e for n, e in estimate.items() if n != "model.layers.0.mlp.down_proj"}
         ),
         r"hold 24 and 20 directions of model\.layers\.0\.self_attn\.q_proj": lora_ga.estimate_gradients(
             adapted(llama(), r=2), causal(), estimate.config
         ),
+        "1 and 2 are one and the same": estimate,
     }
     for message, other in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -135,7 +136,7 @@ def test_files_of_another_kind_version_or_with_spoiled_numbers_are_refused(
     tensors = load_file(file)
     header = {"kind": "a LoRA-GA gradient estimate", "schema": "99", "record": "{}"}
     save_file(tensors, file, metadata=header)
-    with pytest.raises(ValueError, match="written in format 99, this version reads format 1"):
+    with pytest.raises(ValueError, match="written in format 99, this version reads format 2"):
         GradientEstimate.load(file)
     write_tensors(file, "a LoRA-GA gradient estimate", tensors, {})
     with pytest.raises(ValueError, match="damaged, 'norms' is missing"):

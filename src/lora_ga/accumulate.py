@@ -1,26 +1,43 @@
-"""Accumulators: what is kept of one layer's gradient while batches pass by.
+"""Accumulators: what is kept of every layer's gradient while batches pass by.
 
-Shapes: T tokens, I inputs, O outputs, K kept directions, P probes.
+Shapes: T tokens, I inputs, O outputs, K kept directions, Q test directions, P probes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+import dataclasses
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_ga.lowrank import (
     FRESH,
+    PROBES,
     LowRank,
     estimated_norm,
-    generator,
+    gaussian,
     merge_factors,
     probes,
+    project,
+    truncate,
     truncated_svd,
-    update,
+    turned,
+    wide,
 )
+
+# Layers truncated at once: enough that a device is busy, few enough that their float64 copies stay small.
+STACKED = 8
+
+
+class Size(NamedTuple):
+    """What an accumulator has to know of a layer: the directions K to keep, and how many of them, 2r, a start uses."""
+
+    kept: int
+    used: int
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,106 +46,217 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Accumulator(Protocol):
-    """One layer's running sum of `weight · gᵀ x` over blocks of tokens."""
+    """Running sums of `weight · gᵀ x` over blocks of tokens, by layer."""
 
-    def add(self, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
-        """Add a block: inputs (T, I) and output gradients (T, O), of any floating dtype."""
+    def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
+        """Add a block to a layer: inputs (T, I) and output gradients (T, O), of any floating dtype."""
 
-    def merge(self, other: Accumulator) -> None:
-        """Add all that `other`, an accumulator of the same kind and layer, has seen."""
-
-    def factors(self) -> LowRank | None:
-        """The leading directions of the sum; None if no token has been seen."""
-
-
-class _Sketched:
-    """What both accumulators share: the shapes, and the linear sketch G Ω."""
-
-    def __init__(self, name: str, inputs: int, kept: int, power_steps: int, seed: int) -> None:
-        self.name, self.kept, self.power_steps, self.seed = name, kept, power_steps, seed
-        self.omega_IP = probes(inputs, seed, name)
-        self.sketch_OP: Tensor | None = None
-
-    def cast(self, x_TI: Tensor, g_TO: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-        """Bring a block into the dtype of the sums, and add it to the sketch.
-
-        Returns:
-            The inputs, and the output gradients times the weight.
+    def flush(self) -> None:
+        """Settle what has been added, once a batch.
 
         Raises:
-            FloatingPointError: A number in the block is not finite.
+            FloatingPointError: A number in a block was not finite.
         """
-        dtype = sum_dtype(g_TO.dtype)
-        x_TI, g_TO = x_TI.to(dtype), g_TO.to(dtype) * weight
-        self.omega_IP = self.omega_IP.to(x_TI)
-        added_OP = g_TO.mT @ (x_TI @ self.omega_IP)
-        if not torch.isfinite(added_OP).all():
-            raise FloatingPointError(f"{self.name}: the gradient is not finite")
-        self.sketch_OP = added_OP if self.sketch_OP is None else self.sketch_OP + added_OP
-        return x_TI, g_TO
 
-    def merge_sketch(self, other: _Sketched) -> None:
-        """Add the other's sketch to this one."""
-        if other.sketch_OP is not None:
-            self.sketch_OP = other.sketch_OP if self.sketch_OP is None else self.sketch_OP + other.sketch_OP
+    def changes(self) -> dict[str, float]:
+        """How far the last batch has turned the leading directions (`lowrank.turned`), of layers seen before it."""
+
+    def factors(self, name: str) -> LowRank | None:
+        """The leading directions of a layer's sum; None if no token has been seen."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is held, by a name that begins with the layer's; after a `flush`."""
+
+    def restore(self, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:
+        """Take up what `state` gave."""
 
 
-class Dense(_Sketched):
-    """Keeps the whole gradient, (O, I). Exact: the oracle of the tests, and fine for small models."""
+def _refuse_infinite(sums: Mapping[str, Tensor]) -> None:
+    """Refuse sums that are not finite; the one moment in a batch at which the host waits for the device.
 
-    gradient: Tensor | None = None
+    Raises:
+        FloatingPointError: There are such, with the layers' names.
+    """
+    if not sums:
+        return
+    finite = torch.stack([torch.isfinite(each).all() for each in sums.values()]).tolist()
+    bad = [name for name, fine in zip(sums, finite, strict=True) if not fine]
+    if bad:
+        more = f" (and in {len(bad) - 1} more layers)" if len(bad) > 1 else ""
+        raise FloatingPointError(f"{bad[0]}: the gradient is not finite{more}")
 
-    def add(self, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
+
+class Dense:
+    """Keeps whole gradients, (O, I). Exact: the oracle of the tests, and fine for small models."""
+
+    def __init__(self, sizes: Mapping[str, Size], power_steps: int, seed: int, *, watched: bool = False) -> None:
+        del power_steps, watched  # of the streaming one
+        self.sizes, self.seed = sizes, seed
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
         """Add a block of tokens."""
-        x_TI, g_TO = self.cast(x_TI, g_TO, weight)
-        added_OI = g_TO.mT @ x_TI
-        self.gradient = added_OI if self.gradient is None else self.gradient + added_OI
+        dtype = sum_dtype(g_TO.dtype)
+        added_OI = (g_TO.to(dtype).mT @ x_TI.to(dtype)).mul_(weight)
+        self.sums[name] = self.sums[name].add_(added_OI) if name in self.sums else added_OI
 
-    def merge(self, other: Accumulator) -> None:
-        """Add what another dense accumulator has seen; exact."""
-        assert isinstance(other, Dense)
-        self.merge_sketch(other)
-        if other.gradient is not None:
-            self.gradient = other.gradient if self.gradient is None else self.gradient + other.gradient
+    def flush(self) -> None:
+        """Check that all sums are finite.
 
-    def factors(self) -> LowRank | None:
+        Raises:
+            FloatingPointError: One is not.
+        """
+        _refuse_infinite(self.sums)
+
+    def changes(self) -> dict[str, float]:
+        """Nothing: sums have no directions."""
+        return {}
+
+    def factors(self, name: str) -> LowRank | None:
         """The exact leading singular triplets, and the exact norm."""
-        if self.gradient is None:
+        if name not in self.sums:
             return None
-        norm = torch.linalg.matrix_norm(self.gradient.double()).item()
-        return LowRank(*truncated_svd(self.gradient, self.kept), norm=norm, sketch=self.sketch_OP)
+        g_OI = self.sums[name]
+        sketch_OP = g_OI @ probes(g_OI.shape[1], self.seed).to(g_OI)
+        norm = torch.linalg.matrix_norm(wide(g_OI)).item()
+        return LowRank(*truncated_svd(g_OI, self.sizes[name].kept), norm=norm, sketch=sketch_OP)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums."""
+        return {f"{name}.G": total for name, total in self.sums.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:
+        """Take up what `state` gave."""
+        self.sums = {(name := key.removesuffix(".G")): tensor.to(devices[name]) for key, tensor in tensors.items()}
 
 
-class Streaming(_Sketched):
-    """Keeps K directions, (O + I)·K numbers, by warm-started subspace iteration; G is never formed."""
+@dataclasses.dataclass
+class _Stream:
+    """One layer's stream: what is held, or (between its block and the flush) its untruncated Q and Z."""
 
     held: tuple[Tensor, Tensor, Tensor] | None = None
-    blocks = 0
+    pending: tuple[Tensor, Tensor] | None = None
+    before: tuple[Tensor, Tensor] | None = None
+    sketch: Tensor | None = None
+    blocks: int = 0
 
-    def add(self, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
+
+class Streaming:
+    """Keeps K directions of each gradient, (O + I)·K numbers, by warm-started subspace iteration; G is never formed.
+
+    What a block costs in the backward pass are two thin products there and two back, and one Cholesky QR. The small
+    decompositions wait for the flush, where layers of one shape go together; nothing before it makes the host wait.
+    """
+
+    def __init__(self, sizes: Mapping[str, Size], power_steps: int, seed: int, *, watched: bool = False) -> None:
+        self.sizes, self.power_steps, self.seed, self.watched = sizes, power_steps, seed, watched
+        self.streams: dict[str, _Stream] = {}
+        self._random: dict[tuple[str, int, int, torch.device], Tensor] = {}
+
+    def _gaussian(self, like: Tensor, columns: int, purpose: str) -> Tensor:
+        """Gaussian numbers shared by the layers with as many inputs, made once on each device."""
+        key = (purpose, like.shape[1], columns, like.device)
+        if key not in self._random:
+            drawn = gaussian(like.shape[1], columns, self.seed, purpose)
+            self._random[key] = drawn.to(like)
+        return self._random[key]
+
+    def _start(self, name: str, stream: _Stream, x_TI: Tensor, columns: int) -> Tensor:
+        """Where the block's iteration starts: the directions held, and a few that are new with each block."""
+        random_IQ = self._gaussian(x_TI, columns, "test")
+        if stream.held is None:
+            return random_IQ
+        # A roll is as good as a draw, and needs no numbers from the host.
+        digest = hashlib.sha256(f"{self.seed}\x1f{name}\x1f{stream.blocks}".encode()).digest()
+        random_IQ = random_IQ.roll(int.from_bytes(digest[:6], "big") % len(random_IQ), dims=0)
+        _, s_K, v_IK = stream.held
+        known = s_K.numel()
+        started_IK = torch.where(s_K > 0, v_IK, random_IQ[:, :known])
+        return torch.cat([started_IK, random_IQ[:, known:]], dim=1)
+
+    def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
         """Add a block of tokens."""
-        x_TI, g_TO = self.cast(x_TI, g_TO, weight)
-        columns = self.kept if self.held is None else FRESH
-        draw = generator(self.seed, self.name, "test", str(self.blocks))
-        omega_IQ = torch.randn(x_TI.shape[1], columns, generator=draw).to(x_TI)
-        self.held = update(self.held, x_TI, g_TO, omega_IQ, kept=self.kept, power_steps=self.power_steps)
-        self.blocks += 1
+        stream = self.streams.setdefault(name, _Stream())
+        if stream.pending is not None:  # a layer that runs twice in a pass
+            self._truncate([name])
+        dtype = sum_dtype(g_TO.dtype)
+        x_TI, g_TO = x_TI.to(dtype), g_TO.to(dtype)
+        columns = min(self.sizes[name].kept + FRESH, x_TI.shape[1], g_TO.shape[1])
+        start_IQ = self._start(name, stream, x_TI, columns)
+        omega_IP = self._gaussian(x_TI, PROBES, "norm")
+        steps = self.power_steps or int(stream.held is None)
+        q_OQ, z_IQ, added_OP = project(stream.held, x_TI, g_TO, weight, start_IQ, omega_IP, steps)
+        if self.watched and stream.held is not None and stream.before is None:
+            used = self.sizes[name].used
+            stream.before = (stream.held[0][:, :used].clone(), stream.held[2][:, :used].clone())
+        stream.held, stream.pending = None, (q_OQ, z_IQ)
+        stream.sketch = added_OP if stream.sketch is None else stream.sketch.add_(added_OP)
+        stream.blocks += 1
 
-    def merge(self, other: Accumulator) -> None:
-        """Add what another streaming accumulator has seen; what neither holds is lost."""
-        assert isinstance(other, Streaming)
-        self.merge_sketch(other)
-        parts = [accumulator.held for accumulator in (self, other) if accumulator.held is not None]
-        if parts:
-            self.held = merge_factors(parts, self.kept)
-        self.blocks += other.blocks
+    def flush(self) -> None:
+        """Truncate what the batch has added to K directions.
 
-    def factors(self) -> LowRank | None:
+        Raises:
+            FloatingPointError: A number in it was not finite.
+        """
+        waiting = {name: stream for name, stream in self.streams.items() if stream.pending is not None}
+        _refuse_infinite({name: stream.sketch for name, stream in waiting.items() if stream.sketch is not None})
+        shapes: dict[object, list[str]] = defaultdict(list)
+        for name, stream in waiting.items():
+            assert stream.pending is not None
+            q_OQ, z_IQ = stream.pending
+            shapes[(q_OQ.shape, z_IQ.shape, self.sizes[name].kept, q_OQ.dtype, q_OQ.device)].append(name)
+        for names in shapes.values():
+            for first in range(0, len(names), STACKED):
+                self._truncate(names[first : first + STACKED])
+
+    def _truncate(self, names: Sequence[str]) -> None:
+        """Truncate layers of one shape together."""
+        pending = [each for name in names if (each := self.streams[name].pending) is not None]
+        q_NOQ, z_NIQ = (torch.stack(parts) for parts in zip(*pending, strict=True))
+        u_NOK, s_NK, v_NIK = truncate(q_NOQ, z_NIQ, self.sizes[names[0]].kept)
+        for index, name in enumerate(names):
+            self.streams[name].pending = None
+            # Copies, so that no layer keeps the whole stack alive.
+            self.streams[name].held = (u_NOK[index].clone(), s_NK[index].clone(), v_NIK[index].clone())
+
+    def changes(self) -> dict[str, float]:
+        """Compare with the directions before the last batch, which are kept for it where `watched` is set."""
+        found = {}
+        for name, stream in self.streams.items():
+            if stream.before is not None and stream.held is not None:
+                found[name] = turned(stream.before, stream.held)
+                stream.before = None
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+
+    def factors(self, name: str) -> LowRank | None:
         """The directions held, and the norm estimated from the sketch."""
-        if self.held is None or self.sketch_OP is None:
+        stream = self.streams.get(name)
+        if stream is None or stream.held is None or stream.sketch is None:
             return None
-        norm = estimated_norm(self.held, self.sketch_OP, self.omega_IP)
-        return LowRank(*self.held, norm=norm, sketch=self.sketch_OP)
+        held = merge_factors([stream.held], self.sizes[name].kept)
+        norm = estimated_norm(held, stream.sketch, probes(held[2].shape[0], self.seed))
+        return LowRank(*held, norm=norm, sketch=stream.sketch)
+
+    def state(self) -> dict[str, Tensor]:
+        """U, S, V, the sketch and the number of blocks of every layer."""
+        tensors = {}
+        for name, stream in self.streams.items():
+            assert stream.held is not None
+            assert stream.sketch is not None
+            for part, tensor in zip("USV", stream.held, strict=True):
+                tensors[f"{name}.{part}"] = tensor
+            tensors[f"{name}.sketch"] = stream.sketch
+            tensors[f"{name}.blocks"] = torch.tensor(stream.blocks)
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:
+        """Take up what `state` gave."""
+        for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+            parts = (tensors[f"{name}.{part}"].to(devices[name]) for part in ("U", "S", "V", "sketch"))
+            u_OK, s_K, v_IK, sketch_OP = parts
+            blocks = int(tensors[f"{name}.blocks"])
+            self.streams[name] = _Stream(held=(u_OK, s_K, v_IK), sketch=sketch_OP, blocks=blocks)
 
 
 ESTIMATORS: Mapping[str, type[Dense] | type[Streaming]] = {"dense": Dense, "streaming": Streaming}

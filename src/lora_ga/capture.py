@@ -21,10 +21,16 @@ class Heard:
     """Names of the layers that ran, and of those whose output got a gradient.
 
     Sets, never counts: a layer may be called twice in a pass, or once more by gradient checkpointing.
+
+    Attributes:
+        ran: Layers that ran.
+        got_gradient: Layers whose output got a gradient.
+        release: Layer → what ends the listening to it.
     """
 
     ran: set[str] = dataclasses.field(default_factory=set)
     got_gradient: set[str] = dataclasses.field(default_factory=set)
+    release: dict[str, Callable[[], None]] = dataclasses.field(default_factory=dict)
 
 
 class _Listen(torch.autograd.Function):
@@ -89,4 +95,5 @@ def record(layers: Mapping[str, nn.Module], sink: Sink) -> Iterator[Heard]:
         for name, layer in layers.items():
             handle = layer.register_forward_hook(listen(name), with_kwargs=True)
             stack.callback(handle.remove)
+            heard.release[name] = handle.remove
         yield heard

@@ -38,9 +38,14 @@ class LoraGAConfig:
             (d_out × d_in numbers a layer) and is exact: an oracle, and fine for small models.
         oversample: Directions kept beyond 2r: what the truncation after each batch loses falls with them. What 0, 8
             and 16 reach on three real models is in `benchmarks/results/alignment.json`.
-        power_steps: Power iterations for each block of tokens. With 0 the lowest layer of a model lost up to 0.012 of
-            alignment in the same record.
+        power_steps: Power iterations for each block of tokens; the first block of a layer, before which nothing is
+            known of it, has at least one. 1 costs as much time again as the estimate adds to the pass; what it gains
+            is in the same record.
         max_batches: At most so many batches are read; None reads all. The paper uses 8 to 128 samples.
+        tolerance: Ends the estimate early, layer by layer; None reads all batches. A layer has settled when, twice in
+            a row, the number of batches times the mean squared sine by which the last one has turned its leading 2r
+            directions (weighted by σ²) is within the tolerance: then about that share of their energy is still to
+            move. 0.01 is a good value where batches are costly. Only for the streaming estimator.
         on_missing: What to do with a layer that cannot be aligned (no gradient, or a rank above half its smaller
             side): "error", or "lora": it starts as plain LoRA, with a warning that names it.
         seed: Addresses every random draw together with the layer's name; the global generators are never used.
@@ -52,8 +57,9 @@ class LoraGAConfig:
     offset: str = "adapter"
     estimator: str = "streaming"
     oversample: int = 16
-    power_steps: int = 1
+    power_steps: int = 0
     max_batches: int | None = 32
+    tolerance: float | None = None
     on_missing: str = "error"
     seed: int = 0
 
@@ -68,7 +74,15 @@ class LoraGAConfig:
                 continue
             if not isinstance(found, int) or isinstance(found, bool) or found < least:
                 raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be an integer of at least {least}.")
-        gamma = self.stable_gamma
+        gamma, tolerance = self.stable_gamma, self.tolerance
+        if tolerance is not None:
+            if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool) or not 0 < tolerance < 1:
+                raise ValueError(f"LoraGAConfig.tolerance is {tolerance!r}; it must be None or between 0 and 1.")
+            if self.estimator == "dense":
+                raise ValueError(
+                    f'LoraGAConfig.tolerance is {tolerance} with estimator="dense", which follows no directions; it '
+                    'needs estimator="streaming".'
+                )
         if not isinstance(gamma, (int, float)) or not math.isfinite(gamma) or gamma <= 0:
             raise ValueError(f"LoraGAConfig.stable_gamma is {gamma!r}; it must be a finite number above 0.")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,62 +15,115 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor
 
-from lora_ga.accumulate import ESTIMATORS, Accumulator
+from lora_ga.accumulate import ESTIMATORS, Accumulator, Size
 from lora_ga.capture import Heard, record
 from lora_ga.config import LoraGAConfig
 from lora_ga.frozen import device_of, frozen, in_half, random_state_kept
 from lora_ga.gradient import GradientEstimate
 from lora_ga.loss import BatchError, LossFunction, weighed_loss
 from lora_ga.lowrank import LowRank
+from lora_ga.progress import Checkpoint, Progress
 from lora_ga.store import fingerprint
 from lora_ga.targets import Target, find_targets
 
 
-def _run(
-    model: PeftModel,
-    data: Iterable[Any],
-    accumulators: Mapping[str, Accumulator],
-    targets: Mapping[str, Target],
-    limit: int | None,
-    loss_fn: LossFunction | None,
-) -> tuple[Heard, float, int]:
-    """Pass the batches through the model.
+@dataclasses.dataclass
+class _Run:
+    """One estimate under way: what it listens to, what it holds, how far it has come."""
 
-    Returns:
-        What was heard, the total weight, and the number of batches.
+    model: PeftModel
+    targets: Mapping[str, Target]
+    config: LoraGAConfig
+    loss_fn: LossFunction | None
+    accumulator: Accumulator
+    progress: Progress
+    checkpoint: Checkpoint | None
 
-    Raises:
-        ValueError: A batch's loss or gradient cannot be used.
-    """
-    index, weight, total, magnified = 0, 1.0, 0.0, 1.0
-    device = device_of(model)
-    half = in_half(model, device)
+    def read(self, data: Iterable[Any]) -> None:
+        """Pass the batches through the model, from where the progress stands.
 
-    def sink(name: str, x_TI: Tensor, g_TO: Tensor) -> None:
-        try:
+        Raises:
+            ValueError: A batch's loss or gradient cannot be used, or the batches are not those of the checkpoint.
+        """
+        progress, device = self.progress, device_of(self.model)
+        half = in_half(self.model, device)
+        scale = 1.0  # weight of the batch over what its loss is multiplied with
+
+        def sink(name: str, x_TI: Tensor, g_TO: Tensor) -> None:
             with torch.autocast(g_TO.device.type, enabled=False):
-                accumulators[name].add(x_TI, g_TO, weight / magnified)
-        except FloatingPointError as error:
-            raise ValueError(
-                f"batch {index}: {error}. Check that batch, or compute in float32 or bfloat16 (float16 overflows)."
-            ) from error
+                self.accumulator.add(name, x_TI, g_TO, scale)
 
-    with record({name: target.layer for name, target in targets.items()}, sink) as heard:
-        for index, batch in enumerate(itertools.islice(data, limit), start=1):
-            try:
-                loss, weight = weighed_loss(model, send_to_device(batch, device), loss_fn)
-            except BatchError as error:
-                raise ValueError(f"batch {index}: {error}.") from error
-            if half:  # a mean over many tokens would vanish in float16: pass the power of two next to the sum back
-                magnified = 2.0 ** round(math.log2(weight))
-            if loss.requires_grad:  # else no target ran; said with their names once the pass is over
-                (loss * magnified if half else loss).backward()
-            total += weight
-    return heard, total, index
+        layers = {name: target.layer for name, target in self.targets.items() if name not in progress.settled}
+        with record(layers, sink) as heard:
+            for batch in self._unread(itertools.islice(data, self.config.max_batches)):
+                index = progress.batches + 1
+                try:
+                    loss, weight = weighed_loss(self.model, send_to_device(batch, device), self.loss_fn)
+                    # A mean over many tokens would vanish in float16: pass the power of two next to the sum back.
+                    magnified = 2.0 ** round(math.log2(weight)) if half else 1.0
+                    scale = weight / magnified
+                    if loss.requires_grad:  # else no target ran; said with their names once the pass is over
+                        (loss * magnified if half else loss).backward()
+                    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                        self.accumulator.flush()
+                except BatchError as error:
+                    raise ValueError(f"batch {index}: {error}.") from error
+                except FloatingPointError as error:
+                    raise ValueError(
+                        f"batch {index}: {error}. Check that batch, or compute in float32 or bfloat16 (float16 "
+                        "overflows)."
+                    ) from error
+                progress.batches, progress.weight = index, progress.weight + weight
+                progress.ran |= heard.ran
+                progress.got_gradient |= heard.got_gradient
+                self._settle(heard)
+                if self.checkpoint is not None and index % self.checkpoint.every == 0:
+                    self.checkpoint.save(progress, self.accumulator.state())
+                if len(progress.settled) == len(self.targets):
+                    break
+
+    def _settle(self, heard: Heard) -> None:
+        """Listen no more to layers whose directions have settled."""
+        if self.config.tolerance is not None:
+            with torch.no_grad():
+                changes = self.accumulator.changes()
+            for name in self.progress.settle(changes, self.config.tolerance):
+                heard.release[name]()
+
+    def _unread(self, data: Iterable[Any]) -> Iterator[Any]:
+        """The batches that the checkpoint has not seen; those that it has are compared with its digest.
+
+        Yields:
+            A batch.
+
+        Raises:
+            ValueError: They differ, or are fewer.
+        """
+        if self.checkpoint is None:
+            yield from data
+            return
+        seen, again, count = self.progress.batches, Progress(), 0
+        if seen and len(self.progress.settled) == len(self.targets):
+            return
+        for count, batch in enumerate(data, start=1):
+            if count > seen:
+                self.progress.read(batch)
+                yield batch
+                continue
+            again.read(batch)
+            if count == seen and again.digest != self.progress.digest:
+                break
+        else:
+            if count >= seen:
+                return
+        raise ValueError(
+            f"{self.checkpoint.path} was made from other batches: it has seen {seen}, and those given now are not the "
+            "same or fewer. Give the data of the interrupted run in its order, or remove the file to start anew."
+        )
 
 
 def _reasons(
-    targets: Mapping[str, Target], heard: Heard, factors: Mapping[str, LowRank | None], batches: int
+    targets: Mapping[str, Target], progress: Progress, factors: Mapping[str, LowRank | None]
 ) -> dict[str, str]:
     """Why layers cannot be aligned, by name."""
     reasons = {}
@@ -76,9 +131,9 @@ def _reasons(
         factor = factors.get(name)
         if target.too_small:
             reasons[name] = target.too_small
-        elif name not in heard.ran:
-            reasons[name] = f"never ran in {batches} batches"
-        elif name not in heard.got_gradient or factor is None:
+        elif name not in progress.ran:
+            reasons[name] = f"never ran in {progress.batches} batches"
+        elif name not in progress.got_gradient or factor is None:
             reasons[name] = "ran, but got no gradient (is its output used by the loss?)"
         elif factor.norm == 0:
             reasons[name] = "its gradient is exactly zero"
@@ -136,6 +191,8 @@ def estimate_gradients(
     *,
     loss_fn: LossFunction | None = None,
     adapter_name: str = "default",
+    checkpoint: str | Path | None = None,
+    every: int = 8,
 ) -> GradientEstimate:
     """Estimate the loss gradient of every weight the adapter adapts, from a few batches.
 
@@ -148,10 +205,14 @@ def estimate_gradients(
         data: Batches: mappings (keyword arguments of the model), tuples, or whatever `loss_fn` takes. They are moved
             to the model's device. A micro-batch counts by its label tokens, so that many small batches give the
             gradient of the one large one.
-        config: The settings; `estimator`, `oversample`, `power_steps`, `max_batches`, `on_missing`, `seed` count here.
+        config: The settings; `estimator`, `oversample`, `power_steps`, `max_batches`, `tolerance`, `on_missing`,
+            `seed` count here.
         loss_fn: `(model, batch) → loss` or `→ (loss, weight)`, the loss being a mean and the weight the number of
             terms it is a mean over. By default `model(**batch).loss`.
         adapter_name: The adapter that is to be aligned.
+        checkpoint: A file for the running state. If it exists, the estimate goes on from it, and ends as the unbroken
+            one would have; `data` has to give the same batches again. It stays there when the estimate is done.
+        every: Batches between two savings of the checkpoint.
 
     Returns:
         The estimate, of the gradient of the mean loss.
@@ -159,32 +220,70 @@ def estimate_gradients(
     Raises:
         TypeError: The model is not a `PeftModel`.
         ValueError: The adapter cannot be aligned; there are no batches; a batch has no label, no loss, or a loss or
-            gradient that is not finite; layers without a gradient (see `on_missing`).
+            gradient that is not finite; layers without a gradient (see `on_missing`); the checkpoint is damaged, or
+            of another model, configuration, rank or other batches.
+        OSError: The checkpoint cannot be written; the one before is intact.
     """
     targets = find_targets(model, adapter_name)
     too_small = {name: target.too_small for name, target in targets.items() if target.too_small}
     if config.on_missing == "error":
         settle_missing(too_small, targets, "error")
-    kind = ESTIMATORS[config.estimator]
-    fitting = {name: target for name, target in targets.items() if name not in too_small}
-    accumulators: dict[str, Accumulator] = {
-        name: kind(name, target.inputs, 2 * target.rank + config.oversample, config.power_steps, config.seed)
-        for name, target in fitting.items()
-    }
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() is on, in which there are no gradients; call this outside of it.")
+    fitting = {name: target for name, target in targets.items() if name not in too_small}
+    run = _started(model, fitting, config, loss_fn, checkpoint, every)
     with random_state_kept(), torch.enable_grad(), frozen(model, adapter_name):
-        heard, weight, batches = _run(model, data, accumulators, fitting, config.max_batches, loss_fn)
-    if batches == 0:
+        run.read(data)
+    if run.progress.batches == 0:
         raise ValueError("The data holds no batch; the gradient needs at least one. An iterator may be used up.")
-    with torch.no_grad(), torch.autocast(device_of(model).type, enabled=False):
-        factors = {name: accumulator.factors() for name, accumulator in accumulators.items()}
-    reasons = _reasons(targets, heard, factors, batches)
+    return _finished(run, targets)
+
+
+def _started(
+    model: PeftModel,
+    targets: Mapping[str, Target],
+    config: LoraGAConfig,
+    loss_fn: LossFunction | None,
+    checkpoint: str | Path | None,
+    every: int,
+) -> _Run:
+    """A run at its beginning, or where its checkpoint left it."""
+    used = {name: 2 * target.rank for name, target in targets.items()}
+    sizes = {name: Size(kept=count + config.oversample, used=count) for name, count in used.items()}
+    accumulator: Accumulator = ESTIMATORS[config.estimator](
+        sizes, config.power_steps, config.seed, watched=config.tolerance is not None
+    )
+    if checkpoint is None:
+        return _Run(model, targets, config, loss_fn, accumulator, Progress(), None)
+    ranks = {name: target.rank for name, target in targets.items()}
+    identity = {"fingerprint": fingerprint(model), "config": config.to_dict(), "ranks": ranks}
+    file = Checkpoint(Path(checkpoint), every, identity)
+    progress, tensors = file.load()
+    devices = {name: next(target.layer.parameters()).device for name, target in targets.items()}
+    accumulator.restore(tensors, devices)
+    return _Run(model, targets, config, loss_fn, accumulator, progress, file)
+
+
+def _finished(run: _Run, targets: Mapping[str, Target]) -> GradientEstimate:
+    """The estimate that a run has come to."""
+    progress, config = run.progress, run.config
+    with torch.no_grad(), torch.autocast(device_of(run.model).type, enabled=False):
+        factors = {name: run.accumulator.factors(name) for name in run.targets}
+    reasons = _reasons(targets, progress, factors)
     settle_missing(reasons, targets, config.on_missing)
     layers = {
-        name: factor.scaled(1 / weight)
+        name: factor.scaled(1 / progress.settled_weight.get(name, progress.weight))
         for name, factor in factors.items()
         if factor is not None and name not in reasons
     }
     _warn_thin(layers, targets)
-    return GradientEstimate(layers, config, fingerprint(model), weight, batches, reasons)
+    return GradientEstimate(
+        layers,
+        config,
+        fingerprint(run.model),
+        progress.weight,
+        progress.batches,
+        reasons,
+        settled=progress.settled,
+        settled_weight=progress.settled_weight,
+    )

@@ -12,10 +12,11 @@ from torch import Tensor
 from lora_ga import lowrank
 from lora_ga.config import LoraGAConfig
 from lora_ga.lowrank import LowRank
-from lora_ga.store import read_tensors, write_tensors
+from lora_ga.store import differences, read_tensors, write_tensors
 
 FILE_KIND = "a LoRA-GA gradient estimate"
 PARTS = ("U", "S", "V", "sketch")
+ABOUT = ("fingerprint", "weight", "batches", "missing", "settled", "settled_weight")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +30,8 @@ class GradientEstimate(Mapping[str, LowRank]):
         weight: Label tokens seen (or the sum of what `loss_fn` said).
         batches: Micro-batches seen.
         missing: Layers without a usable gradient → the reason; empty unless `on_missing="lora"`.
+        settled: Layers that settled before the end (see `LoraGAConfig.tolerance`) → batches after which they had.
+        settled_weight: The same layers → label tokens seen until then.
     """
 
     layers: Mapping[str, LowRank]
@@ -37,6 +40,8 @@ class GradientEstimate(Mapping[str, LowRank]):
     weight: float
     batches: int
     missing: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    settled: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    settled_weight: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LowRank:
         return self.layers[name]
@@ -82,6 +87,8 @@ class GradientEstimate(Mapping[str, LowRank]):
             "weight": self.weight,
             "batches": self.batches,
             "missing": dict(self.missing),
+            "settled": dict(self.settled),
+            "settled_weight": dict(self.settled_weight),
             "norms": {name: layer.norm for name, layer in self.layers.items()},
             "versions": {"lora_ga": __version__, "torch": torch.__version__},
         }
@@ -114,7 +121,7 @@ class GradientEstimate(Mapping[str, LowRank]):
                 for name, norm in about["norms"].items()
             }
             config = LoraGAConfig.from_dict(about["config"])
-            rest = {key: about[key] for key in ("fingerprint", "weight", "batches", "missing")}
+            rest = {key: about[key] for key in ABOUT}
         except KeyError as error:
             raise ValueError(f"{path}: damaged, {error} is missing. Write it anew.") from error
         return cls(layers, config, **rest)
@@ -134,36 +141,52 @@ class GradientEstimate(Mapping[str, LowRank]):
         for index, other in enumerate(others, start=2):
             self._check_adds_up(other, index)
         every = (self, *others)
-        total = sum(estimate.weight for estimate in every)
-        layers = {}
+        layers, settled, settled_weight = {}, {}, {}
         for name in dict.fromkeys(name for estimate in every for name in estimate):
-            parts = [(estimate[name], estimate.weight / total) for estimate in every if name in estimate]
-            kept = parts[0][0].S.numel()
-            omega = lowrank.probes(parts[0][0].V.shape[0], self.config.seed, name)
-            layers[name] = lowrank.merge(parts, kept, omega)
-        missing = {name: reason for name, reason in self.missing.items() if name not in layers}
-        batches = sum(estimate.batches for estimate in every)
-        return GradientEstimate(layers, self.config, self.fingerprint, total, batches, missing)
+            having = [estimate for estimate in every if name in estimate]
+            total = sum(estimate.weight_of(name) for estimate in having)
+            parts = [(estimate[name], estimate.weight_of(name) / total) for estimate in having]
+            omega = lowrank.probes(parts[0][0].V.shape[0], self.config.seed)
+            layers[name] = lowrank.merge(parts, parts[0][0].S.numel(), omega)
+            if any(name in estimate.settled for estimate in having):
+                settled[name] = sum(estimate.settled.get(name, estimate.batches) for estimate in having)
+                settled_weight[name] = total
+        return GradientEstimate(
+            layers,
+            self.config,
+            self.fingerprint,
+            weight=sum(estimate.weight for estimate in every),
+            batches=sum(estimate.batches for estimate in every),
+            missing={name: reason for name, reason in self.missing.items() if name not in layers},
+            settled=settled,
+            settled_weight=settled_weight,
+        )
+
+    def weight_of(self, name: str) -> float:
+        """Label tokens that a layer's gradient is the mean over: all, or those until it settled."""
+        return self.settled_weight.get(name, self.weight)
+
+    def held(self) -> dict[str, float]:
+        """The share of ‖G‖² that is held, layer → number between 0 and 1 (see `LowRank.held`)."""
+        return {name: layer.held for name, layer in self.layers.items()}
 
     def _check_adds_up(self, other: GradientEstimate, index: int) -> None:
         """Refuse the `index`-th estimate of a sum if it is of another model or made otherwise.
 
         Raises:
-            ValueError: It is, with the first difference.
+            ValueError: It is, with the first differences.
         """
-        for what in ("fingerprint", "config"):
-            mine, theirs = getattr(self, what), getattr(other, what)
-            if mine != theirs:
-                raise ValueError(
-                    f"Estimates 1 and {index} differ in their {what}: {mine} and {theirs}. Only estimates of one model "
-                    "made with one configuration add up."
-                )
+        pair = f"Estimates 1 and {index}"
+        mine, theirs = ({"fingerprint": each.fingerprint, "config": each.config.to_dict()} for each in (self, other))
+        if found := differences(mine, theirs):
+            raise ValueError(f"{pair} differ: {found}. Only estimates of one model made with one configuration add up.")
         layers = {*self, *self.missing} ^ {*other, *other.missing}
         if layers:
-            raise ValueError(f"Estimates 1 and {index} differ in their layers: {', '.join(sorted(layers)[:3])}.")
-        for name in filter(other.__contains__, self):
-            mine, theirs = self[name].S.numel(), other[name].S.numel()
-            if mine != theirs:
-                raise ValueError(
-                    f"Estimates 1 and {index} hold {mine} and {theirs} directions of {name}; make both with one rank."
-                )
+            raise ValueError(f"{pair} differ in their layers: {', '.join(sorted(layers)[:3])}.")
+        common = [name for name in self if name in other]
+        for name in common:
+            held, others = self[name].S.numel(), other[name].S.numel()
+            if held != others:
+                raise ValueError(f"{pair} hold {held} and {others} directions of {name}; make both with one rank.")
+        if common and all(torch.equal(self[name].S, other[name].S) for name in common):
+            raise ValueError(f"{pair} are one and the same; it would count twice. Leave one out.")

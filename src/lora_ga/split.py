@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_ga.config import LoraGAConfig
-from lora_ga.lowrank import LowRank, generator, leading_singular_values
+from lora_ga.lowrank import LowRank, generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,16 @@ DIRECTIONS: Mapping[str, Callable[[Layer], tuple[Tensor, Tensor]]] = {
     "ArBr": lambda layer: (_range(1, 2 * layer.rank, 2), _range(0, 2 * layer.rank, 2)),
     "random": _random_halves,
 }
+
+
+def leading_singular_values(w_OI: Tensor, count: int, seed: int, name: str) -> Tensor:
+    """The `count` largest singular values of a weight, (count,), by four power steps on 4·count test directions."""
+    width = min(4 * count, *w_OI.shape)
+    omega = torch.randn(w_OI.shape[1], width, generator=generator(seed, name, "weight")).to(w_OI)
+    q = torch.linalg.qr(w_OI @ omega).Q
+    for _ in range(4):
+        q = torch.linalg.qr(w_OI @ torch.linalg.qr(w_OI.mT @ q).Q).Q
+    return torch.linalg.svdvals(q.mT @ w_OI)[:count]
 
 
 def _weight_scale(layer: Layer) -> float:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def plain(model: Any) -> nn.Module:
@@ -50,6 +50,30 @@ def fingerprint(model: nn.Module) -> str:
         for key, parameter in module.named_parameters(recurse=False):
             shapes.add((f"{path}.{key}", tuple(parameter.shape)))
     return hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """In words, where two nested records of plain values differ; "" if they do not.
+
+    Args:
+        found: One record.
+        expected: The other.
+
+    Returns:
+        The first three differences, and the number of the others.
+    """
+    listed = []
+
+    def compare(one: Any, other: Any, path: str) -> None:
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            for key in dict.fromkeys((*one, *other)):
+                compare(one.get(key, "nothing"), other.get(key, "nothing"), f"{path}.{key}" if path else str(key))
+        elif one != other:
+            listed.append(f"{path} is {one!r} in one, {other!r} in the other")
+
+    compare(found, expected, "")
+    more = f"; and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return "; ".join(listed[:3]) + more
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

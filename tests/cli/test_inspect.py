@@ -26,7 +26,10 @@ def known() -> GradientEstimate:
         "base_model.model.layers.2.q": layer([8.0, 0.0, 0.0], norm=10.0),
         "base_model.model.layers.2.k": layer([1.0, 0.0, 0.0, 0.0], norm=1.0),
     }
-    return GradientEstimate(layers, LoraGAConfig(seed=7), "0" * 16, 1234.0, 5, {"lost.layer": "never ran in 5 batches"})
+    missing = {"lost.layer": "never ran in 5 batches"}
+    settled = {"base_model.model.layers.2.q": 4}
+    config = LoraGAConfig(seed=7, tolerance=0.01, max_batches=5)
+    return GradientEstimate(layers, config, "0" * 16, 1234.0, 5, missing, settled)
 
 
 @pytest.fixture
@@ -40,14 +43,27 @@ def test_shares_are_those_of_the_spectrum_and_blank_where_too_little_is_held() -
     estimate = known()
     shares = {name: {rank: estimate[name].limit(rank) for rank in RANKS} for name in estimate}
     table = layer_table(estimate, shares, list(estimate))
-    assert table.headers == ["layer", "out×in", "‖G‖", "r=1", "r=2", "r=4", "r=8", "r=16", "r=32", "r=64"]
-    assert [row[:5] for row in table.rows] == [
-        ["10.q", "12×10", "2.83", "0.500", "0.707"],
-        ["2.q", "12×10", "10", "0.800", "–"],
-        ["2.k", "12×10", "1", "1.000", "1.000"],
-        ["median", "", "2.83", "0.800", "0.854"],
+    assert table.headers == [
+        "layer",
+        "out×in",
+        "‖G‖",
+        "held",
+        "settled",
+        "r=1",
+        "r=2",
+        "r=4",
+        "r=8",
+        "r=16",
+        "r=32",
+        "r=64",
     ]
-    assert {cell for row in table.rows for cell in row[5:]} == {"–"}
+    assert [row[:7] for row in table.rows] == [
+        ["10.q", "12×10", "2.83", "0.500", "–", "0.500", "0.707"],
+        ["2.q", "12×10", "10", "0.640", "4", "0.800", "–"],
+        ["2.k", "12×10", "1", "1.000", "–", "1.000", "1.000"],
+        ["median", "", "2.83", "0.640", "", "0.800", "0.854"],
+    ]
+    assert {cell for row in table.rows for cell in row[7:]} == {"–"}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_ga.cli.options import DataOptions, EstimateOptions, ModelOptions, TargetOptions, option, require
+from lora_ga.cli.options import DataOptions, EstimateOptions, ModelOptions, TargetOptions, at_least, option, require
 from lora_ga.cli.parsing import config_parser, parse_with_config
 
 
@@ -16,9 +16,14 @@ class OutputOptions:
     _argument_group_name: ClassVar[str] = "output"
 
     output: str = option("", "file to write, ending in .safetensors; it must not exist (required)")
+    checkpoint: str | None = option(
+        None, "file for the running state: if it exists, the estimate goes on from it, as if it had not been broken off"
+    )
+    checkpoint_every: int = option(8, "batches between two savings of the checkpoint")
 
     def __post_init__(self) -> None:
         require(self, "output")
+        at_least(self, checkpoint_every=1)
 
 
 GROUPS = (ModelOptions, DataOptions, TargetOptions, EstimateOptions, OutputOptions)
@@ -61,7 +66,7 @@ def main(argv: list[str]) -> int:
     parser = config_parser(GROUPS, prog="lora-ga estimate", usage=USAGE, description=DESCRIPTION)
     model, data, target, options, output = parse_with_config(parser, argv)
     file = new_file(output.output)
-    estimate = run(model, data, target, options)
+    estimate = run(model, data, target, options, output)
     estimate.save(file)
     limits = sorted(limit for limit in estimate.limit(target.rank).values() if not math.isnan(limit))
     middle = f"; a rank of {target.rank} can follow {limits[len(limits) // 2]:.3f} of it (median)" if limits else ""
@@ -72,7 +77,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(model: ModelOptions, data: DataOptions, target: TargetOptions, options: EstimateOptions) -> Any:
+def run(
+    model: ModelOptions, data: DataOptions, target: TargetOptions, options: EstimateOptions, output: OutputOptions
+) -> Any:
     """Loads model and data and estimates, as `lora-ga train` does before it trains.
 
     Returns:
@@ -93,4 +100,10 @@ def run(model: ModelOptions, data: DataOptions, target: TargetOptions, options: 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     adapted = add_adapter(base, target, AdapterOptions(), tasks.TASKS[model.task].peft_type).to(device)
     batches = EstimateBatches(prepared.train, collate, options, data.batch_size, model.seed)
-    return lora_ga.estimate_gradients(adapted, batches, estimate_config(options, model.seed))
+    return lora_ga.estimate_gradients(
+        adapted,
+        batches,
+        estimate_config(options, model.seed),
+        checkpoint=output.checkpoint,
+        every=output.checkpoint_every,
+    )

@@ -22,6 +22,8 @@ def estimate_config(options: EstimateOptions, seed: int, adapter: AdapterOptions
     return LoraGAConfig(
         estimator=options.estimator,
         oversample=options.oversample,
+        power_steps=options.power_steps,
+        tolerance=options.tolerance,
         max_batches=options.estimate_batches,
         on_missing=options.on_missing,
         seed=seed,

@@ -28,7 +28,10 @@ Show an estimate: for each layer the norm of its gradient, and the share of the 
 
 The share at rank r is the largest cosine there can be between the first step of a LoRA of rank r and the gradient:
 the norm of the first 2r singular values over the norm of all of them. 1 means that nothing is lost. A layer whose share
-is low gains most from a higher rank. Where an estimate holds fewer than 2r directions the place is blank."""
+is low gains most from a higher rank. Where an estimate holds fewer than 2r directions the place is blank.
+
+held is the part of the squared norm that the estimate holds at all. settled is the number of batches after which the
+layer's directions had settled, where the estimate had a --tolerance; blank where they had not."""
 
 
 @dataclass
@@ -125,12 +128,14 @@ def layer_table(estimate: GradientEstimate, shares: Shares, names: Sequence[str]
     for name, short in zip(names, short_names(names), strict=True):
         layer = estimate[name]
         size = f"{layer.U.shape[0]}×{layer.V.shape[0]}"
-        rows.append([short, size, f"{layer.norm:.3g}", *cells(list(shares[name].values()))])
+        settled = str(estimate.settled.get(name, BLANK))
+        rows.append([short, size, f"{layer.norm:.3g}", f"{layer.held:.3f}", settled, *cells([*shares[name].values()])])
     known = {rank: [s for layer in shares.values() if math.isfinite(s := layer[rank])] for rank in RANKS}
     middle = cells([median(values) if values else math.nan for values in known.values()])
     norms = f"{median(layer.norm for layer in estimate.values()):.3g}" if shares else BLANK
-    rows.append(["median", "", norms, *middle])
-    return Table(["layer", "out×in", "‖G‖", *(f"r={rank}" for rank in RANKS)], rows)
+    held = f"{median(estimate.held().values()):.3f}" if shares else BLANK
+    rows.append(["median", "", norms, held, "", *middle])
+    return Table(["layer", "out×in", "‖G‖", "held", "settled", *(f"r={rank}" for rank in RANKS)], rows)
 
 
 def summary(estimate: GradientEstimate) -> list[str]:
@@ -143,14 +148,27 @@ def summary(estimate: GradientEstimate) -> list[str]:
     ]
     if config.estimator == "streaming":
         lines.append(
-            "‖G‖ is estimated (streaming), and the shares are as exact as it is; the dense estimator gives both."
+            "‖G‖ is estimated (streaming, from eight random probes), and the shares are as exact as it is; the dense "
+            "estimator gives both."
         )
+    if config.tolerance is not None:
+        lines.append(settled_line(estimate))
     if {share for layer in estimate.values() if math.isnan(share := layer.limit(RANKS[-1]))}:
         lines.append(
             f"{BLANK}: fewer than 2r directions are held; a higher --rank or --oversample at `estimate` holds more."
         )
     lines += [f"No gradient for {name}: {reason}." for name, reason in estimate.missing.items()]
     return lines
+
+
+def settled_line(estimate: GradientEstimate) -> str:
+    """Returns how many layers settled early, and how much listening that saved."""
+    read = [estimate.settled.get(name, estimate.batches) for name in estimate]
+    saved = 1 - sum(read) / (len(read) * (estimate.config.max_batches or estimate.batches)) if read else 0.0
+    return (
+        f"Settled within the tolerance: {len(estimate.settled)} of {len(estimate)} layers; a layer took part in "
+        f"{median(read) if read else 0:g} batches (median), {max(saved, 0.0):.0%} less than --estimate_batches in all."
+    )
 
 
 def share_figure(shares: Sequence[Mapping[int, float]], labels: Sequence[str]) -> Figure:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 COMMANDS = {
     "train": "fine-tune a model with LoRA-GA, plain LoRA or full fine-tuning",
     "estimate": "estimate the gradient of every adapted layer and write it to a file",
+    "merge": "add up estimates made on different data or machines",
     "inspect": "show what an estimate file holds, layer by layer",
     "export": "make a smaller adapter or a full merged model of a trained adapter",
     "compare": "put finished runs side by side on one HTML page",

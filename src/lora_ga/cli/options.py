@@ -179,6 +179,12 @@ class EstimateOptions:
         "streaming keeps the leading directions only; dense keeps every layer's whole gradient in memory",
     )
     oversample: int = option(LIBRARY.oversample, "streaming: directions kept beyond the 2r that are needed")
+    power_steps: int = option(LIBRARY.power_steps, "streaming: power iterations for each batch; 1 is more exact")
+    tolerance: float | None = option(
+        LIBRARY.tolerance,
+        "streaming: end early, layer by layer, when about this share of the leading directions is still to move "
+        "(0.01 is a good value; default: read all batches)",
+    )
     estimate_batches: int = option(LIBRARY.max_batches, "batches of training data in the estimate")
     estimate_batch_size: int | None = option(None, "examples in each of them (default: the batch size)")
     on_missing: Literal["error", "lora"] = option(
@@ -187,7 +193,7 @@ class EstimateOptions:
     )
 
     def __post_init__(self) -> None:
-        at_least(self, oversample=0, estimate_batches=1, estimate_batch_size=1)
+        at_least(self, oversample=0, power_steps=0, estimate_batches=1, estimate_batch_size=1)
 
 
 @dataclass

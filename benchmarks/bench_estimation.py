@@ -1,0 +1,318 @@
+"""What does the estimate cost? Time, memory, state and alignment beside a frozen pass, plain LoRA steps and PEFT.
+
+    python benchmarks/bench_estimation.py                # about 30 minutes on two cores; growth.png beside the record
+    LORA_GA_DATA=... python benchmarks/bench_estimation.py   # the early stop on a real model, too
+
+The model is a Llama of 158M parameters with random weights (width 1024, 12 layers, float32), the batches 16 sequences
+of 512 bytes of English text, four at a time; r = 8, all linear layers, default settings. Times alternate within one process,
+their ratios are taken run by run, and medians of five are told; peaks of memory are of fresh processes. The floor is
+computed from counts: multiplications of the frozen pass and of the streaming update's products, over the former.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraGAConfig as PeftLoraGAConfig
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import bench_alignment
+import lora_ga
+import record
+from lora_ga.accumulate import Size, Streaming
+from lora_ga.frozen import frozen
+from lora_ga.lowrank import FRESH, PROBES
+
+RANK, REPEATS, LENGTH = 8, 5, 512
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # PEFT's knows no "all-linear"
+Batches = list[dict[str, Tensor]]
+
+
+def llama(width: int = 1024, layers: int = 12, inner: int = 2816, vocabulary: int = 4096) -> LlamaForCausalLM:
+    """A Llama with random weights, the same ones every time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def sequences(count: int = 16, at_once: int = 4, *, random: bool = False) -> Batches:
+    """Micro-batches of bytes: of the Python manual, which every installation has, or random ones."""
+    if random:
+        ids = torch.randint(0, 256, (count, LENGTH), generator=torch.Generator().manual_seed(1))
+    else:
+        manual = "\n".join(topics[key] for key in sorted(topics)).encode()
+        ids = torch.tensor(list(manual[: count * LENGTH])).reshape(count, LENGTH)
+    return [{"input_ids": part, "labels": part} for part in ids.split(at_once)]
+
+
+def adapter(**settings: Any) -> LoraConfig:
+    """The adapter of every method here."""
+    return LoraConfig(r=RANK, lora_alpha=16, use_rslora=True, target_modules=LINEAR, **settings)
+
+
+def frozen_pass(model: PeftModel, batches: Batches) -> None:
+    """The floor: forward and backward with every weight frozen, down to the embeddings' output."""
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    with frozen(model, "default"):
+        for batch in batches:
+            model(**batch).loss.backward()
+    hook.remove()
+
+
+def ours(base: nn.Module, batches: Batches) -> None:
+    """Adapters, estimate and start."""
+    lora_ga.initialize(get_peft_model(base, adapter()), batches)
+
+
+def peft(base: nn.Module, batches: Batches) -> None:
+    """The same by PEFT's own implementation."""
+    config = adapter(init_lora_weights="lora_ga", lora_ga_config=PeftLoraGAConfig())
+    preprocess_loraga(base, config, lambda: bench_alignment.weigh_backward(base, batches))
+    get_peft_model(base, config)
+
+
+def lora_steps(base: nn.Module, batches: Batches) -> None:
+    """Steps of plain LoRA with AdamW."""
+    model = get_peft_model(base, adapter())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def frozen_only(base: nn.Module, batches: Batches) -> None:
+    """The frozen pass on a fresh adapter."""
+    frozen_pass(get_peft_model(base, adapter()), batches)
+
+
+WAYS: dict[str, Callable[[nn.Module, Batches], None]] = {
+    "frozen pass": frozen_only,
+    "ours": ours,
+    "peft lora_ga": peft,
+    "lora steps": lora_steps,
+}
+
+
+def seconds(way: str, base: nn.Module, batches: Batches) -> float:
+    """The time of one way on a copy of the model."""
+    model = copy.deepcopy(base)
+    start = time.perf_counter()
+    WAYS[way](model, batches)
+    return time.perf_counter() - start
+
+
+def times(base: nn.Module, batches: Batches, ways: list[str]) -> dict[str, Any]:
+    """Alternating runs, and the ratios of ours to each other way, run by run."""
+    seconds(ways[0], base, batches[:1])
+    runs: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(REPEATS):
+        for way in ways:
+            runs[way].append(seconds(way, base, batches))
+        print({way: round(found[-1], 1) for way, found in runs.items()}, flush=True)
+    ratios = {
+        way: [mine / other for mine, other in zip(runs["ours"], found, strict=True)]
+        for way, found in runs.items()
+        if way != "ours"
+    }
+    return {
+        "seconds": runs,
+        "ratios": ratios,
+        "median ratios": {way: statistics.median(found) for way, found in ratios.items()},
+    }
+
+
+def peak(way: str) -> dict[str, float]:
+    """What a fresh process held at most while one way ran, in MB; called with --peak in it."""
+    status = Path("/proc/self/status")
+
+    def read(key: str) -> float:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) / 1024
+
+    base, batches = llama(), sequences()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins again here
+    before = read("VmRSS")
+    WAYS[way](base, batches)
+    return {"before": before, "peak": read("VmHWM")}
+
+
+def peaks(count: int = 3) -> dict[str, Any]:
+    """The median peak of each way, over fresh processes."""
+    found: dict[str, Any] = {}
+    for way in WAYS:
+        runs = []
+        for _ in range(count):
+            done = subprocess.run([sys.executable, __file__, "--peak", way], check=True, capture_output=True, text=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+        found[way] = {"MB": statistics.median(run["peak"] for run in runs), "runs": runs}
+        print(f"{way:14} peak {found[way]['MB']:.0f} MB", flush=True)
+    return {
+        "ways": found,
+        "over lora steps": {way: each["MB"] / found["lora steps"]["MB"] for way, each in found.items()},
+    }
+
+
+def floor(base: nn.Module) -> float:
+    """Multiplications of the frozen pass and of the warm update, over those of the frozen pass alone; a token each."""
+    layers = [m for name, m in base.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    kept = 2 * RANK + lora_ga.LoraGAConfig().oversample
+    passed = sum(2 * m.in_features * m.out_features for m in layers)
+    passed += 2 * base.config.hidden_size * base.config.vocab_size  # the head; attention's own are 2 % and left out
+    added = sum((m.in_features + m.out_features) * (2 * (kept + FRESH) + PROBES) for m in layers)
+    return 1 + added / passed
+
+
+def alignment(base: nn.Module, batches: Batches) -> dict[str, Any]:
+    """Alignment ratio of the timed estimate against the dense truth, and the size of its state."""
+    model = get_peft_model(copy.deepcopy(base), adapter())
+    estimate = lora_ga.estimate_gradients(model, batches)
+    truth = bench_alignment.gradients(copy.deepcopy(base), batches)
+    ratios = bench_alignment.by_formula(estimate, truth)
+    kept = sum(
+        t.numel() for layer in estimate.values() for t in (layer.U, layer.S, layer.V, layer.sketch) if t is not None
+    )
+    whole = sum(truth[name].numel() for name in estimate)
+    errors = [abs(layer.norm / truth[name].norm().item() - 1) for name, layer in estimate.items()]
+    return {
+        "median": statistics.median(ratios),
+        "lowest": min(ratios),
+        "state over gradient": kept / whole,
+        "largest error of the norm": max(errors),
+    }
+
+
+def accumulated(tokens: int, width: int, rank: int) -> tuple[float, int]:
+    """Process seconds and state bytes of four blocks through one square layer."""
+    draw = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(tokens, width, generator=draw) for _ in range(2))
+    accumulator = Streaming({"layer": Size(2 * rank + 16, 2 * rank)}, 0, 0)
+    found = []
+    for _ in range(9):
+        start = time.process_time()
+        accumulator.add("layer", x, g, 1.0)
+        accumulator.flush()
+        found.append(time.process_time() - start)
+    return statistics.median(found[1:]), sum(t.numel() * t.element_size() for t in accumulator.state().values())
+
+
+def growth() -> dict[str, Any]:
+    """A warm block's time and the state against tokens, width and rank, with fitted exponents; draws growth.png."""
+    centre = {"tokens": 2048, "width": 1024, "rank": 16}
+    axes_of = {"tokens": [1024, 2048, 4096, 8192], "width": [512, 1024, 2048, 4096], "rank": [8, 16, 32, 64]}
+    result: dict[str, Any] = {}
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    for axis, (name, values) in zip(axes, axes_of.items(), strict=True):
+        points = [accumulated(**(centre | {name: value})) for value in values]
+        milliseconds, megabytes = [1e3 * time for time, _ in points], [size / 2**20 for _, size in points]
+        slopes = [float(np.polyfit(np.log(values), np.log(y), 1)[0]) for y in (milliseconds, megabytes)]
+        result[name] = {"values": values, "ms": milliseconds, "MB": megabytes, "exponents": slopes}
+        axis.loglog(values, milliseconds, "o-", label=f"time in ms, exponent {slopes[0]:.2f}")
+        axis.loglog(values, megabytes, "s-", label=f"state in MB, exponent {slopes[1]:.2f}")
+        axis.set_xlabel(name)
+        axis.legend(fontsize=7)
+        print(f"growth with {name:6}: time ^{slopes[0]:.2f}, state ^{slopes[1]:.2f}", flush=True)
+    figure.savefig(record.RESULTS / "growth.png", dpi=110)
+    return result
+
+
+def early_stop() -> dict[str, Any]:
+    """Alignment lost and batches saved by the tolerance, on a real model and text."""
+    folder = record.data("models", "babyllama105")
+    text = record.data("data", "text", "tinyshakespeare.txt").read_text()
+    batches = bench_alignment.causal_batches(folder, text, count=64, length=64)
+    base = AutoModelForCausalLM.from_pretrained(folder).eval()
+    truth = bench_alignment.gradients(copy.deepcopy(base).double(), batches)
+    model = get_peft_model(base, adapter())
+    result = {}
+    for tolerance in (None, 0.003, 0.01, 0.03):
+        config = lora_ga.LoraGAConfig(max_batches=None, tolerance=tolerance)
+        estimate = lora_ga.estimate_gradients(model, batches, config)
+        ratios = bench_alignment.by_formula(estimate, truth)
+        read = [estimate.settled.get(name, estimate.batches) for name in estimate]
+        row = {
+            "median": statistics.median(ratios),
+            "lowest": min(ratios),
+            "batches": statistics.mean(read),
+            "saved": 1 - statistics.mean(read) / len(batches),
+        }
+        result[str(tolerance)] = row
+        print(f"tolerance {tolerance}: ratio {row['median']:.4f}, lowest {row['lowest']:.4f}, saved {row['saved']:.0%}")
+    return result
+
+
+def main() -> None:
+    """Measure, print the table, keep the record."""
+    base, batches = llama(), sequences()
+    parameters = sum(p.numel() for p in base.parameters())
+    timed = times(base, batches, ["frozen pass", "ours", "peft lora_ga"])
+    held, flat = alignment(base, batches), alignment(base, sequences(random=True))
+    wide = times(llama(2048, 4, 5632), batches[:2], ["frozen pass", "ours"])
+    memory, grown = peaks(), growth()
+    stopped = early_stop() if os.environ.get("LORA_GA_DATA") else None
+    rows = [
+        ("time over the frozen pass (floor from counts)", timed["median ratios"]["frozen pass"], floor(base)),
+        ("time over PEFT's lora_ga", timed["median ratios"]["peft lora_ga"], None),
+        ("time over the frozen pass, width 2048", wide["median ratios"]["frozen pass"], None),
+        (
+            "peak memory over plain LoRA steps (PEFT's)",
+            *(memory["over lora steps"][w] for w in ("ours", "peft lora_ga")),
+        ),
+        ("state over one float32 gradient", held["state over gradient"], None),
+        ("alignment ratio, median (lowest)", held["median"], held["lowest"]),
+        ("the same on random bytes: a flat spectrum", flat["median"], flat["lowest"]),
+    ]
+    for what, figure, beside in rows:
+        print(f"{what:46} {figure:7.4f}" + (f"  ({beside:.4f})" if beside is not None else ""))
+    record.finish(
+        "estimation",
+        {
+            "parameters": parameters,
+            "threads": torch.get_num_threads(),
+            "times": timed,
+            "floor": floor(base),
+            "width 2048": wide,
+            "memory": memory,
+            "estimate": held,
+            "estimate, random bytes": flat,
+            "growth": grown,
+            "early stop": stopped,
+        },
+    )
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peak", choices=WAYS, help="only measure one way's peak memory in this process")
+    options = parser.parse_args()
+    if options.peak:
+        print(json.dumps(peak(options.peak)))
+    else:
+        main()

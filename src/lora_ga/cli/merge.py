@@ -1,0 +1,50 @@
+"""`lora-ga merge`: estimates made on different data or machines, added up."""
+
+from lora_ga.cli.estimate import new_file
+from lora_ga.cli.parsing import OptionParser
+
+EXAMPLE = """\
+Add up estimates of one model made on different batches, on this machine or others. Each counts by its label tokens. The
+result is what one run over all the batches would hold, but for what each had to leave out.
+
+  lora-ga merge first.safetensors second.safetensors third.safetensors -o all.safetensors
+
+All must come from one model, with one --rank, one --seed and the same settings of the estimate."""
+
+
+def main(argv: list[str]) -> int:
+    """Reads the files, adds them up and writes the sum.
+
+    Args:
+        argv: the arguments after `merge`.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: fewer than two files, a damaged one, or estimates that do not add up.
+    """
+    parser = OptionParser((), prog="lora-ga merge", description=EXAMPLE)
+    parser.add_argument("estimates", nargs="*", metavar="ESTIMATE", help="two or more .safetensors files")
+    parser.add_argument("-o", "--output", metavar="FILE", help="file to write; it must not exist (required)")
+    namespace = parser.parse_args(argv)
+    files = namespace.estimates
+    if len(files) < 2:
+        raise ValueError(f"{len(files)} estimate files given, but it must be two or more.")
+    if not namespace.output:
+        raise ValueError("--output is required. Give the file to write, ending in .safetensors.")
+    target = new_file(namespace.output)
+    from lora_ga import GradientEstimate  # slow to import; all that can be refused before has been
+
+    estimates = [GradientEstimate.load(file) for file in files]
+    try:
+        merged = estimates[0].merge(*estimates[1:])
+    except ValueError as error:
+        named = "; ".join(f"{number} is {file}" for number, file in enumerate(files, start=1))
+        raise ValueError(f"{error} ({named})") from error
+    merged.save(target)
+    print(
+        f"{target}: the gradient of {len(merged)} layers from {merged.batches} batches with {merged.weight:.0f} labels "
+        f"in {len(files)} files. `lora-ga inspect {target}` shows each layer."
+    )
+    return 0
