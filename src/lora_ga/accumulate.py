@@ -19,6 +19,7 @@ from lora_ga.lowrank import (
     PROBES,
     LowRank,
     estimated_norm,
+    first_look,
     gaussian,
     merge_factors,
     probes,
@@ -161,11 +162,11 @@ class Streaming:
             self._random[key] = drawn.to(like)
         return self._random[key]
 
-    def _start(self, name: str, stream: _Stream, x_TI: Tensor, columns: int) -> Tensor:
+    def _start(self, name: str, stream: _Stream, x_TI: Tensor, g_TO: Tensor, columns: int) -> Tensor:
         """Where the block's iteration starts: the directions held, and a few that are new with each block."""
         random_IQ = self._gaussian(x_TI, columns, "test")
         if stream.held is None:
-            return random_IQ
+            return first_look(x_TI, g_TO, random_IQ)
         # A roll is as good as a draw, and needs no numbers from the host.
         digest = hashlib.sha256(f"{self.seed}\x1f{name}\x1f{stream.blocks}".encode()).digest()
         random_IQ = random_IQ.roll(int.from_bytes(digest[:6], "big") % len(random_IQ), dims=0)
@@ -182,10 +183,9 @@ class Streaming:
         dtype = sum_dtype(g_TO.dtype)
         x_TI, g_TO = x_TI.to(dtype), g_TO.to(dtype)
         columns = min(self.sizes[name].kept + FRESH, x_TI.shape[1], g_TO.shape[1])
-        start_IQ = self._start(name, stream, x_TI, columns)
+        start_IQ = self._start(name, stream, x_TI, g_TO, columns)
         omega_IP = self._gaussian(x_TI, PROBES, "norm")
-        steps = self.power_steps or int(stream.held is None)
-        q_OQ, z_IQ, added_OP = project(stream.held, x_TI, g_TO, weight, start_IQ, omega_IP, steps)
+        q_OQ, z_IQ, added_OP = project(stream.held, x_TI, g_TO, weight, start_IQ, omega_IP, self.power_steps)
         if self.watched and stream.held is not None and stream.before is None:
             used = self.sizes[name].used
             stream.before = (stream.held[0][:, :used].clone(), stream.held[2][:, :used].clone())
@@ -247,7 +247,7 @@ class Streaming:
             for part, tensor in zip("USV", stream.held, strict=True):
                 tensors[f"{name}.{part}"] = tensor
             tensors[f"{name}.sketch"] = stream.sketch
-            tensors[f"{name}.blocks"] = torch.tensor(stream.blocks)
+            tensors[f"{name}.blocks"] = torch.tensor([stream.blocks])
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:

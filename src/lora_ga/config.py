@@ -38,9 +38,8 @@ class LoraGAConfig:
             (d_out × d_in numbers a layer) and is exact: an oracle, and fine for small models.
         oversample: Directions kept beyond 2r: what the truncation after each batch loses falls with them. What 0, 8
             and 16 reach on three real models is in `benchmarks/results/alignment.json`.
-        power_steps: Power iterations for each block of tokens; the first block of a layer, before which nothing is
-            known of it, has at least one. 1 costs as much time again as the estimate adds to the pass; what it gains
-            is in the same record.
+        power_steps: Power iterations for each block of tokens. 0 is one step of subspace iteration a block, from the
+            directions held. 1 doubles what the estimate adds to the pass; what it gains is in the same record.
         max_batches: At most so many batches are read; None reads all. The paper uses 8 to 128 samples.
         tolerance: Ends the estimate early, layer by layer; None reads all batches. A layer has settled when, twice in
             a row, the number of batches times the mean squared sine by which the last one has turned its leading 2r

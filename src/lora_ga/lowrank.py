@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 # Random columns added to the warm start of each block, so that directions that only appear late are found.
-FRESH = 16
+FRESH = 12
 # Columns of the linear sketch from which the norm is estimated.
 PROBES = 8
+# A layer's first look takes one token in so many, if enough of them are left.
+STRIDE = 4
 # Of the columns of Q (in units of their lengths before), and of the singular values (of the first): what is below is
 # rounding noise of float32, and is left out.
 SPURIOUS = 1e-2
@@ -176,6 +178,22 @@ def project(
         p_IQ = orthonormal(adjoint(q_OQ))
         q_OQ = orthonormal(with_held((g_TO.mT @ (x_TI @ p_IQ)).mul_(weight), p_IQ))
     return q_OQ, adjoint(q_OQ), sketch_OP.clone()
+
+
+def first_look(x_TI: Tensor, g_TO: Tensor, omega_IQ: Tensor) -> Tensor:
+    """Directions to start a layer's first block from: one power iteration on a part of its tokens.
+
+    Args:
+        x_TI: Inputs of the layer, in the dtype of the sums.
+        g_TO: Gradients of the loss at the layer's outputs.
+        omega_IQ: Random directions.
+
+    Returns:
+        (I, Q), nearly orthonormal.
+    """
+    if len(x_TI) >= 2 * STRIDE * omega_IQ.shape[1]:
+        x_TI, g_TO = x_TI[::STRIDE], g_TO[::STRIDE]
+    return orthonormal(x_TI.mT @ (g_TO @ orthonormal(g_TO.mT @ (x_TI @ omega_IQ))))
 
 
 def _whitening(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:

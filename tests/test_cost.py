@@ -1,0 +1,105 @@
+"""What the estimate may not do (allocate a gradient, wait for the device), and ways of running that may not matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lora_ga
+from lora_ga import LoraGAConfig
+from lora_ga.accumulate import Size, Streaming
+from lora_ga.targets import find_targets
+from toys import adapted, causal, llama
+
+
+class Watch(TorchDispatchMode):
+    """Notes the shapes of all new tensors; views of others are not new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in given:
+                self.shapes.add(tuple(each.shape))
+        return result
+
+
+# Widths that no batch, head or rank has, so that a shape tells a gradient.
+SIZES: dict[str, Any] = {
+    "hidden_size": 92,
+    "intermediate_size": 104,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"power_steps": 1}, {"tolerance": 0.5}, {"estimator": "dense"}])
+def test_nothing_of_the_size_of_a_gradient_is_allocated(settings: dict[str, Any]) -> None:
+    model = adapted(llama(**SIZES))
+    forbidden = {(t.outputs, t.inputs) for t in find_targets(model).values()}
+    assert len(forbidden) == 4
+    forbidden |= {(inputs, outputs) for outputs, inputs in forbidden}
+    with Watch() as watch:
+        lora_ga.estimate_gradients(model, causal(4, rows=3, length=7), LoraGAConfig(**settings))
+    found = {shape for shape in watch.shapes if shape[-2:] in forbidden}
+    assert len(watch.shapes) > 30
+    assert bool(found) == (settings.get("estimator") == "dense")  # the watch sees them where they are
+
+
+def test_a_block_never_waits_for_the_device() -> None:
+    # Tensors without values: whatever asks for one, as a wait for the device does, raises.
+    with FakeTensorMode():
+        accumulator = Streaming({"layer": Size(kept=12, used=4)}, 1, 0, watched=True)
+        for _ in range(2):
+            accumulator.add("layer", torch.randn(50, 40), torch.randn(50, 30), 2.0)
+            u, s, v = torch.empty(30, 12), torch.empty(12), torch.empty(40, 12)
+            accumulator.streams["layer"].held, accumulator.streams["layer"].pending = (u, s, v), None
+        accumulator.add("layer", torch.randn(50, 40), torch.randn(50, 30), 2.0)
+        with pytest.raises(Exception, match=r"(?i)data.dependent|_local_scalar_dense|fake"):
+            accumulator.flush()  # the one place that does
+
+
+def relative(one: Any, other: Any) -> float:
+    """The largest relative difference of two estimates, layer by layer, as matrices."""
+    errors = []
+    for name in one:
+        a, b = ((e[name].U[:, :8] * e[name].S[:8]) @ e[name].V[:, :8].mT for e in (one, other))
+        errors.append(((a - b).norm() / a.norm()).item())
+    return max(errors)
+
+
+def test_eager_attention_gives_the_factors_of_sdpa() -> None:
+    found = [
+        lora_ga.estimate_gradients(adapted(llama(attn_implementation=kind)), causal(4)) for kind in ("sdpa", "eager")
+    ]
+    assert relative(*found) < 1e-3
+    assert found[0]["model.layers.0.self_attn.q_proj"].norm > 0
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_autocast_gives_the_factors_of_float32_within_its_rounding(dtype: torch.dtype, error: float) -> None:
+    model, batches = adapted(llama()), causal(4)
+    with torch.autocast("cpu", dtype=dtype):
+        rounded = lora_ga.estimate_gradients(model, batches)
+    assert {part.U.dtype for part in rounded.values()} == {torch.float32}
+    assert 0 < relative(lora_ga.estimate_gradients(model, batches), rounded) < error
+
+
+def test_float16_weights_with_gradients_below_its_smallest_number_give_the_factors_of_float32() -> None:
+    def small(model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+        # A mean over so many terms that its gradients would vanish in float16, were it passed back as it is.
+        return model(**batch).loss.float() * 2.0**-14, 2.0**14
+
+    exact = lora_ga.estimate_gradients(adapted(llama()), causal(4), loss_fn=small)
+    half = lora_ga.estimate_gradients(adapted(llama().half()), causal(4), loss_fn=small)
+    assert 0 < relative(exact, half) < 0.05
