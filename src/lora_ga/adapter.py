@@ -88,7 +88,8 @@ def write_starts(
 def give_structure(model: PeftModel, config: LoraGAConfig, adapter_name: str) -> None:
     """Prepare a fresh adapter for a start that comes later, before an optimizer or a wrapper sees its parameters.
 
-    It computes and trains as the plain LoRA it was; `apply_estimate` then gives it its start in place. Layers that are
+    It computes and (but for weight decay, which pulls A towards where it began) trains as the plain LoRA it was;
+    `apply_estimate` then gives it its start in place. Layers that are
     too small for their rank stay as they are, if `on_missing` allows it. An adapter that is prepared already stays so.
 
     Args:

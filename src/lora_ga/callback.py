@@ -93,6 +93,12 @@ class LoraGACallback(TrainerCallback):
         """
         trainer, _ = _caller(self)
         _check_trainer(trainer, self.batches is None)
+        alignment: Alignment | None = getattr(_config(model, self.adapter_name), "alignment", None)
+        if alignment is not None and any(bool(b.weight.any()) for _, b in alignment.factors.values()):
+            raise ValueError(
+                f"Adapter {self.adapter_name!r} is already aligned: it comes from lora_ga.initialize or a checkpoint. "
+                "Train it without LoraGACallback, or give the trainer a fresh adapter."
+            )
         give_structure(model, self.config, self.adapter_name)
 
     def on_train_begin(
@@ -115,7 +121,7 @@ class LoraGACallback(TrainerCallback):
             **kwargs: The rest of the event.
         """
         trainer, checkpoint = _caller(self)
-        alignment: Alignment | None = getattr(model.peft_config.get(self.adapter_name), "alignment", None)
+        alignment: Alignment | None = getattr(_config(model, self.adapter_name), "alignment", None)
         if checkpoint is not None:
             restore_starts(model, Path(checkpoint), self.adapter_name)
         elif alignment is None or alignment is not self._filled:
@@ -164,6 +170,11 @@ class LoraGACallback(TrainerCallback):
                 tracker.on_log(trainer.args, trainer.state, trainer.control, model=trainer.model, logs=logs)
 
 
+def _config(model: Any, adapter_name: str) -> Any:
+    """The configuration of an adapter; None if the model does not have it."""
+    return getattr(model, "peft_config", {}).get(adapter_name)
+
+
 def _caller(callback: LoraGACallback) -> tuple[Trainer, str | None]:
     """The trainer whose event this is, and the checkpoint it resumes from, if it does.
 
@@ -197,8 +208,8 @@ def _check_trainer(trainer: Trainer, uses_its_data: bool) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         kind = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
         raise ValueError(
-            f"LoraGACallback does not fill adapters whose parameters {kind} has sharded. Call lora_ga.initialize before "
-            "the trainer is made."
+            f"LoraGACallback does not fill adapters whose parameters {kind} has sharded. Call lora_ga.initialize "
+            "before the trainer is made."
         )
     data = trainer.train_dataset
     if not uses_its_data or data is None:
@@ -208,13 +219,13 @@ def _check_trainer(trainer: Trainer, uses_its_data: bool) -> None:
         raise ValueError(f"The training data of the {name} is empty; the gradient needs at least one example.")
     if isinstance(data, TorchIterableDataset) and not _streams(data):
         raise ValueError(
-            f"The training data is a {type(data).__name__}, an iterable that may not begin anew, so taking from it could "
-            "move the training. Pass LoraGACallback(batches=...)."
+            f"The training data is a {type(data).__name__}, an iterable that may not begin anew, so taking from it "
+            "could move the training. Pass LoraGACallback(batches=...)."
         )
-    if hasattr(trainer.args, "num_generations"):
+    if isinstance(data, TorchIterableDataset) and hasattr(trainer, "num_generations_eval"):
         raise ValueError(
-            f"A {name} groups generations by their prompt, which batches drawn at random do not. Pass "
-            "LoraGACallback(batches=...) with the batches of its get_eval_dataloader(train_dataset)."
+            f"A {name} groups its generations by prompt, which cannot be done here with streamed data. Pass "
+            "LoraGACallback(batches=...), each batch with every prompt num_generations_eval times."
         )
 
 
@@ -236,14 +247,18 @@ def _batches(trainer: Trainer, loader: Any, seed: int) -> DataLoader[Any]:
     Returns:
         The loader.
     """
-    streamed = isinstance(loader.dataset, TorchIterableDataset)
-    return DataLoader(
-        loader.dataset,
-        batch_size=trainer.args.per_device_train_batch_size,
-        shuffle=None if streamed else True,
-        collate_fn=loader.collate_fn,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    args, data = trainer.args, loader.dataset
+    settings: dict[str, Any] = {"batch_size": args.per_device_train_batch_size}
+    group = getattr(trainer, "num_generations_eval", None)
+    if group is not None:  # GRPO and its kin compare several answers to one prompt, which their sampler repeats
+        settings = {
+            "batch_size": group * max(1, args.generation_batch_size // group),
+            "sampler": trainer._get_eval_sampler(data),
+        }
+    elif not isinstance(data, TorchIterableDataset):
+        settings["shuffle"] = True
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(data, collate_fn=loader.collate_fn, generator=generator, **settings)
 
 
 def _extend_model_card(trainer: Trainer, alignment: Alignment) -> None:

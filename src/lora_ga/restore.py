@@ -167,7 +167,8 @@ def _restore_pair(
                 "may be left from before the adapter was trained as plain LoRA. Remove it to load the adapter as "
                 "plain LoRA, or put the right one back."
             )
-        put(factor.train(old.training), layer, f"lora_{letter}", "default", configs)
+        factor.train(old.training)
+        put(factor, name, layer, f"lora_{letter}", "default", configs)
         pair.append(factor)
     return pair[0], pair[1]
 
@@ -225,9 +226,7 @@ def _restore(model: PeftModel, tensors: dict[str, Tensor], record: dict[str, Any
     alignment = Alignment({}, record["scaling"], config, record["fingerprint"], plain, record["original"])
     alignment.summary = record.get("summary", "")
     for name in record["scaling"]:
-        alignment.factors[name] = _restore_pair(
-            name, layers[name], tensors, config.offset, model.peft_config, where
-        )
+        alignment.factors[name] = _restore_pair(name, layers[name], tensors, config.offset, model.peft_config, where)
     changes: dict[str, Any] = {}
     if config.offset == "base":
         changes = record["original"]

@@ -29,23 +29,21 @@ class FactorDict(nn.ModuleDict):
     TRL's preference trainers add such an adapter as their reference and copy into it parameter by parameter, by name.
     """
 
-    def __init__(self, factors: nn.ModuleDict, configs: dict[str, Any]) -> None:
+    def __init__(self, path: str, factors: nn.ModuleDict, configs: dict[str, Any]) -> None:
         super().__init__()
+        self.path = path  # of the layer
         self.configs = configs  # of the model's adapters: PEFT enters a new one there before it makes its layers
         for name, factor in factors.items():
             self.add_module(name, factor)
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         alignment = getattr(self.configs.get(key), "alignment", None)
-        if alignment is not None and not isinstance(module, Factor):
+        if alignment is not None and isinstance(module, nn.Linear) and not isinstance(module, Factor):
             alignment = _alignment_of_its_own(self.configs, key)
-            model = self[alignment.twin] if alignment.twin in self else None
+            model = self._modules.get(alignment.twin or key)
             if isinstance(model, Delta):
-                factor = type(model)(model.start, nn.Parameter(torch.zeros_like(model.start)), module.bias)
-                pairs = self.configs[alignment.twin].alignment.factors
-                path = next(path for path, pair in pairs.items() if any(model is one for one in pair))
-                alignment.factors[path] = (*alignment.factors.get(path, ()), factor)
-                module = factor
+                module = type(model)(model.start, nn.Parameter(torch.zeros_like(model.start)), module.bias)
+                alignment.factors[self.path] = (*alignment.factors.get(self.path, ()), module)
         super().__setitem__(key, module)
 
 
@@ -84,7 +82,7 @@ def build(
         original={field: getattr(peft_config, field) for field in RANK_FIELDS},
     )
     for name, target in targets.items():
-        alignment.factors[name] = _replace(target.layer, adapter, config.offset, model.peft_config)
+        alignment.factors[name] = _replace(target, adapter, config.offset, model.peft_config)
         if config.offset == "adapter":
             set_rank(target.layer, adapter, 2 * target.rank)
     changes = alignment.rank_fields(peft_config) if config.offset == "adapter" else {}
@@ -93,23 +91,25 @@ def build(
 
 
 @torch.no_grad()
-def _replace(layer: LoraLayer, adapter: str, offset: str, configs: dict[str, Any]) -> tuple[Factor, Factor]:
+def _replace(target: Target, adapter: str, offset: str, configs: dict[str, Any]) -> tuple[Factor, Factor]:
     """Put factors in the place of PEFT's, reusing their parameters; returns them."""
     pair = []
     for attribute, kind in zip(("lora_A", "lora_B"), FACTORS[offset], strict=True):
-        old = getattr(layer, attribute)[adapter]
+        old = getattr(target.layer, attribute)[adapter]
         factor = kind(old.weight, old.weight, old.bias)
         factor.begin_at(old.weight)
-        put(factor.train(old.training), layer, attribute, adapter, configs)
+        factor.train(old.training)
+        put(factor, target.name, target.layer, attribute, adapter, configs)
         pair.append(factor)
     return pair[0], pair[1]
 
 
-def put(factor: Factor, layer: LoraLayer, attribute: str, adapter: str, configs: dict[str, Any]) -> None:
+def put(factor: Factor, path: str, layer: LoraLayer, attribute: str, adapter: str, configs: dict[str, Any]) -> None:
     """Put a factor in the place of PEFT's.
 
     Args:
         factor: The factor.
+        path: The LoRA layer's, in the base model.
         layer: The LoRA layer.
         attribute: "lora_A" or "lora_B".
         adapter: The adapter.
@@ -118,7 +118,7 @@ def put(factor: Factor, layer: LoraLayer, attribute: str, adapter: str, configs:
     modules = getattr(layer, attribute)
     modules[adapter] = factor
     if not isinstance(modules, FactorDict):
-        setattr(layer, attribute, FactorDict(modules, configs))
+        setattr(layer, attribute, FactorDict(path, modules, configs))
 
 
 def fill(alignment: Alignment, starts: Mapping[str, tuple[Tensor, Tensor]], targets: Mapping[str, Target]) -> None:

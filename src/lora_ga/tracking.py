@@ -55,17 +55,13 @@ def section(estimate: GradientEstimate, ranks: Mapping[str, int]) -> str:
         f"{_shown(values, 'alignment_limit', '.3f')} | {_shown(values, 'settled_after', '.0f')} |"
         for name, values in table.items()
     ]
-    return "\n".join([
-        "## LoRA-GA start",
-        "",
+    head = (
         f"The adapter was started from the loss gradient of {len(table)} layers over {estimate.batches} batches with "
         f"{estimate.weight:.0f} labels (estimator {config.estimator}, seed {config.seed}){middle}. It is a plain LoRA "
-        "of twice the rank for the original base model.",
-        "",
-        "| layer | rank | ‖G‖ | alignment limit | batches until settled |",
-        "|---|---|---|---|---|",
-        *rows,
-    ])
+        "of twice the rank for the original base model."
+    )
+    columns = "| layer | rank | ‖G‖ | alignment limit | batches until settled |"
+    return "\n".join(["## LoRA-GA start", "", head, "", columns, "|---|---|---|---|---|", *rows])
 
 
 def _shown(values: Mapping[str, float], key: str, form: str) -> str:
