@@ -164,7 +164,9 @@ def test_the_readmes_table_is_drawn_from_the_records() -> None:
     assert tables.written(text) == text
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/integrations.md", "CHANGELOG.md"]
+)
 def test_documents_name_only_commands_files_and_options_that_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     makefile = (ROOT / "Makefile").read_text()

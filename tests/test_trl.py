@@ -26,15 +26,26 @@ from trainers import (
 from trainers import trl as of_trl
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_packed_and_padding_free_batches_are_taken_as_they_are(packing: bool, tmp_path: Path) -> None:
-    late = callback()
-    changes = {"packing": True, "packing_strategy": "wrapped", "max_length": 16} if packing else {}
-    trainer = sft([late], tmp_path, **changes)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"packing": True, "packing_strategy": "bfd"},
+        {"padding_free": True, "max_length": None},
+    ],
+)
+def test_packed_and_padding_free_batches_count_by_their_labels(changes: dict[str, Any], tmp_path: Path) -> None:
+    late = LoraGACallback(LoraGAConfig(max_batches=None))
+    trainer = sft([late], tmp_path, **({"max_length": 24} | changes))
     trainer.train()
     assert late.estimate is not None
-    labels = sum(label != -100 for row in trainer.train_dataset["labels"] for label in row[1:])
-    assert 0 < late.estimate.weight <= labels
+    batches = list(trainer.get_train_dataloader())
+    labels = sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in batches)
+    assert late.estimate.batches == len(batches)
+    if changes.get("packing_strategy") == "wrapped":  # the first token of each row of a batch is no label
+        assert late.estimate.weight == labels
+    else:
+        assert late.estimate.weight == 24 * 6  # whatever the order: each answer's letters, and its end
 
 
 def test_completion_only_loss_counts_the_completions(tmp_path: Path) -> None:
