@@ -58,6 +58,7 @@ def test_the_public_list_is_short_and_every_name_is_there() -> None:
         ("store", {"torch"}),
         ("gradient", {"torch", "lowrank", "config", "store", "__version__"}),
         ("loss", {"torch", "store"}),
+        ("tracking", {"gradient", "store"}),
     ],
 )
 def test_modules_import_no_more_than_the_design_lets_them(module: str, allowed: set[str]) -> None:
@@ -75,6 +76,7 @@ def test_data_flows_one_way() -> None:
         "accumulate",
         "split",
         "gradient",
+        "tracking",
         "targets",
         "frozen",
     ]
