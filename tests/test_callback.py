@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +311,36 @@ def test_a_checkpoint_with_the_sidecar_of_another_run(tmp_path: Path) -> None:
         ValueError, match="does not belong to the adapter that was loaded: [AB] of model.*another start"
     ):
         transformers_trainer([callback()], tmp_path).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys
+import os
+import subprocess
+import sys
+from pathlib import Path
+import torch
+from trainers import callback, factors, transformers_trainer
+trainer = transformers_trainer([callback()], Path(sys.argv[1]), max_steps=2, ddp_backend="gloo")
+trainer.train()
+tensors = [tensor for factor in factors(trainer.model) for tensor in (factor.start, factor.trainable.data)]
+torch.save([type(trainer.model_wrapped).__name__, tensors], Path(sys.argv[1]) / f"{trainer.args.process_index}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_start_of_one(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, tmp_path]
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run(run, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths}, timeout=300)
+    (kind, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert kind == "DistributedDataParallel"
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    alone = transformers_trainer([callback()], tmp_path / "alone", max_steps=1)
+    alone.train()
+    for start, factor in zip(first[::2], factors(alone.model), strict=True):
+        torch.testing.assert_close(start, factor.start, rtol=0, atol=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,8 @@ class LoraGACallback(TrainerCallback):
             self._share(alignment)
             self._report(trainer, alignment)
         self._filled = model.peft_config[self.adapter_name].alignment
-        _extend_model_card(trainer, self._filled)
+        if "create_model_card" not in vars(trainer):
+            trainer.create_model_card = self._with_section(trainer)
 
     def _loss(self, trainer: Trainer, model: Any) -> LossFunction:
         """The loss of a batch, as the trainer computes it, with nothing left behind in the trainer."""
@@ -151,6 +152,18 @@ class LoraGACallback(TrainerCallback):
             return found
 
         return loss
+
+    def _with_section(self, trainer: Trainer) -> Callable[..., None]:
+        """The trainer's `create_model_card`, ending with the section on the start."""
+        write = trainer.create_model_card
+
+        @functools.wraps(write)
+        def create_model_card(*args: Any, **kwargs: Any) -> None:
+            write(*args, **kwargs)
+            if trainer.is_world_process_zero() and self._filled is not None:
+                write_section(Path(trainer.args.output_dir), self._filled.summary)
+
+        return create_model_card
 
     @staticmethod
     def _share(alignment: Alignment) -> None:
@@ -259,18 +272,3 @@ def _batches(trainer: Trainer, loader: Any, seed: int) -> DataLoader[Any]:
         settings["shuffle"] = True
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(data, collate_fn=loader.collate_fn, generator=generator, **settings)
-
-
-def _extend_model_card(trainer: Trainer, alignment: Alignment) -> None:
-    """Have the trainer's `create_model_card` end with the section on the start."""
-    if hasattr(trainer.create_model_card, "__wrapped__"):
-        return
-    write = trainer.create_model_card
-
-    @functools.wraps(write)
-    def create_model_card(*args: Any, **kwargs: Any) -> None:
-        write(*args, **kwargs)
-        if trainer.is_world_process_zero():
-            write_section(Path(trainer.args.output_dir), alignment.summary)
-
-    trainer.create_model_card = create_model_card
