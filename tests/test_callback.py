@@ -334,7 +334,15 @@ torch.save([type(trainer.model_wrapped).__name__, tensors], Path(sys.argv[1]) / 
 def test_processes_share_the_start_of_one(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, tmp_path]
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(worker),
+        str(tmp_path),
+    ]
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     subprocess.run(run, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths}, timeout=300)
     (kind, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
