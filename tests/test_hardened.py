@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering, OPTConfig, OPTForCausalLM, Trainer, TrainingArguments
 
@@ -261,12 +261,31 @@ def test_a_sidecar_that_lacks_a_part_is_damaged(saved: Path) -> None:
 
 
 def test_the_sidecar_is_not_written_beside_another_adapter(saved: Path, tmp_path: Path) -> None:
+    """PEFT takes the configuration of an aligned adapter for a new adapter on another model."""
     model = lora_ga.load(llama(), saved, is_trainable=True)
+    other = get_peft_model(llama(), model.peft_config["default"])
+    with pytest.warns(UserWarning, match=r"no lora_ga\.safetensors was written, since the adapter"):
+        other.save_pretrained(tmp_path)
+    assert not (tmp_path / FILE).exists()
+
+
+def test_an_adapter_added_with_an_aligned_ones_configuration_has_its_start_and_a_sidecar_of_its_own(
+    saved: Path, tmp_path: Path
+) -> None:
+    model = lora_ga.load(llama(), saved, is_trainable=True)
+    trained = logits(model, BATCH)
     model.add_adapter("twin", model.peft_config["default"])
-    with pytest.warns(UserWarning, match=r"twin: no lora_ga\.safetensors was written, since the adapter"):
-        model.save_pretrained(tmp_path / "both")
-    assert (tmp_path / "both" / FILE).exists()
-    assert not (tmp_path / "both" / "twin" / FILE).exists()
+    model.set_adapter("twin")
+    assert torch.equal(logits(model, BATCH), logits(llama(), BATCH))
+    train(model, causal())
+    twin = logits(model.eval(), BATCH)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, BATCH), trained)
+    model.save_pretrained(tmp_path)
+    for folder, own in ((tmp_path, trained), (tmp_path / "twin", twin)):
+        assert (folder / FILE).exists()
+        again = lora_ga.load(llama(), folder, is_trainable=True).eval()
+        torch.testing.assert_close(logits(again, BATCH), own, rtol=0, atol=1e-6)
 
 
 def test_trained_tokens_do_not_change_the_fingerprint(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_the_public_list_is_short_and_every_name_is_there() -> None:
         ("store", {"torch"}),
         ("gradient", {"torch", "lowrank", "config", "store", "__version__"}),
         ("loss", {"torch", "store"}),
+        ("tracking", {"gradient", "store"}),
     ],
 )
 def test_modules_import_no_more_than_the_design_lets_them(module: str, allowed: set[str]) -> None:
@@ -75,17 +76,18 @@ def test_data_flows_one_way() -> None:
         "accumulate",
         "split",
         "gradient",
+        "tracking",
         "targets",
         "frozen",
     ]
-    order += ["estimate", "sidecar", "adapter", "start", "restore", "export"]
+    order += ["estimate", "sidecar", "structure", "adapter", "start", "restore", "export", "callback"]
     for index, module in enumerate(order):
         assert not imports(module) & set(order[index + 1 :]), module
 
 
 def test_peft_is_imported_only_where_models_and_adapters_are_touched() -> None:
     users = {path.stem for path in SOURCE.glob("*.py") if "peft" in imports(path.stem)}
-    assert users == {"targets", "frozen", "estimate", "sidecar", "adapter", "start", "restore", "export"}
+    assert users == {"targets", "frozen", "estimate", "sidecar", "structure", "adapter", "start", "restore", "export"}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -164,7 +166,9 @@ def test_the_readmes_table_is_drawn_from_the_records() -> None:
     assert tables.written(text) == text
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/integrations.md", "CHANGELOG.md"]
+)
 def test_documents_name_only_commands_files_and_options_that_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     makefile = (ROOT / "Makefile").read_text()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_ga.adapter import apply_estimate
+    from lora_ga.callback import LoraGACallback
     from lora_ga.config import LoraGAConfig
     from lora_ga.estimate import estimate_gradients
     from lora_ga.export import compress_adapter
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GradientEstimate",
+    "LoraGACallback",
     "LoraGAConfig",
     "LowRank",
     "apply_estimate",
@@ -30,6 +32,7 @@ __all__ = [
 # Name → module, imported on first use: `lora-ga --help` need not wait for torch and PEFT.
 _HOMES = {
     "GradientEstimate": "gradient",
+    "LoraGACallback": "callback",
     "LoraGAConfig": "config",
     "LowRank": "lowrank",
     "apply_estimate": "adapter",

@@ -1,25 +1,20 @@
-"""The writer: puts A₀ and B₀ into a model's adapter. Only this module and `restore` change a model."""
+"""The writer: puts A₀ and B₀ into a model's adapter, once everything is checked."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container
 
-import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import Tensor
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.estimate import settle_missing
-from lora_ga.factors import FACTORS, Factor
 from lora_ga.gradient import GradientEstimate
-from lora_ga.sidecar import RANK_FIELDS, AlignedLoraConfig, Alignment
+from lora_ga.sidecar import Alignment
 from lora_ga.split import Layer, split
 from lora_ga.store import fingerprint
-from lora_ga.targets import PREFIX, SHIFTED_BASES, Target, base_weight, find_targets
-
-Starts = dict[str, tuple[Tensor, Tensor]]
+from lora_ga.structure import build, fill
+from lora_ga.targets import PREFIX, Target, base_weight, find_targets
+from lora_ga.tracking import section
 
 
 def apply_estimate(
@@ -61,6 +56,12 @@ def write_starts(
         ValueError: As `apply_estimate`.
     """
     targets = find_targets(model, adapter_name)
+    alignment: Alignment | None = getattr(model.peft_config[adapter_name], "alignment", None)
+    if alignment is not None and alignment.config.offset != config.offset:
+        raise ValueError(
+            f'Adapter {adapter_name!r} was prepared for offset="{alignment.config.offset}", but the settings say '
+            f'"{config.offset}". Give the same settings to both.'
+        )
     found = fingerprint(model)
     if found != estimate.fingerprint:
         raise ValueError(
@@ -76,12 +77,38 @@ def write_starts(
     if config.offset == "base":
         _check_base_can_change(model, aligned, adapter_name)
     starts = {name: split(estimate[name], _layer(target, config, adapter_name)) for name, target in aligned.items()}
-    plain = {
-        name: (target.rank, target.layer.lora_alpha[adapter_name])
-        for name, target in targets.items()
-        if name in reasons
-    }
-    _write(model, aligned, starts, plain, config, adapter_name)
+    if alignment is None:
+        plain = {name: target for name, target in targets.items() if name in reasons}
+        alignment = build(model, aligned, plain, config, adapter_name)
+    fill(alignment, starts, aligned)
+    alignment.config = config
+    alignment.summary = section(estimate, {name: target.rank for name, target in aligned.items()})
+
+
+def give_structure(model: PeftModel, config: LoraGAConfig, adapter_name: str) -> None:
+    """Prepare a fresh adapter for a start that comes later, before an optimizer or a wrapper sees its parameters.
+
+    It computes and (but for weight decay, which pulls A towards where it began) trains as the plain LoRA it was;
+    `apply_estimate` then gives it its start in place. Layers that are
+    too small for their rank stay as they are, if `on_missing` allows it. An adapter that is prepared already stays so.
+
+    Args:
+        model: A `PeftModel` with a fresh LoRA adapter.
+        config: The settings.
+        adapter_name: The adapter.
+
+    Raises:
+        TypeError: The model is not a `PeftModel`.
+        ValueError: The adapter cannot be aligned.
+    """
+    targets = find_targets(model, adapter_name)
+    if getattr(model.peft_config[adapter_name], "alignment", None) is not None:
+        return
+    too_small = {name: target.too_small for name, target in targets.items() if target.too_small}
+    if config.on_missing == "error" or len(too_small) == len(targets):
+        settle_missing(too_small, targets, config.on_missing)
+    aligned = {name: target for name, target in targets.items() if name not in too_small}
+    build(model, aligned, {name: targets[name] for name in too_small}, config, adapter_name)
 
 
 def _unusable(target: Target, estimate: GradientEstimate) -> str | None:
@@ -141,74 +168,3 @@ def _check_base_can_change(model: PeftModel, targets: dict[str, Target], adapter
                 f'{name}: its weight is shared ({shared}), so offset="base" would change them all; use '
                 'offset="adapter", or leave the layer out.'
             )
-
-
-@torch.no_grad()
-def shift_base(layer: LoraLayer, a: Tensor, b: Tensor, scaling: float) -> None:
-    """`W ← W − s·B₀A₀` in place, computed in float32 or better and rounded once.
-
-    Args:
-        layer: The LoRA layer round the base weight.
-        a: A₀, (r, d_in).
-        b: B₀, (d_out, r).
-        scaling: s.
-    """
-    SHIFTED_BASES.add(layer.get_base_layer())
-    weight = base_weight(layer)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    weight.copy_(weight.to(wide) - scaling * (b.to(weight.device, wide) @ a.to(weight.device, wide)))
-
-
-@torch.no_grad()
-def _replace(layer: LoraLayer, adapter_name: str, starts: tuple[Tensor, Tensor], offset: str) -> tuple[Factor, Factor]:
-    """Put factors in the place of PEFT's, reusing their parameters; returns them."""
-    pair = []
-    for modules, start, kind in zip((layer.lora_A, layer.lora_B), starts, FACTORS[offset], strict=True):
-        old = modules[adapter_name]
-        factor = kind(start, old.weight, old.bias)
-        factor.set_delta(torch.zeros_like(old.weight))
-        modules[adapter_name] = factor.train(old.training)
-        pair.append(factor)
-    return pair[0], pair[1]
-
-
-def set_rank(layer: LoraLayer, adapter_name: str, rank: int) -> None:
-    """Tell PEFT the rank a layer computes with, the scaling staying what it is.
-
-    Args:
-        layer: The LoRA layer.
-        adapter_name: The adapter.
-        rank: The rank of the matrices the layer multiplies with.
-    """
-    root = math.sqrt(rank) if layer.use_rslora[adapter_name] else rank
-    layer.r[adapter_name] = rank
-    layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * root
-
-
-def _write(
-    model: PeftModel,
-    aligned: dict[str, Target],
-    starts: Starts,
-    plain: dict[str, tuple[int, float]],
-    config: LoraGAConfig,
-    adapter_name: str,
-) -> None:
-    """Change the model: factors, base weights (offset="base"), and PEFT's configuration."""
-    peft_config = model.peft_config[adapter_name]
-    alignment = Alignment(
-        factors={},
-        scaling={name: target.layer.scaling[adapter_name] for name, target in aligned.items()},
-        config=config,
-        fingerprint=fingerprint(model),
-        plain=plain,
-        original={field: getattr(peft_config, field) for field in RANK_FIELDS},
-    )
-    for name, target in aligned.items():
-        pair = _replace(target.layer, adapter_name, starts[name], config.offset)
-        alignment.factors[name] = pair
-        if config.offset == "base":
-            shift_base(target.layer, pair[0].start, pair[1].start, alignment.scaling[name])
-        else:
-            set_rank(target.layer, adapter_name, 2 * target.rank)
-    changes = alignment.rank_fields(peft_config) if config.offset == "adapter" else {}
-    model.peft_config[adapter_name] = AlignedLoraConfig.of(peft_config, alignment, **changes)

@@ -24,7 +24,8 @@ class Factor(nn.Linear):
     """A LoRA factor that remembers its start.
 
     The start (A₀ or B₀) is neither a Parameter, which PEFT would unfreeze in `set_adapter`, nor a buffer, which DDP
-    would broadcast at every step; `_apply` moves it along with the parameters.
+    would broadcast at every step; `_apply` moves it along with the parameters. A narrower dtype does not round it, as
+    PEFT narrows new adapters of a bfloat16 base before it widens them again.
     """
 
     start: Tensor
@@ -59,6 +60,12 @@ class Factor(nn.Linear):
         """Move the factor to `start + delta`, in place."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def begin_at(self, start: Tensor) -> None:
+        """Start anew from `start`, with a delta of zero, in place."""
+        self.start = start.detach().to(self.trainable).clone()
+        self.set_delta(torch.zeros_like(self.start))
+
     def joined(self) -> Tensor:
         """The factor of the plain rank-2r adapter for the original base."""
         start, delta = self.start.to(self.trainable), self.delta()
@@ -83,7 +90,9 @@ class Factor(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         with torch.no_grad():
-            self.start = fn(self.start)
+            moved = fn(self.start)
+            wide = torch.promote_types(moved.dtype, self.start.dtype)
+            self.start = moved if moved.dtype == wide else self.start.to(moved.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -64,14 +64,11 @@ def frozen(model: PeftModel, adapter_name: str) -> Iterator[None]:
     use_cache = getattr(config, "use_cache", None)
     with contextlib.ExitStack() as stack:
         try:
-            for parameter, _ in parameters:
-                parameter.requires_grad_(False)
+            put_aside(model, adapter_name)
             for module, _ in modules:
                 module.training = False
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     stack.enter_context(_replaced(module, "forward", _checkpointed(module, module.forward)))
-            for module, _ in active:
-                module._active_adapter = [name for name in module.active_adapters if name != adapter_name]
             if use_cache:
                 config.use_cache = False
             yield
@@ -84,6 +81,23 @@ def frozen(model: PeftModel, adapter_name: str) -> Iterator[None]:
                 module._active_adapter = names
             if use_cache:
                 config.use_cache = use_cache
+
+
+def put_aside(model: PeftModel, adapter_name: str) -> None:
+    """Take an adapter out of the pass and ask no parameter for a gradient.
+
+    Also for a loss that has switched adapters off or over, as preference losses do for their reference: switching back
+    undoes both.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module._active_adapter = [name for name in module.active_adapters if name != adapter_name]
 
 
 @contextlib.contextmanager

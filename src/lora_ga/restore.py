@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga import sidecar
-from lora_ga.adapter import set_rank, shift_base
 from lora_ga.config import LoraGAConfig
 from lora_ga.factors import FACTORS, Factor
 from lora_ga.sidecar import AlignedLoraConfig, Alignment
 from lora_ga.store import fingerprint
+from lora_ga.structure import put, set_rank, shift_base
 from lora_ga.targets import PREFIX, SHIFTED_BASES
 
 # Optimizer states that have the shape of their parameter, in AdamW, Adam, SGD and their relatives.
@@ -140,7 +140,7 @@ def _check_first_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _restore_pair(
-    name: str, layer: LoraLayer, tensors: dict[str, Tensor], offset: str, where: str
+    name: str, layer: LoraLayer, tensors: dict[str, Tensor], offset: str, configs: dict[str, Any], where: str
 ) -> tuple[Factor, Factor]:
     """Put factors with the sidecar's starts in the place of a layer's plain rank-2r ones.
 
@@ -151,8 +151,8 @@ def _restore_pair(
         ValueError: The sidecar does not belong to the adapter.
     """
     pair = []
-    for letter, modules, kind in zip("AB", (layer.lora_A, layer.lora_B), FACTORS[offset], strict=True):
-        old = modules["default"]
+    for letter, kind in zip("AB", FACTORS[offset], strict=True):
+        old = getattr(layer, f"lora_{letter}")["default"]
         start = tensors[f"{name}.{letter}0"].to(old.weight)
         parameter = nn.Parameter(torch.zeros_like(start), requires_grad=old.weight.requires_grad)
         factor = kind(start, parameter, old.bias)
@@ -167,9 +167,54 @@ def _restore_pair(
                 "may be left from before the adapter was trained as plain LoRA. Remove it to load the adapter as "
                 "plain LoRA, or put the right one back."
             )
-        modules["default"] = factor.train(old.training)
+        factor.train(old.training)
+        put(factor, name, layer, f"lora_{letter}", "default", configs)
         pair.append(factor)
     return pair[0], pair[1]
+
+
+@torch.no_grad()
+def restore_starts(model: PeftModel, path: Path, adapter_name: str = "default") -> None:
+    """Give an adapter in LoRA-GA's structure the exact starts of a checkpoint whose adapter file it has loaded.
+
+    The file holds A₀ + dA, which is rounded; training goes on bit for bit only from the sidecar's A₀ and B₀.
+
+    Args:
+        model: The model, its adapter loaded by PEFT's `load_adapter`.
+        path: The checkpoint.
+        adapter_name: The adapter.
+
+    Raises:
+        ValueError: The checkpoint has no sidecar, or it belongs to another adapter. The starts are then those that the
+            file gives.
+    """
+    folder = path if adapter_name == "default" else path / adapter_name
+    beside = sidecar.read(folder)
+    if beside is None:
+        raise ValueError(
+            f"{folder}: there is no {sidecar.FILE}, so this is not a checkpoint of a LoRA-GA run, or the file is lost. "
+            "Put it back, resume without LoraGACallback, or start anew."
+        )
+    tensors, record = beside
+    alignment: Alignment = model.peft_config[adapter_name].alignment
+    different = sorted(set(record["scaling"]) ^ set(alignment.factors))
+    if different:
+        raise ValueError(
+            f"{folder}: {sidecar.FILE} is of an adapter with other layers; the first of {len(different)} that only one "
+            f"of the two has is {different[0]}. Give the adapter the settings of the run that is resumed."
+        )
+    for name, pair in alignment.factors.items():
+        for letter, factor in zip("AB", pair, strict=True):
+            loaded, given = factor.joined(), factor.start
+            factor.start = tensors[f"{name}.{letter}0"].to(factor.trainable)
+            if not factor.agrees(loaded):
+                factor.start = given
+                raise ValueError(
+                    f"{folder}: {sidecar.FILE} does not belong to the adapter that was loaded: {letter} of {name} has "
+                    "another start. Put the right one back."
+                )
+    alignment.config = LoraGAConfig.from_dict(record["config"])
+    alignment.summary = record.get("summary", "")
 
 
 @torch.no_grad()
@@ -179,8 +224,9 @@ def _restore(model: PeftModel, tensors: dict[str, Tensor], record: dict[str, Any
     layers = {path.removeprefix(PREFIX): module for path, module in model.named_modules()}
     plain = {name: (rank, alpha) for name, (rank, alpha) in record["plain"].items()}
     alignment = Alignment({}, record["scaling"], config, record["fingerprint"], plain, record["original"])
+    alignment.summary = record.get("summary", "")
     for name in record["scaling"]:
-        alignment.factors[name] = _restore_pair(name, layers[name], tensors, config.offset, where)
+        alignment.factors[name] = _restore_pair(name, layers[name], tensors, config.offset, model.peft_config, where)
     changes: dict[str, Any] = {}
     if config.offset == "base":
         changes = record["original"]

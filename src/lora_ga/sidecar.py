@@ -26,6 +26,7 @@ from lora_ga.config import LoraGAConfig
 from lora_ga.factors import Factor, Shifted
 from lora_ga.store import read_tensors, write_tensors
 from lora_ga.targets import PREFIX
+from lora_ga.tracking import write_section
 
 FILE = "lora_ga.safetensors"
 FILE_KIND = "the LoRA-GA sidecar of an adapter"
@@ -44,6 +45,8 @@ class Alignment:
         fingerprint: Of the base model.
         plain: Module path → (r, α) of layers of the adapter that are plain LoRA.
         original: The rank fields of the user's LoraConfig, before they were doubled.
+        twin: The adapter whose configuration this one was given, if it was: it has that one's start.
+        summary: What a model card says about the start, in Markdown; empty if there is nothing to say.
     """
 
     factors: dict[str, tuple[Factor, Factor]]
@@ -52,6 +55,8 @@ class Alignment:
     fingerprint: str
     plain: dict[str, tuple[int, float]]
     original: dict[str, Any]
+    twin: str | None = None
+    summary: str = ""
 
     def rank_fields(self, config: LoraConfig) -> dict[str, Any]:
         """Values of `RANK_FIELDS` for the rank-2r adapter, with every layer's scaling unchanged.
@@ -109,8 +114,10 @@ class Alignment:
             "scaling": self.scaling,
             "plain": self.plain,
             "original": self.original,
+            "summary": self.summary,
         }
         write_tensors(folder / FILE, FILE_KIND, tensors, record)
+        write_section(folder, self.summary)
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

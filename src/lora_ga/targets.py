@@ -152,9 +152,15 @@ def find_targets(model: PeftModel, adapter_name: str = "default") -> dict[str, T
         raise ValueError(f"Cannot align adapter {adapter_name!r}: {refusals[0]}.{more}")
     _check_fresh(named, adapter_name)
     return {
-        name: Target(name, layer, layer.in_features, layer.out_features, layer.r[adapter_name])
+        name: Target(name, layer, layer.in_features, layer.out_features, _rank(layer, adapter_name))
         for name, layer in named.items()
     }
+
+
+def _rank(layer: LoraLayer, adapter_name: str) -> int:
+    """The rank r that trains; a layer with LoRA-GA's structure computes with 2r."""
+    factor = layer.lora_A[adapter_name]
+    return factor.rank if isinstance(factor, Factor) else layer.r[adapter_name]
 
 
 def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
@@ -170,10 +176,11 @@ def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     if any(layer.get_base_layer() in SHIFTED_BASES for layer in layers.values()):
         reset = 'Load the base model anew: offset="base" has changed its weights.'
     for name, layer in layers.items():
-        if isinstance(layer.lora_A[adapter_name], Factor):
+        if not bool(layer.lora_B[adapter_name].weight.any()):  # plain, or LoRA-GA's structure without a start
+            continue
+        if isinstance(layer.lora_B[adapter_name], Factor):
             raise ValueError(f"Adapter {adapter_name!r} is already aligned (at {name}). {reset}")
-        if bool(layer.lora_B[adapter_name].weight.any()):
-            raise ValueError(
-                f"Adapter {adapter_name!r} is not fresh: lora_B of {name} is not zero, so it was trained, or made with "
-                f"an init_lora_weights that sets it. {reset}"
-            )
+        raise ValueError(
+            f"Adapter {adapter_name!r} is not fresh: lora_B of {name} is not zero, so it was trained, or made with "
+            f"an init_lora_weights that sets it. {reset}"
+        )

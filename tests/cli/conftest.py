@@ -130,7 +130,10 @@ def asking(tmp_path: Path) -> Path:
     """40 prompts with their targets."""
     return write_rows(
         tmp_path / "asking.jsonl",
-        [{"prompt": text(number), "target": text(number + 1, 4), "text": text(number, 12)} for number in range(40)],
+        [
+            {"prompt": text(number) + " ", "target": text(number + 1, 4), "text": text(number, 12)}
+            for number in range(40)
+        ],
     )
 
 

@@ -159,22 +159,6 @@ def test_plain_text_is_divided_and_nothing_is_lost(llama: Path) -> None:
     assert found["labels"][:] == found["input_ids"][:]
 
 
-@pytest.mark.parametrize("model", ["llama", "t5"])
-def test_prompt_carries_no_loss(model: str, request: pytest.FixtureRequest) -> None:
-    """Also with a tokenizer that ends every text, as T5's does."""
-    columns = options(prompt_column="p", target_column="t")
-    encoder = Encoder(load_tokenizer(str(request.getfixturevalue(model))), columns, 5)
-    found = encode(rows(p=["a b", "a b c d e", "a"], t=["c", "f", "b c d e f g"]), Encoder.prompts, encoder, "f")
-    assert found["input_ids"][:] == [ids("a b c </s>"), ids("a b c d e")]
-    assert found["labels"][:] == [[-100, -100, *ids("c </s>")], [-100, *ids("b c d e")]]
-
-
-def test_data_without_a_token_to_learn_is_refused(llama: Path) -> None:
-    encoder = Encoder(load_tokenizer(str(llama)), options(prompt_column="p", target_column="t"), 2)
-    with pytest.raises(ValueError, match="f: no row has a token to learn within 2 tokens. Raise --max_length"):
-        encode(rows(p=["a b"], t=["c"]), Encoder.prompts, encoder, "f")
-
-
 def test_sequences_are_mapped_to_sequences(t5: Path) -> None:
     encoder = Encoder(load_tokenizer(str(t5)), options(prompt_column="p", target_column="t"), 3)
     found = encode(rows(p=["a b c d"], t=["e"]), Encoder.pairs, encoder, "f")
@@ -186,20 +170,14 @@ def test_sequences_are_mapped_to_sequences(t5: Path) -> None:
     [
         ("causal-lm", {"text_pair_column": "b"}, "--text_pair_column belongs to --task seq-cls"),
         ("seq-cls", {"prompt_column": "p", "target_column": "t"}, "do not belong to --task seq-cls"),
+        ("seq2seq", {"messages_column": "m"}, "--messages_column belongs to --task causal-lm"),
+        ("causal-lm", {"assistant_only_loss": True}, "--assistant_only_loss belongs to conversations"),
         ("seq2seq", {}, "--task seq2seq needs --prompt_column and --target_column"),
     ],
 )
 def test_columns_of_another_task_are_refused(task: str, given: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tasks.columns(task, options(**given))
-
-
-def test_rows_left_out_are_counted_aloud(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_rows(tmp_path / "f.jsonl", [{"p": "a b c d", "t": "e"}, {"p": "a", "t": "b"}])
-    columns = DataOptions(train_file=str(file), prompt_column="p", target_column="t", max_length=4)
-    prepared = tasks.prepare(ModelOptions(model=str(llama), task="causal-lm"), columns)
-    assert len(prepared.train) == 1
-    assert "1 of 2 rows have no token to learn within 4 tokens and are left out" in capsys.readouterr().err
 
 
 def test_length_is_what_the_model_can_read(llama: Path, tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 def test_every_method_learns_every_task(
     method: str, task: str, model: str, columns: dict[str, str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    if task == "causal-lm" and columns:
+        pytest.importorskip("trl", reason="install the extra 'trl' to run this test")
     data = request.getfixturevalue("sorting" if task == "seq-cls" else "asking")
     folder = request.getfixturevalue(model)
     record = run(folder, data, tmp_path / "run", method=method, task=task, max_steps=12, eval_file=data, **columns)
@@ -292,8 +294,8 @@ def test_base_folder_is_not_touched(
 ) -> None:
     folder = request.getfixturevalue(model)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    task = "causal-lm" if model == "llama" else "seq2seq"
-    run(folder, asking, tmp_path / "run", task=task, prompt_column="prompt", target_column="target", max_steps=1)
+    columns = {} if model == "llama" else {"task": "seq2seq", "prompt_column": "prompt", "target_column": "target"}
+    run(folder, asking, tmp_path / "run", **({"task": "causal-lm", "max_steps": 1} | columns))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     PeftModel.from_pretrained(loader.from_pretrained(folder), tmp_path / "run" / "adapter")
 

@@ -9,7 +9,6 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from lora_ga.cli.options import DataOptions
-from lora_ga.loss import IGNORED
 
 # suffix -> reader of the datasets library, and its settings: pandas would take a text "NA" or "None" for a missing one.
 FILE_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -193,25 +192,6 @@ class Encoder:
             "labels": [list(piece) for piece in pieces],
         }
 
-    def prompts(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
-        """Prompt and target in one sequence, with a loss on the target; left out where the prompt leaves no room."""
-        prompts = self.tokenizer(self._column(batch, rows, "prompt_column", source), verbose=False)["input_ids"]
-        targets = self.tokenizer(
-            self._column(batch, rows, "target_column", source), add_special_tokens=False, verbose=False
-        )["input_ids"]
-        examples: dict[str, Any] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for prompt, target in zip(prompts, targets, strict=True):
-            # Some tokenizers end every text; here the text goes on.
-            given = prompt[:-1] if prompt and prompt[-1] == self.tokenizer.eos_token_id else prompt
-            learned = self._ended(target)
-            ids = (given + learned)[: self.max_length]
-            labels = ([IGNORED] * len(given) + learned)[: self.max_length]
-            if any(label != IGNORED for label in labels[1:]):
-                examples["input_ids"].append(ids)
-                examples["attention_mask"].append([1] * len(ids))
-                examples["labels"].append(labels)
-        return examples
-
     def pairs(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
         """Source text for the encoder, target text for the decoder."""
         encoded = self.tokenizer(
@@ -245,7 +225,7 @@ def encode(rows: Dataset, encoding: Encoding, encoder: Encoder, source: str) -> 
         source: Where the rows come from, for messages.
 
     Returns:
-        The examples: as many as rows, but for plain text, and for prompts that leave no room for their target.
+        The examples: as many as rows, but for plain text.
 
     Raises:
         ValueError: a row that cannot be used, or no example left.

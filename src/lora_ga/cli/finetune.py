@@ -52,6 +52,7 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
     """
     began = time.monotonic()
     check_surroundings(job)
+    tasks.columns(job.model.task, job.data)  # before TRL is imported, which it may refuse
     folder, method = Path(job.training.output_dir), job.training.method
     settings = arguments(job, folder)
     base, data, collate = tasks.assemble(
@@ -97,13 +98,16 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
 def make_trainer(
     job: Job, model: Any, data: tasks.Prepared, collate: Any, settings: Any, estimate_seconds: float
 ) -> Any:
-    """Transformers' trainer for the task, with the callbacks that a run needs."""
-    return getattr(transformers, tasks.TASKS[job.model.task].trainer)(
+    """The trainer for the task, Transformers' or TRL's, with the callbacks that a run needs."""
+    trainer, _, own = tasks.trainer_of(job.model.task, job.data)
+    return trainer(
         model=model,
         args=settings,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
-        data_collator=collate,
+        **(
+            {"processing_class": data.tokenizer} if own else {"data_collator": collate}
+        ),  # TRL has a collator of its own
         compute_metrics=tasks.accuracy if data.labels else None,
         preprocess_logits_for_metrics=tasks.predicted_class if data.labels else None,
         callbacks=[WholeCurve(estimate_seconds), OptimizerGuard()],
@@ -132,10 +136,11 @@ def check_surroundings(job: Job) -> None:
 
 
 def arguments(job: Job, folder: Path) -> Any:
-    """Transformers' training arguments."""
+    """The trainer's arguments."""
     training, accelerated = job.training, torch.accelerator.is_available()
     evaluates = training.eval_steps is not None
-    settings = getattr(transformers, tasks.TASKS[job.model.task].trainer.replace("Trainer", "TrainingArguments"))(
+    _, settings_of, own = tasks.trainer_of(job.model.task, job.data)
+    settings = settings_of(
         output_dir=str(folder / checkpoints.CHECKPOINTS),
         per_device_train_batch_size=job.data.batch_size,
         per_device_eval_batch_size=job.data.batch_size,
@@ -162,6 +167,7 @@ def arguments(job: Job, folder: Path) -> Any:
         report_to=training.report_to,
         run_name=training.run_name or training.method,
         disable_tqdm=not sys.stderr.isatty(),
+        **own,
     )
     # Trainer would split each batch over all visible GPUs with DataParallel, which copies parameters and buffers only.
     settings._n_gpu = min(settings.n_gpu, 1)

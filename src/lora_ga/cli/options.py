@@ -96,10 +96,20 @@ class DataOptions:
     text_column: str = option("text", "column with the text (seq-cls, and causal-lm without prompts)")
     text_pair_column: str | None = option(None, "column with the second text of a pair (seq-cls)")
     label_column: str = option("label", "column with the class: integers or strings (seq-cls)")
-    prompt_column: str | None = option(
-        None, "column with the given text (seq2seq; in causal-lm its tokens carry no loss); needs --target_column"
+    messages_column: str | None = option(
+        None, "column with conversations, lists of messages with role and content (causal-lm; needs TRL)"
     )
-    target_column: str | None = option(None, "column with the text to be learned, right behind the prompt")
+    assistant_only_loss: bool = option(
+        False, "in conversations learn the assistant's turns only; which the chat template must mark"
+    )
+    prompt_column: str | None = option(
+        None,
+        "column with the given text (seq2seq), or text or messages whose tokens carry no loss (causal-lm; needs TRL); "
+        "needs --target_column",
+    )
+    target_column: str | None = option(
+        None, "column with the text to be learned, right behind the prompt (put the space between them into either)"
+    )
     max_length: int | None = option(
         None,
         "most tokens of an example (default: 512, or what the model can read if less). Longer pairs and prompts are "
@@ -117,6 +127,8 @@ class DataOptions:
         if (self.prompt_column is None) != (self.target_column is None):
             given, missing = ("prompt", "target") if self.target_column is None else ("target", "prompt")
             raise ValueError(f"--{given}_column was given without --{missing}_column. Give both, or neither.")
+        if self.messages_column is not None and self.prompt_column is not None:
+            raise ValueError("Give either --messages_column or --prompt_column and --target_column, not both.")
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 
+from lora_ga.cli import conversations
 from lora_ga.cli.data import Encoder, Encoding, Labels, check_columns, encode, load_file, load_hub, read_labels
 from lora_ga.cli.models import length_limit, load_base, load_tokenizer
 from lora_ga.cli.options import DataOptions, ModelOptions
@@ -78,16 +79,23 @@ def columns(task: str, options: DataOptions) -> dict[str, str]:
         names = ["text_column"] if options.prompt_column is None else ["prompt_column", "target_column"]
     elif options.prompt_column is not None:
         raise ValueError("--prompt_column and --target_column do not belong to --task seq-cls. Leave them out.")
+    if options.messages_column is not None and task != "causal-lm":
+        raise ValueError(f"--messages_column belongs to --task causal-lm, but the task is {task}. Leave it out.")
+    if conversations.are_asked_for(task, options):
+        conversations.check_trl()
+        names = ["messages_column", "prompt_column", "target_column"]
+    elif options.assistant_only_loss:
+        raise ValueError(
+            "--assistant_only_loss belongs to conversations in causal-lm (--messages_column). Leave it out."
+        )
     if task == "seq2seq" and options.prompt_column is None:
         raise ValueError("--task seq2seq needs --prompt_column and --target_column, the source and the target text.")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
-def encoding(task: str, options: DataOptions) -> Encoding:
-    """How the task makes an example of a row."""
-    if task == "causal-lm":
-        return Encoder.plain_text if options.prompt_column is None else Encoder.prompts
-    return {"seq-cls": Encoder.classes, "seq2seq": Encoder.pairs}[task]
+def encoding(task: str) -> Encoding:
+    """How the task makes an example of a row; not for what TRL handles."""
+    return {"seq-cls": Encoder.classes, "seq2seq": Encoder.pairs, "causal-lm": Encoder.plain_text}[task]
 
 
 def prepare(
@@ -118,15 +126,19 @@ def prepare(
     sources = {"train": _load(data, data.train_file, data.train_split)}
     if eval_file is not None or eval_split is not None:
         sources["evaluation"] = _load(data, eval_file, eval_split)
+    spoken = conversations.are_asked_for(model.task, data)
     for source, rows in sources.values():
-        check_columns(rows, wanted, source)
+        (conversations.check_columns if spoken else check_columns)(rows, wanted, source)
     source, rows = sources["train"]
     labels = read_labels(rows, data.label_column, source) if model.task == "seq-cls" else None
     tokenizer = load_tokenizer(model.model)
     encoder = Encoder(tokenizer, data, length_limit(model.model, tokenizer, data.max_length), labels)
     examples = {}
     for part, (name, part_rows) in sources.items():
-        examples[part] = encode(part_rows, encoding(model.task, data), encoder, name)
+        if spoken:
+            examples[part] = conversations.encode(part_rows, wanted, tokenizer, data, encoder.max_length, name)
+        else:
+            examples[part] = encode(part_rows, encoding(model.task), encoder, name)
         lost = len(part_rows) - len(examples[part])
         if lost > 0:
             warn(
@@ -165,6 +177,18 @@ def assemble(
     settings = {"model": base} if model.task == "seq2seq" else {}  # it makes the decoder's inputs of the labels
     collate = getattr(transformers, task.collator)(data.tokenizer, **settings)
     return base, replace(data, train=readable(data.train), evaluation=readable(data.evaluation)), collate
+
+
+def trainer_of(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, Any]]:
+    """The trainer's class, that of its arguments, and what these say beside the options."""
+    if conversations.are_asked_for(task, data):
+        import trl
+
+        # The data is tokenised and cut, and checkpointing switched on where it is wanted.
+        own = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "gradient_checkpointing": False}
+        return trl.SFTTrainer, trl.SFTConfig, own
+    name = TASKS[task].trainer
+    return getattr(transformers, name), getattr(transformers, name.replace("Trainer", "TrainingArguments")), {}
 
 
 def warn(message: str) -> None:

@@ -1,0 +1,193 @@
+"""`lora-ga train` on conversations and on prompts with their answers, which are TRL's to format and train on."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+from lora_ga.cli import conversations, tasks
+from lora_ga.cli.main import main
+from lora_ga.cli.models import load_tokenizer
+from lora_ga.cli.options import DataOptions, ModelOptions
+
+from .conftest import VOCABULARY, text, write_rows
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '[CLS] ' if message['role'] == 'user' else '[SEP] ' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + ' </s>' }}{% endgeneration %}"
+    "{{ ' ' }}{% else %}{{ message['content'] + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[SEP] {% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def trl() -> None:
+    pytest.importorskip("trl", reason="install the extra 'trl' to run this test")
+
+
+@pytest.fixture(scope="session")
+def chatty(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Llama with a chat template."""
+    folder = tmp_path_factory.mktemp("chatty")
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    """A conversation that the user begins."""
+    return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> Path:
+    """40 conversations of two turns, as messages and as prompts with their completions."""
+    turns = [(text(n), text(n + 1, 4)) for n in range(40)]
+    rows = [{"messages": said(q, a), "asked": said(q), "answered": said(q, a)[1:]} for q, a in turns]
+    return write_rows(tmp_path / "talks.jsonl", rows)
+
+
+def ids(words: str) -> list[int]:
+    return [VOCABULARY[word] for word in words.split()]
+
+
+def encode(model: Path, row: dict[str, Any], length: int = 64, **given: Any) -> dict[str, list[int]]:
+    """One row as tokens and labels."""
+    options = DataOptions(train_file="f.jsonl", **given)
+    rows = datasets.Dataset.from_list([row])
+    columns = tasks.columns("causal-lm", options)
+    return conversations.encode(rows, columns, load_tokenizer(str(model)), options, length, "f")[0]
+
+
+def test_prompts_carry_no_loss_and_long_ones_are_cut(llama: Path) -> None:
+    columns: dict[str, Any] = {"prompt_column": "p", "target_column": "t"}
+    found = encode(llama, {"p": "a b ", "t": "c"}, **columns)
+    assert found == {"input_ids": ids("a b c </s>"), "labels": [-100, -100, *ids("c </s>")]}
+    found = encode(llama, {"p": "a ", "t": "b c d e f"}, 4, **columns)
+    assert found == {"input_ids": ids("a b c d"), "labels": [-100, *ids("b c d")]}
+
+
+def test_conversations_are_written_by_the_chat_template(chatty: Path) -> None:
+    row = {"m": said("a b", "c", "d", "e f")}
+    whole = ids("[CLS] a b [SEP] c </s> [CLS] d [SEP] e f </s>")
+    assert encode(chatty, row, messages_column="m") == {"input_ids": whole, "labels": whole}
+    found = encode(chatty, row, messages_column="m", assistant_only_loss=True)
+    spoken = [-100] * 4 + ids("c </s>") + [-100] * 3 + ids("e f </s>")
+    assert found == {"input_ids": whole, "labels": spoken}
+    found = encode(chatty, {"p": said("a b"), "t": said("", "c")[1:]}, prompt_column="p", target_column="t")
+    assert found == {"input_ids": ids("[CLS] a b [SEP] c </s>"), "labels": [-100] * 4 + ids("c </s>")}
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "lora", "full"])
+@pytest.mark.parametrize(
+    "columns", [["--messages_column=messages"], ["--prompt_column=asked", "--target_column=answered"]]
+)
+def test_every_method_learns_conversations(
+    method: str, columns: list[str], chatty: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, begin = [], Trainer.train
+
+    def train(self: Trainer, *given: Any, **named: Any) -> Any:
+        trained.append(type(self).__name__)
+        return begin(self, *given, **named)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    out = tmp_path / "run"
+    argv = ["train", f"--model={chatty}", "--task=causal-lm", f"--train_file={talks}", f"--eval_file={talks}", *columns]
+    argv += [f"--output_dir={out}", f"--method={method}", "--rank=2", "--max_steps=12", "--logging_steps=2"]
+    assert main([*argv, "--learning_rate=3e-3", "--estimate_batches=2", "--warmup_ratio=0"]) == 0
+    assert trained == ["SFTTrainer"]
+    record = json.loads((out / "run.json").read_text())
+    losses = [point["loss"] for point in record["curve"]]
+    assert losses[-1] < losses[0]
+    assert record["metrics"]["eval_loss"] < losses[0]
+    if method != "full":
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chatty), out / "adapter")
+
+
+def test_a_resumed_run_ends_as_the_unbroken_one(chatty: Path, talks: Path, tmp_path: Path) -> None:
+    argv = [f"--model={chatty}", "--task=causal-lm", f"--train_file={talks}", "--messages_column=messages", "--rank=2"]
+    argv += ["--max_steps=6", "--save_steps=3", "--logging_steps=1", "--estimate_batches=2", "--lora_dropout=0.1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for out in (whole, broken):
+        assert main(["train", *argv, f"--output_dir={out}"]) == 0
+    for path in ("run.json", "checkpoints/checkpoint-6/trainer_state.json"):
+        (broken / path).unlink()
+    assert main(["train", "--resume", f"--output_dir={broken}"]) == 0
+    one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (whole, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    curves = [json.loads((out / "run.json").read_text())["curve"] for out in (whole, broken)]
+    assert curves[0] == curves[1]
+
+
+def test_an_estimate_alone_is_that_of_the_run(chatty: Path, talks: Path, tmp_path: Path) -> None:
+    argv = [f"--model={chatty}", "--task=causal-lm", f"--train_file={talks}", "--messages_column=messages", "--rank=2"]
+    assert main(["estimate", *argv, "--estimate_batches=2", f"--output={tmp_path / 'e.safetensors'}"]) == 0
+    assert main(["train", *argv, "--estimate_batches=2", "--max_steps=1", f"--output_dir={tmp_path / 'run'}"]) == 0
+    one, other = load_file(tmp_path / "e.safetensors"), load_file(tmp_path / "run" / "estimate.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rows_left_out_are_counted_aloud(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_rows(tmp_path / "f.jsonl", [{"p": "a b c d ", "t": "e"}, {"p": "a ", "t": "b"}])
+    columns = DataOptions(train_file=str(file), prompt_column="p", target_column="t", max_length=4)
+    prepared = tasks.prepare(ModelOptions(model=str(llama), task="causal-lm"), columns)
+    assert len(prepared.train) == 1
+    assert "1 of 2 rows have no token to learn within 4 tokens and are left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"f: no row has a token to learn within 2 tokens. Raise --max_length"):
+        encode(llama, {"p": "a b ", "t": "c"}, 2, prompt_column="p", target_column="t")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"m": said("a", "b")}, {"m": []}], "row 1 has nothing in column 'm'"),
+        ([{"m": "a b"}], r"row 0 of column 'm' \(--messages_column\) is 'a b', but must be a list of messages, each"),
+        ([{"other": "a b"}], r"there is no column 'm' \(--messages_column\); its columns are other"),
+    ],
+)
+def test_what_is_no_conversation(
+    rows: list[dict[str, Any]], message: str, chatty: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    file = write_rows(tmp_path / "f.jsonl", rows)
+    argv = ["train", "--task=causal-lm", f"--model={chatty}", f"--train_file={file}", "--messages_column=m"]
+    shown = refused([*argv, f"--output_dir={tmp_path / 'run'}"])
+    assert re.search(message, shown)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_a_chat_template(
+    llama: Path, talks: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+) -> None:
+    argv = ["train", "--task=causal-lm", f"--model={llama}", f"--train_file={talks}", "--messages_column=messages"]
+    assert "tokenizer has no chat template" in refused([*argv, f"--output_dir={tmp_path / 'run'}"])
+
+
+def test_without_trl_the_way_to_install_it_is_named_and_plain_text_works(
+    llama: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
+    argv = [
+        "train",
+        "--task=causal-lm",
+        f"--model={llama}",
+        f"--train_file={asking}",
+        f"--output_dir={tmp_path / 'run'}",
+    ]
+    shown = refused([*argv, "--prompt_column=prompt", "--target_column=target"])
+    assert 'pip install "lora-ga[trl]"' in shown
+    assert not (tmp_path / "run").exists()
+    assert main([*argv, "--max_steps=1", "--rank=2"]) == 0

@@ -1,0 +1,114 @@
+"""What the callback must show in every trainer: where it starts, that it learns, what it saves, that it resumes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from lora_ga.sidecar import FILE
+from toys import logits, tokens
+from trainers import TRAINERS, callback
+
+BATCH = {"input_ids": tokens(4, 8, seed=9) % 29}
+
+
+class Watch(TrainerCallback):
+    """Remembers the model's function when training begins."""
+
+    begin: Tensor
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Compute once."""
+        model.eval()
+        self.begin = logits(model, BATCH)
+        model.train()
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    make: Callable[..., Trainer]
+    base: Callable[[], nn.Module]
+    trainer: Trainer
+    folder: Path
+    begin: Tensor
+    order: list[Tensor]
+
+
+def train(
+    make: Callable[..., Trainer], folder: Path, callbacks: list[Any], **resume: Any
+) -> tuple[Trainer, list[Tensor]]:
+    """Trains; returns the trainer and the token ids of every batch it trained on."""
+    trainer = make(callbacks, folder)
+    step = trainer.training_step
+    order: list[Tensor] = []
+
+    def training_step(model: Any, inputs: Any, *rest: Any, **named: Any) -> Tensor:
+        order.extend(value.clone() for key, value in inputs.items() if key.endswith("input_ids"))
+        return step(model, inputs, *rest, **named)
+
+    trainer.training_step = training_step
+    trainer.train(**resume)
+    return trainer, order
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module", params=TRAINERS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    make, base = TRAINERS[request.param]
+    folder, watch = tmp_path_factory.mktemp("run"), Watch()
+    trainer, order = train(make, folder, [callback(), watch])
+    return Run(make, base, trainer, folder, watch.begin, order)
+
+
+def test_training_begins_at_the_base_models_function(run: Run) -> None:
+    assert torch.equal(run.begin, logits(run.base(), BATCH))
+    aligned = run.trainer.model.peft_config["default"].alignment
+    assert all(bool(b.start.any()) and bool(b.trainable.any()) for _, b in aligned.factors.values())
+
+
+def test_the_loss_falls(run: Run) -> None:
+    found = losses(run.trainer)
+    assert sum(found[-2:]) < sum(found[:2])
+
+
+def test_checkpoints_load_with_stock_peft_on_the_original_base(run: Run) -> None:
+    for step in (4, 8):
+        assert (run.folder / f"checkpoint-{step}" / FILE).is_file()
+    stock = PeftModel.from_pretrained(run.base(), run.folder / "checkpoint-8")
+    assert stock.peft_config["default"].r == 8
+    own = logits(run.trainer.model.eval(), BATCH)
+    torch.testing.assert_close(logits(stock, BATCH), own, rtol=0, atol=1e-5)
+    assert not torch.allclose(own, run.begin, rtol=0, atol=1e-4)
+
+
+def test_the_order_of_training_and_the_first_loss_do_not_move(run: Run, tmp_path: Path) -> None:
+    trainer, plain = train(run.make, tmp_path, [])
+    assert losses(trainer)[0] == losses(run.trainer)[0]
+    if type(trainer).__name__ == "DPOTrainer":
+        assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-7)
+    assert len(plain) == len(run.order) > 0
+    assert all(torch.equal(one, other) for one, other in zip(plain, run.order, strict=True))
+
+
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(run: Run, tmp_path: Path) -> None:
+    """The checkpoint lies in another folder than the resumed run's own."""
+    again, order = train(run.make, tmp_path, [callback()], resume_from_checkpoint=str(run.folder / "checkpoint-4"))
+    assert losses(again)[4:] == losses(run.trainer)[4:]
+    assert all(torch.equal(one, other) for one, other in zip(order, run.order[len(run.order) // 2 :], strict=True))
+    for file in ("adapter_model.safetensors", FILE):
+        one, other = load_file(run.folder / "checkpoint-8" / file), load_file(tmp_path / "checkpoint-8" / file)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), file

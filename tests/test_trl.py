@@ -1,0 +1,131 @@
+"""TRL's trainers: packing, completion-only loss, casts, references, groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import lora_ga
+from lora_ga import LoraGACallback, LoraGAConfig
+from lora_ga.sidecar import FILE
+from toys import adapted, causal, llama, logits, train
+from trainers import (
+    TARGETS,
+    callback,
+    factors,
+    peft_config,
+    rows,
+    settings,
+    sft,
+    tokenizer,
+)
+from trainers import trl as of_trl
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"packing": True, "packing_strategy": "bfd"},
+        {"padding_free": True, "max_length": None},
+    ],
+)
+def test_packed_and_padding_free_batches_count_by_their_labels(changes: dict[str, Any], tmp_path: Path) -> None:
+    late = LoraGACallback(LoraGAConfig(max_batches=None))
+    trainer = sft([late], tmp_path, **({"max_length": 24} | changes))
+    trainer.train()
+    assert late.estimate is not None
+    batches = list(trainer.get_train_dataloader())
+    labels = sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in batches)
+    assert late.estimate.batches == len(batches)
+    if changes.get("packing_strategy") == "wrapped":  # the first token of each row of a batch is no label
+        assert late.estimate.weight == labels
+    else:
+        assert late.estimate.weight == 24 * 6  # whatever the order: each answer's letters, and its end
+
+
+def test_completion_only_loss_counts_the_completions(tmp_path: Path) -> None:
+    found = {}
+    for only in (True, False):
+        late = LoraGACallback(LoraGAConfig(max_batches=None))
+        sft([late], tmp_path, completion_only_loss=only, max_steps=1).train()
+        assert late.estimate is not None
+        found[only] = late.estimate
+    assert found[True].weight == 24 * (5 + 1)  # five letters and the end
+    assert found[False].weight == 24 * (5 + 5 + 1 - 1)
+    name = f"model.layers.0.self_attn.{TARGETS[1]}"
+    assert found[True][name].norm != found[False][name].norm
+
+
+def test_adapters_that_trl_casts_for_quantised_models(tmp_path: Path) -> None:
+    """TRL casts by this mark of bitsandbytes."""
+    base = llama()
+    base.is_loaded_in_4bit = True
+    trainer = sft([callback()], tmp_path, model=base)
+    del base.is_loaded_in_4bit
+    assert {factor.trainable.dtype for factor in factors(trainer.model)} == {torch.bfloat16}
+    batch = causal(1)[0]
+    trainer.train()
+    assert {factor.start.dtype for factor in factors(trainer.model)} == {torch.bfloat16}
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-8")
+    moved = (logits(stock, batch) - logits(llama(), batch)).abs().max()
+    apart = (logits(stock, batch) - logits(trainer.model.eval(), batch)).abs().max()
+    assert apart < 0.02 * moved
+
+
+def test_a_reference_copied_from_a_trained_adapter_is_that_adapter(tmp_path: Path) -> None:
+    """Without the callback: the model comes with a start, and TRL copies it, parameter by parameter, to "ref"."""
+    base = llama().to(torch.bfloat16)  # PEFT narrows the new adapter to the base's dtype and widens it again
+    model = adapted(base, TARGETS, task_type="CAUSAL_LM")
+    lora_ga.initialize(model, causal())
+    train(model, causal())
+    trainer, arguments = of_trl("DPO")
+    made = trainer(
+        model=model,
+        args=arguments(**settings(tmp_path, bf16=False, learning_rate=1e-3)),
+        train_dataset=rows("prompt", "chosen", "rejected"),
+        processing_class=tokenizer(),
+    )
+    up = model.base_model.model.model.layers[0].mlp.up_proj
+    for modules in (up.lora_A, up.lora_B):
+        assert torch.equal(modules["ref"].weight, modules["default"].weight)
+        assert not modules["ref"].trainable.requires_grad
+    made.train()
+    first = next(entry for entry in made.state.log_history if "loss" in entry)
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+    assert not torch.equal(up.lora_B["ref"].weight, up.lora_B["default"].weight)
+    for name in ("default", "ref"):
+        folder = tmp_path / "checkpoint-8" / ("" if name == "default" else name)
+        assert (folder / FILE).is_file()
+        again = lora_ga.load(llama().to(torch.bfloat16), folder, is_trainable=True)
+        joined = again.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight
+        assert torch.equal(joined, up.lora_B[name].weight)
+
+
+def test_answers_to_one_prompt_are_compared_in_grpo(tmp_path: Path) -> None:
+    groups = []
+
+    def letters(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        groups.append([prompts.count(prompt) for prompt in prompts])
+        return [float(len(set(completion))) for completion in completions]
+
+    trainer, arguments = of_trl("GRPO")
+    late = callback()
+    made = trainer(
+        llama(),
+        letters,
+        args=arguments(**settings(tmp_path, max_steps=2), bf16=False, num_generations=4, max_completion_length=6),
+        train_dataset=rows("prompt"),
+        processing_class=tokenizer(),
+        peft_config=peft_config(),
+        callbacks=[late],
+    )
+    made.train()
+    assert late.estimate is not None
+    assert groups == [[4] * 4] * (late.estimate.batches + 2)
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-2")
+    torch.testing.assert_close(logits(stock, causal(1)[0]), logits(made.model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
