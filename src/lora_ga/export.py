@@ -156,13 +156,13 @@ def compress_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, 
             tensors[bias] = scaling * tensors[bias]
     values: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
     values |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    with _whole_folder(target) as folder:
+    with whole_folder(target) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True))
     return errors
 
 
-class _whole_folder:  # noqa: N801 (a context manager)
+class whole_folder:  # noqa: N801 (a context manager)
     """A temporary folder that becomes `target` when the block ends without an error, and vanishes otherwise."""
 
     def __init__(self, target: Path) -> None:
@@ -217,5 +217,5 @@ def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None
                     "all. Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
                 )
     merged = model.merge_and_unload(safe_merge=True)
-    with _whole_folder(target) as folder:
+    with whole_folder(target) as folder:
         merged.save_pretrained(folder)

@@ -69,21 +69,27 @@ def main(argv: list[str]) -> int:
 
 def compress(adapter: Path, out: Path, rank: int) -> None:
     """Writes the adapter of a lower rank and shows the loss of each layer."""
-    from lora_ga.cli.checkpoints import LABELS
     from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.export import compress_adapter
     from lora_ga.tables import Table
 
     errors = compress_adapter(adapter, out, rank)
+    copy_companions(adapter, out)
+    rows = [[name, f"{error:.2e}"] for name, error in errors.items()]
+    terminal().print(as_rich(Table(["layer", "what is lost of its change (relative)"], rows)))
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"{out}: rank {rank}; median error {median(errors.values()):.2e}, worst {errors[worst]:.2e} ({worst})")
+
+
+def copy_companions(adapter: Path, out: Path) -> None:
+    """Copies the tokenizer and the names of the classes beside an adapter, where there are any."""
+    from lora_ga.cli.checkpoints import LABELS
+
     tokenizer = find_tokenizer([str(adapter)])
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     if (adapter / LABELS).is_file():
         shutil.copy(adapter / LABELS, out)
-    rows = [[name, f"{error:.2e}"] for name, error in errors.items()]
-    terminal().print(as_rich(Table(["layer", "what is lost of its change (relative)"], rows)))
-    worst = max(errors, key=lambda name: errors[name])
-    print(f"{out}: rank {rank}; median error {median(errors.values()):.2e}, worst {errors[worst]:.2e} ({worst})")
 
 
 def merge(adapter: Path, out: Path, options: ExportOptions) -> None:

@@ -13,6 +13,7 @@ COMMANDS = {
     "estimate": "estimate the gradient of every adapted layer and write it to a file",
     "inspect": "show what an estimate file holds, layer by layer",
     "export": "make a smaller adapter or a full merged model of a trained adapter",
+    "convert": "turn an old LoRA-GA run, trained on a changed base, into an adapter for the original base",
     "compare": "put finished runs side by side on one HTML page",
 }
 
