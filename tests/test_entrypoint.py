@@ -29,7 +29,7 @@ def as_ms_swift_does(model: nn.Module, dataset: Any = EXAMPLES, lora: Any = None
         task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights="lora-ga"
     )
     assert lora_config is not None
-    settings = {"batch_size": 2, "num_iters": 3, "max_length": 16, "direction": "ArB2r"}
+    settings: dict[str, Any] = {"batch_size": 2, "num_iters": 3, "max_length": 16, "direction": "ArB2r"}
     settings |= {"dtype": None, "scale": "stable", "stable_gamma": 16}
     return lora_ga.entrypoint.get_lora_ga_model(
         model=model, data_collator=collate, dataset=dataset, **(settings | changes)

@@ -114,7 +114,8 @@ def test_what_no_other_file_can_mend_is_refused(lora: dict[str, Any], message: s
 
 
 def test_biases_are_refused(tmp_path: Path) -> None:
-    for name, settings in {"bias": {"bias": "lora_only"}, "lora_bias": {"lora_bias": True}}.items():
+    cases: dict[str, dict[str, Any]] = {"bias": {"bias": "lora_only"}, "lora_bias": {"lora_bias": True}}
+    for name, settings in cases.items():
         model = adapted(bert(), ["query"], **settings)
         lora_ga.initialize(model, classified())
         model.save_pretrained(tmp_path / name)
