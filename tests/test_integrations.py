@@ -27,8 +27,8 @@ NUMBERS = {"One": 1, "Two": 2, "Three": 3}
 
 
 def block(title: str) -> str:
-    """The Python code of a section."""
-    (code,) = re.findall(r"```python\n(.*?)```", SECTIONS[title], flags=re.DOTALL)
+    """The code of a section."""
+    (code,) = re.findall(r"```(?:python|yaml|bash)\n(.*?)```", SECTIONS[title], flags=re.DOTALL)
     return code
 
 

@@ -81,13 +81,17 @@ def test_data_flows_one_way() -> None:
         "frozen",
     ]
     order += ["estimate", "sidecar", "structure", "adapter", "start", "restore", "export", "callback"]
+    order += ["serving", "convert", "compat", "entrypoint"]
     for index, module in enumerate(order):
         assert not imports(module) & set(order[index + 1 :]), module
 
 
 def test_peft_is_imported_only_where_models_and_adapters_are_touched() -> None:
     users = {path.stem for path in SOURCE.glob("*.py") if "peft" in imports(path.stem)}
-    assert users == {"targets", "frozen", "estimate", "sidecar", "structure", "adapter", "start", "restore", "export"}
+    assert users == {
+        *("targets", "frozen", "estimate", "sidecar", "structure", "adapter", "start", "restore", "export"),
+        *("serving", "convert", "compat", "entrypoint"),
+    }
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -160,6 +164,14 @@ def test_the_guides_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         exec(line, names | {"base": llama()})
 
 
+def test_the_block_of_pefts_flow_runs() -> None:
+    names: dict[str, Any] = {"base": llama(), "dataloader": causal()}
+    (block,) = [block for block in blocks("docs/integrations.md") if "lora_ga.compat" in block]
+    exec(block, names)
+    assert names["model"].peft_config["default"].r == 8
+    assert torch.equal(logits(names["model"], causal(1)[0]), logits(llama(), causal(1)[0]))
+
+
 def test_the_readmes_table_is_drawn_from_the_records() -> None:
     text = (ROOT / "README.md").read_text()
     assert tables.table() in text
@@ -167,7 +179,8 @@ def test_the_readmes_table_is_drawn_from_the_records() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/integrations.md", "CHANGELOG.md"]
+    "document",
+    ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/integrations.md", "docs/serving.md", "CHANGELOG.md"],
 )
 def test_documents_name_only_commands_files_and_options_that_exist(document: str) -> None:
     text = (ROOT / document).read_text()

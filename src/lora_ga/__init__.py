@@ -43,8 +43,13 @@ _HOMES = {
     "load": "restore",
 }
 
+# Modules that other programs reach as attributes after a bare `import lora_ga`: ms-swift does so.
+_MODULES = ("entrypoint",)
+
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"lora_ga.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'lora_ga' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"lora_ga.{_HOMES[name]}"), name)

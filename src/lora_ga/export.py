@@ -84,6 +84,12 @@ def _pairs(tensors: dict[str, Tensor], config: LoraConfig, path: Path) -> list[s
     return names
 
 
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The same product with zero rows and columns up to `rank`, exactly."""
+    missing = rank - len(a)
+    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing)), 0.0
+
+
 def _compress(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best rank-`rank` factors of b a, evenly balanced, and the relative error of the product (Frobenius)."""
     q_b, r_b = torch.linalg.qr(b.double())
@@ -139,30 +145,52 @@ def compress_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, 
         ValueError: The rank is not below the adapter's, the adapter is not plain LoRA of linear layers, or `out` is
             not empty.
     """
-    source, target = Path(path), check_empty(out)
+    source = Path(path)
+    check_empty(out)
     config, tensors = read_adapter(source)
     names = _pairs(tensors, config, source)
     largest = max(tensors[f"{name}.lora_A.weight"].shape[0] for name in names)
     if not 1 <= rank < largest:
         raise ValueError(f"rank {rank}: the adapter has rank {largest}; compress to a rank from 1 to {largest - 1}.")
+    return resize_adapter(source, out, rank)
+
+
+def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, float]:
+    """Write an adapter of one rank and s = 1 in every layer: larger layers compressed, smaller ones padded with zeros.
+
+    Args:
+        path: The folder of a LoRA adapter.
+        out: A new or empty folder.
+        rank: The rank of every layer.
+
+    Returns:
+        Layer name → ‖ΔW − ΔW_k‖ / ‖ΔW‖; zero for layers that were not larger.
+
+    Raises:
+        FileNotFoundError: There is no adapter in `path`.
+        ValueError: The adapter is not plain LoRA of linear layers, or `out` is not empty.
+    """
+    source, target = Path(path), check_empty(out)
+    config, tensors = read_adapter(source)
     errors = {}
-    for name in names:
+    for name in _pairs(tensors, config, source):
         layer = name.removeprefix(PREFIX)
         scaling = scaling_of(config, layer)
         a, b = (f"{name}.lora_{letter}.weight" for letter in "AB")
-        tensors[a], tensors[b], errors[layer] = _compress(tensors[a], scaling * tensors[b], rank)
+        change = _padded if len(tensors[a]) <= rank else _compress
+        tensors[a], tensors[b], errors[layer] = change(tensors[a], scaling * tensors[b], rank)
         bias = f"{name}.lora_B.bias"
         if bias in tensors:
             tensors[bias] = scaling * tensors[bias]
     values: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
     values |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    with _whole_folder(target) as folder:
+    with whole_folder(target) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True))
     return errors
 
 
-class _whole_folder:  # noqa: N801 (a context manager)
+class whole_folder:  # noqa: N801 (a context manager)
     """A temporary folder that becomes `target` when the block ends without an error, and vanishes otherwise."""
 
     def __init__(self, target: Path) -> None:
@@ -217,5 +245,5 @@ def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None
                     "all. Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
                 )
     merged = model.merge_and_unload(safe_merge=True)
-    with _whole_folder(target) as folder:
+    with whole_folder(target) as folder:
         merged.save_pretrained(folder)

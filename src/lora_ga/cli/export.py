@@ -1,4 +1,4 @@
-"""`lora-ga export`: a smaller adapter, or a full model, of a trained adapter."""
+"""`lora-ga export`: a smaller adapter, a full model, or one that a server takes, of a trained adapter."""
 
 import json
 import shutil
@@ -10,16 +10,18 @@ from typing import Any, Literal
 from lora_ga.cli.options import at_least, option, require
 from lora_ga.cli.parsing import OptionParser
 
-USAGE = "lora-ga export ADAPTER --output FOLDER (--rank K | --merge) [options]"
+USAGE = "lora-ga export ADAPTER (--output FOLDER (--rank K | --merge) | --for SERVER [--output FOLDER]) [options]"
 
 DESCRIPTION = """\
 Make something else of a trained adapter. After LoRA-GA training with rank r the adapter file has rank 2r: it is plain
 LoRA for the untouched base model, and needs no export to be used. --rank K writes the nearest adapter of rank K and
-shows what each layer loses; --merge writes a full model, with the tokenizer if there is one.
+shows what each layer loses; --merge writes a full model, with the tokenizer if there is one. --for vllm says what keeps
+vLLM from serving the adapter; with --output it writes one that is served, of an allowed rank.
 
 example:
   lora-ga export runs/mrpc/adapter --output small --rank 8
   lora-ga export runs/mrpc/adapter --output merged --merge
+  lora-ga export runs/mrpc/adapter --for vllm
 """
 
 
@@ -38,8 +40,15 @@ class ExportOptions:
     )
 
     def __post_init__(self) -> None:
-        require(self, "output")
         at_least(self, rank=1)
+
+    def check(self) -> None:
+        """Refuses options that do not go together.
+
+        Raises:
+            ValueError: there are some.
+        """
+        require(self, "output")
         if (self.rank is None) == (not self.merge):
             found = "neither was" if self.rank is None else "both were"
             raise ValueError(
@@ -53,13 +62,24 @@ def main(argv: list[str]) -> int:
     """Writes the smaller adapter or the merged model."""
     parser = OptionParser((ExportOptions,), prog="lora-ga export", usage=USAGE, description=DESCRIPTION)
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter: DIR/adapter of a run, or any other")
+    parser.add_argument(
+        "--for", dest="server", metavar="SERVER", help="a server to check the adapter for, or to write one for: vllm"
+    )
     options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if positional.server is None:
+        options.check()
+    elif options.merge:
+        raise ValueError(
+            "--for checks adapters, and --merge makes a full model, which any server takes. Leave one out."
+        )
     adapter, out = Path(positional.adapter), Path(options.output)
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(
             f"{adapter}: there is no adapter (no adapter_config.json). Give the folder that save_pretrained wrote, "
             "for a run of `lora-ga train` its adapter folder."
         )
+    if positional.server is not None:
+        return serve(adapter, options, positional.server)
     if options.merge:
         merge(adapter, out, options)
     else:
@@ -69,21 +89,60 @@ def main(argv: list[str]) -> int:
 
 def compress(adapter: Path, out: Path, rank: int) -> None:
     """Writes the adapter of a lower rank and shows the loss of each layer."""
-    from lora_ga.cli.checkpoints import LABELS
-    from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.export import compress_adapter
+
+    show_written(adapter, out, compress_adapter(adapter, out, rank))
+
+
+def show_written(adapter: Path, out: Path, errors: dict[str, float]) -> None:
+    """Shows the loss of each layer of an adapter that was written anew."""
+    from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.tables import Table
 
-    errors = compress_adapter(adapter, out, rank)
+    copy_companions(adapter, out)
+    rank = json.loads((out / "adapter_config.json").read_text())["r"]
+    rows = [[name, f"{error:.2e}"] for name, error in errors.items()]
+    terminal().print(as_rich(Table(["layer", "what is lost of its change (relative)"], rows)))
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"{out}: rank {rank}; median error {median(errors.values()):.2e}, worst {errors[worst]:.2e} ({worst})")
+
+
+def serve(adapter: Path, options: ExportOptions, server: str) -> int:
+    """Says what keeps a server from taking the adapter, and writes one that it takes where told to.
+
+    Returns:
+        0 if the server takes the adapter, or the one written; 2 otherwise.
+
+    Raises:
+        ValueError: the server is not known, or takes the adapter in no form.
+    """
+    from lora_ga.serving import check_served, write_served
+
+    verdict = check_served(adapter, server)
+    if options.output:
+        show_written(adapter, Path(options.output), write_served(adapter, options.output, server, options.rank))
+        return serve(Path(options.output), ExportOptions(), server)
+    if options.rank is not None:
+        raise ValueError("--rank was given with --for, but no --output to write to. Give both, or neither.")
+    for reason in (*verdict.refused, *verdict.mendable):
+        print(f"in the way: {reason}")
+    if verdict.refused or verdict.mendable:
+        cure = "" if verdict.refused else f" Write one that is: lora-ga export {adapter} --for {server} --output FOLDER"
+        print(f"{adapter}: not served by {server} as it is.{cure}")
+        return 2
+    print(f"{adapter}: nothing is in the way. Serve it with: {verdict.advice}")
+    return 0
+
+
+def copy_companions(adapter: Path, out: Path) -> None:
+    """Copies the tokenizer and the names of the classes beside an adapter, where there are any."""
+    from lora_ga.cli.checkpoints import LABELS
+
     tokenizer = find_tokenizer([str(adapter)])
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     if (adapter / LABELS).is_file():
         shutil.copy(adapter / LABELS, out)
-    rows = [[name, f"{error:.2e}"] for name, error in errors.items()]
-    terminal().print(as_rich(Table(["layer", "what is lost of its change (relative)"], rows)))
-    worst = max(errors, key=lambda name: errors[name])
-    print(f"{out}: rank {rank}; median error {median(errors.values()):.2e}, worst {errors[worst]:.2e} ({worst})")
 
 
 def merge(adapter: Path, out: Path, options: ExportOptions) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "merge": "add up estimates made on different data or machines",
     "inspect": "show what an estimate file holds, layer by layer",
     "export": "make a smaller adapter or a full merged model of a trained adapter",
+    "convert": "turn an old LoRA-GA run, trained on a changed base, into an adapter for the original base",
     "compare": "put finished runs side by side on one HTML page",
 }
 
