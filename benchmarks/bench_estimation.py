@@ -26,8 +26,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft import LoraGAConfig as PeftLoraGAConfig
@@ -36,9 +34,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import bench_alignment
+import bench_update
 import lora_ga
 import record
-from lora_ga.accumulate import Size, Streaming
 from lora_ga.frozen import frozen
 from lora_ga.lowrank import FRESH, PROBES
 
@@ -209,40 +207,6 @@ def alignment(base: nn.Module, batches: Batches) -> dict[str, Any]:
     }
 
 
-def accumulated(tokens: int, width: int, rank: int) -> tuple[float, int]:
-    """Process seconds and state bytes of four blocks through one square layer."""
-    draw = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(tokens, width, generator=draw) for _ in range(2))
-    accumulator = Streaming({"layer": Size(2 * rank + 16, 2 * rank)}, 0, 0)
-    found = []
-    for _ in range(9):
-        start = time.process_time()
-        accumulator.add("layer", x, g, 1.0)
-        accumulator.flush()
-        found.append(time.process_time() - start)
-    return statistics.median(found[1:]), sum(t.numel() * t.element_size() for t in accumulator.state().values())
-
-
-def growth() -> dict[str, Any]:
-    """A warm block's time and the state against tokens, width and rank, with fitted exponents; draws growth.png."""
-    centre = {"tokens": 2048, "width": 1024, "rank": 16}
-    axes_of = {"tokens": [1024, 2048, 4096, 8192], "width": [512, 1024, 2048, 4096], "rank": [8, 16, 32, 64]}
-    result: dict[str, Any] = {}
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    for axis, (name, values) in zip(axes, axes_of.items(), strict=True):
-        points = [accumulated(**(centre | {name: value})) for value in values]
-        milliseconds, megabytes = [1e3 * time for time, _ in points], [size / 2**20 for _, size in points]
-        slopes = [float(np.polyfit(np.log(values), np.log(y), 1)[0]) for y in (milliseconds, megabytes)]
-        result[name] = {"values": values, "ms": milliseconds, "MB": megabytes, "exponents": slopes}
-        axis.loglog(values, milliseconds, "o-", label=f"time in ms, exponent {slopes[0]:.2f}")
-        axis.loglog(values, megabytes, "s-", label=f"state in MB, exponent {slopes[1]:.2f}")
-        axis.set_xlabel(name)
-        axis.legend(fontsize=7)
-        print(f"growth with {name:6}: time ^{slopes[0]:.2f}, state ^{slopes[1]:.2f}", flush=True)
-    figure.savefig(record.RESULTS / "growth.png", dpi=110)
-    return result
-
-
 def early_stop() -> dict[str, Any]:
     """Alignment lost and batches saved by the tolerance, on a real model and text."""
     folder = record.data("models", "babyllama105")
@@ -275,7 +239,7 @@ def main() -> None:
     timed = times(base, batches, ["frozen pass", "ours", "peft lora_ga"])
     held, flat = alignment(base, batches), alignment(llama(layers=2), sequences(random=True))
     wide = times(llama(2048, 4, 5632), batches[:2], ["frozen pass", "ours"])
-    memory, grown = peaks(), growth()
+    memory, grown = peaks(), bench_update.growth()
     stopped = early_stop() if os.environ.get("LORA_GA_DATA") else None
     rows = [
         ("time over the frozen pass (floor from counts)", timed["median ratios"]["frozen pass"], floor(base)),

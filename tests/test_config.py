@@ -23,6 +23,9 @@ from lora_ga import LoraGAConfig
         ("power_steps", 1.5, "power_steps is 1.5; it must be an integer of at least 0"),
         ("max_batches", 0, "max_batches is 0; it must be an integer of at least 1"),
         ("seed", True, "seed is True; it must be an integer"),
+        ("tolerance", 0, "tolerance is 0; it must be None or between 0 and 1"),
+        ("tolerance", 1.5, "tolerance is 1.5; it must be None or between 0 and 1"),
+        ("tolerance", True, "tolerance is True; it must be None or between 0 and 1"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_is_allowed(field: str, value: Any, message: str) -> None:
@@ -30,8 +33,13 @@ def test_a_wrong_value_is_refused_with_what_is_allowed(field: str, value: Any, m
         LoraGAConfig(**{field: value})
 
 
+def test_a_tolerance_needs_the_estimator_that_follows_directions() -> None:
+    with pytest.raises(ValueError, match=r'tolerance is 0.1 with estimator="dense".* needs estimator="streaming"'):
+        LoraGAConfig(tolerance=0.1, estimator="dense")
+
+
 def test_settings_survive_the_way_to_plain_values_and_back() -> None:
-    config = LoraGAConfig(direction="random", stable_gamma=64, max_batches=None)
+    config = LoraGAConfig(direction="random", stable_gamma=64, max_batches=None, tolerance=0.01)
     assert LoraGAConfig.from_dict(config.to_dict()) == config
 
 

@@ -26,13 +26,12 @@ def measures(estimate: GradientEstimate, ranks: Mapping[str, int]) -> dict[str, 
         Layer name → "gradient_norm" ‖G‖ (Frobenius), "alignment_limit" (of the layer's rank) and "settled_after"
         (batches until the directions no longer changed); what is not known is absent.
     """
-    settled: Mapping[str, int] = getattr(estimate, "settled", {})
     found = {}
     for name, rank in ranks.items():
         layer = estimate[name]
         values = {"gradient_norm": float(layer.norm), "alignment_limit": float(layer.limit(rank))}
-        if name in settled:
-            values["settled_after"] = float(settled[name])
+        if name in estimate.settled:
+            values["settled_after"] = float(estimate.settled[name])
         found[name] = {key: value for key, value in values.items() if math.isfinite(value)}
     return found
 

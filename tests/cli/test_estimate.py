@@ -1,7 +1,8 @@
 """`lora-ga estimate`: a file that `inspect` and `train` can use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,3 +92,39 @@ def test_bfloat16_base_gives_a_float32_estimate_close_to_its_own(llama: Path, as
     assert {layer.U.dtype for layer in half.values()} == {torch.float32}
     assert all(half[name].norm == pytest.approx(full[name].norm, rel=0.05) for name in full)
     assert AutoModelForCausalLM.from_pretrained(llama).dtype == torch.float32
+
+
+def test_checkpoint_is_gone_on_from_to_the_same_file(
+    llama: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, whole, again = (tmp_path / f"{name}.safetensors" for name in ("state", "whole", "again"))
+    assert main(command(llama, asking, whole)) == 0
+    broken = EstimateBatches.__iter__
+
+    def breaking(self: EstimateBatches) -> Iterator[Any]:
+        for index, batch in enumerate(broken(self)):
+            if index == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    options = {"checkpoint": state, "checkpoint_every": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(EstimateBatches, "__iter__", breaking)
+        assert main(command(llama, asking, again, **options)) == 130
+    assert state.exists()
+    assert not again.exists()
+    message = refused(list(command(llama, asking, again, **options, seed=1)))
+    assert "state.safetensors belongs to another estimate: config.seed is 0 in one, 1 in the other" in message
+    assert main(command(llama, asking, again, **options)) == 0
+    first, second = (lora_ga.GradientEstimate.load(file) for file in (whole, again))
+    assert all(torch.equal(first[name].U, second[name].U) for name in first)
+    assert first.weight == second.weight
+
+
+def test_tolerance_reaches_the_estimate(llama: Path, asking: Path, tmp_path: Path) -> None:
+    file = tmp_path / "estimate.safetensors"
+    assert main(command(llama, asking, file, tolerance=0.9, power_steps=1, estimate_batches=6)) == 0
+    found = lora_ga.GradientEstimate.load(file)
+    assert (found.config.tolerance, found.config.power_steps) == (0.9, 1)
+    assert found.settled
+    assert min(found.settled.values()) == 3  # the first batch has nothing to compare with, and it takes two in a row

@@ -1,0 +1,108 @@
+"""What does one layer's streaming update cost, part by part, and how does it grow with tokens, width and rank?
+
+    python benchmarks/bench_update.py      # a minute, in one thread; draws results/growth.png
+
+Square layers in float32, blocks of random numbers, process time; medians of eight after a first. `bench_estimation.py`
+measures the growth too, beside the whole estimate.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import record
+from lora_ga.accumulate import STACKED, Size, Streaming
+from lora_ga.config import LoraGAConfig
+from lora_ga.lowrank import FRESH, PROBES, orthonormal
+
+RANK, OVERSAMPLE = 8, LoraGAConfig().oversample
+
+
+def accumulated(tokens: int, width: int, rank: int) -> tuple[float, int]:
+    """Process seconds and state bytes of four blocks through one square layer."""
+    draw = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(tokens, width, generator=draw) for _ in range(2))
+    accumulator = Streaming({"layer": Size(2 * rank + OVERSAMPLE, 2 * rank)}, 0, 0)
+    found = []
+    for _ in range(9):
+        start = time.process_time()
+        accumulator.add("layer", x, g, 1.0)
+        accumulator.flush()
+        found.append(time.process_time() - start)
+    return statistics.median(found[1:]), sum(t.numel() * t.element_size() for t in accumulator.state().values())
+
+
+def growth() -> dict[str, Any]:
+    """A warm block's time and the state against tokens, width and rank, with fitted exponents; draws growth.png."""
+    centre = {"tokens": 2048, "width": 1024, "rank": 16}
+    axes_of = {"tokens": [1024, 2048, 4096, 8192], "width": [512, 1024, 2048, 4096], "rank": [8, 16, 32, 64]}
+    result: dict[str, Any] = {}
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    for axis, (name, values) in zip(axes, axes_of.items(), strict=True):
+        points = [accumulated(**(centre | {name: value})) for value in values]
+        milliseconds, megabytes = [1e3 * time for time, _ in points], [size / 2**20 for _, size in points]
+        slopes = [float(np.polyfit(np.log(values), np.log(y), 1)[0]) for y in (milliseconds, megabytes)]
+        result[name] = {"values": values, "ms": milliseconds, "MB": megabytes, "exponents": slopes}
+        axis.loglog(values, milliseconds, "o-", label=f"time in ms, exponent {slopes[0]:.2f}")
+        axis.loglog(values, megabytes, "s-", label=f"state in MB, exponent {slopes[1]:.2f}")
+        axis.set_xlabel(name)
+        axis.legend(fontsize=7)
+        print(f"growth with {name:6}: time ^{slopes[0]:.2f}, state ^{slopes[1]:.2f}", flush=True)
+    figure.savefig(record.RESULTS / "growth.png", dpi=110)
+    return result
+
+
+def parts(width: int = 1024, tokens: int = 2048) -> dict[str, float]:
+    """Process milliseconds of what one square layer costs in one micro-batch, beside its two products in the pass."""
+    draw = torch.Generator().manual_seed(0)
+    x, g, weight = (torch.randn(rows, width, generator=draw) for rows in (tokens, tokens, width))
+    names = [str(index) for index in range(STACKED)]
+    sizes = {name: Size(2 * RANK + OVERSAMPLE, 2 * RANK) for name in names}
+
+    def block(accumulator: Streaming) -> None:
+        for name in names:
+            accumulator.add(name, x, g, 1.0)
+
+    warm = Streaming(sizes, 0, 0)
+    for _ in range(2):
+        block(warm)
+        warm.flush()
+    start = torch.randn(width, 2 * RANK + OVERSAMPLE + FRESH, generator=draw)
+    first = torch.cat([start, start[:, :PROBES]], dim=1)
+
+    def flushed() -> None:
+        for name in names:
+            warm.streams[name].pending = (start, start)
+        warm.flush()
+
+    ways: dict[str, tuple[Callable[[], Any], int]] = {
+        "pass: forward and backward product": (lambda: (x @ weight, g @ weight), 1),
+        "update: products": (lambda: (g.mT @ (x @ first), x.mT @ (g @ start)), 1),
+        "update: Cholesky QR": (lambda: orthonormal(start), 1),
+        "update: all, warm": (lambda: block(warm), STACKED),
+        "update: all, first block": (lambda: block(Streaming(sizes, 0, 0)), STACKED),
+        "flush": (flushed, STACKED),
+        "final factors, once": (lambda: warm.factors("0"), 1),
+    }
+    found = {}
+    for what, (way, layers) in ways.items():
+        runs = []
+        for _ in range(9):
+            begun = time.process_time()
+            way()
+            runs.append(1e3 * (time.process_time() - begun) / layers)
+        found[what] = statistics.median(runs[1:])
+        print(f"{what:36} {found[what]:8.2f} ms")
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    record.finish("update", {"width": 1024, "tokens": 2048, "rank": RANK, "ms": parts(), "growth": growth()})
