@@ -1,6 +1,6 @@
 """What does the estimate cost? Time, memory, state and alignment beside a frozen pass, plain LoRA steps and PEFT.
 
-    python benchmarks/bench_estimation.py                # about 30 minutes on two cores; growth.png beside the record
+    python benchmarks/bench_estimation.py                # about 30 minutes on two cores
     LORA_GA_DATA=... python benchmarks/bench_estimation.py   # the early stop on a real model, too
 
 The model is a Llama of 158M parameters with random weights (width 1024, 12 layers, float32), the batches 16 sequences
@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import bench_alignment
-import bench_update
 import lora_ga
 import record
 from lora_ga.frozen import frozen
-from lora_ga.lowrank import FRESH, PROBES
+from lora_ga.lowrank import PROBES
+from lora_ga.subspace import FRESH
 
 RANK, REPEATS, LENGTH = 8, 5, 512
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # PEFT's knows no "all-linear"
@@ -239,7 +239,7 @@ def main() -> None:
     timed = times(base, batches, ["frozen pass", "ours", "peft lora_ga"])
     held, flat = alignment(base, batches), alignment(llama(layers=2), sequences(random=True))
     wide = times(llama(2048, 4, 5632), batches[:2], ["frozen pass", "ours"])
-    memory, grown = peaks(), bench_update.growth()
+    memory = peaks()
     stopped = early_stop() if os.environ.get("LORA_GA_DATA") else None
     rows = [
         ("time over the frozen pass (floor from counts)", timed["median ratios"]["frozen pass"], floor(base)),
@@ -266,7 +266,6 @@ def main() -> None:
             "memory": memory,
             "estimate": held,
             "estimate, random bytes": flat,
-            "growth": grown,
             "early stop": stopped,
         },
     )

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_update.py      # a minute, in one thread; draws results/growth.png
 
-Square layers in float32, blocks of random numbers, process time; medians of eight after a first. `bench_estimation.py`
-measures the growth too, beside the whole estimate.
+Square layers in float32, blocks of random numbers, process time; medians of eight after a first.
+`bench_estimation.py` measures the whole estimate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 import record
 from lora_ga.accumulate import STACKED, Size, Streaming
 from lora_ga.config import LoraGAConfig
-from lora_ga.lowrank import FRESH, PROBES, orthonormal
+from lora_ga.lowrank import PROBES
+from lora_ga.subspace import FRESH, orthonormal
 
 RANK, OVERSAMPLE = 8, LoraGAConfig().oversample
 

@@ -1,7 +1,7 @@
-"""The README's table, drawn from the records in results/.
+"""The tables of the README and of docs/cost.md, drawn from the records in results/.
 
-python benchmarks/tables.py          prints it
-python benchmarks/tables.py --write  puts it between its markers in README.md
+python benchmarks/tables.py          prints them
+python benchmarks/tables.py --write  puts each between its markers in its page
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,68 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def written(text: str) -> str:
-    """A text with the table between its markers."""
-    return MARKERS.sub(lambda match: match[1] + table() + match[2], text)
+def cost() -> str:
+    """Markdown: what the estimate of a Llama of 150M parameters costs beside its neighbours."""
+    found = load("estimation")
+    ratios, wide = found["times"]["median ratios"], found["width 2048"]["median ratios"]
+    memory, held, flat = found["memory"]["over lora steps"], found["estimate"], found["estimate, random bytes"]
+    rows = [
+        ("time ÷ frozen forward and backward pass", f"{ratios['frozen pass']:.2f}", "≤ 1.15"),
+        ("the same, least possible by counts of multiplications", f"{found['floor']:.2f}", "–"),
+        ("the same at width 2048, 4 layers", f"{wide['frozen pass']:.2f}", "–"),
+        ("time ÷ PEFT's `preprocess_loraga` and `get_peft_model`", f"{ratios['peft lora_ga']:.2f}", "≤ 0.85"),
+        ("peak memory ÷ that of plain LoRA steps", f"{memory['ours']:.2f}", "≤ 1.02"),
+        ("the same of PEFT's `lora_ga`", f"{memory['peft lora_ga']:.2f}", "–"),
+        ("state ÷ one float32 gradient of all targets", f"{held['state over gradient']:.3f}", "≤ 0.06"),
+        ("alignment ratio, median (lowest)", f"{held['median']:.4f} ({held['lowest']:.4f})", "≥ 0.995"),
+        ("the same, 2 layers on random bytes", f"{flat['median']:.4f} ({flat['lowest']:.4f})", "–"),
+    ]
+    lines = ["| | measured | goal |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {what} | {figure} | {goal} |" for what, figure, goal in rows)])
+
+
+def update() -> str:
+    """Markdown: the parts of one layer's update, and its growth."""
+    found = load("update")
+    lines = [f"| one layer, width {found['width']}, {found['tokens']} tokens | ms |", "|---|---|"]
+    lines += [f"| {what} | {milliseconds:.2f} |" for what, milliseconds in found["ms"].items()]
+    lines += ["", "| growth with | time | state |", "|---|---|---|"]
+    exponents = {name: each["exponents"] for name, each in found["growth"].items()}
+    lines += [f"| {name} | exponent {time:.2f} | exponent {state:.2f} |" for name, (time, state) in exponents.items()]
+    return "\n".join(lines)
+
+
+def early() -> str:
+    """Markdown: what the early stop loses and saves."""
+    lines = [
+        "| tolerance | alignment ratio, median | lowest | batches a layer, mean | saved |",
+        "|---|---|---|---|---|",
+    ]
+    for tolerance, row in load("estimation")["early stop"].items():
+        cells = [
+            tolerance,
+            f"{row['median']:.4f}",
+            f"{row['lowest']:.4f}",
+            f"{row['batches']:.0f}",
+            f"{row['saved']:.0%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# Page → its tables, in their order there.
+PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {"README.md": (table,), "docs/cost.md": (cost, update, early)}
+
+
+def written(page: str, text: str) -> str:
+    """The text of a page with its tables between their markers."""
+    drawn = iter([each() for each in PAGES[page]])
+    return MARKERS.sub(lambda match: match[1] + next(drawn) + match[2], text)
 
 
 if __name__ == "__main__":
-    print(table())
-    if "--write" in sys.argv:
-        readme = ROOT / "README.md"
-        readme.write_text(written(readme.read_text()))
+    for page, tables in PAGES.items():
+        print(page, *(each() for each in tables), sep="\n\n")
+        if "--write" in sys.argv:
+            file = ROOT / page
+            file.write_text(written(page, file.read_text()))

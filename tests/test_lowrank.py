@@ -14,13 +14,10 @@ from lora_ga.lowrank import (
     generator,
     merge,
     merge_factors,
-    orthonormal,
     probes,
-    project,
-    truncate,
     truncated_svd,
-    turned,
 )
+from lora_ga.subspace import orthonormal, project, truncate, turned
 
 
 def known(outputs: int = 30, inputs: int = 40, decay: float = 0.7, seed: int = 0) -> tuple[Tensor, Tensor]:

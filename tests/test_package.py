@@ -53,12 +53,14 @@ def test_the_public_list_is_short_and_every_name_is_there() -> None:
         ("lowrank", {"torch"}),
         ("capture", {"torch"}),
         ("factors", {"torch"}),
-        ("accumulate", {"torch", "lowrank"}),
+        ("subspace", {"torch", "lowrank"}),
+        ("accumulate", {"torch", "lowrank", "subspace"}),
         ("split", {"torch", "lowrank", "config"}),
         ("store", {"torch"}),
         ("gradient", {"torch", "lowrank", "config", "store", "__version__"}),
         ("loss", {"torch", "store"}),
         ("tracking", {"gradient", "store"}),
+        ("progress", {"torch", "store"}),
     ],
 )
 def test_modules_import_no_more_than_the_design_lets_them(module: str, allowed: set[str]) -> None:
@@ -73,10 +75,12 @@ def test_data_flows_one_way() -> None:
         "capture",
         "store",
         "loss",
+        "subspace",
         "accumulate",
         "split",
         "gradient",
         "tracking",
+        "progress",
         "targets",
         "frozen",
     ]
@@ -172,15 +176,24 @@ def test_the_block_of_pefts_flow_runs() -> None:
     assert torch.equal(logits(names["model"], causal(1)[0]), logits(llama(), causal(1)[0]))
 
 
-def test_the_readmes_table_is_drawn_from_the_records() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert tables.table() in text
-    assert tables.written(text) == text
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_tables_are_drawn_from_the_records(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert all(each() in text for each in tables.PAGES[page])
+    assert tables.written(page, text) == text
 
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/integrations.md", "docs/serving.md", "CHANGELOG.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/guide.md",
+        "docs/integrations.md",
+        "docs/serving.md",
+        "docs/cost.md",
+        "CHANGELOG.md",
+    ],
 )
 def test_documents_name_only_commands_files_and_options_that_exist(document: str) -> None:
     text = (ROOT / document).read_text()

@@ -14,21 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lora_ga.lowrank import (
-    FRESH,
-    PROBES,
-    LowRank,
-    estimated_norm,
-    first_look,
-    gaussian,
-    merge_factors,
-    probes,
-    project,
-    truncate,
-    truncated_svd,
-    turned,
-    wide,
-)
+from lora_ga.lowrank import PROBES, LowRank, estimated_norm, gaussian, merge_factors, probes, truncated_svd, wide
+from lora_ga.subspace import FRESH, first_look, project, truncate, turned
 
 # Layers truncated at once: enough that a device is busy, few enough that their float64 copies stay small.
 STACKED = 8

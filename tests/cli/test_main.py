@@ -31,7 +31,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "lora-ga: error: 'trian' is not a command; the commands are train, estimate, inspect, export, convert, "
+        "lora-ga: error: 'trian' is not a command; the commands are train, estimate, merge, inspect, export, convert, "
         "compare.\n"
     )
 

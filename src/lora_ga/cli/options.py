@@ -11,9 +11,8 @@ from lora_ga.config import LoraGAConfig
 LIBRARY = LoraGAConfig()  # whose defaults are those of the commands
 
 # Where to begin a sweep, by method. The authors of LoRA-GA advise full fine-tuning's rate, not LoRA's tenfold
-# (github.com/Outsider565/LoRA-GA, issue 12); their paper (Wang, Yu, Li: LoRA-GA, NeurIPS 2024) used 1e-4 on T5-Base and
-# 2e-5 on Llama-2-7B, and 5e-5 lies between. With stable_gamma = 16 the start is large, so one step moves the product of
-# the factors some five to ten times as far as plain LoRA's at the same rate.
+# (github.com/Outsider565/LoRA-GA, issue 12); their paper used 1e-4 on T5-Base and 2e-5 on Llama-2-7B, and 5e-5 lies
+# between. With stable_gamma = 16 one step moves the product some five to ten times as far as plain LoRA's does.
 LEARNING_RATES = {"lora-ga": 5e-5, "lora": 2e-4, "full": 2e-5}
 
 
@@ -192,11 +191,7 @@ class EstimateOptions:
     )
     oversample: int = option(LIBRARY.oversample, "streaming: directions kept beyond the 2r that are needed")
     power_steps: int = option(LIBRARY.power_steps, "streaming: power iterations for each batch; 1 is more exact")
-    tolerance: float | None = option(
-        LIBRARY.tolerance,
-        "streaming: end early, layer by layer, when about this share of the leading directions is still to move "
-        "(0.01 is a good value; default: read all batches)",
-    )
+    tolerance: float | None = option(None, "streaming: stop at layers of whose directions this share is still to move")
     estimate_batches: int = option(LIBRARY.max_batches, "batches of training data in the estimate")
     estimate_batch_size: int | None = option(None, "examples in each of them (default: the batch size)")
     on_missing: Literal["error", "lora"] = option(
