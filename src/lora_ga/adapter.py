@@ -11,13 +11,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from lora_ga.config import LoraGAConfig
-from lora_ga.estimate import settle_missing
-from lora_ga.factors import FACTORS, Factor
+from lora_ga.estimate import settle_missing, warn_silent
+from lora_ga.forms import CONVOLUTION
 from lora_ga.gradient import GradientEstimate
+from lora_ga.kinds import base_weights, entries, form_of, kind_of
+from lora_ga.placing import put_factors
 from lora_ga.sidecar import RANK_FIELDS, AlignedLoraConfig, Alignment
 from lora_ga.split import Layer, split
 from lora_ga.store import fingerprint
-from lora_ga.targets import PREFIX, SHIFTED_BASES, Target, base_weight, find_targets
+from lora_ga.targets import PREFIX, SHIFTED_BASES, Target, find_targets
 
 Starts = dict[str, tuple[Tensor, Tensor]]
 
@@ -75,9 +77,10 @@ def write_starts(
     _check_shapes(estimate, aligned)
     if config.offset == "base":
         _check_base_can_change(model, aligned, adapter_name)
-    starts = {name: split(estimate[name], _layer(target, config, adapter_name)) for name, target in aligned.items()}
+    _warn_silent_parts(estimate, aligned, said)
+    starts = {name: _starts(target, estimate, config, adapter_name) for name, target in aligned.items()}
     plain = {
-        name: (target.rank, target.layer.lora_alpha[adapter_name])
+        name: (target.layer.r[adapter_name], target.layer.lora_alpha[adapter_name])
         for name, target in targets.items()
         if name in reasons
     }
@@ -88,17 +91,44 @@ def _unusable(target: Target, estimate: GradientEstimate) -> str | None:
     """Why a layer cannot start from the estimate; None if it can."""
     if target.too_small:
         return target.too_small
-    if target.name not in estimate:
+    held = [estimate[key] for key in target.keys if key in estimate]
+    if not held:
         left_out = estimate.missing.get(target.name)
         return f"left out of the estimate: {left_out}" if left_out else "the estimate does not cover it"
-    return "its gradient is exactly zero" if estimate[target.name].norm == 0 else None
+    return "its gradient is exactly zero" if all(part.norm == 0 for part in held) else None
 
 
-def _layer(target: Target, config: LoraGAConfig, adapter_name: str) -> Layer:
-    scaling = target.layer.scaling[adapter_name]
-    return Layer(
-        target.name, target.outputs, target.rank, scaling, config, lambda: base_weight(target.layer).detach().float()
-    )
+def _starts(
+    target: Target, estimate: GradientEstimate, config: LoraGAConfig, adapter_name: str
+) -> tuple[Tensor, Tensor]:
+    """A₀ and B₀ of a layer as PEFT lays them out; of a part without an estimate PEFT's own A and B = 0: plain LoRA."""
+    layer, pair = target.layer, entries(target.layer, adapter_name)
+    plain_A, plain_B = (getattr(entry, "weight", entry) for entry in pair)
+    starts = []
+    for part, key in enumerate(target.keys):
+        if key in estimate and estimate[key].norm > 0:
+            described = Layer(
+                key,
+                target.outputs,
+                target.rank,
+                layer.scaling[adapter_name],
+                config,
+                lambda part=part: base_weights(layer)[part].detach().float(),
+            )
+            starts.append(split(estimate[key], described))
+        else:
+            a = target.form.unstack_a(plain_A.detach(), target.parts)[part]
+            starts.append((a.float(), a.new_zeros(target.outputs, target.rank, dtype=torch.float32)))
+    a_PrI, b_POr = (torch.stack([start[side].cpu() for start in starts]) for side in (0, 1))
+    return a_PrI.flatten(0, 1).reshape(plain_A.shape), target.form.stack_b(b_POr).reshape(plain_B.shape)
+
+
+def _warn_silent_parts(estimate: GradientEstimate, targets: dict[str, Target], said: Container[str]) -> None:
+    """Say how many experts or groups start as plain LoRA, unless the estimate has said so just now."""
+    parts = [key for target in targets.values() if target.parts > 1 for key in target.keys]
+    silent = [key for key in parts if key not in estimate]
+    if any(key not in said for key in silent):
+        warn_silent(len(silent), len(parts), silent[0])
 
 
 def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> None:
@@ -107,11 +137,12 @@ def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> Non
     Raises:
         ValueError: There is such a layer.
     """
-    for name, target in targets.items():
-        found = (estimate[name].U.shape[0], estimate[name].V.shape[0])
+    by_key = {key: target for target in targets.values() for key in target.keys if key in estimate}
+    for key, target in by_key.items():
+        found = (estimate[key].U.shape[0], estimate[key].V.shape[0])
         if found != (target.outputs, target.inputs):
             raise ValueError(
-                f"{name}: the estimate is of a {found[0]} x {found[1]} weight, the layer's is {target.outputs} x "
+                f"{key}: the estimate is of a {found[0]} x {found[1]} weight, the layer's is {target.outputs} x "
                 f"{target.inputs}. Estimate the gradients of this model."
             )
 
@@ -126,15 +157,28 @@ def _check_base_can_change(model: PeftModel, targets: dict[str, Target], adapter
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(path)
     for name, target in targets.items():
-        weight = target.layer.get_base_layer().weight
+        base, kind = target.layer.get_base_layer(), kind_of(target.layer)
         others = [other for other in target.layer.r if other != adapter_name]
         if others:
             raise ValueError(
                 f'{name}: offset="base" would change the weight under the other adapters of the layer '
                 f'({", ".join(others)}); use offset="adapter", or delete them first.'
             )
-        if not weight.is_floating_point() or weight.is_meta:
-            raise ValueError(f'{name}: offset="base" cannot change a {weight.dtype} weight; use offset="adapter".')
+        if kind is not None and kind.read is not None:
+            raise ValueError(
+                f'{name}: offset="base" cannot change a quantised weight ({type(base).__name__}); use offset="adapter".'
+            )
+        if target.form is CONVOLUTION and target.parts > 1:
+            raise ValueError(
+                f'{name}: offset="base" cannot change a grouped convolution, whose adapter reaches across the groups; '
+                'use offset="adapter".'
+            )
+        weight = getattr(base, getattr(target.layer, "parameter_name", "weight"))
+        if not weight.is_floating_point() or weight.itemsize < 2 or weight.is_meta:
+            where = " on the meta device" if weight.is_meta else ""
+            raise ValueError(
+                f'{name}: offset="base" cannot change a {weight.dtype} weight{where}; use offset="adapter".'
+            )
         if len(owners[id(weight)]) > 1:
             shared = ", ".join(sorted(path.removeprefix(PREFIX) for path in owners[id(weight)]))
             raise ValueError(
@@ -149,27 +193,16 @@ def shift_base(layer: LoraLayer, a: Tensor, b: Tensor, scaling: float) -> None:
 
     Args:
         layer: The LoRA layer round the base weight.
-        a: A₀, (r, d_in).
-        b: B₀, (d_out, r).
+        a: A₀, as PEFT lays it out: (r, d_in).
+        b: B₀, likewise: (d_out, r).
         scaling: s.
     """
     SHIFTED_BASES.add(layer.get_base_layer())
-    weight = base_weight(layer)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    weight.copy_(weight.to(wide) - scaling * (b.to(weight.device, wide) @ a.to(weight.device, wide)))
-
-
-@torch.no_grad()
-def _replace(layer: LoraLayer, adapter_name: str, starts: tuple[Tensor, Tensor], offset: str) -> tuple[Factor, Factor]:
-    """Put factors in the place of PEFT's, reusing their parameters; returns them."""
-    pair = []
-    for modules, start, kind in zip((layer.lora_A, layer.lora_B), starts, FACTORS[offset], strict=True):
-        old = modules[adapter_name]
-        factor = kind(start, old.weight, old.bias)
-        factor.set_delta(torch.zeros_like(old.weight))
-        modules[adapter_name] = factor.train(old.training)
-        pair.append(factor)
-    return pair[0], pair[1]
+    form, weight_POI = form_of(layer), base_weights(layer)
+    wide = torch.promote_types(weight_POI.dtype, torch.float32)
+    a_PrI = form.unstack_a(a.to(weight_POI.device, wide), len(weight_POI))
+    b_POr = form.unstack_b(b.to(weight_POI.device, wide), len(weight_POI))
+    weight_POI.copy_(weight_POI.to(wide) - scaling * (b_POr @ a_PrI))
 
 
 def set_rank(layer: LoraLayer, adapter_name: str, rank: int) -> None:
@@ -204,11 +237,11 @@ def _write(
         original={field: getattr(peft_config, field) for field in RANK_FIELDS},
     )
     for name, target in aligned.items():
-        pair = _replace(target.layer, adapter_name, starts[name], config.offset)
+        pair = put_factors(target.layer, adapter_name, starts[name], config.offset)
         alignment.factors[name] = pair
         if config.offset == "base":
             shift_base(target.layer, pair[0].start, pair[1].start, alignment.scaling[name])
         else:
-            set_rank(target.layer, adapter_name, 2 * target.rank)
+            set_rank(target.layer, adapter_name, 2 * target.layer.r[adapter_name])
     changes = alignment.rank_fields(peft_config) if config.offset == "adapter" else {}
     model.peft_config[adapter_name] = AlignedLoraConfig.of(peft_config, alignment, **changes)

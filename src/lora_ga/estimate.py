@@ -16,12 +16,14 @@ from torch import Tensor
 from lora_ga.accumulate import ESTIMATORS, Accumulator
 from lora_ga.capture import Heard, record
 from lora_ga.config import LoraGAConfig
+from lora_ga.forms import EXPERTS
 from lora_ga.frozen import device_of, frozen, in_half, random_state_kept
 from lora_ga.gradient import GradientEstimate
 from lora_ga.loss import BatchError, LossFunction, weighed_loss
 from lora_ga.lowrank import LowRank
 from lora_ga.store import fingerprint
 from lora_ga.targets import Target, find_targets
+from lora_ga.weights import record_weights
 
 
 def _run(
@@ -53,7 +55,14 @@ def _run(
                 f"batch {index}: {error}. Check that batch, or compute in float32 or bfloat16 (float16 overflows)."
             ) from error
 
-    with record({name: target.layer for name, target in targets.items()}, sink) as heard:
+    rows = {name: target.rows for name, target in targets.items()}
+    layers = {name: target.layer for name, target in targets.items() if target.form is not EXPERTS}
+    owners = {
+        name: (target.layer.get_base_layer(), target.layer.parameter_name)
+        for name, target in targets.items()
+        if target.form is EXPERTS
+    }
+    with record(layers, sink, rows) as heard, record_weights(owners, sink, rows) as heard_weights:
         for index, batch in enumerate(itertools.islice(data, limit), start=1):
             try:
                 loss, weight = weighed_loss(model, send_to_device(batch, device), loss_fn)
@@ -64,6 +73,8 @@ def _run(
             if loss.requires_grad:  # else no target ran; said with their names once the pass is over
                 (loss * magnified if half else loss).backward()
             total += weight
+    heard.ran |= heard_weights.ran
+    heard.got_gradient |= heard_weights.got_gradient
     return heard, total, index
 
 
@@ -73,14 +84,14 @@ def _reasons(
     """Why layers cannot be aligned, by name."""
     reasons = {}
     for name, target in targets.items():
-        factor = factors.get(name)
+        found = [factor for key in target.keys if (factor := factors.get(key)) is not None]
         if target.too_small:
             reasons[name] = target.too_small
         elif name not in heard.ran:
             reasons[name] = f"never ran in {batches} batches"
-        elif name not in heard.got_gradient or factor is None:
+        elif name not in heard.got_gradient or (not found and target.parts == 1):
             reasons[name] = "ran, but got no gradient (is its output used by the loss?)"
-        elif factor.norm == 0:
+        elif all(factor.norm == 0 for factor in found):
             reasons[name] = "its gradient is exactly zero"
     return reasons
 
@@ -102,6 +113,31 @@ def _warn_thin(layers: Mapping[str, LowRank], targets: Mapping[str, Target]) -> 
             UserWarning,
             stacklevel=3,
         )
+
+
+def _silent_parts(targets: Mapping[str, Target], factors: Mapping[str, LowRank | None]) -> dict[str, str]:
+    """The parts (experts, groups) without a gradient of layers that have one, with a warning that counts them."""
+    parts = [key for target in targets.values() if target.parts > 1 for key in target.keys]
+    silent = [key for key in parts if (factor := factors.get(key)) is None or factor.norm == 0]
+    if silent:
+        warn_silent(len(silent), len(parts), silent[0])
+    return dict.fromkeys(silent, "got no token")
+
+
+def warn_silent(silent: int, parts: int, first: str) -> None:
+    """Say how many parts start as plain LoRA.
+
+    Args:
+        silent: Their number.
+        parts: The number of all parts.
+        first: The name of one of them.
+    """
+    warnings.warn(
+        f"{silent} of {parts} experts (or groups) got no gradient, as {first}: no token reached them. They start as "
+        "plain LoRA; use more batches to reach them.",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def settle_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on_missing: str) -> None:
@@ -168,8 +204,9 @@ def estimate_gradients(
     kind = ESTIMATORS[config.estimator]
     fitting = {name: target for name, target in targets.items() if name not in too_small}
     accumulators: dict[str, Accumulator] = {
-        name: kind(name, target.inputs, 2 * target.rank + config.oversample, config.power_steps, config.seed)
-        for name, target in fitting.items()
+        key: kind(key, target.inputs, 2 * target.rank + config.oversample, config.power_steps, config.seed)
+        for target in fitting.values()
+        for key in target.keys
     }
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() is on, in which there are no gradients; call this outside of it.")
@@ -181,10 +218,13 @@ def estimate_gradients(
         factors = {name: accumulator.factors() for name, accumulator in accumulators.items()}
     reasons = _reasons(targets, heard, factors, batches)
     settle_missing(reasons, targets, config.on_missing)
+    aligned = {name: target for name, target in fitting.items() if name not in reasons}
+    silent = _silent_parts(aligned, factors)
+    by_key = {key: target for target in aligned.values() for key in target.keys}
     layers = {
-        name: factor.scaled(1 / weight)
-        for name, factor in factors.items()
-        if factor is not None and name not in reasons
+        key: factor.scaled(1 / weight)
+        for key, factor in factors.items()
+        if factor is not None and key in by_key and key not in silent
     }
-    _warn_thin(layers, targets)
-    return GradientEstimate(layers, config, fingerprint(model), weight, batches, reasons)
+    _warn_thin(layers, by_key)
+    return GradientEstimate(layers, config, fingerprint(model), weight, batches, reasons | silent)
