@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def oracle(case: Case, model: PeftModel, batch: Any) -> dict[str, Tensor]:
     targets = find_targets(model)
     read = {name: target for name, target in targets.items() if getattr(kind_of(target.layer), "read", None)}
     if read:
-        plain = as_plain(copy.deepcopy(case.make()), targets)
+        plain = as_plain(case.make(), targets)
         targets = find_targets(fresh(case, plain))
     weights = {
         name: getattr(target.layer.get_base_layer(), getattr(target.layer, "parameter_name", "weight"))

@@ -35,6 +35,11 @@ class FactorTable(nn.ParameterDict):
         value = self.entry(name)
         return value.weight if isinstance(value, Factor) else value
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(value, Factor):  # a module takes the place of the parameter of that name
+            self._parameters.pop(name, None)
+        super().__setitem__(name, value)
+
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         """Names and the factors or parameters themselves."""
         return {name: self.entry(name) for name in self.keys()}.items()

@@ -15,6 +15,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_ga.kinds import packs, unpack
+
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
@@ -67,7 +69,8 @@ def frozen(model: PeftModel, adapter_name: str) -> Iterator[None]:
             for parameter, _ in parameters:
                 parameter.requires_grad_(False)
             for module, _ in modules:
-                module.training = False
+                module.training = packs(module)  # these know no dropout, and pass no gradient once they were evaluated
+                unpack(module)
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     stack.enter_context(_replaced(module, "forward", _checkpointed(module, module.forward)))
             for module, _ in active:

@@ -77,6 +77,20 @@ def _named(kind: type, name: str) -> bool:
     return f"{kind.__module__}.{kind.__qualname__}" == name
 
 
+def packs(module: nn.Module) -> bool:
+    """Whether a module changes its weight's layout when it is evaluated: bitsandbytes' 4-bit layers on some CPUs.
+
+    In that layout they pass no gradient on, without an error, also when they are trained again.
+    """
+    return any(_named(ancestor, BITS_4) for ancestor in type(module).__mro__)
+
+
+def unpack(module: Any) -> None:
+    """Give a weight its usual layout back; the numbers stay the same."""
+    if packs(module) and getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        module.state_dict()  # which unpacks the weight in place
+
+
 def kind_of(layer: LoraLayer) -> Kind | None:
     """The layer's row of `KINDS`; None if it has none."""
     ancestors = type(layer.get_base_layer()).__mro__
@@ -103,6 +117,7 @@ def base_weights(layer: LoraLayer) -> Tensor:
     """
     kind, base = kind_of(layer), layer.get_base_layer()
     if kind is not None and kind.read is not None:
+        unpack(base)
         return kind.read(base)[None]
     return form_of(layer).matrices(layer, getattr(base, getattr(layer, "parameter_name", "weight")))
 

@@ -87,8 +87,8 @@ class Alignment:
         if weights.is_file():
             name, (_, b) = next(iter(self.factors.items()))
             with safe_open(str(weights), framework="pt") as file:
-                key = f"{PREFIX}{name}.lora_B.weight"
-                saved = file.get_tensor(key) if key in file.keys() else torch.empty(0)  # noqa: SIM118 (not a dict)
+                held = {f"{PREFIX}{name}.lora_B.weight", f"{PREFIX}{name}.lora_embedding_B"} & set(file.keys())
+                saved = file.get_tensor(held.pop()) if held else torch.empty(0)
             if saved.shape != b.joined().shape or not torch.equal(saved, b.joined().detach().to(saved)):
                 warnings.warn(
                     f"{folder}: no {FILE} was written, since the adapter in this folder is not the one that was "
