@@ -81,6 +81,12 @@ def packs(module: nn.Module) -> bool:
     """Whether a module changes its weight's layout when it is evaluated: bitsandbytes' 4-bit layers on some CPUs.
 
     In that layout they pass no gradient on, without an error, also when they are trained again.
+
+    Args:
+        module: A module.
+
+    Returns:
+        Whether it is such a layer, on whatever device.
     """
     return any(_named(ancestor, BITS_4) for ancestor in type(module).__mro__)
 
