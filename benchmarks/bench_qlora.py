@@ -2,8 +2,8 @@
 
     LORA_GA_DATA=... python benchmarks/bench_qlora.py
 
-r = 8, s = α/√r, α = 16, γ = 16, AdamW without weight decay, linear warm-up (10%) and decay, batches of 32 sentences. The
-rate is chosen by the loss on training rows that are held out; the chosen rate's adapters are then scored once on the
+r = 8, s = α/√r, α = 16, γ = 16, AdamW without weight decay, linear warm-up (10%) and decay, batches of 32. The rate
+is chosen by the loss on training rows that are held out; the chosen rate's adapters are then scored once on the
 validation set (Matthews correlation). The classification head trains in both. About 15 minutes on one core.
 """
 

@@ -2,11 +2,11 @@
 
     LORA_GA_DATA=... python benchmarks/bench_quantised.py
 
-Three pretrained models in nf4. One SGD step of what trains, on the batches the estimate saw:
-the alignment ratio (see bench_alignment.py) against the gradient of that same 4-bit model (autograd's, of the model with
-the same numbers in plain layers), and, layer by layer, against that of the full-precision model. The largest change of
-the logits at the start. What the backward pass of the estimate holds on to, against the full-precision model.
-r = 8, 16 batches of 8 rows, s = α/√r. About 5 minutes on one core.
+Three pretrained models in nf4. One SGD step of what trains, on the batches the estimate saw: the alignment ratio (see
+bench_alignment.py) against the gradient of that same 4-bit model (autograd's, of the model with the same numbers in
+plain layers), and, layer by layer, against that of the full-precision model. The largest change of the logits at the
+start. What the backward pass of the estimate holds on to, against the full-precision model. r = 8, 16 batches of 8
+rows, s = α/√r. About 5 minutes on one core.
 """
 
 from __future__ import annotations

@@ -70,6 +70,12 @@ def write_starts(
             "(module names and weight shapes). Estimate the gradients of this model."
         )
     reasons = {name: reason for name, target in targets.items() if (reason := _unusable(target, estimate))}
+    for name in reasons:
+        if entries(targets[name].layer, adapter_name)[0].weight.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has to start as plain LoRA, but has no values; make the adapter "
+                "without low_cpu_mem_usage, or leave the layer out of target_modules."
+            )
     if config.on_missing == "error" or len(reasons) == len(targets):
         settle_missing(reasons, targets, config.on_missing)
     settle_missing({name: why for name, why in reasons.items() if name not in said}, targets, config.on_missing)

@@ -210,7 +210,8 @@ def estimate_gradients(
     }
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() is on, in which there are no gradients; call this outside of it.")
-    with random_state_kept(), torch.enable_grad(), frozen(model, adapter_name):
+    eager = torch.compiler.set_stance("force_eager")  # compiled graphs do not know of hooks
+    with random_state_kept(), torch.enable_grad(), eager, frozen(model, adapter_name):
         heard, weight, batches = _run(model, data, accumulators, fitting, config.max_batches, loss_fn)
     if batches == 0:
         raise ValueError("The data holds no batch; the gradient needs at least one. An iterator may be used up.")

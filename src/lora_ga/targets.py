@@ -79,6 +79,10 @@ def _lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
         ValueError: No such adapter, or no LoRA layers.
     """
     if not isinstance(model, PeftModel):
+        if isinstance(getattr(model, "_orig_mod", None), PeftModel):
+            raise TypeError(
+                "The model is wrapped by torch.compile; give the one inside, model._orig_mod: it is the same."
+            )
         raise TypeError(
             f"The model is a {type(model).__name__}, not a PeftModel with LoRA layers. Call "
             "peft.get_peft_model(model, LoraConfig(...)) first (not model.add_adapter), or lora_ga.get_lora_ga_model."
