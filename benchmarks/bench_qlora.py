@@ -27,8 +27,8 @@ import lora_ga
 import record
 from bench_quantised import in_training_layout, quantised
 
-STEPS, SIZE, SEEDS, HELD_OUT = 120, 32, (0, 1), 512
-RATES = {"lora": (1e-3, 3e-3, 1e-2), "lora-ga": (1e-4, 3e-4, 1e-3)}
+STEPS, SIZE, SEEDS, HELD_OUT = 160, 32, (0,), 512
+RATES = {"lora-ga": (1e-4, 3e-4, 1e-3), "lora": (1e-3, 3e-3, 1e-2)}
 
 
 def rows(part: str) -> list[dict[str, Any]]:
