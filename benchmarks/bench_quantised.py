@@ -11,6 +11,7 @@ rows, s = α/√r. About 5 minutes on one core.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import statistics
@@ -39,6 +40,11 @@ def quantised(kind: Any, folder: Any, skip: list[str], **settings: Any) -> nn.Mo
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=skip
     )
     return kind.from_pretrained(folder, quantization_config=config, device_map="cpu", **settings).eval()
+
+
+def pretrained(folder: Any) -> nn.Module:
+    """A causal language model in full precision."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def adapted(base: nn.Module, targets: list[str]) -> Any:
@@ -138,16 +144,16 @@ def main() -> None:
     rows = [json.loads(line) for line in record.data("data", "glue", "mrpc", "train.jsonl").read_text().splitlines()]
     text = record.data("data", "text", "tinyshakespeare.txt").read_text()
     results = {}
-    make_4bit: Make = lambda: quantised(  # noqa: E731
-        AutoModelForSequenceClassification, bench.minilm_folder(), ["classifier"], num_labels=2
+    make_4bit: Make = functools.partial(
+        quantised, AutoModelForSequenceClassification, bench.minilm_folder(), ["classifier"], num_labels=2
     )
     batches = bench.minilm_batches(rows[: 8 * BATCHES])
     name = "MiniLM-L6 on MRPC"
     results[name] = measure(name, bench.minilm, make_4bit, batches, ["query", "key", "value", "dense"])
     for short in ("stories260k", "babyllama105"):
         folder = record.data("models", short)
-        make: Make = lambda folder=folder: AutoModelForCausalLM.from_pretrained(folder).eval()  # noqa: E731
-        make_4bit = lambda folder=folder: quantised(AutoModelForCausalLM, folder, ["lm_head"])  # noqa: E731
+        make = functools.partial(pretrained, folder)
+        make_4bit = functools.partial(quantised, AutoModelForCausalLM, folder, ["lm_head"])
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         name = f"{short} on tinyshakespeare"
         results[name] = measure(name, make, make_4bit, bench.causal_batches(folder, text, BATCHES), targets)

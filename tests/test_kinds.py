@@ -173,7 +173,7 @@ def test_a_4_bit_layer_that_was_evaluated_and_packed_still_passes_its_gradient()
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True
     logits(base, causal(1)[0])
-    assert any(layer.weight.quant_state.packing_format_for_cpu for layer in layers)  # type: ignore[union-attr]
+    assert any(layer.weight.quant_state.packing_format_for_cpu for layer in layers)
     model = adapted(base)
     found = lora_ga.estimate_gradients(model, causal(), DENSE)
     # Packing rounded the blocks' scales, so the truth is the gradient of the model as it is now.

@@ -64,10 +64,9 @@ def as_plain(base: nn.Module, targets: dict[str, Target]) -> nn.Module:
     for name, target in targets.items():
         if getattr(kind_of(target.layer), "read", None) is not None:
             weight = base_weights(target.layer)[0].detach().float().clone()
-            linear = nn.Linear(*weight.mT.shape, bias=False)
+            outputs, inputs = weight.shape
+            linear = nn.Linear(inputs, outputs, bias=False)
             linear.weight = nn.Parameter(weight)
-            bias = getattr(target.layer.get_base_layer(), "bias", None)
-            linear.bias = None if bias is None else nn.Parameter(bias.detach().clone())
             base.set_submodule(name, linear)
     return base
 

@@ -204,7 +204,7 @@ def test_packed_sequences_give_the_gradient_of_the_separate_ones() -> None:
 
 def test_a_model_wrapped_by_torch_compile_is_refused_with_what_to_give() -> None:
     with pytest.raises(TypeError, match="wrapped by torch.compile; give the one inside, model._orig_mod"):
-        lora_ga.initialize(torch.compile(adapted(llama()), backend="eager"), causal())  # type: ignore[arg-type]
+        lora_ga.initialize(torch.compile(adapted(llama()), backend="eager"), causal())
 
 
 def test_a_layer_on_the_meta_device_that_has_to_start_as_plain_lora_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Container
 
@@ -119,7 +120,7 @@ def _starts(
                 target.rank,
                 layer.scaling[adapter_name],
                 config,
-                lambda part=part: base_weights(layer)[part].detach().float(),
+                functools.partial(_wide_weight, layer, part),
             )
             starts.append(split(estimate[key], described))
         else:
@@ -127,6 +128,10 @@ def _starts(
             starts.append((a.float(), a.new_zeros(target.outputs, target.rank, dtype=torch.float32)))
     a_PrI, b_POr = (torch.stack([start[side].cpu() for start in starts]) for side in (0, 1))
     return a_PrI.flatten(0, 1).reshape(plain_A.shape), target.form.stack_b(b_POr).reshape(plain_B.shape)
+
+
+def _wide_weight(layer: LoraLayer, part: int) -> Tensor:
+    return base_weights(layer)[part].detach().float()
 
 
 def _warn_silent_parts(estimate: GradientEstimate, targets: dict[str, Target], said: Container[str]) -> None:

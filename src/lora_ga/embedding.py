@@ -40,18 +40,18 @@ class FactorTable(nn.ParameterDict):
             self._parameters.pop(name, None)
         super().__setitem__(name, value)
 
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+    def items(self) -> ItemsView[str, Any]:
         """Names and the factors or parameters themselves."""
         return {name: self.entry(name) for name in self.keys()}.items()
 
-    def values(self) -> ValuesView[Any]:  # type: ignore[override]
+    def values(self) -> ValuesView[Any]:
         """The factors or parameters themselves."""
         return dict(self.items()).values()
 
     def _factors(self) -> list[str]:
         return [name for name, value in self.items() if isinstance(value, Factor)]
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:  # type: ignore[override]
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """The joined matrices under PEFT's names, without the `.weight` a module's would have."""
         made = super().state_dict(*args, prefix=prefix, **kwargs)
         for name in self._factors():

@@ -31,8 +31,8 @@ class Kind:
     layer: str
     base: str
     form: Form = LINEAR
-    read: Callable[[nn.Module], Tensor] | None = None
-    ready: Callable[[nn.Module], bool] = lambda base: True
+    read: Callable[[Any], Tensor] | None = None
+    ready: Callable[[Any], bool] = lambda base: True
     ran: bool = True
 
 
