@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping
@@ -108,6 +109,21 @@ def hqq() -> Any:
         if isinstance(module, nn.Linear):
             made = HQQLinear(module, config, compute_dtype=torch.float32, device="cpu")
             model.model.set_submodule(name, made)
+    return model.requires_grad_(False)
+
+
+def packed(module: str, name: str) -> Any:
+    """The decoder's layers packed by gptqmodel, 4 bit, rounded to the nearest; no calibration."""
+    kind = getattr(importlib.import_module(f"gptqmodel.nn_modules.qlinear.{module}"), name)
+    model = wide_llama()
+    for path, linear in list(model.model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            outputs, inputs = linear.weight.shape
+            made = kind(4, 32, True, False, inputs, outputs, False, register_buffers=True)
+            scales = linear.weight.detach().unflatten(1, (-1, 32)).abs().amax(-1) / 7
+            made.pack(linear, scales, torch.full_like(scales, 8), torch.arange(inputs) // 32)
+            made.post_init()
+            model.model.set_submodule(path, made.eval())
     return model.requires_grad_(False)
 
 
@@ -220,6 +236,18 @@ LAYERS: Mapping[str, Case] = {
         quanto, needs="optimum.quanto" if importlib.util.find_spec("optimum") else "optimum", base_offset=False
     ),
     "HQQ 4 bit": Case(hqq, settings={"target_modules": ATTENTION}, needs="hqq", base_offset=False),
+    "GPTQ 4 bit": Case(
+        functools.partial(packed, "torch", "TorchLinear"),
+        settings={"target_modules": ATTENTION},
+        needs="gptqmodel",
+        base_offset=False,
+    ),
+    "AWQ 4 bit": Case(
+        functools.partial(packed, "torch_awq", "AwqTorchLinear"),
+        settings={"target_modules": ATTENTION},
+        needs="gptqmodel",
+        base_offset=False,
+    ),
     "nn.Embedding": Case(seeded(Twisted), settings={"target_modules": ["embed", "first"]}),
     "nn.Conv2d": Case(
         seeded(Convolutions),

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -44,8 +45,12 @@ def _bytes_ready(base: Any) -> bool:
     return (not base.weight.is_meta and base.weight.itemsize == 1) or base.state.has_fp16_weights
 
 
+@torch.no_grad()
 def _packed(base: Any) -> Tensor:
-    return base.dequantize_weight().mT  # gptqmodel unpacks to (inputs, outputs)
+    """What the layer makes of unit vectors, less the bias: its backends share no other way to read the weight."""
+    device = base.qweight.device
+    units_II = torch.eye(base.in_features, device=device)
+    return (base(units_II) - base(torch.zeros_like(units_II[:1]))).mT
 
 
 READ, BITS_4, BITS_8 = (
@@ -63,8 +68,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("layer.Linear", "optimum.quanto.nn.qlinear.QLinear", read=lambda base: base.qweight.dequantize()),
     Kind("torchao.TorchaoLoraLinear", "torch.nn.modules.linear.Linear", read=READ),
     Kind("hqq.HqqLoraLinear", "hqq.core.quantize.HQQLinear", read=READ, ready=lambda base: bool(base.ready)),
-    Kind("gptq.GPTQLoraLinear", "gptqmodel.nn_modules.qlinear.BaseQuantLinear", read=_packed, ran=False),
-    Kind("awq.AwqLoraLinear", "gptqmodel.nn_modules.qlinear.BaseQuantLinear", read=_packed, ran=False),
+    Kind("gptq.GPTQLoraLinear", "gptqmodel.nn_modules.qlinear.BaseQuantLinear", read=_packed),
+    Kind("awq.AwqLoraLinear", "gptqmodel.nn_modules.qlinear.BaseQuantLinear", read=_packed),
     Kind("layer.Linear", "torch.nn.modules.linear.Linear"),
     Kind("layer.Linear", "transformers.pytorch_utils.Conv1D", TRANSPOSED),
     Kind("layer.Conv2d", "torch.nn.modules.conv.Conv2d", CONVOLUTION),
