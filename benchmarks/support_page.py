@@ -21,8 +21,8 @@ MEANING = {
     "step": "training lowers the loss",
     "reload": "stock PEFT, on the original base, computes what the trained model computes",
     "resume": "`lora_ga.load` gives back the structure that trains",
-    'offset="base"': "the paper's way starts from the same function up to rounding and saves for the original base; "
-    "or it is refused, where a weight cannot be changed",
+    'offset="base"': "the paper's way starts from the same function up to rounding, and saves for the original base",
+    'offset="base" refused': "it is refused, since the weight cannot be changed",
     "alignment": "every expert's first step reaches at least 0.99 of its limit (median)",
     "works": "does what PEFT says, with both offsets where both apply",
 }

@@ -33,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[OUTCOMES] = {}
 
 
+def _weight(outcome: str) -> int:
+    """Several tests may make one cell: a failure counts before a success, and that before what was not run."""
+    return ["failed", "passed"].index(outcome) if outcome in {"failed", "passed"} else 2
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.CallInfo, None]:
     outcome = yield
@@ -45,8 +50,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         report.outcome if report.outcome != "skipped" else f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"
     )
     cells = item.config.stash[OUTCOMES].setdefault(group, {}).setdefault(row, {})
-    if cells.get(column, "passed") == "passed":  # several tests may make one cell; the worst counts
-        cells[column] = found
+    cells[column] = min(cells.get(column, found), found, key=_weight)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -187,7 +187,7 @@ def test_the_base_offset_starts_from_the_same_function_and_saves_for_the_origina
     torch.testing.assert_close(output(case, stock), output(case, model), rtol=0, atol=2e-4)
 
 
-@rows('offset="base"', only=lambda case: not case.base_offset)
+@rows('offset="base" refused', only=lambda case: not case.base_offset)
 def test_the_base_offset_is_refused_where_the_weight_cannot_be_changed(case: Case) -> None:
     model = fresh(case)
     with pytest.raises(ValueError, match='offset="base"'):
