@@ -9,31 +9,33 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def about() -> dict[str, Any]:
-    """The command, commit, versions and device of a run."""
+def about(also: Sequence[str] = ()) -> dict[str, Any]:
+    """The command, commit, versions (of the packages in `also` too) and device of a run."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
     )
+    names = ("torch", "transformers", "peft", "lora-ga", *also)
     return {
         "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit.stdout.strip() or None,
         "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "lora-ga")},
+        "versions": {name: importlib.metadata.version(name) for name in names},
         "python": platform.python_version(),
         "device": f"CPU, {os.cpu_count()} cores",
     }
 
 
-def finish(name: str, record: dict[str, Any]) -> None:
-    """Keep the record in results/ and print it as the last line."""
+def finish(name: str, record: dict[str, Any], also: Sequence[str] = ()) -> None:
+    """Keep the record in results/, with the versions of the packages in `also`, and print it as the last line."""
     RESULTS.mkdir(exist_ok=True)
-    whole = about() | record
+    whole = about(also) | record
     (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     print(json.dumps(whole))
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.tuners.lora.config import VeloraConfig
 from torch import Tensor, nn
 
 import lora_ga
@@ -339,14 +340,15 @@ def test_an_adapter_that_is_aligned(offset: str) -> None:
         lora_ga.apply_estimate(model, estimate)
 
 
-def test_dora_and_other_variants() -> None:
-    with pytest.raises(ValueError, match="LoRA variant DoraLinear, which is not supported yet"):
-        lora_ga.initialize(adapted(llama(), use_dora=True), causal())
+def test_variants_whose_start_is_not_known_to_keep_the_function() -> None:
+    model = adapted(llama(), velora_config=VeloraConfig())
+    with pytest.raises(ValueError, match="uses the LoRA variant Velora.*, which is not supported; switch the variant"):
+        lora_ga.initialize(model, causal())
 
 
 def test_an_unknown_layer_kind_is_named_with_its_class_and_what_to_exclude() -> None:
-    model = adapted(llama(), ["embed_tokens", "q_proj"])
-    message = r"embed_tokens is a Embedding \(PEFT: layer.Embedding\); known are Linear, Conv1D.*exclude_modules=\['emb"
+    model = adapted(nn.Sequential(nn.Conv1d(3, 8, 3), nn.Linear(8, 8)), ["0", "1"])
+    message = r"0 is a Conv1d \(PEFT: layer.Conv1d\); known are Linear4bit, .*Embedding.*exclude_modules=\['0"
     with pytest.raises(ValueError, match=message):
         lora_ga.initialize(model, causal())
     assert_untouched(model)

@@ -52,6 +52,9 @@ def test_the_public_list_is_short_and_every_name_is_there() -> None:
         ("config", set()),
         ("lowrank", {"torch"}),
         ("capture", {"torch"}),
+        ("forms", {"torch"}),
+        ("weights", {"torch", "capture"}),
+        ("embedding", {"torch", "factors"}),
         ("factors", {"torch"}),
         ("subspace", {"torch", "lowrank"}),
         ("accumulate", {"torch", "lowrank", "subspace"}),
@@ -81,10 +84,15 @@ def test_data_flows_one_way() -> None:
         "gradient",
         "tracking",
         "progress",
+        "forms",
+        "embedding",
+        "kinds",
         "targets",
         "frozen",
+        "weights",
+        "missing",
     ]
-    order += ["estimate", "sidecar", "structure", "adapter", "start", "restore", "export", "callback"]
+    order += ["estimate", "sidecar", "placing", "structure", "adapter", "start", "restore", "export", "callback"]
     order += ["serving", "convert", "compat", "entrypoint"]
     for index, module in enumerate(order):
         assert not imports(module) & set(order[index + 1 :]), module
@@ -93,8 +101,8 @@ def test_data_flows_one_way() -> None:
 def test_peft_is_imported_only_where_models_and_adapters_are_touched() -> None:
     users = {path.stem for path in SOURCE.glob("*.py") if "peft" in imports(path.stem)}
     assert users == {
-        *("targets", "frozen", "estimate", "sidecar", "structure", "adapter", "start", "restore", "export"),
-        *("serving", "convert", "compat", "entrypoint"),
+        *("kinds", "targets", "frozen", "estimate", "sidecar", "placing", "structure", "adapter", "start", "restore"),
+        *("export", "serving", "convert", "compat", "entrypoint"),
     }
 
 

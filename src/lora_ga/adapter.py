@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container
 
+import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from lora_ga.config import LoraGAConfig
-from lora_ga.estimate import settle_missing
+from lora_ga.factors import Factor
+from lora_ga.forms import CONVOLUTION
 from lora_ga.gradient import GradientEstimate
+from lora_ga.kinds import base_weights, entries, kind_of, weight_of
+from lora_ga.missing import settle_missing, warn_silent
 from lora_ga.sidecar import Alignment
 from lora_ga.split import Layer, split
 from lora_ga.store import fingerprint
 from lora_ga.structure import build, fill
-from lora_ga.targets import PREFIX, Target, base_weight, find_targets
+from lora_ga.targets import PREFIX, Target, find_targets
 from lora_ga.tracking import section
 
 
@@ -69,6 +76,12 @@ def write_starts(
             "(module names and weight shapes). Estimate the gradients of this model."
         )
     reasons = {name: reason for name, target in targets.items() if (reason := _unusable(target, estimate))}
+    for name in reasons:
+        if _on_meta(targets[name], adapter_name):
+            raise ValueError(
+                f"{name} is on the meta device and has to start as plain LoRA, but has no values; make the adapter "
+                "without low_cpu_mem_usage, or leave the layer out of target_modules."
+            )
     if config.on_missing == "error" or len(reasons) == len(targets):
         settle_missing(reasons, targets, config.on_missing)
     settle_missing({name: why for name, why in reasons.items() if name not in said}, targets, config.on_missing)
@@ -76,21 +89,24 @@ def write_starts(
     _check_shapes(estimate, aligned)
     if config.offset == "base":
         _check_base_can_change(model, aligned, adapter_name)
-    starts = {name: split(estimate[name], _layer(target, config, adapter_name)) for name, target in aligned.items()}
+    _warn_silent_parts(estimate, aligned, said)
+    starts = {name: _starts(target, estimate, config, adapter_name) for name, target in aligned.items()}
     if alignment is None:
         plain = {name: target for name, target in targets.items() if name in reasons}
         alignment = build(model, aligned, plain, config, adapter_name)
     fill(alignment, starts, aligned)
     alignment.config = config
-    alignment.summary = section(estimate, {name: target.rank for name, target in aligned.items()})
+    by_key = {key: target for target in aligned.values() for key in target.keys}
+    alignment.ranks = {key: target.rank for key, target in by_key.items() if key in estimate}
+    alignment.summary = section(estimate, alignment.ranks)
 
 
 def give_structure(model: PeftModel, config: LoraGAConfig, adapter_name: str) -> None:
     """Prepare a fresh adapter for a start that comes later, before an optimizer or a wrapper sees its parameters.
 
     It computes and (but for weight decay, which pulls A towards where it began) trains as the plain LoRA it was;
-    `apply_estimate` then gives it its start in place. Layers that are
-    too small for their rank stay as they are, if `on_missing` allows it. An adapter that is prepared already stays so.
+    `apply_estimate` then gives it its start in place. Layers that are too small for their rank stay as they are, if
+    `on_missing` allows it. An adapter that is prepared already stays so.
 
     Args:
         model: A `PeftModel` with a fresh LoRA adapter.
@@ -99,11 +115,17 @@ def give_structure(model: PeftModel, config: LoraGAConfig, adapter_name: str) ->
 
     Raises:
         TypeError: The model is not a `PeftModel`.
-        ValueError: The adapter cannot be aligned.
+        ValueError: The adapter cannot be aligned, or is on the meta device, so that it cannot compute until its start.
     """
     targets = find_targets(model, adapter_name)
     if getattr(model.peft_config[adapter_name], "alignment", None) is not None:
         return
+    for name, target in targets.items():
+        if _on_meta(target, adapter_name):
+            raise ValueError(
+                f"{name}: its adapter is on the meta device and has no values to compute with until it is started. "
+                "Make the adapter without low_cpu_mem_usage, or start it at once with lora_ga.initialize."
+            )
     too_small = {name: target.too_small for name, target in targets.items() if target.too_small}
     if config.on_missing == "error" or len(too_small) == len(targets):
         settle_missing(too_small, targets, config.on_missing)
@@ -115,17 +137,55 @@ def _unusable(target: Target, estimate: GradientEstimate) -> str | None:
     """Why a layer cannot start from the estimate; None if it can."""
     if target.too_small:
         return target.too_small
-    if target.name not in estimate:
+    held = [estimate[key] for key in target.keys if key in estimate]
+    if not held:
         left_out = estimate.missing.get(target.name)
         return f"left out of the estimate: {left_out}" if left_out else "the estimate does not cover it"
-    return "its gradient is exactly zero" if estimate[target.name].norm == 0 else None
+    return "its gradient is exactly zero" if all(part.norm == 0 for part in held) else None
 
 
-def _layer(target: Target, config: LoraGAConfig, adapter_name: str) -> Layer:
-    scaling = target.layer.scaling[adapter_name]
-    return Layer(
-        target.name, target.outputs, target.rank, scaling, config, lambda: base_weight(target.layer).detach().float()
+def _starts(
+    target: Target, estimate: GradientEstimate, config: LoraGAConfig, adapter_name: str
+) -> tuple[Tensor, Tensor]:
+    """A₀ and B₀ of a layer as PEFT lays them out; of a part without an estimate PEFT's own A and B = 0: plain LoRA."""
+    layer = target.layer
+    # Of a structure without a start, the start is what PEFT drew.
+    plain_A, plain_B = (
+        entry.start if isinstance(entry, Factor) else weight_of(entry) for entry in entries(layer, adapter_name)
     )
+    starts = []
+    for part, key in enumerate(target.keys):
+        if key in estimate and estimate[key].norm > 0:
+            described = Layer(
+                key,
+                target.outputs,
+                target.rank,
+                layer.scaling[adapter_name],
+                config,
+                functools.partial(_wide_weight, layer, part),
+            )
+            starts.append(split(estimate[key], described))
+        else:
+            a = target.form.unstack_a(plain_A.detach(), target.parts)[part]
+            starts.append((a.float(), a.new_zeros(target.outputs, target.rank, dtype=torch.float32)))
+    a_PrI, b_POr = (torch.stack([start[side].cpu() for start in starts]) for side in (0, 1))
+    return a_PrI.flatten(0, 1).reshape(plain_A.shape), target.form.stack_b(b_POr).reshape(plain_B.shape)
+
+
+def _on_meta(target: Target, adapter_name: str) -> bool:
+    return any(weight_of(entry).is_meta for entry in entries(target.layer, adapter_name))
+
+
+def _wide_weight(layer: LoraLayer, part: int) -> Tensor:
+    return base_weights(layer)[part].detach().float()
+
+
+def _warn_silent_parts(estimate: GradientEstimate, targets: dict[str, Target], said: Container[str]) -> None:
+    """Say how many experts or groups start as plain LoRA, unless the estimate has said so just now."""
+    parts = [key for target in targets.values() if target.parts > 1 for key in target.keys]
+    silent = [key for key in parts if key not in estimate]
+    if any(key not in said for key in silent):
+        warn_silent(len(silent), len(parts), silent[0])
 
 
 def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> None:
@@ -134,11 +194,12 @@ def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> Non
     Raises:
         ValueError: There is such a layer.
     """
-    for name, target in targets.items():
-        found = (estimate[name].U.shape[0], estimate[name].V.shape[0])
+    by_key = {key: target for target in targets.values() for key in target.keys if key in estimate}
+    for key, target in by_key.items():
+        found = (estimate[key].U.shape[0], estimate[key].V.shape[0])
         if found != (target.outputs, target.inputs):
             raise ValueError(
-                f"{name}: the estimate is of a {found[0]} x {found[1]} weight, the layer's is {target.outputs} x "
+                f"{key}: the estimate is of a {found[0]} x {found[1]} weight, the layer's is {target.outputs} x "
                 f"{target.inputs}. Estimate the gradients of this model."
             )
 
@@ -153,15 +214,28 @@ def _check_base_can_change(model: PeftModel, targets: dict[str, Target], adapter
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(path)
     for name, target in targets.items():
-        weight = target.layer.get_base_layer().weight
+        base, kind = target.layer.get_base_layer(), kind_of(target.layer)
         others = [other for other in target.layer.r if other != adapter_name]
         if others:
             raise ValueError(
                 f'{name}: offset="base" would change the weight under the other adapters of the layer '
                 f'({", ".join(others)}); use offset="adapter", or delete them first.'
             )
-        if not weight.is_floating_point() or weight.is_meta:
-            raise ValueError(f'{name}: offset="base" cannot change a {weight.dtype} weight; use offset="adapter".')
+        if kind is not None and kind.read is not None:
+            raise ValueError(
+                f'{name}: offset="base" cannot change a quantised weight ({type(base).__name__}); use offset="adapter".'
+            )
+        if target.form is CONVOLUTION and target.parts > 1:
+            raise ValueError(
+                f'{name}: offset="base" cannot change a grouped convolution, whose adapter reaches across the groups; '
+                'use offset="adapter".'
+            )
+        weight = getattr(base, getattr(target.layer, "parameter_name", "weight"))
+        if not weight.is_floating_point() or weight.itemsize < 2 or weight.is_meta:
+            where = " on the meta device" if weight.is_meta else ""
+            raise ValueError(
+                f'{name}: offset="base" cannot change a {weight.dtype} weight{where}; use offset="adapter".'
+            )
         if len(owners[id(weight)]) > 1:
             shared = ", ".join(sorted(path.removeprefix(PREFIX) for path in owners[id(weight)]))
             raise ValueError(

@@ -94,7 +94,7 @@ class LoraGACallback(TrainerCallback):
         trainer, _ = _caller(self)
         _check_trainer(trainer, self.batches is None)
         alignment: Alignment | None = getattr(_config(model, self.adapter_name), "alignment", None)
-        if alignment is not None and any(bool(b.weight.any()) for _, b in alignment.factors.values()):
+        if alignment is not None and any(all(f.weight.any() for f in pair) for pair in alignment.factors.values()):
             raise ValueError(
                 f"Adapter {self.adapter_name!r} is already aligned: it comes from lora_ga.initialize or a checkpoint. "
                 "Train it without LoraGACallback, or give the trainer a fresh adapter."
@@ -175,11 +175,10 @@ class LoraGACallback(TrainerCallback):
     def _report(self, trainer: Trainer, alignment: Alignment) -> None:
         """Send the estimate's numbers to the trackers that `report_to` names."""
         assert self.estimate is not None, "called after the estimate"
-        ranks = {name: pair[0].rank for name, pair in alignment.factors.items() if name in self.estimate}
         trackers = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
         for tracker in trainer.callback_handler.callbacks:
             if isinstance(tracker, trackers):
-                logs = scalars(self.estimate, ranks)
+                logs = scalars(self.estimate, alignment.ranks)
                 tracker.on_log(trainer.args, trainer.state, trainer.control, model=trainer.model, logs=logs)
 
 

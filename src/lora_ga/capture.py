@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Sink = Callable[[str, Tensor, Tensor], None]
+# What a layer was called with, and its output's gradient → the parts of its weight, with (T, I) and (T, O) for each.
+Rows = Callable[[Tensor, Tensor], Iterable[tuple[str, Tensor, Tensor]]]
 
 
 @dataclasses.dataclass
@@ -56,16 +59,23 @@ class _Listen(torch.autograd.Function):
         return g, None, None, None
 
 
+def flat(name: str, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The rows of a layer that maps `(..., I)` to `(..., O)`."""
+    yield name, x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+
+
 @contextlib.contextmanager
-def record(layers: Mapping[str, nn.Module], sink: Sink) -> Iterator[Heard]:
+def record(layers: Mapping[str, nn.Module], sink: Sink, rows: Mapping[str, Rows] | None = None) -> Iterator[Heard]:
     """Call `sink(name, x, g)` for every call of every layer, when its gradient arrives in the backward pass.
 
     The layers' parameters may be frozen, quantised or sharded. Where a layer's output does not require a gradient,
     the graph is started there. Owns all its hooks and removes them on leaving, also after an error.
 
     Args:
-        layers: Modules that map `(..., I)` to `(..., O)` with their first argument as x.
-        sink: Receives the layer's name, x as (T, I) and ∂L/∂y as (T, O), in the dtypes of the pass.
+        layers: Modules, with their first argument as x.
+        sink: Receives the layer's (or part's) name, x as (T, I) and ∂L/∂y as (T, O), in the dtypes of the pass.
+        rows: For layers that do not map `(..., I)` to `(..., O)`, or have several parts: layer name → how x and ∂L/∂y
+            become rows.
 
     Yields:
         What has been heard so far.
@@ -74,10 +84,10 @@ def record(layers: Mapping[str, nn.Module], sink: Sink) -> Iterator[Heard]:
 
     def hand_over(name: str, x: Tensor, g: Tensor) -> None:
         heard.got_gradient.add(name)
-        x_TI, g_TO = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        if len(x_TI):
-            with torch.no_grad():
-                sink(name, x_TI, g_TO)
+        with torch.no_grad():
+            for key, x_TI, g_TO in (rows or {}).get(name, functools.partial(flat, name))(x, g):
+                if len(x_TI):
+                    sink(key, x_TI, g_TO)
 
     def listen(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:

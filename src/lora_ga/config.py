@@ -44,7 +44,8 @@ class LoraGAConfig:
         tolerance: Ends the estimate early, layer by layer; None reads all batches. A layer has settled when, twice in
             a row, the number of batches times the mean squared sine by which the last one has turned its leading 2r
             directions (weighted by σ²) is within the tolerance: then about that share of their energy is still to
-            move. 0.01 is a good value where batches are costly. Only for the streaming estimator.
+            move. 0.01 is a good value where batches are costly. Only for the streaming estimator. Of experts and groups
+            each settles by itself; a layer of them is listened to until all have, so one that gets no token keeps it.
         on_missing: What to do with a layer that cannot be aligned (no gradient, or a rank above half its smaller
             side): "error", or "lora": it starts as plain LoRA, with a warning that names it.
         seed: Addresses every random draw together with the layer's name; the global generators are never used.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_ga.accumulate import ESTIMATORS, Accumulator, Size
-from lora_ga.capture import Heard, record
+from lora_ga.capture import Heard, Sink, record
 from lora_ga.config import LoraGAConfig
-from lora_ga.frozen import device_of, frozen, in_half, random_state_kept
+from lora_ga.forms import EXPERTS
+from lora_ga.frozen import device_of, frozen, in_half, place_of, random_state_kept
 from lora_ga.gradient import GradientEstimate
 from lora_ga.loss import BatchError, LossFunction, weighed_loss
-from lora_ga.lowrank import LowRank
+from lora_ga.missing import missing, settle_missing, silent_parts, warn_thin
 from lora_ga.progress import Checkpoint, Progress
 from lora_ga.store import fingerprint
 from lora_ga.targets import Target, find_targets
+from lora_ga.weights import record_weights
 
 
 @dataclasses.dataclass
@@ -50,11 +52,12 @@ class _Run:
         scale = 1.0  # weight of the batch over what its loss is multiplied with
 
         def sink(name: str, x_TI: Tensor, g_TO: Tensor) -> None:
+            if name in progress.settled:  # a part of a layer whose others have not
+                return
             with torch.autocast(g_TO.device.type, enabled=False):
                 self.accumulator.add(name, x_TI, g_TO, scale)
 
-        layers = {name: target.layer for name, target in self.targets.items() if name not in progress.settled}
-        with record(layers, sink) as heard:
+        with self._listening(sink) as heard:
             for batch in self._unread(itertools.islice(data, self.config.max_batches)):
                 index = progress.batches + 1
                 try:
@@ -79,16 +82,43 @@ class _Run:
                 self._settle(heard)
                 if self.checkpoint is not None and index % self.checkpoint.every == 0:
                     self.checkpoint.save(progress, self.accumulator.state())
-                if len(progress.settled) == len(self.targets):
+                if self._all_settled():
                     break
+
+    @contextlib.contextmanager
+    def _listening(self, sink: Sink) -> Iterator[Heard]:
+        """Listen to the layers that have not settled, and to the parameters that no layer of their own applies.
+
+        Yields:
+            What has been heard so far.
+        """
+        waiting = {name: target for name, target in self.targets.items() if not self._settled(target)}
+        rows = {name: target.rows for name, target in waiting.items()}
+        layers = {name: target.layer for name, target in waiting.items() if target.form is not EXPERTS}
+        owners = {
+            name: (target.layer.get_base_layer(), target.layer.parameter_name)
+            for name, target in waiting.items()
+            if target.form is EXPERTS
+        }
+        with record(layers, sink, rows) as heard, record_weights(owners, sink, rows, heard):
+            yield heard
+
+    def _settled(self, target: Target) -> bool:
+        """Whether all parts of a layer have settled."""
+        return all(key in self.progress.settled for key in target.keys)
+
+    def _all_settled(self) -> bool:
+        return all(self._settled(target) for target in self.targets.values())
 
     def _settle(self, heard: Heard) -> None:
         """Listen no more to layers whose directions have settled."""
         if self.config.tolerance is not None:
             with torch.no_grad():
                 changes = self.accumulator.changes()
-            for name in self.progress.settle(changes, self.config.tolerance):
-                heard.release[name]()
+            done = set(self.progress.settle(changes, self.config.tolerance))
+            for name, target in self.targets.items():
+                if done.intersection(target.keys) and self._settled(target):
+                    heard.release[name]()
 
     def _unread(self, data: Iterable[Any]) -> Iterator[Any]:
         """The batches that the checkpoint has not seen; those that it has are compared with its digest.
@@ -103,7 +133,7 @@ class _Run:
             yield from data
             return
         seen, again, count = self.progress.batches, Progress(), 0
-        if seen and len(self.progress.settled) == len(self.targets):
+        if seen and self._all_settled():
             return
         for count, batch in enumerate(data, start=1):
             if count > seen:
@@ -120,68 +150,6 @@ class _Run:
             f"{self.checkpoint.path} was made from other batches: it has seen {seen}, and those given now are not the "
             "same or fewer. Give the data of the interrupted run in its order, or remove the file to start anew."
         )
-
-
-def _reasons(
-    targets: Mapping[str, Target], progress: Progress, factors: Mapping[str, LowRank | None]
-) -> dict[str, str]:
-    """Why layers cannot be aligned, by name."""
-    reasons = {}
-    for name, target in targets.items():
-        factor = factors.get(name)
-        if target.too_small:
-            reasons[name] = target.too_small
-        elif name not in progress.ran:
-            reasons[name] = f"never ran in {progress.batches} batches"
-        elif name not in progress.got_gradient or factor is None:
-            reasons[name] = "ran, but got no gradient (is its output used by the loss?)"
-        elif factor.norm == 0:
-            reasons[name] = "its gradient is exactly zero"
-    return reasons
-
-
-def _warn_thin(layers: Mapping[str, LowRank], targets: Mapping[str, Target]) -> None:
-    """Say which layers take rounding noise for directions, because their gradient has fewer than 2r of them."""
-    thin = []
-    for name, layer in layers.items():
-        wanted = 2 * targets[name].rank
-        floor = torch.finfo(layer.S.dtype).eps * max(targets[name].inputs, targets[name].outputs) * layer.S[0]
-        found = int((layer.S[:wanted] > floor).sum())
-        if found < wanted:
-            thin.append(f"  {name}: {found} directions, rank {targets[name].rank} uses {wanted}")
-    if thin:
-        listed = "\n".join(thin)
-        warnings.warn(
-            f"Fewer gradient directions than the start uses, in {len(thin)} of {len(layers)} layers:\n{listed}\nThe "
-            "rest is arbitrary. Use more or larger batches, or a smaller rank.",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def settle_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on_missing: str) -> None:
-    """Raise or warn about layers that cannot be aligned.
-
-    Args:
-        reasons: Layer name → why.
-        targets: All layers of the adapter.
-        on_missing: The configuration's choice.
-
-    Raises:
-        ValueError: There are such layers and `on_missing` is "error", or all layers are.
-    """
-    if not reasons:
-        return
-    listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-    count = f"{len(reasons)} of {len(targets)} layers cannot be aligned:\n{listed}\n"
-    if len(reasons) == len(targets):
-        raise ValueError(count + "No layer is left. Check target_modules, the batches and the loss.")
-    if on_missing == "error":
-        raise ValueError(
-            count + 'Leave them out of target_modules, or pass LoraGAConfig(on_missing="lora") to start them as '
-            "plain LoRA."
-        )
-    warnings.warn(count + "They start as plain LoRA.", UserWarning, stacklevel=3)
 
 
 def estimate_gradients(
@@ -232,7 +200,8 @@ def estimate_gradients(
         raise ValueError("torch.inference_mode() is on, in which there are no gradients; call this outside of it.")
     fitting = {name: target for name, target in targets.items() if name not in too_small}
     run = _started(model, fitting, config, loss_fn, checkpoint, every)
-    with random_state_kept(), torch.enable_grad(), frozen(model, adapter_name):
+    eager = torch.compiler.set_stance("force_eager")  # compiled graphs do not know of hooks
+    with random_state_kept(), torch.enable_grad(), eager, frozen(model, adapter_name):
         run.read(data)
     if run.progress.batches == 0:
         raise ValueError("The data holds no batch; the gradient needs at least one. An iterator may be used up.")
@@ -248,8 +217,8 @@ def _started(
     every: int,
 ) -> _Run:
     """A run at its beginning, or where its checkpoint left it."""
-    used = {name: 2 * target.rank for name, target in targets.items()}
-    sizes = {name: Size(kept=count + config.oversample, used=count) for name, count in used.items()}
+    used = {key: 2 * target.rank for target in targets.values() for key in target.keys}
+    sizes = {key: Size(kept=count + config.oversample, used=count) for key, count in used.items()}
     accumulator: Accumulator = ESTIMATORS[config.estimator](
         sizes, config.power_steps, config.seed, watched=config.tolerance is not None
     )
@@ -259,7 +228,7 @@ def _started(
     identity = {"fingerprint": fingerprint(model), "config": config.to_dict(), "ranks": ranks}
     file = Checkpoint(Path(checkpoint), every, identity)
     progress, tensors = file.load()
-    devices = {name: next(target.layer.parameters()).device for name, target in targets.items()}
+    devices = {key: place_of(target.layer) for target in targets.values() for key in target.keys}
     accumulator.restore(tensors, devices)
     return _Run(model, targets, config, loss_fn, accumulator, progress, file)
 
@@ -268,22 +237,25 @@ def _finished(run: _Run, targets: Mapping[str, Target]) -> GradientEstimate:
     """The estimate that a run has come to."""
     progress, config = run.progress, run.config
     with torch.no_grad(), torch.autocast(device_of(run.model).type, enabled=False):
-        factors = {name: run.accumulator.factors(name) for name in run.targets}
-    reasons = _reasons(targets, progress, factors)
+        factors = {key: run.accumulator.factors(key) for target in run.targets.values() for key in target.keys}
+    reasons = missing(targets, progress, factors)
     settle_missing(reasons, targets, config.on_missing)
+    aligned = {name: target for name, target in targets.items() if name not in reasons}
+    silent = silent_parts(aligned, factors)
+    by_key = {key: target for target in aligned.values() for key in target.keys}
     layers = {
-        name: factor.scaled(1 / progress.settled_weight.get(name, progress.weight))
-        for name, factor in factors.items()
-        if factor is not None and name not in reasons
+        key: factor.scaled(1 / progress.settled_weight.get(key, progress.weight))
+        for key, factor in factors.items()
+        if factor is not None and key in by_key and key not in silent
     }
-    _warn_thin(layers, targets)
+    warn_thin(layers, by_key)
     return GradientEstimate(
         layers,
         config,
         fingerprint(run.model),
         progress.weight,
         progress.batches,
-        reasons,
+        reasons | silent,
         settled=progress.settled,
         settled_weight=progress.settled_weight,
     )

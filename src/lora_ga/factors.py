@@ -8,7 +8,8 @@ With `A = A₀ + dA`, `B = B₀ + dB` the layer adds `s·(B A − B₀ A₀) x`,
 base stays as it is. `ShiftedA`, `ShiftedB` (offset="base") train A and B themselves and compute at rank r; the base
 weight has been changed. Both kinds save the joined matrices, and split them again on loading.
 
-Shapes: r rank, I inputs, O outputs; a joined A is (2r, I), a joined B is (O, 2r).
+Shapes: r rank, I inputs, O outputs; a joined A is (2r, I), a joined B is (O, 2r). A convolution's have two dimensions
+more. Where a layer is a stack of parts (groups, experts) r counts all of them, and A's rows are joined part by part.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Factor(nn.Linear):
@@ -31,14 +35,25 @@ class Factor(nn.Linear):
     start: Tensor
     joined_dim: int  # the dimension in which the start and the delta are joined: 0 for A, 1 for B
 
-    def __init__(self, start: Tensor, trainable: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self,
+        start: Tensor,
+        trainable: nn.Parameter,
+        bias: nn.Parameter | None = None,
+        *,
+        rank: int | None = None,
+        parts: int = 1,
+        compute: Compute = functional.linear,
+    ) -> None:
         nn.Module.__init__(self)
+        self.rank = rank or start.shape[self.joined_dim]  # what PEFT calls r; of fused experts that of each
+        self.parts, self.compute = parts, compute
         if trainable.shape != start.shape:
             raise ValueError(f"The trainable part is {tuple(trainable.shape)}, its start {tuple(start.shape)}.")
         self.start = start.detach().to(trainable).clone()
         self.register_parameter(self.trainable_name, trainable)
         self.register_parameter("bias", bias)
-        self.out_features, self.in_features = self.weight.shape
+        self.out_features, self.in_features = self.weight.shape[:2]
 
     trainable_name = "weight"
 
@@ -47,10 +62,9 @@ class Factor(nn.Linear):
         """The parameter that trains, the same object the plain LoRA factor had."""
         return self._parameters[self.trainable_name]  # type: ignore[return-value]
 
-    @property
-    def rank(self) -> int:
-        """r, the rank that trains."""
-        return self.start.shape[self.joined_dim]
+    def forward(self, x: Tensor) -> Tensor:
+        """What the plain factor computes, with this weight."""
+        return self.compute(x, self.weight, self.bias)
 
     def delta(self) -> Tensor:
         """How far the factor has moved from its start: dA (r, I) or dB (O, r)."""
@@ -69,18 +83,32 @@ class Factor(nn.Linear):
     def joined(self) -> Tensor:
         """The factor of the plain rank-2r adapter for the original base."""
         start, delta = self.start.to(self.trainable), self.delta()
-        parts = [delta, start + delta] if self.joined_dim == 0 else [start, delta]
-        return torch.cat(parts, dim=self.joined_dim)
+        return self.join(delta, start + delta) if self.joined_dim == 0 else self.join(start, delta)
+
+    def join(self, first: Tensor, second: Tensor) -> Tensor:
+        """Two factors of rank r as one of rank 2r: A's rows one below the other, part by part; B's side by side."""
+        if self.joined_dim == 1:
+            return torch.cat([first, second], dim=1)
+        rows = [half.unflatten(0, (self.parts, -1)) for half in (first, second)]
+        return torch.cat(rows, dim=1).flatten(0, 1)
+
+    def halves(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """What `join` joined."""
+        if self.joined_dim == 1:
+            first, second = joined.chunk(2, dim=1)
+            return first, second
+        first, second = joined.unflatten(0, (self.parts, -1)).chunk(2, dim=1)
+        return first.flatten(0, 1), second.flatten(0, 1)
 
     def delta_in(self, joined: Tensor) -> Tensor:
-        """The part of a joined matrix that is the delta: the upper half of A's rows, the right half of B's columns."""
-        return joined.chunk(2, dim=self.joined_dim)[self.joined_dim]
+        """The half of a joined matrix that is the delta: the first of A's, the second of B's."""
+        return self.halves(joined)[self.joined_dim]
 
     def agrees(self, joined: Tensor) -> bool:
         """Whether a joined matrix of the same shape is this one, up to the rounding of the file it was stored in."""
         low = any(torch.equal(joined, joined.to(kind).to(joined)) for kind in (torch.bfloat16, torch.float16))
-        own, delta = self.joined(), self.delta().repeat((2, 1) if self.joined_dim == 0 else (1, 2))
-        size = joined.abs() + own.abs() + delta.abs()
+        own, delta = self.joined(), self.delta().abs()
+        size = joined.abs() + own.abs() + self.join(delta, delta)
         return bool(((own - joined).abs() <= (2.0**-7 if low else 1e-6) * size).all())
 
     def split(self, joined: Tensor) -> None:
@@ -153,7 +181,7 @@ class Delta(Factor):
     @torch.no_grad()
     def split(self, joined: Tensor) -> None:
         """Take over a joined matrix of any start. An exact start is kept, since A₀ + dA in the file is rounded."""
-        first, second = joined.chunk(2, dim=self.joined_dim)
+        first, second = self.halves(joined)
         if self.joined_dim == 1:
             self.start = first.clone()
         elif not torch.equal(self.start.to(first) + first, second):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lora_ga.kinds import packs, unpack
 
 
 @contextlib.contextmanager
@@ -66,7 +69,8 @@ def frozen(model: PeftModel, adapter_name: str) -> Iterator[None]:
         try:
             put_aside(model, adapter_name)
             for module, _ in modules:
-                module.training = False
+                module.training = packs(module)  # these know no dropout, and pass no gradient once they were evaluated
+                unpack(module)
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     stack.enter_context(_replaced(module, "forward", _checkpointed(module, module.forward)))
             if use_cache:
@@ -121,6 +125,16 @@ def device_of(model: Any) -> torch.device:
         embeddings = None
     parameter = next((embeddings or model).parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def place_of(layer: nn.Module) -> torch.device:
+    """Where a layer computes: the device Accelerate moves its offloaded weights to, or that of its parameters."""
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    given = next((device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None), None)
+    if given is not None:
+        return torch.device(given)
+    held = (tensor.device for tensor in itertools.chain(layer.parameters(), layer.buffers()) if not tensor.is_meta)
+    return next(held, torch.device("cpu"))
 
 
 def in_half(model: nn.Module, device: torch.device) -> bool:

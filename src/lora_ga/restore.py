@@ -16,10 +16,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga import sidecar
 from lora_ga.config import LoraGAConfig
-from lora_ga.factors import FACTORS, Factor
+from lora_ga.factors import Factor
+from lora_ga.kinds import entries, weight_of
+from lora_ga.placing import make_factors, place
 from lora_ga.sidecar import AlignedLoraConfig, Alignment
 from lora_ga.store import fingerprint
-from lora_ga.structure import put, set_rank, shift_base
+from lora_ga.structure import set_rank, shift_base
 from lora_ga.targets import PREFIX, SHIFTED_BASES
 
 # Optimizer states that have the shape of their parameter, in AdamW, Adam, SGD and their relatives.
@@ -150,27 +152,23 @@ def _restore_pair(
     Raises:
         ValueError: The sidecar does not belong to the adapter.
     """
-    pair = []
-    for letter, kind in zip("AB", FACTORS[offset], strict=True):
-        old = getattr(layer, f"lora_{letter}")["default"]
-        start = tensors[f"{name}.{letter}0"].to(old.weight)
-        parameter = nn.Parameter(torch.zeros_like(start), requires_grad=old.weight.requires_grad)
-        factor = kind(start, parameter, old.bias)
-        fits = factor.joined().shape == old.weight.shape
+    plain = [weight_of(entry) for entry in entries(layer, "default")]
+    a, b = (tensors[f"{name}.{letter}0"].to(old) for letter, old in zip("AB", plain, strict=True))
+    pair = make_factors(layer, "default", offset, rank=layer.r["default"] // 2, starts=(a, b))
+    for letter, old, factor in zip("AB", plain, pair, strict=True):
+        fits = factor.joined().shape == old.shape
         if fits:
-            factor.set_delta(factor.delta_in(old.weight))
+            factor.set_delta(factor.delta_in(old))
             if f"{name}.{letter}" in tensors:  # offset="base": B₀ + dB is rounded, so B itself is kept
                 factor.trainable.copy_(tensors[f"{name}.{letter}"])
-        if not fits or not factor.agrees(old.weight):
+        if not fits or not factor.agrees(old):
             raise ValueError(
                 f"{where}: {sidecar.FILE} does not belong to this adapter: {letter} of {name} has another start. It "
                 "may be left from before the adapter was trained as plain LoRA. Remove it to load the adapter as "
                 "plain LoRA, or put the right one back."
             )
-        factor.train(old.training)
-        put(factor, name, layer, f"lora_{letter}", "default", configs)
-        pair.append(factor)
-    return pair[0], pair[1]
+    place(layer, "default", pair, name, configs)
+    return pair
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ class Alignment:
         original: The rank fields of the user's LoraConfig, before they were doubled.
         twin: The adapter whose configuration this one was given, if it was: it has that one's start.
         summary: What a model card says about the start, in Markdown; empty if there is nothing to say.
+        ranks: Part of a layer (the layer itself where it has one) → r, of those that have started from an estimate.
     """
 
     factors: dict[str, tuple[Factor, Factor]]
@@ -57,6 +58,7 @@ class Alignment:
     original: dict[str, Any]
     twin: str | None = None
     summary: str = ""
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def rank_fields(self, config: LoraConfig) -> dict[str, Any]:
         """Values of `RANK_FIELDS` for the rank-2r adapter, with every layer's scaling unchanged.
@@ -92,8 +94,8 @@ class Alignment:
         if weights.is_file():
             name, (_, b) = next(iter(self.factors.items()))
             with safe_open(str(weights), framework="pt") as file:
-                key = f"{PREFIX}{name}.lora_B.weight"
-                saved = file.get_tensor(key) if key in file.keys() else torch.empty(0)  # noqa: SIM118 (not a dict)
+                held = {f"{PREFIX}{name}.lora_B.weight", f"{PREFIX}{name}.lora_embedding_B"} & set(file.keys())
+                saved = file.get_tensor(held.pop()) if held else torch.empty(0)
             if saved.shape != b.joined().shape or not torch.equal(saved, b.joined().detach().to(saved)):
                 warnings.warn(
                     f"{folder}: no {FILE} was written, since the adapter in this folder is not the one that was "

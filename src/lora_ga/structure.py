@@ -1,60 +1,25 @@
 """The structure of an aligned adapter: factors in delta coordinates in the place of PEFT's, and their starts.
 
-Only this module, `adapter` and `restore` change a model. A structure without a start is plain LoRA: A₀ is the A that
-PEFT drew, B₀ is zero.
+Only this module, `placing`, `adapter` and `restore` change a model. A structure without a start is plain LoRA: A₀ and
+B₀ are what PEFT drew, one of which is zero.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_ga.config import LoraGAConfig
-from lora_ga.factors import FACTORS, Delta, Factor
+from lora_ga.kinds import base_weights, form_of
+from lora_ga.placing import make_factors, place
 from lora_ga.sidecar import RANK_FIELDS, AlignedLoraConfig, Alignment
 from lora_ga.store import fingerprint
-from lora_ga.targets import SHIFTED_BASES, Target, base_weight
-
-
-class FactorDict(nn.ModuleDict):
-    """PEFT's factors of a layer by adapter; one added with an aligned adapter's configuration gets its structure.
-
-    TRL's preference trainers add such an adapter as their reference and copy into it parameter by parameter, by name.
-    """
-
-    def __init__(self, path: str, factors: nn.ModuleDict, configs: dict[str, Any]) -> None:
-        super().__init__()
-        self.path = path  # of the layer
-        self.configs = configs  # of the model's adapters: PEFT enters a new one there before it makes its layers
-        for name, factor in factors.items():
-            self.add_module(name, factor)
-
-    def __setitem__(self, key: str, module: nn.Module) -> None:
-        alignment = getattr(self.configs.get(key), "alignment", None)
-        if alignment is not None and isinstance(module, nn.Linear) and not isinstance(module, Factor):
-            alignment = _alignment_of_its_own(self.configs, key)
-            model = self._modules.get(alignment.twin or key)
-            if isinstance(model, Delta):
-                module = type(model)(model.start, nn.Parameter(torch.zeros_like(model.start)), module.bias)
-                alignment.factors[self.path] = (*alignment.factors.get(self.path, ()), module)
-        super().__setitem__(key, module)
-
-
-def _alignment_of_its_own(configs: dict[str, Any], key: str) -> Alignment:
-    """The alignment of adapter `key`, no longer shared with the adapter whose configuration it was given."""
-    config = configs[key]
-    twin = next((name for name, other in configs.items() if name != key and other is config), None)
-    if twin is not None:
-        config = AlignedLoraConfig.of(config, dataclasses.replace(config.alignment, factors={}, twin=twin))
-        configs[key] = config
-    return config.alignment
+from lora_ga.targets import SHIFTED_BASES, Target
 
 
 def build(
@@ -78,47 +43,18 @@ def build(
         scaling={name: target.layer.scaling[adapter] for name, target in targets.items()},
         config=config,
         fingerprint=fingerprint(model),
-        plain={name: (target.rank, target.layer.lora_alpha[adapter]) for name, target in plain.items()},
+        plain={name: (target.layer.r[adapter], target.layer.lora_alpha[adapter]) for name, target in plain.items()},
         original={field: getattr(peft_config, field) for field in RANK_FIELDS},
     )
     for name, target in targets.items():
-        alignment.factors[name] = _replace(target, adapter, config.offset, model.peft_config)
+        rank = target.layer.r[adapter]
+        alignment.factors[name] = make_factors(target.layer, adapter, config.offset, rank=rank)
+        place(target.layer, adapter, alignment.factors[name], name, model.peft_config)
         if config.offset == "adapter":
-            set_rank(target.layer, adapter, 2 * target.rank)
+            set_rank(target.layer, adapter, 2 * rank)
     changes = alignment.rank_fields(peft_config) if config.offset == "adapter" else {}
     model.peft_config[adapter] = AlignedLoraConfig.of(peft_config, alignment, **changes)
     return alignment
-
-
-@torch.no_grad()
-def _replace(target: Target, adapter: str, offset: str, configs: dict[str, Any]) -> tuple[Factor, Factor]:
-    """Put factors in the place of PEFT's, reusing their parameters; returns them."""
-    pair = []
-    for attribute, kind in zip(("lora_A", "lora_B"), FACTORS[offset], strict=True):
-        old = getattr(target.layer, attribute)[adapter]
-        factor = kind(old.weight, old.weight, old.bias)
-        factor.begin_at(old.weight)
-        factor.train(old.training)
-        put(factor, target.name, target.layer, attribute, adapter, configs)
-        pair.append(factor)
-    return pair[0], pair[1]
-
-
-def put(factor: Factor, path: str, layer: LoraLayer, attribute: str, adapter: str, configs: dict[str, Any]) -> None:
-    """Put a factor in the place of PEFT's.
-
-    Args:
-        factor: The factor.
-        path: The LoRA layer's, in the base model.
-        layer: The LoRA layer.
-        attribute: "lora_A" or "lora_B".
-        adapter: The adapter.
-        configs: The configurations of the model's adapters.
-    """
-    modules = getattr(layer, attribute)
-    modules[adapter] = factor
-    if not isinstance(modules, FactorDict):
-        setattr(layer, attribute, FactorDict(path, modules, configs))
 
 
 def fill(alignment: Alignment, starts: Mapping[str, tuple[Tensor, Tensor]], targets: Mapping[str, Target]) -> None:
@@ -126,7 +62,7 @@ def fill(alignment: Alignment, starts: Mapping[str, tuple[Tensor, Tensor]], targ
 
     Args:
         alignment: Of the adapter, whose factors are fresh.
-        starts: Layer name → A₀ (r, d_in), B₀ (d_out, r).
+        starts: Layer name → A₀ and B₀, as PEFT lays them out.
         targets: The layers.
     """
     for name, pair in starts.items():
@@ -143,14 +79,16 @@ def shift_base(layer: LoraLayer, a: Tensor, b: Tensor, scaling: float) -> None:
 
     Args:
         layer: The LoRA layer round the base weight.
-        a: A₀, (r, d_in).
-        b: B₀, (d_out, r).
+        a: A₀, as PEFT lays it out: (r, d_in).
+        b: B₀, likewise: (d_out, r).
         scaling: s.
     """
     SHIFTED_BASES.add(layer.get_base_layer())
-    weight = base_weight(layer)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    weight.copy_(weight.to(wide) - scaling * (b.to(weight.device, wide) @ a.to(weight.device, wide)))
+    form, weight_POI = form_of(layer), base_weights(layer)
+    wide = torch.promote_types(weight_POI.dtype, torch.float32)
+    a_PrI = form.unstack_a(a.to(weight_POI.device, wide), len(weight_POI))
+    b_POr = form.unstack_b(b.to(weight_POI.device, wide), len(weight_POI))
+    weight_POI.copy_(weight_POI.to(wide) - scaling * (b_POr @ a_PrI))
 
 
 def set_rank(layer: LoraLayer, adapter_name: str, rank: int) -> None:

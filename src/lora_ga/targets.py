@@ -1,38 +1,26 @@
-"""Which layers of a PEFT model an adapter aligns, by name. Holds the only table of layer kinds."""
+"""Which layers of a PEFT model an adapter aligns, by name."""
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora import layer as lora_layers
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_ga.factors import Factor
+from lora_ga.forms import CONVOLUTION, EXPERTS, Form
+from lora_ga.kinds import KINDS, Kind, entries, form_of, kind_of, say_never_run, weight_of
 
 PREFIX = "base_model.model."
 # Base layers whose weight `offset="base"` has changed: the layer itself does not say so once the adapter is gone.
 SHIFTED_BASES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of layer: how PEFT wraps it, what it wraps, and whether its weight is stored as (inputs, outputs)."""
-
-    layer: type[nn.Module]
-    base: type[nn.Module]
-    transposed: bool
-
-
-# A new kind is a new row, with a test in tests/test_targets.py that its captured gradient is autograd's.
-KINDS: tuple[Kind, ...] = (
-    Kind(lora_layers.Linear, nn.Linear, transposed=False),
-    Kind(lora_layers.Linear, Conv1D, transposed=True),
-)
+# Variants of LoRA that compute what the base does while the product of the factors is zero, and whose gradient by the
+# product is then that of the weight (PEFT's DoRA takes the norms as constants).
+VARIANTS = ("DoraLinearVariant", "DoraConv2dVariant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +28,33 @@ class Target:
     """A LoRA layer to align.
 
     Attributes:
-        name: The module's path in the base model, the key of estimates and messages.
+        name: The module's path in the base model, the key of messages and files.
         layer: PEFT's LoRA layer.
-        inputs: Inputs of the weight, d_in.
-        outputs: Outputs of the weight, d_out.
-        rank: The adapter's rank r in this layer.
+        form: How the layer holds its weight.
+        parts: Matrices the weight consists of; more than 1 in grouped convolutions and fused experts.
+        inputs: Inputs of one part, d_in.
+        outputs: Outputs of one part, d_out.
+        rank: The adapter's rank r in one part.
     """
 
     name: str
     layer: LoraLayer
+    form: Form
+    parts: int
     inputs: int
     outputs: int
     rank: int
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of the parts in an estimate: the layer's own where there is one part."""
+        return [self.name] if self.parts == 1 else [f"{self.name}[{part}]" for part in range(self.parts)]
+
+    def rows(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """What the layer was called with and its output's gradient, as rows of its parts: (key, (T, I), (T, O))."""
+        keys = self.keys
+        for part, x_TI, g_TO in self.form.rows(self.layer, x, g):
+            yield keys[part], x_TI, g_TO
 
     @property
     def too_small(self) -> str | None:
@@ -76,6 +79,10 @@ def _lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
         ValueError: No such adapter, or no LoRA layers.
     """
     if not isinstance(model, PeftModel):
+        if isinstance(getattr(model, "_orig_mod", None), PeftModel):
+            raise TypeError(
+                "The model is wrapped by torch.compile; give the one inside, model._orig_mod: it is the same."
+            )
         raise TypeError(
             f"The model is a {type(model).__name__}, not a PeftModel with LoRA layers. Call "
             "peft.get_peft_model(model, LoraConfig(...)) first (not model.add_adapter), or lora_ga.get_lora_ga_model."
@@ -95,38 +102,46 @@ def _lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     return found
 
 
-def _kind(layer: LoraLayer) -> Kind | None:
-    """The layer's row of `KINDS`; None if it has none."""
-    base = layer.get_base_layer()
-    return next((kind for kind in KINDS if type(layer) is kind.layer and isinstance(base, kind.base)), None)
-
-
-def base_weight(layer: LoraLayer) -> Tensor:
-    """The base weight of a LoRA layer of a known kind, as (d_out, d_in): the weight itself or a transposed view."""
-    kind = _kind(layer)
-    weight = layer.get_base_layer().weight
-    return weight.mT if kind is not None and kind.transposed else weight
+def _unfit(name: str, layer: LoraLayer, kind: Kind, adapter_name: str) -> str | None:
+    """Why a layer of a known kind cannot be adapted as it stands; None if it can."""
+    base: Any = layer.get_base_layer()
+    if not kind.ready(base):
+        return (
+            f"{name} is a {type(base).__name__} whose weight has not been quantised yet (it is, at the first move to "
+            "its device): load the model with from_pretrained(..., quantization_config=...), or move it to its device"
+        )
+    if kind.form is CONVOLUTION and set(base.dilation) != {1}:
+        return f"{name} is a dilated convolution, which PEFT adapts by one without dilation; leave it out"
+    others = [other for other in layer.active_adapters if other != adapter_name and other in layer.r]
+    if kind.form is EXPERTS and others:
+        return (
+            f"{name} is a parameter adapted by other active adapters too ({', '.join(others)}), which hide its "
+            f"gradient; call model.set_adapter({adapter_name!r}) first"
+        )
+    return None
 
 
 def _refusal(name: str, layer: LoraLayer, adapter_name: str) -> str | None:
     """Why a layer cannot be aligned whatever its gradient; None if it can."""
-    if adapter_name in layer.lora_variant or layer.use_dora.get(adapter_name):
-        variant = type(layer.lora_variant.get(adapter_name)).__name__.removesuffix("Variant")
-        return f"{name} uses the LoRA variant {variant}, which is not supported yet; switch the variant (use_dora) off"
-    if _kind(layer) is None:
+    variant = type(layer.lora_variant.get(adapter_name)).__name__
+    if adapter_name in layer.lora_variant and variant not in VARIANTS:
+        variant = variant.removesuffix("Variant")
+        return f"{name} uses the LoRA variant {variant}, which is not supported; switch the variant off"
+    kind = kind_of(layer)
+    if kind is None:
         base = type(layer.get_base_layer()).__name__
-        known = ", ".join(kind.base.__name__ for kind in KINDS)
+        known = ", ".join(dict.fromkeys(kind.base.rpartition(".")[2] for kind in KINDS if kind.form is not EXPERTS))
         return (
             f"{name} is a {base} (PEFT: {type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}); known are "
             f"{known}. Leave it out with LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
         )
-    if layer.get_base_layer() in SHIFTED_BASES and not isinstance(layer.lora_A[adapter_name], Factor):
+    if layer.get_base_layer() in SHIFTED_BASES and not isinstance(entries(layer, adapter_name)[0], Factor):
         return (
             f'{name} sits on a base weight that offset="base" has changed for another adapter; load the base model anew'
         )
     if layer.merged:
         return f"{name} has merged adapters ({', '.join(layer.merged_adapters)}); call model.unmerge_adapter() first"
-    return None
+    return _unfit(name, layer, kind, adapter_name)
 
 
 def find_targets(model: PeftModel, adapter_name: str = "default") -> dict[str, Target]:
@@ -142,7 +157,7 @@ def find_targets(model: PeftModel, adapter_name: str = "default") -> dict[str, T
     Raises:
         TypeError: Not a `PeftModel`.
         ValueError: The adapter does not exist, has no LoRA layers, layers of an unknown kind or of a LoRA variant
-            (DoRA and others), is merged, trained or aligned already.
+            other than DoRA, is merged, trained or aligned already.
     """
     layers = _lora_layers(model, adapter_name)
     named = {full.removeprefix(PREFIX): layer for full, layer in layers.items()}
@@ -151,16 +166,18 @@ def find_targets(model: PeftModel, adapter_name: str = "default") -> dict[str, T
         more = f" ({len(refusals) - 1} more layers like this)" if len(refusals) > 1 else ""
         raise ValueError(f"Cannot align adapter {adapter_name!r}: {refusals[0]}.{more}")
     _check_fresh(named, adapter_name)
-    return {
-        name: Target(name, layer, layer.in_features, layer.out_features, _rank(layer, adapter_name))
-        for name, layer in named.items()
-    }
+    for kind in {kind_of(layer) for layer in named.values()}:
+        if kind is not None and not kind.ran:
+            say_never_run(kind)
+    return {name: _target(name, layer, adapter_name) for name, layer in named.items()}
 
 
-def _rank(layer: LoraLayer, adapter_name: str) -> int:
-    """The rank r that trains; a layer with LoRA-GA's structure computes with 2r."""
-    factor = layer.lora_A[adapter_name]
-    return factor.rank if isinstance(factor, Factor) else layer.r[adapter_name]
+def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:
+    form, factor = form_of(layer), entries(layer, adapter_name)[0]
+    outputs, inputs = form.shape(layer)
+    # The rank r that trains; a layer with LoRA-GA's structure computes with 2r.
+    rank = factor.rank if isinstance(factor, Factor) else layer.r[adapter_name]
+    return Target(name, layer, form, form.parts(layer), inputs, outputs, form.rank(layer, rank))
 
 
 def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
@@ -176,11 +193,13 @@ def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     if any(layer.get_base_layer() in SHIFTED_BASES for layer in layers.values()):
         reset = 'Load the base model anew: offset="base" has changed its weights.'
     for name, layer in layers.items():
-        if not bool(layer.lora_B[adapter_name].weight.any()):  # plain, or LoRA-GA's structure without a start
+        pair, letter = entries(layer, adapter_name), form_of(layer).zero
+        weight = weight_of(pair["AB".index(letter)])
+        if weight.is_meta or not bool(weight.any()):  # without values yet, plain, or a structure without a start
             continue
-        if isinstance(layer.lora_B[adapter_name], Factor):
+        if isinstance(pair[0], Factor):
             raise ValueError(f"Adapter {adapter_name!r} is already aligned (at {name}). {reset}")
         raise ValueError(
-            f"Adapter {adapter_name!r} is not fresh: lora_B of {name} is not zero, so it was trained, or made with "
-            f"an init_lora_weights that sets it. {reset}"
+            f"Adapter {adapter_name!r} is not fresh: lora_{letter} of {name} is not zero, so it was trained, or made "
+            f"with an init_lora_weights that sets it. {reset}"
         )

@@ -1,0 +1,119 @@
+"""Layers and parts of layers that the gradient does not reach: why, and what is said of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+
+from lora_ga.lowrank import LowRank
+from lora_ga.progress import Progress
+from lora_ga.targets import Target
+
+
+def missing(targets: Mapping[str, Target], progress: Progress, factors: Mapping[str, LowRank | None]) -> dict[str, str]:
+    """Why layers cannot be aligned.
+
+    Args:
+        targets: All layers of the adapter.
+        progress: What ran, and what got a gradient.
+        factors: Part → the directions found.
+
+    Returns:
+        Layer name → reason.
+    """
+    reasons = {}
+    for name, target in targets.items():
+        found = [factor for key in target.keys if (factor := factors.get(key)) is not None]
+        if target.too_small:
+            reasons[name] = target.too_small
+        elif name not in progress.ran:
+            reasons[name] = f"never ran in {progress.batches} batches"
+        elif name not in progress.got_gradient or (not found and target.parts == 1):
+            reasons[name] = "ran, but got no gradient (is its output used by the loss?)"
+        elif all(factor.norm == 0 for factor in found):
+            reasons[name] = "its gradient is exactly zero"
+    return reasons
+
+
+def warn_thin(layers: Mapping[str, LowRank], targets: Mapping[str, Target]) -> None:
+    """Say which layers take rounding noise for directions, because their gradient has fewer than 2r of them.
+
+    Args:
+        layers: Part → the directions found.
+        targets: Part → its layer.
+    """
+    thin = []
+    for name, layer in layers.items():
+        wanted = 2 * targets[name].rank
+        floor = torch.finfo(layer.S.dtype).eps * max(targets[name].inputs, targets[name].outputs) * layer.S[0]
+        found = int((layer.S[:wanted] > floor).sum())
+        if found < wanted:
+            thin.append(f"  {name}: {found} directions, rank {targets[name].rank} uses {wanted}")
+    if thin:
+        listed = "\n".join(thin)
+        warnings.warn(
+            f"Fewer gradient directions than the start uses, in {len(thin)} of {len(layers)} layers:\n{listed}\nThe "
+            "rest is arbitrary. Use more or larger batches, or a smaller rank.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def silent_parts(targets: Mapping[str, Target], factors: Mapping[str, LowRank | None]) -> dict[str, str]:
+    """The parts (experts, groups) without a gradient of layers that have one, with a warning that counts them.
+
+    Args:
+        targets: The layers that have one.
+        factors: Part → the directions found.
+
+    Returns:
+        Part → why it starts as plain LoRA.
+    """
+    parts = [key for target in targets.values() if target.parts > 1 for key in target.keys]
+    silent = [key for key in parts if (factor := factors.get(key)) is None or factor.norm == 0]
+    if silent:
+        warn_silent(len(silent), len(parts), silent[0])
+    return dict.fromkeys(silent, "got no token")
+
+
+def warn_silent(silent: int, parts: int, first: str) -> None:
+    """Say how many parts start as plain LoRA.
+
+    Args:
+        silent: Their number.
+        parts: The number of all parts.
+        first: The name of one of them.
+    """
+    warnings.warn(
+        f"{silent} of {parts} experts (or groups) got no gradient, as {first}: no token reached them. They start as "
+        "plain LoRA; use more batches to reach them.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def settle_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on_missing: str) -> None:
+    """Raise or warn about layers that cannot be aligned.
+
+    Args:
+        reasons: Layer name → why.
+        targets: All layers of the adapter.
+        on_missing: The configuration's choice.
+
+    Raises:
+        ValueError: There are such layers and `on_missing` is "error", or all layers are.
+    """
+    if not reasons:
+        return
+    listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    count = f"{len(reasons)} of {len(targets)} layers cannot be aligned:\n{listed}\n"
+    if len(reasons) == len(targets):
+        raise ValueError(count + "No layer is left. Check target_modules, the batches and the loss.")
+    if on_missing == "error":
+        raise ValueError(
+            count + 'Leave them out of target_modules, or pass LoraGAConfig(on_missing="lora") to start them as '
+            "plain LoRA."
+        )
+    warnings.warn(count + "They start as plain LoRA.", UserWarning, stacklevel=3)

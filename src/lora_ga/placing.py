@@ -1,0 +1,117 @@
+"""Putting factors in the place of PEFT's, in a layer of any kind."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lora_ga.embedding import FactorTable
+from lora_ga.factors import FACTORS, Delta, Factor
+from lora_ga.frozen import place_of
+from lora_ga.kinds import entries, form_of, weight_of
+from lora_ga.sidecar import AlignedLoraConfig, Alignment
+
+
+class FactorDict(nn.ModuleDict):
+    """PEFT's factors of a layer by adapter; one added with an aligned adapter's configuration gets its structure.
+
+    TRL's preference trainers add such an adapter as their reference and copy into it parameter by parameter, by name.
+    """
+
+    def __init__(self, path: str, factors: nn.ModuleDict, configs: dict[str, Any]) -> None:
+        super().__init__()
+        self.path = path  # of the layer
+        self.configs = configs  # of the model's adapters: PEFT enters a new one there before it makes its layers
+        for name, factor in factors.items():
+            self.add_module(name, factor)
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        alignment = getattr(self.configs.get(key), "alignment", None)
+        if alignment is not None and not isinstance(module, Factor):
+            alignment = _alignment_of_its_own(self.configs, key)
+            model = self._modules.get(alignment.twin or key)
+            if isinstance(model, Delta):
+                trained = nn.Parameter(torch.zeros_like(model.start))
+                module = type(model)(
+                    model.start,
+                    trained,
+                    getattr(module, "bias", None),
+                    rank=model.rank,
+                    parts=model.parts,
+                    compute=model.compute,
+                )
+                alignment.factors[self.path] = (*alignment.factors.get(self.path, ()), module)
+        super().__setitem__(key, module)
+
+
+def _alignment_of_its_own(configs: dict[str, Any], key: str) -> Alignment:
+    """The alignment of adapter `key`, no longer shared with the adapter whose configuration it was given."""
+    config = configs[key]
+    twin = next((name for name, other in configs.items() if name != key and other is config), None)
+    if twin is not None:
+        config = AlignedLoraConfig.of(config, dataclasses.replace(config.alignment, factors={}, twin=twin))
+        configs[key] = config
+    return config.alignment
+
+
+def make_factors(
+    layer: LoraLayer, adapter_name: str, offset: str, *, rank: int, starts: tuple[Tensor, Tensor] | None = None
+) -> tuple[Factor, Factor]:
+    """Factors with deltas of zero, for the place of PEFT's.
+
+    Without `starts` they begin at PEFT's values, which are a start with a product of zero, and take over its parameters
+    (which an optimizer may hold) with their values changed. Those on the meta device have neither: there the parameters
+    are new, and zero until the factors are filled.
+
+    Args:
+        layer: The layer.
+        adapter_name: The adapter.
+        offset: "adapter" or "base".
+        rank: PEFT's rank r of the adapter that trains.
+        starts: A₀ and B₀, as PEFT lays them out; the parameters are then new.
+
+    Returns:
+        The factors of A and B.
+    """
+    form, made = form_of(layer), []
+    for side, (entry, kind) in enumerate(zip(entries(layer, adapter_name), FACTORS[offset], strict=True)):
+        old: Any = weight_of(entry)
+        parameter, start = old, old
+        if starts is not None:
+            start = starts[side]
+        elif old.is_meta:
+            start = torch.zeros_like(old, device=place_of(layer))
+        if start is not old:
+            parameter = nn.Parameter(torch.zeros_like(start, dtype=old.dtype), old.requires_grad)
+        bias = getattr(entry, "bias", None)
+        factor = kind(start, parameter, bias, rank=rank, parts=form.parts(layer), compute=form.compute(entry))
+        with torch.no_grad():
+            factor.set_delta(torch.zeros_like(parameter))
+        made.append(factor.train(getattr(entry, "training", layer.training)))
+    return made[0], made[1]
+
+
+def place(layer: LoraLayer, adapter_name: str, pair: tuple[Factor, Factor], path: str, configs: dict[str, Any]) -> None:
+    """Put factors in the place of PEFT's.
+
+    Args:
+        layer: The LoRA layer.
+        adapter_name: The adapter.
+        pair: The factors of A and B.
+        path: The layer's, in the base model.
+        configs: The configurations of the model's adapters.
+    """
+    embedded = adapter_name in layer.lora_embedding_A
+    for letter, factor in zip("AB", pair, strict=True):
+        attribute = f"lora_embedding_{letter}" if embedded else f"lora_{letter}"
+        table: Any = getattr(layer, attribute)
+        if embedded:
+            table = FactorTable.of(table)
+        elif not isinstance(table, FactorDict):
+            table = FactorDict(path, table, configs)
+        setattr(layer, attribute, table)
+        table[adapter_name] = factor

@@ -1,0 +1,257 @@
+"""Layer kinds: the table, grouped convolutions, silent experts, 4-bit layers that are not ready, what was never run."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import lora_ga
+from bench_alignment import gradients
+from bench_quantised import dequantised, saved_bytes
+from cases import ADAPTERS, LAYERS, Case, Convolutions, mixtral, nf4, pictures, seeded, wide_llama
+from lora_ga import LoraGAConfig, kinds
+from lora_ga.factors import Factor
+from lora_ga.kinds import KINDS, base_weights, kind_of
+from lora_ga.targets import find_targets
+from toys import adapted, causal, gpt2, llama, logits
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+DENSE = LoraGAConfig(estimator="dense", oversample=10**4)
+
+
+def made(case: Case, **changes: Any) -> PeftModel:
+    case.check_installed()
+    return adapted(case.make(), **{"targets": case.settings["target_modules"], **changes})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.ran], ids=lambda kind: f"{kind.layer} on {kind.base}")
+def test_every_kind_said_to_have_run_has_a_case_that_runs_it(kind: kinds.Kind) -> None:
+    found = []
+    for case in LAYERS.values():
+        try:
+            case.check_installed()
+        except pytest.skip.Exception:
+            continue
+        base = case.make()
+        if kind.layer == "layer.Linear" and "bitsandbytes" in kind.base:
+            for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # as if only the layers had been replaced
+                setattr(base, flag, False)
+        settings = {"r": 4} | dict(case.settings)
+        model = get_peft_model(base, LoraConfig(**settings))
+        found += [kind_of(target.layer) for target in find_targets(model).values()]
+    if kind not in found and "torch" not in kind.base and "transformers" not in kind.base:
+        pytest.skip(f"{kind.base.partition('.')[0]} is not installed")
+    assert kind in found
+
+
+@pytest.mark.support("layers", "nn.Conv2d", "gradient")
+def test_the_captured_gradient_of_a_grouped_convolution_is_that_of_its_adapters_product() -> None:
+    """PEFT's A sees all channels, so each group's product is a dense convolution; autograd gives s · G Aᵀ for B."""
+    torch.manual_seed(7)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["grouped", "wide"], "init_lora_weights": False}
+    model = get_peft_model(seeded(Convolutions)().double(), LoraConfig(**settings)).double()
+    batch = {key: value.double() if value.is_floating_point() else value for key, value in pictures()[0].items()}
+    layer = model.base_model.model.grouped
+    with torch.no_grad():
+        layer.lora_B["default"].weight.zero_()
+        model.base_model.model.wide.lora_B["default"].weight.zero_()
+    estimate = lora_ga.estimate_gradients(model, [batch], DENSE)
+    model(**batch).loss.backward()
+    a_PrI = layer.lora_A["default"].weight.flatten(1).unflatten(0, (2, -1))
+    b_POr = layer.lora_B["default"].weight.grad.flatten(1).unflatten(0, (2, -1))  # s · G Aᵀ of each group
+    for part in range(2):
+        found = estimate[f"grouped[{part}]"]
+        expected = layer.scaling["default"] * ((found.U * found.S) @ (found.V.mT @ a_PrI[part].mT))
+        torch.testing.assert_close(b_POr[part], expected, rtol=1e-9, atol=1e-12)
+
+
+def routed_to(model: nn.Module, experts: int) -> None:
+    """Let the router choose among the first experts only."""
+
+    def only_first(module: nn.Module, args: Any, output: Any) -> Any:
+        logits = output[0] if isinstance(output, tuple) else output
+        weights, index = torch.topk(logits[..., :experts].softmax(-1), 2, dim=-1)
+        return (logits, weights, index) if isinstance(output, tuple) else output
+
+    for module in model.modules():
+        if "Router" in type(module).__name__:
+            module.register_forward_hook(only_first)
+
+
+@pytest.fixture
+def one_silent() -> PeftModel:
+    """Mixtral, of whose four experts the last gets no token."""
+    base = seeded(mixtral)()
+    routed_to(base, 3)
+    return adapted(base, [], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+
+
+def test_experts_without_a_token_start_as_plain_lora_with_one_warning_that_counts_them(one_silent: PeftModel) -> None:
+    targets = find_targets(one_silent)
+    before = {name: target.layer.lora_A["default"].weight.detach().clone() for name, target in targets.items()}
+    expected = logits(one_silent, causal(1)[0])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        estimate = lora_ga.initialize(one_silent, causal())
+    texts = [str(warning.message) for warning in said if "experts" in str(warning.message)]
+    assert len(texts) == 1
+    assert texts[0].startswith("4 of 16 experts (or groups) got no gradient, as model.layers.0.mlp.experts")
+    assert torch.equal(logits(one_silent, causal(1)[0]), expected)
+    for name, target in targets.items():
+        a, b = target.layer.lora_A["default"], target.layer.lora_B["default"]
+        assert isinstance(a, Factor)
+        assert isinstance(b, Factor)
+        a_PrI, b_POr = (form(f.start, 4) for form, f in ((target.form.unstack_a, a), (target.form.unstack_b, b)))
+        assert torch.equal(a_PrI[3], target.form.unstack_a(before[name], 4)[3])
+        assert not b_POr[3].any()
+        assert all(b_POr[part].any() for part in range(3))
+        assert set(target.keys) & set(estimate) == set(target.keys[:3])
+
+
+def test_an_expert_that_starts_as_plain_lora_trains_as_plain_lora(one_silent: PeftModel) -> None:
+    with pytest.warns(UserWarning, match="4 of 16 experts"):
+        lora_ga.initialize(one_silent, causal())
+    for module in one_silent.modules():  # now the router chooses freely
+        if "Router" in type(module).__name__:
+            module._forward_hooks.clear()
+    one_silent(**causal(1)[0]).loss.backward()
+    for target in find_layers(one_silent):
+        a, b = target.lora_A["default"].trainable.grad, target.lora_B["default"].trainable.grad
+        assert not a.unflatten(0, (4, -1))[3].any()  # B = 0, as in plain LoRA
+        assert b.unflatten(1, (-1, 4))[:, :, 3].any()
+
+
+def find_layers(model: PeftModel) -> list[Any]:
+    return [module for module in model.modules() if "ParamWrapper" in type(module).__name__]
+
+
+@pytest.mark.support("layers", "fused experts (Mixtral)", "alignment")
+def test_every_experts_first_step_follows_its_best_rank_2r_gradient() -> None:
+    torch.manual_seed(7)
+    model = adapted(seeded(mixtral)(), [], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    batch = causal(1, rows=16)[0]
+    rank = 4
+    dense = lora_ga.estimate_gradients(model, [batch], DENSE)
+    targets = find_targets(model)
+    lora_ga.initialize(model, [batch])
+    before = {name: target.layer.get_delta_weight("default").detach().clone() for name, target in targets.items()}
+    model(**batch).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+    ratios = []
+    for name, target in targets.items():
+        change = target.form.matrices(target.layer, before[name] - target.layer.get_delta_weight("default"))
+        for key, step in zip(target.keys, change, strict=True):
+            if key in dense:
+                g = (dense[key].U * dense[key].S) @ dense[key].V.mT
+                limit = dense[key].S[: 2 * rank].norm() / dense[key].S.norm()
+                ratios.append(((step * g).sum() / (step.norm() * g.norm()) / limit).item())
+    assert len(ratios) > 8
+    assert sorted(ratios)[len(ratios) // 2] >= 0.99
+
+
+def test_nothing_dequantised_is_kept_for_the_backward_pass() -> None:
+    batch = causal(1)[0]
+    kept = [saved_bytes(model, batch) for model in (made(LAYERS["bitsandbytes nf4"]), adapted(wide_llama()))]
+    assert kept[0] == kept[1] > 0
+
+
+def test_a_4_bit_layer_that_was_evaluated_and_packed_still_passes_its_gradient() -> None:
+    LAYERS["bitsandbytes nf4"].check_installed()
+    base = nf4()
+    layers = [module for module in base.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes packs weights on processors with AVX512-BF16 only")
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    logits(base, causal(1)[0])
+    assert any(layer.weight.quant_state.packing_format_for_cpu for layer in layers)
+    model = adapted(base)
+    found = lora_ga.estimate_gradients(model, causal(), DENSE)
+    # Packing rounded the blocks' scales, so the truth is the gradient of the model as it is now.
+    truth = gradients(dequantised(wide_llama(), model), causal())
+    for name, part in found.items():
+        assert ((part.U * part.S) @ part.V.mT - truth[name]).norm() <= 1e-4 * truth[name].norm(), name
+
+
+@pytest.mark.parametrize("place", ["meta", "cpu"])
+def test_a_4_bit_layer_that_is_not_quantised_yet_is_refused(place: str) -> None:
+    LAYERS["bitsandbytes nf4"].check_installed()
+    import bitsandbytes as bnb
+
+    model = wide_llama()
+    with torch.device(place):
+        model.set_submodule("model.layers.0.mlp.up_proj", bnb.nn.Linear4bit(64, 128, bias=False))
+    with pytest.raises(ValueError, match="up_proj is a Linear4bit whose weight has not been quantised yet"):
+        lora_ga.initialize(adapted(model), causal())
+
+
+def test_the_scale_by_the_weight_reads_a_quantised_one() -> None:
+    model = made(LAYERS["bitsandbytes nf4"])
+    before = logits(model, causal(1)[0])
+    lora_ga.initialize(model, causal(), LoraGAConfig(scale="weight"))
+    assert torch.equal(logits(model, causal(1)[0]), before)
+    full = dict(wide_llama().named_modules())
+    for name, target in [(n, m) for n, m in model.named_modules() if n.endswith("up_proj")]:
+        dense = full[name.removeprefix("base_model.model.")].weight
+        read = base_weights(target)[0].float()
+        assert (read - dense).norm() <= 0.15 * dense.norm()
+
+
+def test_a_kind_that_was_never_run_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    untried = tuple(dataclasses.replace(kind, ran=False) for kind in KINDS)
+    monkeypatch.setattr(kinds, "KINDS", untried)
+    kinds.say_never_run.cache_clear()
+    with pytest.warns(UserWarning, match="^Linear is a kind of layer that LoRA-GA knows and has never been run on"):
+        lora_ga.initialize(adapted(llama()), causal())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lora_ga.initialize(adapted(llama()), causal())
+
+
+def test_a_mixture_of_known_and_unknown_layers_names_the_unknown() -> None:
+    model = adapted(nn.Sequential(nn.Linear(8, 8), nn.Conv1d(3, 8, 3)), ["0", "1"])
+    with pytest.raises(ValueError, match=r"1 is a Conv1d \(PEFT: layer.Conv1d\); known are .*exclude_modules=\['1'\]"):
+        lora_ga.initialize(model, causal())
+
+
+def test_a_dilated_convolution_is_refused() -> None:
+    model = adapted(nn.Sequential(nn.Conv2d(3, 16, 3, dilation=2)), ["0"])
+    with pytest.raises(ValueError, match="0 is a dilated convolution, which PEFT adapts by one without dilation"):
+        lora_ga.initialize(model, [])
+
+
+def test_an_embedding_beside_another_adapter_keeps_both(tmp_path: Path) -> None:
+    base = gpt2()
+    model = adapted(base, ["wte", "c_attn"], fan_in_fan_out=True)
+    lora_ga.initialize(model, causal())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["wte"], init_lora_weights=False))
+    first = logits(model, causal(1)[0])
+    model.set_adapter("other")
+    assert not torch.equal(logits(model, causal(1)[0]), first)
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "other" not in n] == []
+    model.set_adapter("default")
+    assert torch.equal(logits(model, causal(1)[0]), first)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("lora_embedding_A.default.delta_weight" in name for name in trained)
+    model.delete_adapter("other")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(gpt2(), tmp_path), causal(1)[0]), first)
+
+
+def test_dora_keeps_its_magnitudes_and_their_norms() -> None:
+    model = adapted(ADAPTERS["DoRA"].make(), use_dora=True)
+    before = [p.detach().clone() for name, p in model.named_parameters() if "magnitude" in name]
+    lora_ga.initialize(model, causal())
+    after = [p for name, p in model.named_parameters() if "magnitude" in name]
+    assert len(before) == 14
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(p.requires_grad for p in after)

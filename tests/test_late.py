@@ -1,0 +1,132 @@
+"""A start that comes late, and an estimate that ends early or is interrupted, for layers of every form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import lora_ga
+from cases import LAYERS, Case, mixtral, nf4, seeded
+from lora_ga import LoraGAConfig
+from lora_ga.adapter import give_structure
+from lora_ga.factors import Factor
+from lora_ga.targets import find_targets
+from toys import adapted, causal, llama
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*experts .or groups. got no gradient:UserWarning"),
+]
+CONFIG = LoraGAConfig(on_missing="lora")
+FORMS = ["nn.Linear", "Conv1D (GPT-2)", "bitsandbytes nf4", "nn.Embedding", "nn.Conv2d", "fused experts (Mixtral)"]
+
+
+def made(case: Case) -> PeftModel:
+    """The model with a fresh adapter, the same one every time."""
+    base = case.make()
+    torch.manual_seed(1)
+    return get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8} | dict(case.settings)))
+
+
+def factors(model: nn.Module) -> dict[str, Factor]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Factor)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_structure_of_any_form_computes_as_before_and_is_filled_as_if_at_once(form: str) -> None:
+    case = LAYERS[form]
+    case.check_installed()
+    late, once, batch = made(case), made(case), case.batches()[0]
+    before = case.outputs(late, batch)
+    trained = {id(parameter) for parameter in late.parameters() if parameter.requires_grad}
+    give_structure(late, CONFIG, "default")
+    assert torch.equal(case.outputs(late, batch), before)
+    assert {id(parameter) for parameter in late.parameters() if parameter.requires_grad} == trained
+    ranks = {name: target.rank for name, target in find_targets(late).items()}  # prepared, not yet aligned
+    assert ranks == {name: target.rank for name, target in find_targets(once).items()}
+    for model in (late, once):
+        lora_ga.initialize(model, case.batches(), CONFIG, loss_fn=case.loss_fn)
+    assert {id(parameter) for parameter in late.parameters() if parameter.requires_grad} == trained
+    assert set(factors(late)) == set(factors(once)) != set()
+    for name, factor in factors(once).items():
+        assert torch.equal(factors(late)[name].start, factor.start), name
+    torch.testing.assert_close(case.outputs(late, batch), before, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="already aligned"):
+        find_targets(late)
+
+
+def test_an_adapter_on_the_meta_device_is_not_prepared_for_a_late_start() -> None:
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]), low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match="q_proj: its adapter is on the meta device and has no values to compute with"):
+        give_structure(model, CONFIG, "default")
+    assert not factors(model)
+
+
+def test_an_adapter_added_with_an_aligned_convolutions_configuration_gets_its_structure() -> None:
+    case = LAYERS["nn.Conv2d, one group"]
+    model = made(case)
+    lora_ga.initialize(model, case.batches(), CONFIG)
+    model.add_adapter("twin", model.peft_config["default"])
+    layer = model.base_model.model.wide
+    a, b = layer.lora_A["default"], layer.lora_A["twin"]
+    assert isinstance(b, Factor)
+    assert torch.equal(a.joined(), b.joined())
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(b(x), a(x))
+
+
+def experts() -> PeftModel:
+    return adapted(seeded(mixtral)(), [], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+
+
+def test_each_expert_settles_by_itself_and_its_layer_is_released_with_the_last() -> None:
+    model, batches = experts(), causal(1, rows=16) * 12
+    hooks = []
+
+    def loss_fn(m: nn.Module, batch: Any) -> torch.Tensor:
+        hooks.append(sum(len(module._forward_hooks) for module in m.modules()))
+        return m(**batch).loss
+
+    early = lora_ga.estimate_gradients(model, batches, LoraGAConfig(tolerance=0.02), loss_fn=loss_fn)
+    whole = lora_ga.estimate_gradients(model, batches, LoraGAConfig())
+    assert set(early.settled) == set(early)
+    assert early.batches == max(early.settled.values()) == len(hooks) < 12
+    last: dict[str, int] = {}
+    for key, count in early.settled.items():
+        name = key.partition("[")[0]
+        last[name] = max(count, last.get(name, 0))
+    assert hooks == [sum(count > index for count in last.values()) for index in range(len(hooks))]
+    for key in early:
+        assert early[key].norm == pytest.approx(whole[key].norm, rel=0.02), key
+
+
+def test_an_interrupted_estimate_of_experts_ends_as_the_unbroken_one(tmp_path: Path) -> None:
+    batches, file = causal(6), tmp_path / "state.safetensors"
+    true = lora_ga.estimate_gradients(experts(), batches, CONFIG)
+
+    def broken() -> Iterator[Any]:
+        yield from batches[:4]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lora_ga.estimate_gradients(experts(), broken(), CONFIG, checkpoint=file, every=2)
+    again = lora_ga.estimate_gradients(experts(), batches, CONFIG, checkpoint=file, every=2)
+    assert set(again) == set(true)
+    for key in true:
+        assert torch.equal(again[key].S, true[key].S), key
+        assert torch.equal(again[key].U, true[key].U), key
+
+
+def test_a_4_bit_layer_is_left_as_it_was_when_a_late_start_cannot_be_had() -> None:
+    case = Case(nf4, needs="bitsandbytes")
+    case.check_installed()
+    model = adapted(nf4(), ["q_proj"], r=64)
+    with pytest.raises(ValueError, match="No layer is left"):
+        give_structure(model, CONFIG, "default")
+    assert not factors(model)

@@ -1,0 +1,195 @@
+"""Every row of the support matrix: the gradient, the start, a training step, and what stock PEFT reads of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+import lora_ga
+from cases import CASES, Case
+from lora_ga import LoraGAConfig
+from lora_ga.factors import Factor
+from lora_ga.kinds import base_weights, kind_of
+from lora_ga.targets import Target, find_targets
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*experts .or groups. got no gradient:UserWarning")
+
+
+def rows(column: str, *, only: Callable[[Case], bool] = lambda case: True) -> Any:
+    """The matrix's rows as parameters, each marked as its cell in `column`."""
+    found = [
+        pytest.param(case, id=row, marks=pytest.mark.support(group, row, column))
+        for group, cases in CASES.items()
+        for row, case in cases.items()
+        if only(case)
+    ]
+    return pytest.mark.parametrize("case", found)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """PEFT's and the packages' own remarks on small models are not what is tested here."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?!.*lora_ga)")
+        yield
+
+
+def fresh(case: Case, base: nn.Module | None = None) -> PeftModel:
+    case.check_installed()
+    made = case.make() if base is None else base
+    torch.manual_seed(7)
+    settings = {"r": 4, "lora_alpha": 8, "use_rslora": True} | dict(case.settings)
+    return get_peft_model(made, LoraConfig(**settings)).eval()
+
+
+def output(case: Case, model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return case.outputs(model, case.batches()[0])
+
+
+def loss_of(case: Case, model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch).loss if case.loss_fn is None else case.loss_fn(model, batch)
+
+
+def as_plain(base: nn.Module, targets: dict[str, Target]) -> nn.Module:
+    """The base with its quantised layers as `nn.Linear` of the same numbers."""
+    for name, target in targets.items():
+        if getattr(kind_of(target.layer), "read", None) is not None:
+            weight = base_weights(target.layer)[0].detach().float().clone()
+            outputs, inputs = weight.shape
+            linear = nn.Linear(inputs, outputs, bias=False)
+            linear.weight = nn.Parameter(weight)
+            base.set_submodule(name, linear)
+    return base
+
+
+def oracle(case: Case, model: PeftModel, batch: Any) -> dict[str, Tensor]:
+    """Autograd's gradient of every adapted weight by ΔW, as (parts, O, I): of a model whose layers are asked for it."""
+    targets = find_targets(model)
+    read = {name: target for name, target in targets.items() if getattr(kind_of(target.layer), "read", None)}
+    if read:
+        plain = as_plain(case.make(), targets)
+        targets = find_targets(fresh(case, plain))
+    weights = {
+        name: getattr(target.layer.get_base_layer(), getattr(target.layer, "parameter_name", "weight"))
+        for name, target in targets.items()
+    }
+    whole = model if not read else plain
+    tied = {name: nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
+    for name, target in targets.items():  # a weight of its own: a tied one's gradient would hold the other use's part
+        setattr(target.layer.get_base_layer(), getattr(target.layer, "parameter_name", "weight"), tied[name])
+    loss = loss_of(case, whole, batch)
+    found = torch.autograd.grad(loss, list(tied.values()))
+    return {
+        name: target.form.matrices(target.layer, gradient)
+        for (name, target), gradient in zip(targets.items(), found, strict=True)
+    }
+
+
+@rows("gradient", only=lambda case: "grouped" not in case.settings.get("target_modules", ()))
+def test_the_captured_gradient_is_autograds(case: Case) -> None:
+    model, batch = fresh(case), case.batches()[0]
+    config = LoraGAConfig(estimator="dense", oversample=10**4)
+    estimate = lora_ga.estimate_gradients(model, [batch], config, loss_fn=case.loss_fn)
+    keys = {name: target.keys for name, target in find_targets(model).items()}
+    for name, truth_POI in oracle(case, model, batch).items():
+        for key, truth in zip(keys[name], truth_POI, strict=True):
+            if key not in estimate:
+                assert not truth.any(), key
+                continue
+            found = (estimate[key].U * estimate[key].S) @ estimate[key].V.mT
+            assert (found * truth).sum() >= case.cosine * found.norm() * truth.norm(), key
+            assert abs(found.norm() / truth.norm() - 1) < max(1e-4, 1 - case.cosine) * 5, key
+
+
+@rows("start")
+def test_the_start_computes_what_the_base_does_bit_for_bit(case: Case) -> None:
+    model = fresh(case)
+    with model.disable_adapter():
+        before = output(case, model)
+    lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
+    assert torch.equal(output(case, model), before)
+    assert all(target_factors(model))
+
+
+def target_factors(model: PeftModel) -> list[bool]:
+    """For every factor whether its start is not zero."""
+    found = [bool(module.start.any()) for module in model.modules() if isinstance(module, Factor)]
+    assert found
+    return found
+
+
+def one_step(case: Case, model: PeftModel) -> tuple[float, float]:
+    """The loss of a batch before and after a small step of gradient descent on it."""
+    batch = case.batches()[0]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    before = loss_of(case, model, batch)
+    before.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        return before.item(), loss_of(case, model, batch).item()
+
+
+@rows("step")
+def test_one_training_step_lowers_the_loss(case: Case) -> None:
+    model = fresh(case)
+    lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
+    before, after = one_step(case, model)
+    assert after < before
+
+
+@rows("reload")
+def test_stock_peft_reads_the_saved_adapter_on_the_original_base(case: Case, tmp_path: Path) -> None:
+    model = fresh(case)
+    lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
+    one_step(case, model)
+    trained = output(case, model)
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(case.make(), tmp_path).eval()
+    torch.testing.assert_close(output(case, stock), trained, rtol=0, atol=case.reload_error)
+    with stock.disable_adapter():
+        assert not torch.equal(output(case, stock), trained)
+
+
+@rows("resume")
+def test_training_goes_on_from_a_saved_adapter_in_the_same_structure(case: Case, tmp_path: Path) -> None:
+    model = fresh(case)
+    lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
+    one_step(case, model)
+    model.save_pretrained(tmp_path)
+    again = lora_ga.load(case.make(), tmp_path, is_trainable=True).eval()
+    trained = [parameter.shape for parameter in model.parameters() if parameter.requires_grad]
+    assert [parameter.shape for parameter in again.parameters() if parameter.requires_grad] == trained
+    torch.testing.assert_close(output(case, again), output(case, model), rtol=0, atol=case.reload_error)
+
+
+@rows('offset="base"', only=lambda case: case.base_offset)
+def test_the_base_offset_starts_from_the_same_function_and_saves_for_the_original_base(
+    case: Case, tmp_path: Path
+) -> None:
+    model = fresh(case)
+    before = output(case, model)
+    lora_ga.initialize(model, case.batches(), LoraGAConfig(offset="base"), loss_fn=case.loss_fn)
+    torch.testing.assert_close(output(case, model), before, rtol=0, atol=2e-4)
+    first, after = one_step(case, model)
+    assert after < first
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(case.make(), tmp_path).eval()
+    torch.testing.assert_close(output(case, stock), output(case, model), rtol=0, atol=2e-4)
+
+
+@rows('offset="base" refused', only=lambda case: not case.base_offset)
+def test_the_base_offset_is_refused_where_the_weight_cannot_be_changed(case: Case) -> None:
+    model = fresh(case)
+    with pytest.raises(ValueError, match='offset="base"'):
+        lora_ga.initialize(model, case.batches(), LoraGAConfig(offset="base"), loss_fn=case.loss_fn)
+    assert not any(isinstance(module, Factor) for module in model.modules())

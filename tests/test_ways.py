@@ -1,0 +1,218 @@
+"""The ways models are run: checkpointed, under autocast, compiled, offloaded, on the meta device, padded and packed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import lora_ga
+from lora_ga import LoraGAConfig
+from lora_ga.capture import record
+from lora_ga.factors import Factor
+from lora_ga.frozen import frozen
+from lora_ga.targets import find_targets
+from toys import adapted, causal, llama, logits, tokens, train
+
+DENSE = LoraGAConfig(estimator="dense", oversample=10**4)
+
+
+def plain(folder: Path) -> PeftModel:
+    return adapted(llama())
+
+
+def checkpointed(reentrant: bool) -> Callable[[Path], PeftModel]:
+    def make(folder: Path) -> PeftModel:
+        model = adapted(llama())
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        return model.train()
+
+    return make
+
+
+def compiled(folder: Path) -> PeftModel:
+    model = adapted(llama(num_hidden_layers=1))
+    model.compile(backend="eager")
+    logits(model, causal(1)[0])  # compiled before our hooks come
+    return model
+
+
+def offloaded(folder: Path) -> PeftModel:
+    """Two decoder layers, the second on disk, as `device_map` spreads a model."""
+    llama().save_pretrained(folder / "base")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / "base",
+        device_map=places | {"lm_head": "cpu", "model.rotary_emb": "cpu"},
+        offload_folder=folder / "offload",
+    )
+    assert any(parameter.is_meta for parameter in base.parameters())
+    return adapted(base.eval())
+
+
+def on_meta(folder: Path) -> PeftModel:
+    torch.manual_seed(7)
+    config = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear")
+    model = get_peft_model(llama(), config, low_cpu_mem_usage=True)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How the model is made, what surrounds its passes, and how close its gradient comes to the plain run's."""
+
+    make: Callable[[Path], PeftModel]
+    around: Callable[[], Any] = contextlib.nullcontext
+    cosine: float = 1 - 1e-6
+    layers: int = 2
+
+
+WAYS = {
+    "gradient checkpointing, reentrant": Way(checkpointed(True)),
+    "gradient checkpointing, not reentrant": Way(checkpointed(False)),
+    "autocast bfloat16": Way(plain, functools.partial(torch.autocast, "cpu", torch.bfloat16), 0.99),
+    "autocast float16": Way(plain, functools.partial(torch.autocast, "cpu", torch.float16), 0.999),
+    "torch.compile": Way(compiled, layers=1),
+    "device_map with a layer on disk": Way(offloaded),
+    "adapter on the meta device (low_cpu_mem_usage)": Way(on_meta),
+}
+
+
+def rows(column: str) -> Any:
+    return pytest.mark.parametrize(
+        "way",
+        [
+            pytest.param(way, id=row, marks=pytest.mark.support("ways of running", row, column))
+            for row, way in WAYS.items()
+        ],
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_left() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+@rows("gradient")
+def test_the_gradient_is_the_plain_runs(way: Way, tmp_path: Path) -> None:
+    truth = lora_ga.estimate_gradients(adapted(llama(num_hidden_layers=way.layers)), causal(), DENSE)
+    model = way.make(tmp_path)
+    with way.around():
+        found = lora_ga.estimate_gradients(model, causal(), DENSE)
+    assert set(found) == set(truth)
+    for name, part in found.items():
+        one, other = ((e.U * e.S) @ e.V.mT for e in (part, truth[name]))
+        assert (one * other).sum() >= way.cosine * one.norm() * other.norm(), name
+
+
+@rows("start")
+def test_the_start_is_the_base(way: Way, tmp_path: Path) -> None:
+    model, batch = way.make(tmp_path), causal(1)[0]
+    with way.around():
+        with model.disable_adapter():
+            before = logits(model, batch)
+        lora_ga.initialize(model, causal())
+        assert torch.equal(logits(model, batch), before)
+
+
+@rows("step")
+def test_training_lowers_the_loss(way: Way, tmp_path: Path) -> None:
+    model, batch = way.make(tmp_path), causal(1)[0]
+    with way.around():
+        lora_ga.initialize(model, causal())
+        losses = train(model, [batch], steps=4, lr=1e-3)
+    assert losses[-1] < losses[0]
+
+
+@rows("reload")
+def test_stock_peft_reads_what_was_saved(way: Way, tmp_path: Path) -> None:
+    model, batch = way.make(tmp_path), causal(1)[0]
+    with way.around():
+        lora_ga.initialize(model, causal())
+        train(model, [batch], steps=2, lr=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    stock = PeftModel.from_pretrained(llama(num_hidden_layers=way.layers), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(stock, batch), logits(model.eval(), batch), rtol=0, atol=1e-5)
+
+
+def padded(side: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A batch, and the same with padding."""
+    ids = tokens(3, 8)
+    blank, width = torch.zeros(3, 4, dtype=torch.long), 4
+    join = (lambda a, b: torch.cat([a, b], 1)) if side == "right" else (lambda a, b: torch.cat([b, a], 1))
+    wide = {
+        "input_ids": join(ids, blank),
+        "attention_mask": join(torch.ones_like(ids), blank),
+        "labels": join(ids, blank - 100),
+    }
+    assert wide["input_ids"].shape == (3, 8 + width)
+    return {"input_ids": ids, "labels": ids}, wide
+
+
+@pytest.mark.support("ways of running", "padded batches", "gradient")
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_under_padding_have_no_output_gradient_and_do_not_count(side: str) -> None:
+    short, wide = padded(side)
+    if side == "left":  # positions count from the first token that is not padding
+        wide["labels"][:, 4] = -100  # else the last padding token would be asked for the first real one
+        wide["position_ids"] = (wide["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    model = adapted(llama())
+    heard: dict[str, Tensor] = {}
+    layers = {name: target.layer for name, target in find_targets(model).items()}
+    with frozen(model, "default"), record(layers, lambda name, x, g: heard.__setitem__(name, g)):
+        model(**wide).loss.backward()
+    blank = wide["attention_mask"].flatten() == 0
+    assert set(heard) == set(layers)
+    for name, g_TO in heard.items():
+        assert not g_TO[blank].any(), name
+        assert g_TO[~blank].any(), name
+    one, other = (lora_ga.estimate_gradients(model, [batch], DENSE) for batch in (short, wide))
+    assert one.weight == other.weight
+    for name, part in one.items():
+        found, true = ((e.U * e.S) @ e.V.mT for e in (other[name], part))
+        assert (found - true).norm() <= 1e-5 * true.norm(), name
+
+
+@pytest.mark.support("ways of running", "packed sequences", "gradient")
+def test_packed_sequences_give_the_gradient_of_the_separate_ones() -> None:
+    ids = tokens(2, 8)
+    labels = ids.clone()
+    labels[:, 0] = -100  # the first token of the second sequence is no label of the first one's last
+    packed = {"input_ids": ids.reshape(1, 16), "labels": labels.reshape(1, 16)}
+    packed["position_ids"] = torch.arange(8).repeat(2)[None]
+    model = adapted(llama())
+    one, other = (
+        lora_ga.estimate_gradients(model, [batch], DENSE) for batch in ({"input_ids": ids, "labels": labels}, packed)
+    )
+    assert one.weight == other.weight
+    for name, part in one.items():
+        found, true = ((e.U * e.S) @ e.V.mT for e in (other[name], part))
+        assert (found - true).norm() <= 1e-4 * true.norm(), name
+
+
+def test_a_model_wrapped_by_torch_compile_is_refused_with_what_to_give() -> None:
+    with pytest.raises(TypeError, match="wrapped by torch.compile; give the one inside, model._orig_mod"):
+        lora_ga.initialize(torch.compile(adapted(llama()), backend="eager"), causal())
+
+
+def test_a_layer_on_the_meta_device_that_has_to_start_as_plain_lora_is_refused(tmp_path: Path) -> None:
+    model = on_meta(tmp_path)
+    estimate = lora_ga.estimate_gradients(adapted(llama()), causal())
+    part = next(iter(estimate))
+    known = {name: value for name, value in estimate.items() if name != part}
+    thinner = lora_ga.GradientEstimate(known, estimate.config, estimate.fingerprint, 1.0, 1, {part: "left out"})
+    with pytest.raises(ValueError, match=f"{part} is on the meta device and has to start as plain LoRA"):
+        lora_ga.initialize(model, thinner, LoraGAConfig(on_missing="lora"))
+    assert not any(isinstance(module, Factor) for module in model.modules())
