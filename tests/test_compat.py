@@ -222,9 +222,15 @@ def test_a_rank_that_does_not_fit_the_estimate_is_refused_and_the_model_given_ba
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_targets_that_cannot_be_aligned_are_named_where_peft_leaves_them_plain() -> None:
+def test_an_embedding_among_the_targets_is_aligned_where_peft_leaves_it_plain() -> None:
+    model, settings = llama(), config(["q_proj", "embed_tokens"])
+    estimate = preprocess_loraga(model, settings, steps(model, causal()))
+    assert estimate["model.embed_tokens"].norm > 0
+    started = get_peft_model(model, settings)
+    assert "model.embed_tokens" in started.peft_config["default"].alignment.factors
+
+
+def test_targets_without_a_gradient_are_named_where_peft_leaves_them_plain() -> None:
     model = llama()
-    with pytest.raises(ValueError, match="model.embed_tokens is a Embedding .*Leave it out"):
-        preprocess_loraga(model, config(["q_proj", "embed_tokens"]), steps(model, causal()))
     with pytest.raises(ValueError, match="14 of 14 layers cannot be aligned"):
         preprocess_loraga(model, config(), lambda: None)
