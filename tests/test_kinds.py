@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lora_ga.targets import find_targets
 from toys import adapted, causal, gpt2, llama, logits
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+OPTIONAL = {"bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel"}
 DENSE = LoraGAConfig(estimator="dense", oversample=10**4)
 
 
@@ -46,8 +48,9 @@ def test_every_kind_said_to_have_run_has_a_case_that_runs_it(kind: kinds.Kind) -
         settings = {"r": 4} | dict(case.settings)
         model = get_peft_model(base, LoraConfig(**settings))
         found += [kind_of(target.layer) for target in find_targets(model).values()]
-    if kind not in found and "torch" not in kind.base and "transformers" not in kind.base:
-        pytest.skip(f"{kind.base.partition('.')[0]} is not installed")
+    packages = {name.partition(".")[0] for name in (kind.layer, kind.base)} & OPTIONAL
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        pytest.skip(f"{', '.join(missing)} is not installed")
     assert kind in found
 
 
