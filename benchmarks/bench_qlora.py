@@ -2,7 +2,7 @@
 
     LORA_GA_DATA=... python benchmarks/bench_qlora.py
 
-r = 8, s = α/√r, α = 16, γ = 16, AdamW without weight decay, linear warm-up (10%) and decay, batches of 32. The rate
+r = 8, s = α/√r, α = 16, γ = 16, AdamW without weight decay, linear warm-up (10%) and decay, batches of 16. The rate
 is chosen by the loss on training rows that are held out; the chosen rate's adapters are then scored once on the
 validation set (Matthews correlation). The classification head trains in both. About 15 minutes on one core.
 """
@@ -27,8 +27,8 @@ import lora_ga
 import record
 from bench_quantised import in_training_layout, quantised
 
-STEPS, SIZE, SEEDS, HELD_OUT = 160, 32, (0,), 512
-RATES = {"lora-ga": (1e-4, 3e-4, 1e-3), "lora": (1e-3, 3e-3, 1e-2)}
+STEPS, SIZE, SEEDS, HELD_OUT = 240, 16, (0,), 512
+RATES = {"lora-ga": (3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3, 1e-2)}
 
 
 def rows(part: str) -> list[dict[str, Any]]:
