@@ -63,6 +63,7 @@ def test_the_papers_direction_gives_a_the_first_right_and_b_the_next_left_vector
     ("scale", "factor"),
     [
         ("stable", OUTPUTS**0.25 / math.sqrt(16.0)),
+        ("reach", 0.35 / 2.5),
         ("gd", 1 / 2.5),
         ("unit", 1.0),
         ("weight", (torch.linalg.svdvals(W)[:RANK] / 2.5).sqrt().mean().item()),

@@ -39,7 +39,7 @@ def apply_estimate(
     Args:
         model: A `PeftModel` with a fresh LoRA adapter.
         estimate: The estimate, of this base model.
-        config: The settings; `direction`, `scale`, `stable_gamma`, `offset`, `on_missing`, `seed` count here.
+        config: The settings; `direction`, `scale`, `stable_gamma`, `reach`, `offset`, `on_missing`, `seed` count here.
         adapter_name: The adapter.
         process_group: As in `estimate_gradients`: all processes call this, and end with the starts of the first.
 

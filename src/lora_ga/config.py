@@ -11,7 +11,7 @@ from typing import Any
 # `accumulate.ESTIMATORS` (and `probe`) and `factors.FACTORS`; a test holds the two sides together.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "direction": ("ArB2r", "A2rBr", "ArBr", "random"),
-    "scale": ("stable", "gd", "unit", "weight"),
+    "scale": ("stable", "reach", "gd", "unit", "weight"),
     "offset": ("adapter", "base"),
     "estimator": ("streaming", "dense", "probe"),
     "on_missing": ("error", "lora"),
@@ -29,9 +29,13 @@ class LoraGAConfig:
         direction: Which of the first 2r singular directions go to A and which to B. "ArB2r" (the paper's choice):
             A the right ones 1..r, B the left ones r+1..2r; "A2rBr": the reverse; "ArBr": alternating; "random":
             disjoint random halves. All four reach the same first step; they differ from the second on.
-        scale: Size of A and B. "stable" (the paper's Theorem 3.2): both times d_out^(1/4)/√γ; "gd": both divided by
-            the LoRA scaling s; "unit": unit vectors; "weight": both times the mean of √(σᵢ(W)/s), i ≤ r.
+        scale: Size of A and B. "stable" (the paper's Theorem 3.2): both times d_out^(1/4)/√γ; "reach": both times
+            `reach`/s, with s the LoRA scaling; "gd": both divided by s; "unit": unit vectors; "weight": both times the
+            mean of √(σᵢ(W)/s), i ≤ r.
         stable_gamma: γ of "stable". Larger is a smaller start and, under Adam, a smaller effective step.
+        reach: Of the scale "reach": s·f, with f the size of A and B. Under Adam a step of rate λ moves the product along
+            each direction by about `reach`·λ, whatever the layer's width, the rank and α. Plain LoRA's is 1.15 (α = 2r).
+            It stands for γ = (s/`reach`)²·√d_out in each layer.
         offset: How the non-zero product B₀A₀ is taken back. "adapter": in the adapter, which trains dA and dB from
             zero; the base is not touched. "base": the paper's way, `W ← W − s·B₀A₀` in the base weight, in place.
         estimator: "streaming" keeps 2r + `oversample` directions of each gradient; "dense" keeps each whole gradient
@@ -59,6 +63,7 @@ class LoraGAConfig:
     direction: str = "ArB2r"
     scale: str = "stable"
     stable_gamma: float = 16.0
+    reach: float = 0.35
     offset: str = "adapter"
     estimator: str = "streaming"
     oversample: int = 16
@@ -79,7 +84,7 @@ class LoraGAConfig:
                 continue
             if not isinstance(found, int) or isinstance(found, bool) or found < least:
                 raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be an integer of at least {least}.")
-        gamma, tolerance = self.stable_gamma, self.tolerance
+        tolerance = self.tolerance
         if tolerance is not None:
             if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool) or not 0 < tolerance < 1:
                 raise ValueError(f"LoraGAConfig.tolerance is {tolerance!r}; it must be None or between 0 and 1.")
@@ -88,8 +93,10 @@ class LoraGAConfig:
                     f'LoraGAConfig.tolerance is {tolerance} with estimator="{self.estimator}", which follows no '
                     'directions; it needs estimator="streaming".'
                 )
-        if not isinstance(gamma, (int, float)) or not math.isfinite(gamma) or gamma <= 0:
-            raise ValueError(f"LoraGAConfig.stable_gamma is {gamma!r}; it must be a finite number above 0.")
+        for field in ("stable_gamma", "reach"):
+            size = getattr(self, field)
+            if not isinstance(size, (int, float)) or isinstance(size, bool) or not math.isfinite(size) or size <= 0:
+                raise ValueError(f"LoraGAConfig.{field} is {size!r}; it must be a finite number above 0.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for records and files."""

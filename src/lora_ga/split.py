@@ -72,11 +72,13 @@ def _weight_scale(layer: Layer) -> float:
     return (values / layer.scaling).sqrt().mean().item()
 
 
-# The factor by which both A and B are multiplied. "stable" is Theorem 3.2, d_out^(1/4)/√γ; "gd" divides by s, so that
+# The factor by which both A and B are multiplied. "stable" is Theorem 3.2, d_out^(1/4)/√γ; "reach" is this project's
+# (docs/evidence.md): the same s·f in every layer, whatever its width, the rank and α; "gd" divides by s, so that
 # one step of gradient descent on the product is one of full fine-tuning; "unit" and "weight" are the alternatives of
 # the authors' code.
 SCALES: Mapping[str, Callable[[Layer], float]] = {
     "stable": lambda layer: layer.outputs**0.25 / math.sqrt(layer.config.stable_gamma),
+    "reach": lambda layer: layer.config.reach / layer.scaling,
     "gd": lambda layer: 1.0 / layer.scaling,
     "unit": lambda layer: 1.0,
     "weight": _weight_scale,

@@ -133,7 +133,7 @@ def test_choices_and_defaults_are_those_of_the_library() -> None:
     hints: dict[str, Any] = get_type_hints(AdapterOptions) | get_type_hints(EstimateOptions)
     assert {name: get_args(hints[name]) for name in CHOICES} == dict(CHOICES)
     library, adapter, estimate = LoraGAConfig(), AdapterOptions(), EstimateOptions()
-    for name in ("direction", "scale", "stable_gamma", "offset"):
+    for name in ("direction", "scale", "stable_gamma", "reach", "offset"):
         assert getattr(adapter, name) == getattr(library, name)
     for name in ("estimator", "oversample", "on_missing"):
         assert getattr(estimate, name) == getattr(library, name)

@@ -18,7 +18,7 @@ def estimate_config(options: EstimateOptions, seed: int, adapter: AdapterOptions
     """The library's settings; those of the start are left at their defaults where only an estimate is asked for."""
     start: dict[str, Any] = {}
     if adapter is not None:
-        start = {name: getattr(adapter, name) for name in ("direction", "scale", "stable_gamma", "offset")}
+        start = {name: getattr(adapter, name) for name in ("direction", "scale", "stable_gamma", "reach", "offset")}
     return LoraGAConfig(
         estimator=options.estimator,
         oversample=options.oversample,

@@ -166,7 +166,14 @@ class AdapterOptions:
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = option(
         LIBRARY.direction, "lora-ga: which singular directions of the gradient go to A and to B; ArB2r is the paper's"
     )
-    scale: Literal["stable", "gd", "unit", "weight"] = option(LIBRARY.scale, "lora-ga: length of these directions")
+    scale: Literal["stable", "reach", "gd", "unit", "weight"] = option(
+        LIBRARY.scale, "lora-ga: length of these directions"
+    )
+    reach: float = option(
+        LIBRARY.reach,
+        "lora-ga: size of the start under --scale reach: times the LoRA scaling, so that Adam's step of "
+        "rate lr moves the product by reach * lr; plain LoRA's is 1.15",
+    )
     offset: Literal["adapter", "base"] = option(
         LIBRARY.offset,
         "lora-ga: adapter leaves the base model as it is; base takes the start from its weights, as the paper does",
@@ -174,7 +181,7 @@ class AdapterOptions:
 
     def __post_init__(self) -> None:
         fraction(self, "lora_dropout")
-        for name in ("alpha", "stable_gamma"):
+        for name in ("alpha", "stable_gamma", "reach"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}: found {getattr(self, name)}, but it must be greater than 0.")
 

@@ -140,7 +140,9 @@ def train(
         curves: Filled on the way, so that a run that diverges leaves its beginning.
     """
     keep_in_float32(model)
-    optimizer = torch.optim.AdamW(parameter_groups(method, model, work, settings.head_rate), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(method, model, work, settings.head_rate), weight_decay=0.0, fused=True
+    )
     schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
     model.train()
     if settings.every < settings.steps:  # else the end is all that is asked for

@@ -19,6 +19,7 @@ SETTINGS = {
     "direction": "ArB2r",
     "scale": "stable",
     "stable_gamma": 16.0,
+    "reach": 0.35,
     "estimator": "streaming",
     "oversample": 16,
     "power_steps": 0,
