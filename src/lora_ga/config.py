@@ -33,9 +33,9 @@ class LoraGAConfig:
             `reach`/s, with s the LoRA scaling; "gd": both divided by s; "unit": unit vectors; "weight": both times the
             mean of √(σᵢ(W)/s), i ≤ r.
         stable_gamma: γ of "stable". Larger is a smaller start and, under Adam, a smaller effective step.
-        reach: Of the scale "reach": s·f, with f the size of A and B. Under Adam a step of rate λ moves the product along
-            each direction by about `reach`·λ, whatever the layer's width, the rank and α. Plain LoRA's is 1.15 (α = 2r).
-            It stands for γ = (s/`reach`)²·√d_out in each layer.
+        reach: Of the scale "reach": s·f, with f the size of A and B. Under Adam a step of rate λ moves the product
+            along each direction by about `reach`·λ, whatever the layer's width, the rank and α. Plain LoRA's is 1.15
+            (α = 2r). It stands for γ = (s/`reach`)²·√d_out in each layer.
         offset: How the non-zero product B₀A₀ is taken back. "adapter": in the adapter, which trains dA and dB from
             zero; the base is not touched. "base": the paper's way, `W ← W − s·B₀A₀` in the base weight, in place.
         estimator: "streaming" keeps 2r + `oversample` directions of each gradient; "dense" keeps each whole gradient
@@ -84,19 +84,23 @@ class LoraGAConfig:
                 continue
             if not isinstance(found, int) or isinstance(found, bool) or found < least:
                 raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be an integer of at least {least}.")
-        tolerance = self.tolerance
-        if tolerance is not None:
-            if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool) or not 0 < tolerance < 1:
-                raise ValueError(f"LoraGAConfig.tolerance is {tolerance!r}; it must be None or between 0 and 1.")
-            if self.estimator != "streaming":
-                raise ValueError(
-                    f'LoraGAConfig.tolerance is {tolerance} with estimator="{self.estimator}", which follows no '
-                    'directions; it needs estimator="streaming".'
-                )
         for field in ("stable_gamma", "reach"):
             size = getattr(self, field)
             if not isinstance(size, (int, float)) or isinstance(size, bool) or not math.isfinite(size) or size <= 0:
                 raise ValueError(f"LoraGAConfig.{field} is {size!r}; it must be a finite number above 0.")
+        self._check_tolerance()
+
+    def _check_tolerance(self) -> None:
+        tolerance = self.tolerance
+        if tolerance is None:
+            return
+        if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool) or not 0 < tolerance < 1:
+            raise ValueError(f"LoraGAConfig.tolerance is {tolerance!r}; it must be None or between 0 and 1.")
+        if self.estimator != "streaming":
+            raise ValueError(
+                f'LoraGAConfig.tolerance is {tolerance} with estimator="{self.estimator}", which follows no '
+                'directions; it needs estimator="streaming".'
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for records and files."""
