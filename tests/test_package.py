@@ -59,6 +59,7 @@ def test_the_public_list_is_short_and_every_name_is_there() -> None:
         ("weights", {"torch", "capture"}),
         ("embedding", {"torch", "factors"}),
         ("factors", {"torch", "sharding"}),
+        ("tensor_parallel", {"torch", "factors", "transformers"}),
         ("subspace", {"torch", "lowrank"}),
         ("accumulate", {"torch", "lowrank", "subspace"}),
         ("split", {"torch", "lowrank", "config"}),
@@ -80,6 +81,7 @@ def test_data_flows_one_way() -> None:
         "sharding",
         "lowrank",
         "factors",
+        "tensor_parallel",
         "capture",
         "store",
         "agreement",
@@ -139,10 +141,10 @@ def test_peft_is_imported_only_where_models_and_adapters_are_touched() -> None:
     }
 
 
-def test_processes_and_shards_are_the_matter_of_two_modules() -> None:
+def test_processes_and_shards_are_the_matter_of_three_modules() -> None:
     named = re.compile(r"^\s*(import|from) torch\.(distributed|nn\.parallel)", re.MULTILINE)
     users = {path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py") if named.search(path.read_text())}
-    assert users == {"distributed.py", "sharding.py"}
+    assert users == {"distributed.py", "sharding.py", "tensor_parallel.py"}
 
 
 def loaded_by(statement: str) -> set[str]:

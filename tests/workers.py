@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import bench_alignment
 import lora_ga
@@ -309,6 +310,52 @@ def accelerated(rank: int, size: int, folder: Path) -> dict[str, Any]:
         losses.append(float(accelerator.reduce(loss.detach(), "mean")))
         steps += accelerator.sync_gradients
     return {"estimate": numbers(estimate), "losses": losses, "steps": steps, "kind": type(model).__name__}
+
+
+# --- a tensor-parallel plan ------------------------------------------------------------------------------------------
+
+
+def parallel(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Estimates, a start, training and saving under a plan of Transformers; all processes read the same batches."""
+    plain, batches = folder / "base", causal(4)
+    found: dict[str, Any] = {}
+    if rank == 0:
+        llama().save_pretrained(plain)
+    dist.barrier()
+    estimate = lora_ga.estimate_gradients
+
+    def split(**rules: str) -> Any:
+        plan = {f"model.layers.*.mlp.{name}": rule for name, rule in rules.items()}
+        settings = DistributedConfig(tp_size=size, tp_plan=plan or None)
+        return AutoModelForCausalLM.from_pretrained(plain, distributed_config=settings).eval()
+
+    for name, config in (("dense", EXACT), ("streaming", LoraGAConfig())):
+        with Traffic() as traffic:
+            found[name] = numbers(estimate(adapted(split()), batches, config))
+        found[f"bytes, {name}"] = traffic.factors
+    found["at most"] = numbers(estimate(adapted(split()), batches, LoraGAConfig(max_batches=3)))
+    whole = split(gate_proj="replicate", up_proj="replicate", down_proj="replicate")
+    found["in part"] = numbers(estimate(adapted(whole), batches, EXACT))
+    model = adapted(split())
+    before = logits(split(), batches[0])
+    lora_ga.initialize(model, batches, EXACT)
+    found["starts"], found["logits"] = starts(model), (before, logits(model, batches[0]))
+    with model.disable_adapter():
+        found["disabled"] = logits(model, batches[0])
+    found["curve"] = curve(model, batches, 0, 1)
+    found["trained"] = logits(model, batches[0])
+    model.save_pretrained(folder / "parallel", is_main_process=rank == 0)
+    dist.barrier()
+    again = lora_ga.load(split(), folder / "parallel", is_trainable=True)
+    found["again"] = logits(again, batches[0])
+    found["different"] = raised(lambda: estimate(adapted(split()), batches[rank:]))
+    found["fewer"] = raised(lambda: estimate(adapted(split()), batches[: 2 + rank]))
+    found["tolerance"] = raised(lambda: estimate(adapted(split()), batches, LoraGAConfig(tolerance=0.01)))
+    alone = [dist.new_group([each]) for each in range(size)][rank]
+    found["alone"] = raised(lambda: estimate(adapted(split()), batches, process_group=alone))
+    found["head"] = raised(lambda: estimate(adapted(split(), ["lm_head"]), batches))
+    found["base"] = raised(lambda: lora_ga.initialize(adapted(split()), batches, LoraGAConfig(offset="base")))
+    return found
 
 
 # --- processes that die ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lora_ga.plan import make_plan, on_meta
 from lora_ga.sharding import unwrapped
 from lora_ga.structure import build, fill
 from lora_ga.targets import find_targets
+from lora_ga.tensor_parallel import check_together
 from lora_ga.tracking import section
 
 
@@ -68,6 +69,7 @@ def write_starts(
     """
     together, held, plan = processes(process_group), Held(), None
     with held:
+        check_together(unwrapped(wrapped), together.size)
         plan = make_plan(unwrapped(wrapped), estimate, config, adapter_name, said)
     check_same(together.exchange(held, None if plan is None else plan.identity))
     assert plan is not None

@@ -26,6 +26,24 @@ def check_same(records: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def check_same_data(digests: Sequence[str]) -> None:
+    """Refuse different batches in processes that hold parts of one model; all of them raise the same.
+
+    Args:
+        digests: Of each process's batch; "" where there is none, or none that can be read.
+
+    Raises:
+        ValueError: Two differ.
+    """
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise ValueError(
+                f"Processes 0 and {rank} of {len(digests)} were given different batches, but a tensor-parallel plan "
+                "splits the model's layers between them, so that each batch passes through all of them at once. Give "
+                "all of them the same batches, in the same order."
+            )
+
+
 def warn_same_data(digests: Sequence[str]) -> None:
     """Warn if the first batches of all processes are one and the same.
 

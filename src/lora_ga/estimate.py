@@ -23,6 +23,7 @@ from lora_ga.reading import Run
 from lora_ga.sharding import in_step, unwrapped
 from lora_ga.store import fingerprint
 from lora_ga.targets import Target, find_targets
+from lora_ga.tensor_parallel import check_together
 
 
 def estimate_gradients(
@@ -104,6 +105,12 @@ def _prepared(
     Raises:
         ValueError: The adapter cannot be aligned, or gradients are off.
     """
+    planned = check_together(model, together.size)
+    if planned and config.tolerance is not None:
+        raise ValueError(
+            f"LoraGAConfig.tolerance is {config.tolerance}, but a tensor-parallel plan splits the model's layers, "
+            "whose parts would settle after different batches. Use tolerance=None."
+        )
     targets = find_targets(model, adapter_name)
     too_small = {name: target.too_small for name, target in targets.items() if target.too_small}
     if config.on_missing == "error":
@@ -134,7 +141,7 @@ def _prepared(
         progress, tensors = file.load()
         devices = {key: place_of(target.layer) for target in fitting.values() for key in target.keys}
         accumulator.restore(tensors, devices)
-    run = Run(model, fitting, config, Pass(model, loss_fn), accumulator, progress, file, together)
+    run = Run(model, fitting, config, Pass(model, loss_fn), accumulator, progress, file, together, planned)
     return targets, run, identity | {"checkpoint": checkpoint is not None}
 
 

@@ -37,6 +37,7 @@ class Factor(nn.Linear):
 
     start: Tensor
     joined_dim: int  # the dimension in which the start and the delta are joined: 0 for A, 1 for B
+    cut: Callable[[Tensor], Tensor] | None = None  # this process's part of the start, under a tensor-parallel plan
 
     def __init__(
         self,
@@ -93,7 +94,10 @@ class Factor(nn.Linear):
 
     def start_as_trained(self) -> Tensor:
         """The start in the dtype, on the device and in the shards of the trainable part."""
-        return placed_like(self.start.to(self.trainable.dtype), self.trainable)
+        start = self.start.to(self.trainable.dtype)
+        if self.cut is not None and self.trainable.shape != start.shape:  # the plan computes with this process's part
+            return self.cut(start)
+        return placed_like(start, self.trainable)
 
     def join(self, first: Tensor, second: Tensor) -> Tensor:
         """Two factors of rank r as one of rank 2r: A's rows one below the other, part by part; B's side by side."""

@@ -14,8 +14,9 @@ from lora_ga.embedding import FactorTable
 from lora_ga.factors import FACTORS, Delta, Factor
 from lora_ga.frozen import place_of
 from lora_ga.kinds import entries, form_of, weight_of
-from lora_ga.sharding import partitioned, whole
+from lora_ga.sharding import partitioned, placed_like, whole
 from lora_ga.sidecar import AlignedLoraConfig, Alignment
+from lora_ga.tensor_parallel import follow
 
 
 class FactorDict(nn.ModuleDict):
@@ -123,10 +124,12 @@ def make_factors(
         elif old.is_meta:
             start = torch.zeros_like(old, device=place_of(layer))
         if start is not old:
-            parameter = nn.Parameter(torch.zeros_like(start, dtype=old.dtype), old.requires_grad)
+            zeros = torch.zeros(start.shape, dtype=old.dtype, device=start.device)
+            parameter = nn.Parameter(placed_like(zeros, old, start.device), old.requires_grad)
         start = whole(start)
         bias = getattr(entry, "bias", None)
         factor = kind(start, parameter, bias, rank=rank, parts=form.parts(layer), compute=form.compute(entry))
+        follow(factor, layer.get_base_layer())
         with torch.no_grad():
             factor.set_delta(torch.zeros_like(factor.start))
         made.append(factor.train(getattr(entry, "training", layer.training)))

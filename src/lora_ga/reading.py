@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_ga.accumulate import Accumulator
-from lora_ga.agreement import warn_idle, warn_same_data
+from lora_ga.agreement import check_same_data, warn_idle, warn_same_data
 from lora_ga.capture import Heard, Sink, record
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed import Held, Processes
@@ -36,7 +36,11 @@ ABSENT = object()
 
 @dataclasses.dataclass
 class Run:
-    """One estimate under way: what it listens to, what it holds, how far it has come."""
+    """One estimate under way: what it listens to, what it holds, how far it has come.
+
+    Where a tensor-parallel plan has split the model (`planned`), all processes read the same batches: each listens to
+    its parts of the layers that are split, the first one alone to the others, and it alone counts the batches.
+    """
 
     model: PeftModel
     targets: Mapping[str, Target]
@@ -46,6 +50,7 @@ class Run:
     progress: Progress
     checkpoint: Checkpoint | None
     processes: Processes
+    planned: bool = False
     batches: list[Any] = dataclasses.field(default_factory=list)
     probed: Mapping[str, LowRank] = dataclasses.field(default_factory=dict)
 
@@ -72,13 +77,14 @@ class Run:
                 if held.error is None and (processes.size > 1 or not self._all_settled()):
                     with held, numbered(self.progress.batches + 1):
                         batch = self._next(batches)
-                first = digest_of(batch) if number == 0 and processes.size > 1 and batch is not ABSENT else ""
+                compared = self.planned or (number == 0 and processes.size > 1)
+                first = digest_of(batch) if compared and batch is not ABSENT else ""
                 mine = batch is not ABSENT and not self._all_settled()
                 last = last if batch is ABSENT else batch
                 reports = processes.exchange(held, (mine, last is not ABSENT, first))
                 if not any(wanted for wanted, _, _ in reports):
                     break
-                warn_same_data([digest for _, _, digest in reports])
+                (check_same_data if self.planned else warn_same_data)([digest for _, _, digest in reports])
                 if together:
                     last = self._lent(last, [has for _, has, _ in reports])
                 if together or mine:
@@ -140,7 +146,8 @@ class Run:
 
     def _share(self, data: Iterable[Any]) -> Iterator[Any]:
         """As many of the batches as this process is to read."""
-        return itertools.islice(data, self.processes.share_of(self.config.max_batches))
+        most = self.config.max_batches
+        return itertools.islice(data, most if self.planned else self.processes.share_of(most))
 
     def _kept(self, data: Iterable[Any]) -> Iterator[Any]:
         """The batches, kept while a layer that can be probed has not been seen to run: a probe needs them again.
@@ -193,7 +200,12 @@ class Run:
         Yields:
             What has been heard so far.
         """
-        waiting = {name: target for name, target in self.targets.items() if not self._settled(target)}
+        apart = self.planned and self.processes.rank > 0
+        waiting = {
+            name: target
+            for name, target in self.targets.items()
+            if not self._settled(target) and not (apart and target.split is None)
+        }
         rows = {name: target.rows for name, target in waiting.items()}
         layers = {name: target.layer for name, target in waiting.items() if target.form is not EXPERTS}
         owners = {
@@ -261,7 +273,7 @@ class Run:
             shared = self.processes.share_down(lambda: packed(self._factors()))
         places = {key: place_of(target.layer) for target in self.targets.values() for key in target.keys}
         found = {**unpacked(shared, places), **self.probed}
-        return Progress.sum(parts), {key: found[key] for key in places if key in found}
+        return Progress.sum(parts[:1] if self.planned else parts), {key: found[key] for key in places if key in found}
 
     def _factors(self) -> dict[str, LowRank]:
         """The factors of all layers that got tokens, with 2r + `oversample` directions."""

@@ -19,6 +19,7 @@ from lora_ga.config import LoraGAConfig
 from lora_ga.factors import Factor
 from lora_ga.kinds import entries, weight_of
 from lora_ga.placing import make_factors, place
+from lora_ga.sharding import whole
 from lora_ga.sidecar import AlignedLoraConfig, Alignment
 from lora_ga.store import fingerprint
 from lora_ga.structure import set_rank, shift_base
@@ -152,7 +153,7 @@ def _restore_pair(
     Raises:
         ValueError: The sidecar does not belong to the adapter.
     """
-    plain = [weight_of(entry) for entry in entries(layer, "default")]
+    plain = [whole(weight_of(entry)) for entry in entries(layer, "default")]
     a, b = (tensors[f"{name}.{letter}0"].to(old) for letter, old in zip("AB", plain, strict=True))
     pair = make_factors(layer, "default", offset, rank=layer.r["default"] // 2, starts=(a, b))
     for letter, old, factor in zip("AB", plain, pair, strict=True):

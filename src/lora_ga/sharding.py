@@ -72,23 +72,6 @@ def placed_like(tensor: Tensor, parameter: Tensor, device: torch.device | None =
     return distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def refuse_tensor_parallel(model: nn.Module) -> None:
-    """Refuse a model whose layers are split by a tensor-parallel plan.
-
-    Raises:
-        ValueError: It is one, with the first such parameter.
-    """
-    fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
-    for name, parameter in model.named_parameters():
-        names = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
-        if isinstance(parameter, DTensor) and ("tp" in names or not fsdp):
-            raise ValueError(
-                f"{name} is split by a tensor-parallel plan, {parameter.placements}, where a process sees only a part "
-                "of each token's inputs or gradients. That is not supported: load the model without "
-                "tp_plan, in FSDP2 for instance."
-            )
-
-
 def _states(model: nn.Module) -> list[Any]:
     """FSDP2's books of the modules it has sharded, outer ones first. It offers no public way to them.
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lora_ga.factors import Factor
 from lora_ga.forms import CONVOLUTION, EXPERTS, Form
 from lora_ga.kinds import KINDS, Kind, entries, form_of, kind_of, say_never_run, weight_of
-from lora_ga.sharding import gathered, refuse_tensor_parallel, whole
+from lora_ga.sharding import gathered, whole
+from lora_ga.tensor_parallel import Split, in_fsdp, split_of, unfit
 
 PREFIX = "base_model.model."
 # Base layers whose weight `offset="base"` has changed: the layer itself does not say so once the adapter is gone.
@@ -36,6 +37,7 @@ class Target:
         inputs: Inputs of one part, d_in.
         outputs: Outputs of one part, d_out.
         rank: The adapter's rank r in one part.
+        split: This process's part of the weight, where a tensor-parallel plan splits it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Target:
     inputs: int
     outputs: int
     rank: int
+    split: Split | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -55,7 +58,7 @@ class Target:
         """What the layer was called with and its output's gradient, as rows of its parts: (key, (T, I), (T, O))."""
         keys = self.keys
         for part, x_TI, g_TO in self.form.rows(self.layer, x, g):
-            yield keys[part], x_TI, g_TO
+            yield keys[part], *((x_TI, g_TO) if self.split is None else self.split.embedded(x_TI, g_TO))
 
     @property
     def too_small(self) -> str | None:
@@ -158,12 +161,15 @@ def find_targets(model: PeftModel, adapter_name: str = "default") -> dict[str, T
     Raises:
         TypeError: Not a `PeftModel`.
         ValueError: The adapter does not exist, has no LoRA layers, layers of an unknown kind or of a LoRA variant
-            other than DoRA, is merged, trained or aligned already; the model is split by a tensor-parallel plan.
+            other than DoRA, is merged, trained or aligned already; a tensor-parallel plan splits it in an unknown way.
     """
     layers = _lora_layers(model, adapter_name)
-    refuse_tensor_parallel(model)
-    named = {full.removeprefix(PREFIX): layer for full, layer in layers.items()}
-    refusals = [reason for name, layer in named.items() if (reason := _refusal(name, layer, adapter_name))]
+    named, fsdp = {full.removeprefix(PREFIX): layer for full, layer in layers.items()}, in_fsdp(model)
+    reasons = (
+        _refusal(name, layer, adapter_name) or unfit(name, layer.get_base_layer(), fsdp=fsdp)
+        for name, layer in named.items()
+    )
+    refusals = [reason for reason in reasons if reason]
     if refusals:
         more = f" ({len(refusals) - 1} more layers like this)" if len(refusals) > 1 else ""
         raise ValueError(f"Cannot align adapter {adapter_name!r}: {refusals[0]}.{more}")
@@ -176,10 +182,11 @@ def find_targets(model: PeftModel, adapter_name: str = "default") -> dict[str, T
 
 def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:
     form, factor = form_of(layer), entries(layer, adapter_name)[0]
-    outputs, inputs = form.shape(layer)
+    split = split_of(layer.get_base_layer())
+    outputs, inputs = form.shape(layer) if split is None else split.shape
     # The rank r that trains; a layer with LoRA-GA's structure computes with 2r.
     rank = factor.rank if isinstance(factor, Factor) else layer.r[adapter_name]
-    return Target(name, layer, form, form.parts(layer), inputs, outputs, form.rank(layer, rank))
+    return Target(name, layer, form, form.parts(layer), inputs, outputs, form.rank(layer, rank), split)
 
 
 def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:

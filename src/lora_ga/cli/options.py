@@ -170,9 +170,7 @@ class AdapterOptions:
         LIBRARY.scale, "lora-ga: length of these directions"
     )
     reach: float = option(
-        LIBRARY.reach,
-        "lora-ga: size of the start under --scale reach: times the LoRA scaling, so that Adam's step of "
-        "rate lr moves the product by reach * lr; plain LoRA's is 1.15",
+        LIBRARY.reach, "lora-ga: size of the start under --scale reach, times the LoRA scaling; plain LoRA's is 1.15"
     )
     offset: Literal["adapter", "base"] = option(
         LIBRARY.offset,
@@ -278,13 +276,8 @@ class Job:
     estimate: EstimateOptions
     training: TrainingOptions
 
-    GROUPS: ClassVar[tuple[type, ...]] = (
-        ModelOptions,
-        DataOptions,
-        TargetOptions,
-        AdapterOptions,
-        EstimateOptions,
-        TrainingOptions,
+    GROUPS: ClassVar[tuple[type, ...]] = tuple(
+        [ModelOptions, DataOptions, TargetOptions, AdapterOptions, EstimateOptions, TrainingOptions]
     )
 
     def __post_init__(self) -> None:

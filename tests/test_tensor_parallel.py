@@ -1,0 +1,140 @@
+"""Models split by a tensor-parallel plan of Transformers: what two processes find, train and save is what one does."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import lora_ga
+import processes
+import workers
+from lora_ga.tensor_parallel import Split
+from toys import adapted, causal, llama, logits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    return processes.run(workers.parallel, 2, folder)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """One process, no plan, the same batches."""
+    batches = causal(4)
+    found: dict[str, Any] = {}
+    for name, config in (("dense", workers.EXACT), ("streaming", lora_ga.LoraGAConfig())):
+        found[name] = workers.numbers(lora_ga.estimate_gradients(adapted(llama()), batches, config))
+    model = adapted(llama())
+    lora_ga.initialize(model, batches, workers.EXACT)
+    return found | {"curve": workers.curve(model, batches, 0, 1), "trained": logits(model, batches[0])}
+
+
+def gradient(layer: tuple[Tensor, ...]) -> Tensor:
+    return (layer[0] * layer[1]) @ layer[2].mT
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_blocks_of_a_gradient_among_zeros_add_up_to_it(dim: int) -> None:
+    """5 outputs or inputs over 3 processes: the last has fewer."""
+    draws = torch.Generator().manual_seed(0)
+    x, g = torch.randn(7, 5, generator=draws), torch.randn(7, 5, generator=draws)
+    total = torch.zeros(5, 5)
+    for begin, count in ((0, 2), (2, 2), (4, 1)):
+        split, cut = Split((5, 5), dim, begin, count), slice(begin, begin + count)
+        block = split.embedded(*((x, g[:, cut]) if dim == 0 else (x[:, cut], g)))
+        total += block[1].mT @ block[0]
+    torch.testing.assert_close(total, g.mT @ x)
+
+
+def test_processes_find_the_gradient_of_the_model_that_is_not_split(
+    found: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    assert found[0]["dense"]["layers"].keys() == alone["dense"]["layers"].keys()
+    for name, exact in alone["dense"]["layers"].items():
+        dense, streamed = (result[name] for result in (found[0]["dense"]["layers"], found[0]["streaming"]["layers"]))
+        torch.testing.assert_close(gradient(dense), gradient(exact), rtol=1e-4, atol=1e-6)
+        assert dense[3] == pytest.approx(exact[3], rel=1e-4)
+        # What is held beyond the 2r directions is as many of each process's block, so nothing of these is lost.
+        lost = (gradient(streamed) - gradient(exact)).norm() / exact[3]
+        assert lost <= (gradient(alone["streaming"]["layers"][name]) - gradient(exact)).norm() / exact[3] + 0.01, name
+        torch.testing.assert_close(streamed[4], exact[4], rtol=1e-4, atol=1e-6)  # the sketch
+
+
+def test_layers_that_the_plan_leaves_whole_count_once(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    for name, exact in alone["dense"]["layers"].items():
+        torch.testing.assert_close(gradient(found[0]["in part"]["layers"][name]), gradient(exact), rtol=1e-4, atol=1e-6)
+
+
+def test_batches_and_labels_are_counted_once(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    assert found[0]["dense"]["about"] == found[0]["in part"]["about"] == alone["dense"]["about"]
+    assert found[0]["at most"]["about"][0] == 3
+
+
+def test_both_processes_end_with_the_same_bits(found: list[dict[str, Any]]) -> None:
+    first, second = found
+    for name in ("dense", "streaming", "at most", "in part"):
+        assert first[name]["about"] == second[name]["about"]
+        for key, layer in first[name]["layers"].items():
+            for one, other in zip(layer, second[name]["layers"][key], strict=True):
+                assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    assert all(torch.equal(*pair) for pair in zip(first["starts"], second["starts"], strict=True))
+
+
+def test_no_process_sends_more_than_the_bound(found: list[dict[str, Any]]) -> None:
+    layers = found[0]["streaming"]["layers"].values()
+    bound = 2 * math.log2(2) * sum((u.shape[0] + v.shape[0]) * s.numel() * 4 for u, s, v, _, _ in layers)
+    assert all(0 < result["bytes, streaming"] <= bound for result in found)
+
+
+def test_the_start_keeps_the_function_and_training_follows_one_process(
+    found: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    for result in found:
+        before, after = result["logits"]
+        assert torch.equal(before, after)
+        assert torch.equal(before, result["disabled"])
+        assert result["curve"] == pytest.approx(alone["curve"], abs=1e-4)
+    assert alone["curve"][0] - min(alone["curve"]) > 0.05  # it learns
+
+
+def test_what_is_saved_is_a_plain_adapter_for_the_original_base(
+    found: list[dict[str, Any]], alone: dict[str, Any], folder: Path
+) -> None:
+    batch, trained = causal(1)[0], found[0]["trained"]
+    torch.testing.assert_close(trained, alone["trained"], rtol=0, atol=1e-3)
+    stock = PeftModel.from_pretrained(llama(), folder / "parallel")
+    torch.testing.assert_close(logits(stock, batch), trained, rtol=0, atol=1e-5)
+    again = lora_ga.load(llama(), folder / "parallel", is_trainable=True)
+    torch.testing.assert_close(logits(again, batch), trained, rtol=0, atol=1e-5)
+    assert torch.equal(found[0]["again"], trained)  # loaded to train on, split again
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("different", "Processes 0 and 1 of 2 were given different batches, but a tensor-parallel plan splits"),
+        ("fewer", "Processes 0 and 1 of 2 were given different batches"),
+        ("tolerance", "LoraGAConfig.tolerance is 0.01, but a tensor-parallel plan .* Use tolerance=None"),
+        ("alone", "plan splits the model over 2 processes, but 1 work together here.*process_group="),
+        ("head", "lm_head is a Linear that a tensor-parallel plan splits as 'colwise_gather_output'; known are"),
+        ("base", 'q_proj: offset="base" cannot change a sharded weight; use offset="adapter"'),
+    ],
+)
+def test_what_a_plan_does_not_allow_is_refused_in_all_processes(
+    found: list[dict[str, Any]], case: str, message: str
+) -> None:
+    for result in found:
+        assert result[case].startswith("ValueError: ")
+        assert re.search(message, result[case])
