@@ -1,9 +1,10 @@
-"""What several processes add to an estimate: bytes, merges and memory, measured; larger models by the formulas.
+"""What several processes add to an estimate: bytes and merges, measured; larger models by the formulas.
 
 python benchmarks/bench_scale.py
 
 A Llama of width 512 on random tokens in 1, 2 and 4 processes (gloo, one thread each, one machine); the directions
-that as many find on babyllama105 with tinyshakespeare (needs LORA_GA_DATA); and the merge of one layer at the sizes
+that as many find on babyllama105 with tinyshakespeare, each with its share of the batches or, under a tensor-parallel
+plan, with its part of every layer (needs LORA_GA_DATA); and the merge of one layer at the sizes
 of published models. docs/scale.md is drawn from the record.
 """
 
@@ -24,6 +25,7 @@ import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 import bench_alignment
 import lora_ga
@@ -71,7 +73,7 @@ def work(rank: int, size: int, folder: str) -> None:
     """One process: its share, with the time and the bytes of every exchange."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-    spent, sent = {"merge_up": 0.0, "share_down": 0.0, "gather": 0.0}, {"factors": 0, "values": 0}
+    spent, sent = {"merge": 0.0, "share": 0.0, "gather": 0.0}, {"factors": 0, "values": 0}
 
     def timed(name: str) -> None:
         original = getattr(Processes, name)
@@ -118,8 +120,8 @@ def together(size: int) -> dict[str, Any]:
     bound = 2 * (size - 1).bit_length() * sum((o + i) * HELD * 4 for o, i in shapes)
     return {
         "seconds": max(each["seconds"] for each in found),
-        "merge up": max(each["spent"]["merge_up"] for each in found),
-        "share down": max(each["spent"]["share_down"] for each in found),
+        "merge": max(each["spent"]["merge"] for each in found),
+        "share": max(each["spent"]["share"] for each in found),
         "small values": max(each["spent"]["gather"] for each in found),
         "most bytes sent, factors": max(each["sent"]["factors"] for each in found),
         "most bytes sent, small values": max(each["sent"]["values"] for each in found),
@@ -129,26 +131,28 @@ def together(size: int) -> dict[str, Any]:
     }
 
 
-def directions(rank: int, size: int, folder: str) -> None:
+def directions(rank: int, size: int, folder: str, plan: bool) -> None:
     """One process of an estimate on a pretrained model, by both estimators; with one process there is no group."""
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-    found, (adapted, mine) = {}, pretrained()
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    found, (adapted, all_batches) = {}, pretrained(size if plan else 1)
     for estimator in ("streaming", "dense"):
         config = LoraGAConfig(estimator=estimator, oversample=CONFIG.oversample)
-        estimate = lora_ga.estimate_gradients(adapted, mine[rank::size], config)
+        estimate = lora_ga.estimate_gradients(adapted, all_batches if plan else all_batches[rank::size], config)
         found[estimator] = {name: (part.U, part.S, part.V) for name, part in estimate.items()}
     torch.save(found, f"{folder}/{rank}.pt")
     if size > 1:
         dist.destroy_process_group()
 
 
-def pretrained() -> tuple[Any, list[dict[str, Tensor]]]:
-    """babyllama105 with an adapter, and 16 batches of its text."""
+def pretrained(split: int = 1) -> tuple[Any, list[dict[str, Tensor]]]:
+    """babyllama105 with an adapter, split over so many processes, and 16 batches of its text."""
     folder = data("models", "babyllama105")
     text = data("data", "text", "tinyshakespeare.txt").read_text()
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    settings = {"distributed_config": DistributedConfig(tp_size=split)} if split > 1 else {}
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings).eval()
     adapted = get_peft_model(base, LoraConfig(r=RANK, target_modules="all-linear"))
     return adapted, bench_alignment.causal_batches(folder, text, count=BATCHES, length=64)
 
@@ -157,27 +161,27 @@ def accuracy() -> dict[str, Any]:
     """How the directions of several processes align, and how they differ from those of one."""
     adapted, all_batches = pretrained()
     truth = bench_alignment.gradients(adapted.unload(), all_batches)
-    found = {}
-    for size in (1, 2, 4):
+    ways, found = {"1": (1, False), "2": (2, False), "4": (4, False), "2, tensor parallel": (2, True)}, {}
+    for way, (size, plan) in ways.items():
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(directions, (size, folder), size)
-            found[size] = torch.load(f"{folder}/0.pt")
+            mp.spawn(directions, (size, folder, plan), size)
+            found[way] = torch.load(f"{folder}/0.pt")
     rows: dict[str, Any] = {}
     for estimator in ("streaming", "dense"):
-        one = found[1][estimator]
-        for size in found:
-            many = found[size][estimator]
+        one = found["1"][estimator]
+        for way in found:
+            many = found[way][estimator]
             ratios = {name: ratio(many[name], truth[name]) for name in one}
             alone = {name: ratio(one[name], truth[name]) for name in one}
             cosines = [cosine(one[name][side], many[name][side]) for name in one for side in (0, 2)]
-            rows[f"{estimator}, {size}"] = {
+            rows[f"{estimator}, {way}"] = {
                 "median": statistics.median(ratios.values()),
                 "lowest": min(ratios.values()),
                 "largest loss of a layer": max(alone[name] - ratios[name] for name in one),
                 "lowest cosine": min(cosines),
                 "median cosine": statistics.median(cosines),
             }
-    rows["smallest gap"] = min(float(s[2 * RANK - 1] / s[2 * RANK]) for _, s, _ in found[1]["dense"].values())
+    rows["smallest gap"] = min(float(s[2 * RANK - 1] / s[2 * RANK]) for _, s, _ in found["1"]["dense"].values())
     return rows
 
 

@@ -36,19 +36,19 @@ def estimate(model: str, gpus: int, record: Mapping[str, Any], added: float) -> 
     both, outputs = sum(o + i for o, i in sizes), sum(o for o, _ in sizes)
     up = 4 * (both * record["held by a part"] + outputs * PROBES)
     down = 4 * (both * (record["held"] + record["rank"]) + outputs * PROBES)
-    rounds = math.ceil(math.log2(gpus))
+    share = 1 - 1 / gpus  # 1/2 + 1/4 + … of all layers
     merge = sum(row["seconds"] for row in record["merge of one layer"]) / sum(
         row["numbers"] for row in record["merge of one layer"]
     )
     passes = math.ceil(BATCHES / gpus)
     return {
         "up": up,
-        "send": rounds * (up + down) / BANDWIDTH,
-        "merge": rounds * merge * both * record["held by a part"],
+        "send": 2 * share * (up + down) / BANDWIDTH,
+        "merge": share * merge * both * record["held by a part"],
         "pass": passes * 4 * parameters * TOKENS / SPEED * added,
         "gather": passes * 2 * 2 * parameters / BANDWIDTH,
         "weights": 2 * parameters / gpus,
-        "state": 2 * up,
+        "state": up + down,
     }
 
 
@@ -70,7 +70,7 @@ def exchanged(load: Callable[[str], dict[str, Any]]) -> str:
     for size, row in found.items():
         cells = [size, f"{row['seconds']:.1f}", "–", "–", "0", "–"]
         if "bound" in row:
-            times = [f"{row[name]:.2f}" for name in ("merge up", "share down")]
+            times = [f"{row[name]:.2f}" for name in ("merge", "share")]
             sent = row["most bytes sent, factors"] + row["most bytes sent, small values"]
             cells = [size, f"{row['seconds']:.1f}", *times, f"{sent / 1e6:.1f} MB", f"{row['bound'] / 1e6:.1f} MB"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -52,16 +52,17 @@ def run(worker: Worker, size: int, folder: Path, *, timeout: int = 120) -> list[
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
 
-def tree(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Sums up a tree and down again, of tensors that differ in name, dtype, shape and size; in buckets of 40 bytes."""
+def sums(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Sums of all, in all processes, of tensors that differ in dtype, shape and size; in buckets of 40 bytes."""
     distributed.BUCKET = 40
     together = distributed.processes()
-    held = {"all": torch.full((2, 3), 2.0**rank), f"own {rank}": torch.tensor(float(rank), dtype=torch.float64)}
+    held = {"all.sum": torch.full((2, 3), 2.0**rank), f"own {rank}.x": torch.tensor(float(rank), dtype=torch.float64)}
 
     def absorb(others: dict[str, torch.Tensor]) -> None:
         for name, tensor in others.items():
             held[name] = held[name] + tensor if name in held else tensor
 
-    together.merge_up(lambda: held, absorb)
-    shared = together.share_down(lambda: held | {"half": torch.ones(3, dtype=torch.bfloat16)})
-    return {"shared": dict(shared), "gathered": together.gather({"rank": rank}), "shares": together.share_of(5)}
+    own = together.merge(["all", "none", *(f"own {each}" for each in range(size))], lambda: held, absorb)
+    made = {f"{name}.made": torch.ones(3, dtype=torch.bfloat16) for name in own if name == "all"}
+    shared = together.share({name: each for name, each in held.items() if name.rpartition(".")[0] in own} | made)
+    return {"shared": shared, "own": own, "gathered": together.gather({"rank": rank}), "shares": together.share_of(5)}

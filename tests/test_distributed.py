@@ -154,16 +154,27 @@ def test_no_process_sends_more_than_the_bound(results: Results, size: int) -> No
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_tensors_of_all_kinds_go_up_the_tree_and_down(tmp_path: Path, size: int) -> None:
-    found = processes.run(processes.tree, size, tmp_path)
-    assert all(same(each, found[0]) for each in found)
+def test_tensors_of_all_kinds_are_summed_and_shared(tmp_path: Path, size: int) -> None:
+    found = processes.run(processes.sums, size, tmp_path)
+    assert all(same(each["shared"], found[0]["shared"]) for each in found)
     shared = found[0]["shared"]
-    assert torch.equal(shared["all"], torch.full((2, 3), 2.0**size - 1))
+    assert torch.equal(shared["all.sum"], torch.full((2, 3), 2.0**size - 1))
     for rank in range(size):
-        assert same(shared[f"own {rank}"], torch.tensor(float(rank), dtype=torch.float64))
-    assert same(shared["half"], torch.ones(3, dtype=torch.bfloat16))
+        assert same(shared[f"own {rank}.x"], torch.tensor(float(rank), dtype=torch.float64))
+    assert same(shared["all.made"], torch.ones(3, dtype=torch.bfloat16))
+    assert len(shared) == size + 2
     assert found[0]["gathered"] == [{"rank": rank} for rank in range(size)]
     assert found[0]["shares"] == math.ceil(5 / size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 13])
+def test_every_layer_is_the_work_of_one_process_and_none_has_more_than_its_share(size: int) -> None:
+    layers = [f"layer {number}" for number in range(29)]
+    shares = [Processes(rank, size).own(layers) for rank in range(size)]
+    assert sorted(layer for share in shares for layer in share) == sorted(layers)
+    working = 2 ** (size.bit_length() - 1)
+    assert max(map(len, shares)) == math.ceil(29 / working)
+    assert all(not share for share in shares[working:])
 
 
 def test_one_process_talks_to_nobody() -> None:

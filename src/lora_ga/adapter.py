@@ -73,7 +73,8 @@ def write_starts(
         plan = make_plan(unwrapped(wrapped), estimate, config, adapter_name, said)
     check_same(together.exchange(held, None if plan is None else plan.identity))
     assert plan is not None
-    shared = together.share_down(lambda: {f"{name}.{side}": tensor for name, side, tensor in plan.tensors()})
+    own = set(together.own(plan.starts))
+    shared = together.share({f"{name}.{side}": tensor for name, side, tensor in plan.tensors() if name in own})
     starts = {name: (shared[f"{name}.0"], shared[f"{name}.1"]) for name in plan.starts}
     alignment = plan.alignment
     if alignment is None:

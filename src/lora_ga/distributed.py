@@ -1,4 +1,4 @@
-"""Several processes: who there is, small values exchanged, tensors merged up a tree and shared down it again.
+"""Several processes: who there is, small values exchanged, tensors of layers merged and shared.
 
 The only module that imports torch.distributed (the wrappers of a model are `sharding`'s). In one process nothing is
 communicated, and every function here gives back what it was given. Tensors travel as bytes in a few large messages, so
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -124,43 +124,89 @@ class Processes:
                 )
         return [each for _, each in reports]
 
-    def merge_up(self, state: Callable[[], Mapping[str, Tensor]], absorb: Callable[[dict[str, Tensor]], None]) -> None:
-        """Merge what the processes hold into process 0, pair by pair: ⌈log₂ size⌉ rounds, one message up from each.
+    @property
+    def _paired(self) -> int:
+        """The largest power of two of processes: those beyond it hand all they hold to one of these."""
+        return 1 << (self.size.bit_length() - 1)
 
-        Args:
-            state: What this process holds.
-            absorb: Adds what another process held to it.
+    def _levels(self, keys: Collection[str]) -> Iterator[tuple[int, list[str], list[str]]]:
+        """How layers are shared out, level by level.
+
+        Yields:
+            The process to exchange with, and the layers that this one keeps and gives.
         """
-        for step in self._steps():
-            if self.rank % (2 * step) == step:
-                self._send(state(), self.rank - step)
-                return
-            if self.rank + step < self.size:
-                absorb(self._receive(self.rank + step))
+        mine, distance = list(keys), self._paired // 2
+        while distance:
+            second = bool(self.rank & distance)
+            keeps, gives = mine[second::2], mine[not second :: 2]
+            yield self.rank ^ distance, keeps, gives
+            mine, distance = keeps, distance // 2
 
-    def share_down(self, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """What process 0 makes, bit for bit the same in all processes, down the same tree.
+    def own(self, keys: Collection[str]) -> list[str]:
+        """The layers that this process does the work of, of those that all have; in one process all of them."""
+        if self.rank >= self._paired:
+            return []
+        mine = list(keys)
+        for _, keeps, _ in self._levels(keys):
+            mine = keeps
+        return mine
+
+    def merge(
+        self,
+        keys: Collection[str],
+        state: Callable[[], Mapping[str, Tensor]],
+        absorb: Callable[[dict[str, Tensor]], None],
+    ) -> list[str]:
+        """Add up what the processes hold, pair by pair: each gives half of the layers, and takes the other half.
+
+        After log₂ size exchanges of 1/2, 1/4, 1/8 … of all layers each process has merged a share of them with what
+        all others held (recursive halving). It has sent, and merged, less than all layers once.
 
         Args:
-            make: Makes the tensors; called in process 0 only.
+            keys: Names of layers, the same in all processes.
+            state: What this process holds, by names that are a layer's and a part's after a dot.
+            absorb: Adds what another process held to it.
 
         Returns:
-            The tensors; those received are on the device of the messages.
+            The layers whose sums are whole in this process: `own(keys)`.
         """
-        shared = make() if self.rank == 0 else {}
-        for step in reversed(list(self._steps())):
-            if self.rank % (2 * step) == step:
-                shared = self._receive(self.rank - step)
-            elif self.rank % (2 * step) == 0 and self.rank + step < self.size:
-                self._send(shared, self.rank + step)
+        beyond = self._paired
+        if self.rank >= beyond:
+            self._send(state(), self.rank - beyond)
+            return []
+        if self.rank + beyond < self.size:
+            absorb(self._receive(self.rank + beyond))
+        for other, _, gives in self._levels(keys):
+            absorb(self._swap(_of(state(), gives), other))
+        return self.own(keys)
+
+    def share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What all processes hold, bit for bit the same in each: the way of `merge` back (recursive doubling).
+
+        Args:
+            tensors: What this process adds, by names that are its alone.
+
+        Returns:
+            The tensors of all; those received are on the device of the messages.
+        """
+        shared, beyond, distance = dict(tensors), self._paired, 1
+        if self.rank >= beyond:
+            return self._receive(self.rank - beyond)
+        while distance < beyond:
+            shared |= self._swap(shared, self.rank ^ distance)
+            distance *= 2
+        if self.rank + beyond < self.size:
+            self._send(shared, self.rank + beyond)
         return shared
 
-    def _steps(self) -> Iterator[int]:
-        """1, 2, 4, … below the number of processes."""
-        step = 1
-        while step < self.size:
-            yield step
-            step *= 2
+    def _swap(self, tensors: Mapping[str, Tensor], other: int) -> dict[str, Tensor]:
+        """Give tensors to another process, which gives its own."""
+        if self.rank < other:
+            self._send(tensors, other)
+            return self._receive(other)
+        received = self._receive(other)
+        self._send(tensors, other)
+        return received
 
     @_named
     def _send(self, tensors: Mapping[str, Tensor], to: int) -> None:
@@ -196,6 +242,12 @@ class Processes:
                 begin, end = end, end + lengths[index]
                 tensors[name] = content[begin:end].clone().view(kind).view(shape)
         return tensors
+
+
+def _of(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of some layers."""
+    wanted = set(layers)
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in wanted}
 
 
 def buckets(lengths: list[int]) -> Iterator[list[int]]:

@@ -150,11 +150,11 @@ def _listen_together(
     adapter_name: str,
     heard: Mapping[str, _Heard],
     batches: Sequence[Any],
-) -> float:
-    """One pass of every process over its own batches; the sums of all are in process 0 then.
+) -> tuple[list[str], float]:
+    """One pass of every process over its own batches; the sums of all are then in one process for each layer.
 
     Returns:
-        The sum of this process's batches' weights.
+        The layers of which they are in this process, and the sum of this process's batches' weights.
     """
     held, weight = Held(), 0.0
     with held:
@@ -170,8 +170,7 @@ def _listen_together(
             name, side = key.rsplit(".", 1)
             setattr(heard[name], side, _added(getattr(heard[name], side), total.to(heard[name].psi.device), 1.0))
 
-    processes.merge_up(sums, absorb)
-    return weight
+    return processes.merge(targets, sums, absorb), weight
 
 
 def _random(name: str, target: Target, kept: int, seed: int, dtype: torch.dtype) -> _Heard:
@@ -206,9 +205,9 @@ def _low_rank(heard: _Heard, kept: int, seed: int) -> LowRank:
     return LowRank(*held, norm=estimated_norm(held, sketch_OP, probes(inputs, seed)), sketch=sketch_OP)
 
 
-def _reached(heard: Mapping[str, _Heard]) -> dict[str, _Heard]:
-    """The layers that got a gradient."""
-    return {name: one for name, one in heard.items() if one.left is not None and one.right is not None}
+def _reached(heard: Mapping[str, _Heard], own: Iterable[str]) -> dict[str, _Heard]:
+    """Those of the layers that got a gradient."""
+    return {name: heard[name] for name in own if heard[name].left is not None and heard[name].right is not None}
 
 
 def probe(
@@ -238,26 +237,20 @@ def probe(
     places = {name: place_of(target.layer) for name, target in targets.items()}
     dtypes = {name: weight_of(entries(target.layer, adapter_name)[0]).dtype for name, target in targets.items()}
     drawn = {name: _random(name, target, kept[name], seed, sum_dtype(dtypes[name])) for name, target in targets.items()}
-    weight = _listen_together(run, processes, targets, adapter_name, drawn, data)
-
-    def directions() -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, one in _reached(drawn).items():
-            inputs = targets[name].inputs
-            found = _directed(one, probes(inputs, seed).mT / math.sqrt(inputs))
-            tensors |= {f"{name}.omega": found.omega, f"{name}.psi": found.psi}
-        return tensors
-
-    def factors() -> dict[str, Tensor]:
-        with torch.no_grad(), torch.autocast(run.device.type, enabled=False):
-            return packed({name: _low_rank(one, kept[name], seed) for name, one in _reached(directed).items()})
-
-    shared = processes.share_down(directions)
+    own, weight = _listen_together(run, processes, targets, adapter_name, drawn, data)
+    found: dict[str, Tensor] = {}
+    for name, one in _reached(drawn, own).items():
+        inputs = targets[name].inputs
+        second = _directed(one, probes(inputs, seed).mT / math.sqrt(inputs))
+        found |= {f"{name}.omega": second.omega, f"{name}.psi": second.psi}
+    shared = processes.share(found)
     reached = {name: target for name, target in targets.items() if f"{name}.omega" in shared}
     if not reached:
         return {}, weight
     directed = {
         name: _Heard(*(shared[f"{name}.{part}"].to(places[name]) for part in ("omega", "psi"))) for name in reached
     }
-    weight = _listen_together(run, processes, reached, adapter_name, directed, data)
-    return unpacked(processes.share_down(factors), places), weight
+    own, weight = _listen_together(run, processes, reached, adapter_name, directed, data)
+    with torch.no_grad(), torch.autocast(run.device.type, enabled=False):
+        factors = {name: _low_rank(one, kept[name], seed) for name, one in _reached(directed, own).items()}
+    return unpacked(processes.share(packed(factors)), places), weight

@@ -266,22 +266,22 @@ class Run:
 
     def merged(self) -> tuple[Progress, dict[str, LowRank]]:
         """What all processes have read, and the directions of its gradient: the same numbers in each of them."""
+        places = {key: place_of(target.layer) for target in self.targets.values() for key in target.keys}
         parts = self.processes.gather(self.progress)
         warn_idle([part.batches for part in parts])
         with torch.no_grad(), torch.autocast(self.passes.device.type, enabled=False):
-            self.processes.merge_up(self.accumulator.state, self.accumulator.absorb)
-            shared = self.processes.share_down(lambda: packed(self._factors()))
-        places = {key: place_of(target.layer) for target in self.targets.values() for key in target.keys}
+            own = self.processes.merge(places, self.accumulator.state, self.accumulator.absorb)
+            shared = self.processes.share(packed(self._factors(own)))
         found = {**unpacked(shared, places), **self.probed}
         return Progress.sum(parts[:1] if self.planned else parts), {key: found[key] for key in places if key in found}
 
-    def _factors(self) -> dict[str, LowRank]:
-        """The factors of all layers that got tokens, with 2r + `oversample` directions."""
+    def _factors(self, keys: Iterable[str]) -> dict[str, LowRank]:
+        """The factors of those layers among `keys` that got tokens, with 2r + `oversample` directions."""
+        ranks = {key: target.rank for target in self.targets.values() for key in target.keys}
         factors = {}
-        for target in self.targets.values():
-            kept = 2 * target.rank + self.config.oversample
-            for key in target.keys:
-                if (factor := self.accumulator.factors(key)) is not None:
-                    u, s, v = factor.U[:, :kept], factor.S[:kept], factor.V[:, :kept]
-                    factors[key] = dataclasses.replace(factor, U=u, S=s, V=v)
+        for key in keys:
+            if (factor := self.accumulator.factors(key)) is not None:
+                kept = 2 * ranks[key] + self.config.oversample
+                u, s, v = factor.U[:, :kept], factor.S[:kept], factor.V[:, :kept]
+                factors[key] = dataclasses.replace(factor, U=u, S=s, V=v)
         return factors

@@ -1,0 +1,153 @@
+"""Why a start helps or does not: what full fine-tuning, LoRA and LoRA-GA do in their first steps under AdamW.
+
+LORA_GA_DATA=... python benchmarks/bench_why.py
+
+babyllama105 on tinyshakespeare as in the suite `stories-shakespeare`, each method at the best rate it has there, on the
+same batches. docs/evidence.md is drawn from the record: medians over the layers, means over the seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+import lora_ga
+from lora_ga import LoraGAConfig
+from lora_ga.factors import Factor
+from lora_ga.suite.cell import Cell, cell_of
+from lora_ga.suite.methods import complete, load_method
+from lora_ga.suite.methods.base import Work
+from lora_ga.suite.sources import Sources
+from lora_ga.suite.spec import load_suite
+from lora_ga.suite.tasks import prepare
+from lora_ga.suite.training import Curves, train
+from record import data, finish
+
+SEEDS, LOOKED_AT = 3, (2, 5, 10, 25, 50, 200)
+# Method → the rate that is best for it in the suite.
+RATES = {"full": 3.16e-4, "lora": 3.16e-3, "lora-ga γ=16": 3.16e-4, "lora-ga γ=4096": 3.16e-3}
+Matrices = dict[str, Tensor]
+
+
+def gradients(cell: Cell) -> Matrices:
+    """The exact gradient of every adapted weight, from the rows that starts are made from."""
+    problem = prepare(cell, Sources.from_environment())
+    config = LoraGAConfig(estimator="dense", oversample=10**4, max_batches=None)
+    model = get_peft_model(problem.base, LoraConfig(r=8, target_modules=problem.targets()))
+    estimate = lora_ga.estimate_gradients(model, problem.aside, config)
+    return {name: (each.U * each.S) @ each.V.mT for name, each in estimate.items()}
+
+
+def layers(model: Any) -> dict[str, Any]:
+    """The LoRA layers of a model, by their path in the base; none in full fine-tuning."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else None
+    return {name: each for name, each in base.named_modules() if hasattr(each, "lora_A")} if base else {}
+
+
+def rows_of_a(layer: Any) -> Tensor:
+    """A itself, (r, I): of an aligned layer A₀ + dA."""
+    factor = layer.lora_A["default"]
+    return (factor.start + factor.delta() if isinstance(factor, Factor) else factor.weight).detach().clone()
+
+
+def changes(model: Any, weights: Matrices) -> Matrices:
+    """ΔW of every layer."""
+    found = layers(model)
+    if found:
+        return {name: layer.get_delta_weight("default").detach() for name, layer in found.items()}
+    return {name: model.get_submodule(name).weight.detach() - weight for name, weight in weights.items()}
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    """Of two matrices."""
+    return float((one * other).sum() / (one.norm() * other.norm()).clamp_min(1e-30))
+
+
+def within(a_rI: Tensor, first_rI: Tensor) -> float:
+    """The share of ‖A‖² that lies in the span of the rows A began with."""
+    return float((a_rI @ torch.linalg.qr(first_rI.mT).Q).norm() ** 2 / a_rI.norm() ** 2)
+
+
+def watched(cell: Cell, gradient: Matrices, full: Mapping[int, Matrices] | None) -> tuple[dict[int, Matrices], Any]:
+    """Trains a cell, looking at it after some steps.
+
+    Returns:
+        Step → ΔW of every layer, and step → figures, medians over the layers.
+    """
+    problem, settings = prepare(cell, Sources.from_environment()), cell.settings
+    weights = {name: problem.base.get_submodule(name).weight.detach().clone() for name in gradient}
+    work = Work(
+        base=problem.base,
+        batches=problem.aside,
+        targets=problem.targets(),
+        task_type=problem.task_type,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        steps=settings.steps,
+        rate=cell.learning_rate,
+        seed=cell.seed,
+        options=complete(cell.method, cell.options),
+    )
+    method = load_method(cell.method)
+    torch.manual_seed(cell.seed)
+    model = method.build(work)
+    first, seen, figures = {name: rows_of_a(layer) for name, layer in layers(model).items()}, {}, {}
+
+    def look(model: Any, step: int) -> None:
+        if step not in LOOKED_AT:
+            return
+        seen[step] = changes(model, weights)
+        others = full[step] if full else seen[step]
+        figures[step] = {
+            "cosine with -G": _median(cosine(each, -gradient[name]) for name, each in seen[step].items()),
+            "cosine with full": _median(cosine(each, others[name]) for name, each in seen[step].items()),
+            "size": _median(float(each.norm() / weights[name].norm()) for name, each in seen[step].items()),
+        }
+        if first:
+            now = {name: rows_of_a(layer) for name, layer in layers(model).items()}
+            figures[step]["A where it began"] = _median(within(a, first[name]) for name, a in now.items())
+            figures[step]["A moved"] = _median(
+                float((a - first[name]).norm() / first[name].norm()) for name, a in now.items()
+            )
+
+    torch.manual_seed(cell.seed)
+    train(problem, dataclasses.replace(method, after_step=look), model, work, settings, "cpu", Curves())
+    return seen, figures
+
+
+def _median(values: Any) -> float:
+    return statistics.median(list(values))
+
+
+def mean(parts: list[Any]) -> Any:
+    """The mean of nested figures over the seeds."""
+    if isinstance(parts[0], dict):
+        return {key: mean([part[key] for part in parts]) for key in parts[0]}
+    return statistics.fmean(parts)
+
+
+def main() -> None:
+    """Runs every method and keeps the record."""
+    data("models", "babyllama105")
+    torch.set_num_threads(1)
+    suite = load_suite("stories-shakespeare")
+    found: dict[str, list[Any]] = {label: [] for label in RATES}
+    for seed in range(SEEDS):
+        cells = {label: cell_of(suite, "babyllama105", label, rate, seed) for label, rate in RATES.items()}
+        gradient, full = gradients(cells["full"]), None
+        for label, cell in cells.items():
+            seen, figures = watched(cell, gradient, full)
+            full = full or seen
+            found[label].append(figures)
+            print(seed, label, {step: round(row["cosine with full"], 3) for step, row in figures.items()}, flush=True)
+    finish("why", {"seeds": SEEDS, "rates": RATES, "methods": {label: mean(each) for label, each in found.items()}})
+
+
+if __name__ == "__main__":
+    main()
