@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # This very version, first: a bare "torch" would pull gigabytes of CUDA packages onto a machine that may have no GPU.
 TORCH ?= torch==2.13.0
+# And what of its requirements this environment has not got.
+DEEPSPEED ?= deepspeed==0.19.8 hjson py-cpuinfo einops msgpack ninja nvidia-ml-py
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-zero3 lint bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +20,15 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# DeepSpeed lies beside the environment, where no other test finds it; at its first use it builds a kernel, with g++.
+$(VENV)/zero3/.ready: $(VENV)/.ready
+	$(BIN)/pip install --quiet setuptools wheel
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --target $(VENV)/zero3 --upgrade $(DEEPSPEED)
+	touch $@
+
+test-zero3: $(VENV)/zero3/.ready
+	PYTHONPATH=$(VENV)/zero3 $(BIN)/python -m pytest tests/test_launch.py -k zero3
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_recipe_trains_in_its_engine_and_saves_a_plain_adapter(launch: Launch, engine: str) -> None:
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("install deepspeed to run this test (it builds a kernel of its own the first time)")
+        pytest.skip("`make test-zero3` runs this test: DeepSpeed builds a kernel of its own the first time")
     printed, folder = launch(engine)
     alike, _ = launch("ddp")
     assert printed["engine"] == ENGINES[engine]
