@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from lora_ga.suite.spec import load_suite
 from lora_ga.suite.store import Store
 from lora_ga.suite.summary import Result, reference, results
 from lora_ga.suite.tabulate import method_table, overview_table
+from lora_ga.tables import spread
 
 ROOT = Path(__file__).parent.parent
 MARKERS = re.compile(r"(<!-- drawn from records -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
@@ -36,31 +36,34 @@ def alignment(models: dict[str, Any], start: str) -> list[str]:
     return [f"{model[start]['median']:.3f} ({model[start]['lowest']:.3f})" for model in models.values()]
 
 
-def convergence(row: dict[str, Any]) -> list[str]:
-    """Final loss, rate, and how many times fewer steps than LoRA, of a method."""
-    ratios = [ratio for ratio in row["lora_steps_over_own"] if ratio is not None]
-    missed = len(row["lora_steps_over_own"]) - len(ratios)
-    faster = "never gets there" if not ratios else f"{statistics.fmean(ratios):.2f}"
-    faster += f" ({missed} of {len(row['lora_steps_over_own'])} seeds never)" if ratios and missed else ""
-    final = f"{row['final_loss']:.3f} ± {row['final_loss_stderr']:.3f}"
-    return [f"{row['learning_rate']:g}", final, faster]
+# Suite and task → what the README calls its column.
+SHOWN = {
+    ("stories-shakespeare", "babyllama105"): "babyllama105, loss",
+    ("stories-shakespeare", "stories260k"): "stories260k, loss",
+    ("glue-minilm", "sst2"): "MiniLM-L6 on SST-2, accuracy",
+}
 
 
 def table() -> str:
-    """Markdown: the first step on three models, and convergence on one of them."""
-    models, methods = load("alignment")["models"], load("convergence")["table"]
+    """Markdown: the first step on three models, and what came out of training on three tasks."""
+    models = load("alignment")["models"]
+    found = {(name, each.task, each.label): each for name, _ in SHOWN for each in found_in(name)}
     rows = [
-        ("LoRA-GA, γ = 1024", "ours, streaming", "lora-ga γ=1024"),
-        ("LoRA-GA, γ = 16 (the paper's)", "ours, streaming", "lora-ga γ=16"),
+        ("LoRA-GA", "ours, streaming", "lora-ga reach=0.35"),
+        ("LoRA-GA, the paper's γ = 16", "ours, streaming", "lora-ga γ=16"),
         ("PEFT's own `lora_ga`", "peft lora_ga", "peft lora_ga"),
         ("plain LoRA", "lora", "lora"),
+        ("rsLoRA", None, "rslora"),
         ("full fine-tuning", None, "full"),
     ]
-    heads = [*models, "best rate", "final loss", "LoRA's steps ÷ own, to LoRA's final loss"]
+    heads = [*models, *SHOWN.values()]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for label, start, method in rows:
         cells = ["–"] * len(models) if start is None else alignment(models, start)
-        lines.append(f"| {label} | " + " | ".join([*cells, *convergence(methods[method])]) + " |")
+        for name, task in SHOWN:
+            result, metric = found[name, task, method], load_suite(name).tasks[task].metric
+            cells.append(f"{spread(result.values(metric))} ({result.rate:g})" if result.runs else "–")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -142,6 +145,27 @@ def qlora() -> str:
     return "\n".join(lines)
 
 
+def why() -> str:
+    """Markdown: what methods do in their first steps."""
+    found = load("why")["methods"]
+    steps = list(found["full"])
+    figures = {
+        "cosine with full": "cosine of ΔW with full fine-tuning's",
+        "cosine with -G": "cosine of ΔW with −G",
+        "size": "‖ΔW‖ ÷ ‖W‖",
+        "A where it began": "share of ‖A‖² in the rows' span at the start",
+        "A moved": "‖A − A₀‖ ÷ ‖A₀‖",
+    }
+    lines = ["| after steps | " + " | ".join(steps) + " |", "|---" * (len(steps) + 1) + "|"]
+    for figure, title in figures.items():
+        for method, rows in found.items():
+            if figure in rows[steps[0]] and (figure, method) != ("cosine with full", "full"):
+                lines.append(
+                    f"| {title}: {method} | " + " | ".join(f"{rows[step][figure]:.2g}" for step in steps) + " |"
+                )
+    return "\n".join(lines)
+
+
 def overview(name: str) -> str:
     """Markdown: a suite's methods on its tasks, each at its own best rate."""
     suite, found = load_suite(name), found_in(name)
@@ -170,7 +194,9 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
     "docs/evidence.md": (
         functools.partial(overview, "stories-shakespeare"),
         functools.partial(variants, "stories-shakespeare", "babyllama105"),
+        functools.partial(overview, "glue-minilm"),
         functools.partial(variants, "ablation", "babyllama105"),
+        why,
     ),
     "docs/scale.md": tuple(
         functools.partial(each, load) for each in (scale_tables.exchanged, scale_tables.found, scale_tables.larger)

@@ -64,7 +64,7 @@ def test_the_flow_gives_the_start_that_the_librarys_own_functions_give() -> None
     model = gpt2()
     flow = ready(model, targets=["c_attn", "c_fc"], use_rslora=True)
     own = adapted(gpt2(), ["c_attn", "c_fc"])
-    lora_ga.initialize(own, causal())
+    lora_ga.initialize(own, causal(), lora_ga.LoraGAConfig(stable_gamma=16))
     starts = {name: module.start for name, module in own.named_modules() if hasattr(module, "start")}
     assert starts
     for name, module in flow.named_modules():

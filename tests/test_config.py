@@ -13,7 +13,7 @@ from lora_ga import LoraGAConfig
     ("field", "value", "message"),
     [
         ("direction", "ArB", "direction is 'ArB'; it must be one of ArB2r, A2rBr, ArBr, random"),
-        ("scale", "weight_svd", "scale is 'weight_svd'; it must be one of stable, reach, gd, unit, weight"),
+        ("scale", "weight_svd", "scale is 'weight_svd'; it must be one of stable, gd, unit, weight"),
         ("offset", "layer", "offset is 'layer'; it must be one of adapter, base"),
         ("estimator", "svd", "estimator is 'svd'; it must be one of streaming, dense, probe"),
         ("on_missing", "warn", "on_missing is 'warn'; it must be one of error, lora"),

@@ -59,6 +59,7 @@ def test_the_start_comes_from_the_first_examples_cut_to_the_length() -> None:
         llama(),
         LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"]),
         [collate([{k: v[:16] for k, v in e.items()} for e in EXAMPLES[i : i + 2]]) for i in (0, 2, 4)],
+        lora_ga.LoraGAConfig(stable_gamma=16),
     )
     assert starts(own)
     assert all(torch.equal(one, other) for one, other in zip(starts(model), starts(own), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -60,17 +61,18 @@ def test_the_papers_direction_gives_a_the_first_right_and_b_the_next_left_vector
 
 
 @pytest.mark.parametrize(
-    ("scale", "factor"),
+    ("settings", "factor"),
     [
-        ("stable", OUTPUTS**0.25 / math.sqrt(16.0)),
-        ("reach", 0.35 / 2.5),
-        ("gd", 1 / 2.5),
-        ("unit", 1.0),
-        ("weight", (torch.linalg.svdvals(W)[:RANK] / 2.5).sqrt().mean().item()),
+        ({"scale": "stable", "stable_gamma": 16.0}, OUTPUTS**0.25 / math.sqrt(16.0)),
+        ({"scale": "stable"}, 0.35 / 2.5),
+        ({"scale": "stable", "reach": 0.7}, 0.7 / 2.5),
+        ({"scale": "gd"}, 1 / 2.5),
+        ({"scale": "unit"}, 1.0),
+        ({"scale": "weight"}, (torch.linalg.svdvals(W)[:RANK] / 2.5).sqrt().mean().item()),
     ],
 )
-def test_both_factors_have_the_size_their_scale_states(scale: str, factor: float) -> None:
-    a, b = split(part(), layer(scale=scale))
+def test_both_factors_have_the_size_their_scale_states(settings: dict[str, Any], factor: float) -> None:
+    a, b = split(part(), layer(**settings))
     torch.testing.assert_close(a.norm(dim=1), torch.full((RANK,), factor, dtype=torch.float64))
     torch.testing.assert_close(b.norm(dim=0), torch.full((RANK,), factor, dtype=torch.float64))
 
@@ -90,3 +92,25 @@ def test_leading_singular_values_of_a_weight() -> None:
     w = torch.randn(30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     w = w * 0.7 ** torch.arange(40)
     torch.testing.assert_close(leading_singular_values(w, 5, 0, "layer"), torch.linalg.svdvals(w)[:5])
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale": "gd"}])
+def test_a_size_that_would_be_divided_by_a_scaling_of_zero_is_refused(settings: dict[str, Any]) -> None:
+    still = dataclasses.replace(layer(**settings), scaling=0.0)
+    with pytest.raises(ValueError, match=r"layer: the LoRA scaling is 0.0.*lora_alpha above 0, or set stable_gamma"):
+        split(part(), still)
+
+
+@pytest.mark.parametrize(("outputs", "rank", "scaling"), [(16, 3, 2.5), (16, 1, 2.5), (64, 3, 2.5), (16, 3, 16.0)])
+def test_the_chosen_gamma_gives_every_layer_the_same_reach(outputs: int, rank: int, scaling: float) -> None:
+    """Whatever the width, the rank and α; and it is the γ that the docstring states."""
+    g = torch.randn(outputs, INPUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    held = LowRank(*truncated_svd(g, 10), norm=g.norm().item())
+    config = LoraGAConfig(reach=0.5)
+    shape = dataclasses.replace(layer(), outputs=outputs, rank=rank, scaling=scaling, config=config)
+    a, b = split(held, shape)
+    torch.testing.assert_close(scaling * a.norm(dim=1), torch.full((rank,), 0.5, dtype=torch.float64))
+    gamma = (scaling / 0.5) ** 2 * math.sqrt(outputs)
+    again = split(held, dataclasses.replace(shape, config=LoraGAConfig(stable_gamma=gamma)))
+    for one, other in zip((a, b), again, strict=True):
+        torch.testing.assert_close(one, other)

@@ -11,7 +11,7 @@ from typing import Any
 # `accumulate.ESTIMATORS` (and `probe`) and `factors.FACTORS`; a test holds the two sides together.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "direction": ("ArB2r", "A2rBr", "ArBr", "random"),
-    "scale": ("stable", "reach", "gd", "unit", "weight"),
+    "scale": ("stable", "gd", "unit", "weight"),
     "offset": ("adapter", "base"),
     "estimator": ("streaming", "dense", "probe"),
     "on_missing": ("error", "lora"),
@@ -29,13 +29,14 @@ class LoraGAConfig:
         direction: Which of the first 2r singular directions go to A and which to B. "ArB2r" (the paper's choice):
             A the right ones 1..r, B the left ones r+1..2r; "A2rBr": the reverse; "ArBr": alternating; "random":
             disjoint random halves. All four reach the same first step; they differ from the second on.
-        scale: Size of A and B. "stable" (the paper's Theorem 3.2): both times d_out^(1/4)/√γ; "reach": both times
-            `reach`/s, with s the LoRA scaling; "gd": both divided by s; "unit": unit vectors; "weight": both times the
-            mean of √(σᵢ(W)/s), i ≤ r.
+        scale: Size of A and B. "stable" (the paper's Theorem 3.2): both times d_out^(1/4)/√γ; "gd": both divided by
+            the LoRA scaling s; "unit": unit vectors; "weight": both times the mean of √(σᵢ(W)/s), i ≤ r.
         stable_gamma: γ of "stable". Larger is a smaller start and, under Adam, a smaller effective step.
-        reach: Of the scale "reach": s·f, with f the size of A and B. Under Adam a step of rate λ moves the product
-            along each direction by about `reach`·λ, whatever the layer's width, the rank and α. Plain LoRA's is 1.15
-            (α = 2r). It stands for γ = (s/`reach`)²·√d_out in each layer.
+            The paper's is 16. None chooses it for each layer, γ = (s/`reach`)²·√d_out: then s·f, with f the size of A
+            and B, is `reach` whatever the layer's width, the rank and α.
+        reach: s·f where γ is chosen. Under Adam a step of rate λ moves the product along each direction by about
+            s·f·λ; plain LoRA's s·f is 1.15 (α = 2r: s = 2, rows of A of norm 1/√3). Where the default comes from:
+            docs/evidence.md.
         offset: How the non-zero product B₀A₀ is taken back. "adapter": in the adapter, which trains dA and dB from
             zero; the base is not touched. "base": the paper's way, `W ← W − s·B₀A₀` in the base weight, in place.
         estimator: "streaming" keeps 2r + `oversample` directions of each gradient; "dense" keeps each whole gradient
@@ -62,7 +63,7 @@ class LoraGAConfig:
 
     direction: str = "ArB2r"
     scale: str = "stable"
-    stable_gamma: float = 16.0
+    stable_gamma: float | None = None
     reach: float = 0.35
     offset: str = "adapter"
     estimator: str = "streaming"
@@ -86,6 +87,8 @@ class LoraGAConfig:
                 raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be an integer of at least {least}.")
         for field in ("stable_gamma", "reach"):
             size = getattr(self, field)
+            if size is None and field == "stable_gamma":
+                continue
             if not isinstance(size, (int, float)) or isinstance(size, bool) or not math.isfinite(size) or size <= 0:
                 raise ValueError(f"LoraGAConfig.{field} is {size!r}; it must be a finite number above 0.")
         self._check_tolerance()

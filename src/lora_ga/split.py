@@ -7,6 +7,7 @@ All formulas are those of "LoRA-GA: Low-Rank Adaptation with Gradient Approximat
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -72,14 +73,27 @@ def _weight_scale(layer: Layer) -> float:
     return (values / layer.scaling).sqrt().mean().item()
 
 
-# The factor by which both A and B are multiplied. "stable" is Theorem 3.2, d_out^(1/4)/√γ; "reach" is this project's
-# (docs/evidence.md): the same s·f in every layer, whatever its width, the rank and α; "gd" divides by s, so that
+def _over_scaling(reach: float, layer: Layer) -> float:
+    if not layer.scaling > 0:
+        raise ValueError(
+            f"{layer.name}: the LoRA scaling is {layer.scaling}, by which the size of the start would be divided. Give "
+            "a lora_alpha above 0, or set stable_gamma."
+        )
+    return reach / layer.scaling
+
+
+def _stable_scale(layer: Layer) -> float:
+    gamma = layer.config.stable_gamma
+    return _over_scaling(layer.config.reach, layer) if gamma is None else layer.outputs**0.25 / math.sqrt(gamma)
+
+
+# The factor by which both A and B are multiplied. "stable" is Theorem 3.2, d_out^(1/4)/√γ, with the paper's
+# γ or one that makes s times this factor the same in every layer (docs/evidence.md); "gd" divides by s, so that
 # one step of gradient descent on the product is one of full fine-tuning; "unit" and "weight" are the alternatives of
 # the authors' code.
 SCALES: Mapping[str, Callable[[Layer], float]] = {
-    "stable": lambda layer: layer.outputs**0.25 / math.sqrt(layer.config.stable_gamma),
-    "reach": lambda layer: layer.config.reach / layer.scaling,
-    "gd": lambda layer: 1.0 / layer.scaling,
+    "stable": _stable_scale,
+    "gd": functools.partial(_over_scaling, 1.0),
     "unit": lambda layer: 1.0,
     "weight": _weight_scale,
 }

@@ -10,10 +10,9 @@ from lora_ga.config import LoraGAConfig
 
 LIBRARY = LoraGAConfig()  # whose defaults are those of the commands
 
-# Where to begin a sweep, by method. The authors of LoRA-GA advise full fine-tuning's rate, not LoRA's tenfold
-# (github.com/Outsider565/LoRA-GA, issue 12); their paper used 1e-4 on T5-Base and 2e-5 on Llama-2-7B, and 5e-5 lies
-# between. With stable_gamma = 16 one step moves the product some five to ten times as far as plain LoRA's does.
-LEARNING_RATES = {"lora-ga": 5e-5, "lora": 2e-4, "full": 2e-5}
+# Where to begin a sweep, by method. At the default size of the start LoRA-GA's best rates are near LoRA's
+# (docs/evidence.md); with stable_gamma = 16 its authors advise full fine-tuning's (Outsider565/LoRA-GA, issue 12).
+LEARNING_RATES = {"lora-ga": 2e-4, "lora": 2e-4, "full": 2e-5}
 
 
 def option(default: Any, text: str) -> Any:
@@ -159,19 +158,17 @@ class AdapterOptions:
     alpha: float = option(16.0, "LoRA alpha")
     use_rslora: bool = option(True, "scale by alpha / sqrt(rank), the LoRA-GA paper's choice, and not by alpha / rank")
     lora_dropout: float = option(0.0, "share of the adapter's inputs that is dropped in training")
-    stable_gamma: float = option(
+    stable_gamma: float | None = option(
         LIBRARY.stable_gamma,
-        "lora-ga: size of the start under --scale stable, d_out^(1/4) / sqrt(gamma); larger is smaller",
+        "lora-ga: --scale stable is d_out^(1/4) / sqrt(gamma) (default: chosen for each layer by --reach)",
+    )
+    reach: float = option(
+        LIBRARY.reach, "lora-ga: size of the start times the LoRA scaling, where gamma is chosen; plain LoRA's is 1.15"
     )
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = option(
         LIBRARY.direction, "lora-ga: which singular directions of the gradient go to A and to B; ArB2r is the paper's"
     )
-    scale: Literal["stable", "reach", "gd", "unit", "weight"] = option(
-        LIBRARY.scale, "lora-ga: length of these directions"
-    )
-    reach: float = option(
-        LIBRARY.reach, "lora-ga: size of the start under --scale reach, times the LoRA scaling; plain LoRA's is 1.15"
-    )
+    scale: Literal["stable", "gd", "unit", "weight"] = option(LIBRARY.scale, "lora-ga: length of these directions")
     offset: Literal["adapter", "base"] = option(
         LIBRARY.offset,
         "lora-ga: adapter leaves the base model as it is; base takes the start from its weights, as the paper does",
@@ -180,8 +177,9 @@ class AdapterOptions:
     def __post_init__(self) -> None:
         fraction(self, "lora_dropout")
         for name in ("alpha", "stable_gamma", "reach"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name}: found {getattr(self, name)}, but it must be greater than 0.")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name}: found {value}, but it must be greater than 0.")
 
 
 @dataclass
@@ -257,8 +255,9 @@ class TrainingOptions:
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.method]
         for name in ("learning_rate", "epochs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name}: found {getattr(self, name)}, but it must be greater than 0.")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name}: found {value}, but it must be greater than 0.")
         if self.estimate_file is not None and self.method != "lora-ga":
             raise ValueError(f"--estimate_file belongs to --method lora-ga, but the method is {self.method}.")
         if self.eval_steps is not None and self.eval_file is None and self.eval_split is None:

@@ -1,6 +1,7 @@
 """LoRA-GA, this package's, with s = α/√r as in the paper.
 
-`directions="random"` is the ablation "+SO": LoRA-GA's sizes of A and B, but random orthonormal directions.
+`scale="reach"` has the library choose γ, for `reach`. `directions="random"` is the ablation "+SO": LoRA-GA's sizes of A
+and B, but random orthonormal directions.
 """
 
 from dataclasses import replace
@@ -29,6 +30,8 @@ SETTINGS = {
 def configuration(work: Work) -> LoraGAConfig:
     """The library's settings from the options; all the rows that were put aside are read."""
     chosen = {name: work.options[name] for name in SETTINGS}
+    if chosen["scale"] == "reach":
+        chosen |= {"scale": "stable", "stable_gamma": None}
     return LoraGAConfig(**chosen, max_batches=None, seed=work.seed)
 
 
