@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import lora_ga
 import processes
 import workers
-from lora_ga.tensor_parallel import Split
+from lora_ga.tensor_parallel import Split, unfit
 from toys import adapted, causal, llama, logits
 
 
@@ -56,6 +57,28 @@ def test_blocks_of_a_gradient_among_zeros_add_up_to_it(dim: int) -> None:
         block = split.embedded(*((x, g[:, cut]) if dim == 0 else (x[:, cut], g)))
         total += block[1].mT @ block[0]
     torch.testing.assert_close(total, g.mT @ x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "fits"),
+    [
+        (nn.Linear, None, True),
+        (nn.Linear, "replicate", True),
+        (nn.Linear, "colwise", False),  # without shards: a weight that keeps its part in a way of its own
+        (NonDynamicallyQuantizableLinear, "rowwise", False),
+        (nn.Linear, "sequence_parallel", False),
+    ],
+)
+def test_a_layer_whose_part_cannot_be_told_is_refused(kind: type[nn.Linear], plan: str | None, fits: bool) -> None:
+    base: Any = kind(4, 4)
+    base._hf_tp_plan = plan
+    reason = unfit("model.q_proj", base, fsdp=False)
+    if fits:
+        assert reason is None
+    else:
+        assert reason is not None
+        assert f"model.q_proj is a {kind.__name__} that a tensor-parallel plan splits as {plan!r}; known are" in reason
+        assert "exclude_modules=['q_proj']" in reason
 
 
 def test_processes_find_the_gradient_of_the_model_that_is_not_split(

@@ -126,8 +126,10 @@ def unfit(name: str, base: nn.Module, *, fsdp: bool) -> str | None:
     Returns:
         The reason.
     """
-    weight, plan = getattr(base, "weight", None), getattr(base, "_hf_tp_plan", None)
-    if not _planned(weight, fsdp=fsdp) or (plan in PLANS and type(base) is nn.Linear):
+    plan = getattr(base, "_hf_tp_plan", None)
+    split = any(_planned(parameter, fsdp=fsdp) for parameter in base.parameters())
+    known = plan in PLANS and type(base) is nn.Linear if split else plan in (None, "replicate")
+    if known:
         return None
     return (
         f"{name} is a {type(base).__name__} that a tensor-parallel plan splits as {plan!r}; known are nn.Linear layers "
