@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Bytes in one message at most, unless a single tensor is larger.
-BUCKET = 64 * 2**20
+from lora_ga.messages import as_bytes, buckets, of_layers
 
 Result = TypeVar("Result")
 
@@ -177,7 +176,7 @@ class Processes:
         if self.rank + beyond < self.size:
             absorb(self._receive(self.rank + beyond))
         for other, _, gives in self._levels(keys):
-            absorb(self._swap(_of(state(), gives), other))
+            absorb(self._swap(of_layers(state(), gives), other))
         return self.own(keys)
 
     def share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -242,36 +241,6 @@ class Processes:
                 begin, end = end, end + lengths[index]
                 tensors[name] = content[begin:end].clone().view(kind).view(shape)
         return tensors
-
-
-def _of(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of some layers."""
-    wanted = set(layers)
-    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in wanted}
-
-
-def buckets(lengths: list[int]) -> Iterator[list[int]]:
-    """Indices of tensors that travel in one message, in their order.
-
-    Args:
-        lengths: Bytes of each.
-
-    Yields:
-        Indices whose bytes together are within `BUCKET`, or one alone; those of no bytes are in one too.
-    """
-    bucket: list[int] = []
-    for index, length in enumerate(lengths):
-        if bucket and sum(lengths[each] for each in bucket) + length > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(index)
-    if bucket:
-        yield bucket
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """A tensor's numbers as a row of bytes."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def processes(group: Any = None) -> Processes:
