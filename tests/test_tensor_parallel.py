@@ -132,6 +132,14 @@ def test_the_start_keeps_the_function_and_training_follows_one_process(
     assert alone["curve"][0] - min(alone["curve"]) > 0.05  # it learns
 
 
+def test_a_late_start_in_a_prepared_adapter_is_the_same(found: list[dict[str, Any]]) -> None:
+    """As LoraGACallback starts it."""
+    for result in found:
+        late, shown = result["late"]
+        assert torch.equal(shown, result["logits"][0])
+        assert all(torch.equal(one, other) for one, other in zip(late, result["starts"], strict=True))
+
+
 def test_what_is_saved_is_a_plain_adapter_for_the_original_base(
     found: list[dict[str, Any]], alone: dict[str, Any], folder: Path
 ) -> None:

@@ -31,6 +31,7 @@ import bench_alignment
 import lora_ga
 from fused import fused_llama
 from lora_ga import GradientEstimate, LoraGAConfig
+from lora_ga.adapter import give_structure
 from lora_ga.factors import Factor
 from toys import adapted, causal, data_folder, llama, logits
 
@@ -342,6 +343,10 @@ def parallel(rank: int, size: int, folder: Path) -> dict[str, Any]:
     found["starts"], found["logits"] = starts(model), (before, logits(model, batches[0]))
     with model.disable_adapter():
         found["disabled"] = logits(model, batches[0])
+    late = adapted(split())
+    give_structure(late, EXACT, "default")
+    lora_ga.initialize(late, batches, EXACT)
+    found["late"] = (starts(late), logits(late, batches[0]))
     found["curve"] = curve(model, batches, 0, 1)
     found["trained"] = logits(model, batches[0])
     model.save_pretrained(folder / "parallel", is_main_process=rank == 0)
