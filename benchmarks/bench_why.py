@@ -21,8 +21,8 @@ import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.factors import Factor
 from lora_ga.suite.cell import Cell, cell_of
-from lora_ga.suite.methods import complete, load_method
-from lora_ga.suite.methods.base import Work
+from lora_ga.suite.methods import load_method
+from lora_ga.suite.run import work_of
 from lora_ga.suite.sources import Sources
 from lora_ga.suite.spec import load_suite
 from lora_ga.suite.tasks import prepare
@@ -82,18 +82,7 @@ def watched(cell: Cell, gradient: Matrices, full: Mapping[int, Matrices] | None)
     """
     problem, settings = prepare(cell, Sources.from_environment()), cell.settings
     weights = {name: problem.base.get_submodule(name).weight.detach().clone() for name in gradient}
-    work = Work(
-        base=problem.base,
-        batches=problem.aside,
-        targets=problem.targets(),
-        task_type=problem.task_type,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        steps=settings.steps,
-        rate=cell.learning_rate,
-        seed=cell.seed,
-        options=complete(cell.method, cell.options),
-    )
+    work = work_of(cell, problem)
     method = load_method(cell.method)
     torch.manual_seed(cell.seed)
     model = method.build(work)

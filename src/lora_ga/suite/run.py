@@ -21,6 +21,7 @@ from lora_ga.suite.methods import complete, load_method
 from lora_ga.suite.methods.base import Work
 from lora_ga.suite.sources import Sources
 from lora_ga.suite.tasks import prepare
+from lora_ga.suite.tasks.problem import Problem
 from lora_ga.suite.training import Curves, DivergedError, arithmetic, measured, on, train
 
 PACKAGES = ("lora-ga", "torch", "transformers", "peft")
@@ -82,16 +83,12 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     return record
 
 
-def result(cell: Cell, place: Place, curves: Curves, began: float) -> dict[str, Any]:
-    """Builds, trains and measures."""
-    method, settings = load_method(cell.method), cell.settings
-    if place.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(place.device)
-    problem = prepare(cell, place.sources)
-    problem.base.to(place.device)
-    work = Work(
+def work_of(cell: Cell, problem: Problem, device: str = "cpu") -> Work:
+    """What a cell's method makes its model of."""
+    settings = cell.settings
+    return Work(
         base=problem.base,
-        batches=[on(place.device, batch) for batch in problem.aside],
+        batches=[on(device, batch) for batch in problem.aside],
         targets=problem.targets(),
         task_type=problem.task_type,
         rank=settings.rank,
@@ -101,6 +98,16 @@ def result(cell: Cell, place: Place, curves: Curves, began: float) -> dict[str, 
         seed=cell.seed,
         options=complete(cell.method, cell.options),
     )
+
+
+def result(cell: Cell, place: Place, curves: Curves, began: float) -> dict[str, Any]:
+    """Builds, trains and measures."""
+    method, settings = load_method(cell.method), cell.settings
+    if place.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(place.device)
+    problem = prepare(cell, place.sources)
+    problem.base.to(place.device)
+    work = work_of(cell, problem, place.device)
     torch.manual_seed(cell.seed)
     loaded = time.perf_counter()
     model = method.build(work)
