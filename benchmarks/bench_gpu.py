@@ -1,6 +1,7 @@
 """A Llama-2-7B-shaped model in bfloat16 on a GPU: seconds and peak memory of the estimate and of its neighbours.
 
     python benchmarks/bench_gpu.py         # one GPU of 40 GB or more; what does not fit is told
+    python benchmarks/bench_gpu.py --repeats 1 --ways "frozen pass" ours   # some of it, each once
     python benchmarks/bench_gpu.py --toy   # the same script on any machine, with a model of two small layers
 
 Random weights, 64 sequences of 1024 tokens, four at a time, gradient checkpointing, r = 8, all linear layers. Goals:
@@ -15,7 +16,7 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -119,8 +120,8 @@ def check_waits(toy: bool, device: torch.device, batches: Batches) -> None:
         Streaming.add = plain  # type: ignore[method-assign]
 
 
-def main(toy: bool) -> None:
-    """Measure every way, print the table, keep the record."""
+def main(toy: bool, repeats: int, ways: Sequence[str]) -> None:
+    """Measure these ways, print the table, keep the record."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type != "cuda" and not toy:
         raise SystemExit("This benchmark needs a CUDA device; --toy runs it on any machine, without a record.")
@@ -130,19 +131,25 @@ def main(toy: bool) -> None:
     if device.type == "cuda":
         check_waits(toy, device, batches)
     results: dict[str, Any] = {}
-    for way in WAYS:
-        each = list(runs(way, toy, device, batches, repeats=3))
+    for way in dict.fromkeys(["frozen pass", *ways]):
+        each = list(runs(way, toy, device, batches, repeats))
+        print(way, each, flush=True)
         results[way] = {key: statistics.median(run[key] for run in each) for key in each[0]} if each else None
     floor = results["frozen pass"]["seconds"]
     for way, found in results.items():
         told = "out of memory" if found is None else f"{found['seconds']:8.2f} s  {found['seconds'] / floor:5.2f}"
         print(f"{way:14} {told}" + (f"  {found['GB']:6.1f} GB" if found and "GB" in found else ""))
     if not toy:
-        record.finish("gpu", {"gpu": torch.cuda.get_device_name(), "results": results})
+        record.finish("gpu", {"gpu": torch.cuda.get_device_name(), "repeats": repeats, "results": results})
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="a model of two small layers, on any machine, no record")
-    main(parser.parse_args().toy)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each way, at least 1 (default: 3)")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside the frozen pass, which is 1"
+    )
+    options = parser.parse_args()
+    main(options.toy, max(1, options.repeats), options.ways)

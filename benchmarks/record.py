@@ -7,24 +7,22 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lora_ga.suite.grid import commit
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def about(also: Sequence[str] = ()) -> dict[str, Any]:
     """The command, commit, versions (of the packages in `also` too) and device of a run."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
-    )
     names = ("torch", "transformers", "peft", "lora-ga", *also)
     return {
         "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in names},
         "python": platform.python_version(),
