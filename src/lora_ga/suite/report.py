@@ -138,7 +138,7 @@ def _task(suite: Suite, task: str, protocol: str, found: Sequence[Result]) -> Se
             "curves smoothed by a trailing mean; ÷ its own steps to there. Below 1 is faster. In the pictures, losses "
             "above twice the smallest start, or the smallest end, are cut off."
         )
-    blocks += [cost_table(found), "Means over the runs at the rate above, each in one process."]
+    blocks += [cost_table(found), _cost_words(found)]
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{protocol}-{task}")
     for number, group in enumerate(batches(found)):
         end = f"-{number + 1}" if number else ""
@@ -156,6 +156,16 @@ def _task(suite: Suite, task: str, protocol: str, found: Sequence[Result]) -> Se
         blocks += [Picture(figure, f"{task}. {caption}") for figure, caption in pictures if figure is not None]
     blocks += _series(name, metric, series(suite), found, plain)
     return Section(f"{task}, {metric}" + ("" if protocol == TUNED else ", the paper's protocol"), blocks)
+
+
+def _cost_words(found: Sequence[Result]) -> str:
+    """On what the seconds and the memory were measured."""
+    devices = sorted({run["device"] for each in found for run in each.runs.values()})
+    where = f" on {', '.join(devices)}" if devices else ""
+    return (
+        f"Means over the runs at the rate above, each in one process{where}. Memory is the process's on a CPU, and "
+        "what was allocated on a GPU."
+    )
 
 
 def _series(

@@ -1,0 +1,88 @@
+"""On a CUDA device: the start is the CPU's, the first step meets the theorem, and what is saved is read on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import lora_ga
+from lora_ga import LoraGAConfig
+from lora_ga.factors import Factor
+from test_adapter import sgd_alignment
+from toys import FAMILIES, adapted, autograd_gradients, causal, llama, logits, train
+from trainers import TARGETS, callback, transformers_trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+DENSE = LoraGAConfig(estimator="dense")
+
+
+def moved(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: tensor.cuda() for name, tensor in batch.items()} for batch in batches]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_start_is_that_of_the_cpu(family: str) -> None:
+    make, batches, targets = FAMILIES[family]
+    here, there = adapted(make().double(), targets), adapted(make().double().cuda(), targets)
+    lora_ga.initialize(here, batches(), DENSE)
+    lora_ga.initialize(there, moved(batches()), DENSE)
+    pairs = [(m, there.get_submodule(path)) for path, m in here.named_modules() if isinstance(m, Factor)]
+    assert len(pairs) > 0
+    for one, other in pairs:
+        assert other.start.is_cuda
+        assert all(parameter.is_cuda for parameter in other.parameters())
+        a, b = (start if start.shape[0] <= start.shape[1] else start.mT for start in (one.start, other.start.cpu()))
+        torch.testing.assert_close(b.mT @ b, a.mT @ a, rtol=1e-6, atol=1e-9)  # the signs of directions are free
+
+
+@pytest.mark.parametrize("estimator", ["dense", "streaming"])
+def test_the_first_step_follows_the_best_rank_2r_gradient(estimator: str) -> None:
+    base, batch = llama(hidden_size=64, intermediate_size=96).double().cuda(), moved(causal(1, rows=8, length=24))[0]
+    gradients = autograd_gradients(copy.deepcopy(base), lambda model: model(**batch).loss)
+    model = adapted(base)
+    lora_ga.initialize(model, [batch], LoraGAConfig(estimator=estimator, oversample=32))
+    assert min(sgd_alignment(model, gradients, batch, rank=4).values()) >= 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_function_is_unchanged_and_the_loss_falls(dtype: torch.dtype) -> None:
+    model, batches = adapted(llama().to(dtype).cuda()), moved(causal())
+    before = logits(model, batches[0])
+    lora_ga.initialize(model, batches)
+    assert torch.equal(logits(model, batches[0]), before)
+    losses = train(model, batches[:1])
+    assert losses[-1] < losses[0]
+
+
+def test_what_is_saved_there_is_read_by_stock_peft_on_a_cpu(tmp_path: Path) -> None:
+    model, batches = adapted(llama().cuda()), moved(causal())
+    lora_ga.initialize(model, batches)
+    train(model, batches)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path)
+    expected = logits(model.eval(), batches[0]).cpu()
+    assert not torch.allclose(expected, logits(llama(), causal()[0]), atol=1e-3)
+    torch.testing.assert_close(logits(again, causal()[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
+def test_the_callback_in_a_trainer(precision: dict[str, Any], tmp_path: Path) -> None:
+    late = callback()
+    trainer = transformers_trainer([late], tmp_path / "run", use_cpu=False, **precision)
+    trainer.train()
+    assert late.estimate is not None
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert next(trainer.model.parameters()).is_cuda
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+    plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()  # out of autocast
+    expected = logits(plain, moved(causal())[0]).cpu()
+    torch.testing.assert_close(logits(again, causal()[0]), expected, rtol=1e-4, atol=1e-4)
+    assert set(again.peft_config["default"].target_modules) == set(TARGETS)
