@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lora_ga.cli.main import main
+from lora_ga.cli.reproduce import chosen
 from lora_ga.suite.cell import Cell, cell_of
 from lora_ga.suite.grid import run_grid
 from lora_ga.suite.methods import METHODS
@@ -115,6 +116,12 @@ class Fatal:
 
     def __reduce__(self) -> Any:
         return _fatal, (os.getpid(),)
+
+
+def test_a_line_is_named_by_task_and_method_in_either_order(toy: Path) -> None:
+    suite = load_suite(str(toy))
+    assert chosen(suite, ["lora/text"]) == chosen(suite, ["text/lora"]) == [("text", "lora")]
+    assert chosen(suite, ["*/text"]) == [line for line in suite.lines() if line[0] == "text"] != suite.lines()
 
 
 def _fatal(parent: int) -> "Fatal":

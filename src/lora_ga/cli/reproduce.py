@@ -43,7 +43,7 @@ class ReproduceOptions:
     hub: str = option("", "folder with copies of hub models and data sets, DIR/NAME: for machines without a network")
     only: list[str] = field(
         default_factory=list,
-        metadata={"help": "lines to run, as method, task or task/method; * stands for anything (default: all)"},
+        metadata={"help": "lines to run: method, task or the two joined by /, with * for anything (default: all)"},
     )
     workers: int = option(1, "processes, each with one thread")
     device: str = option("cpu", "where to compute: cpu, cuda, cuda:1")
@@ -99,7 +99,7 @@ def chosen(suite: Suite, patterns: Sequence[str]) -> list[tuple[str, str]]:
 
     Args:
         suite: The suite.
-        patterns: Each of a task, a method's label, or task/label, with * and ?.
+        patterns: Each of a task, a method's label, task/label or label/task, with * and ?.
 
     Returns:
         (task, label), in the suite's order.
@@ -110,7 +110,11 @@ def chosen(suite: Suite, patterns: Sequence[str]) -> list[tuple[str, str]]:
     lines = suite.lines()
     kept = set()
     for pattern in patterns:
-        named = {line for line in lines if any(fnmatchcase(name, pattern) for name in (*line, "/".join(line)))}
+        named = {
+            (task, label)
+            for task, label in lines
+            if any(fnmatchcase(name, pattern) for name in (task, label, f"{task}/{label}", f"{label}/{task}"))
+        }
         if not named:
             raise ValueError(
                 f"--only {pattern}: names no line of {suite.name}. Its tasks are {', '.join(suite.tasks)}; its methods "
