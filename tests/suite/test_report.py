@@ -71,6 +71,21 @@ def text_of(suite: Suite, records: dict[str, dict[str, Any]]) -> str:
     return markdown(report(suite, records))[TEXT].decode()
 
 
+def test_times_on_another_device_are_left_out(suite: Suite) -> None:
+    def slower(cell: Cell) -> dict[str, Any]:
+        record = record_of(cell)
+        if cell.method != "full" or cell.seed == 0:
+            return record
+        return record | {"device": "a slower one", "seconds": dict.fromkeys(record["seconds"], 99.0)}
+
+    text = text_of(suite, complete(suite, slower))
+    assert "each in one process, on cpu" in text
+    assert "; runs elsewhere are left out" in text
+    assert re.search(r"\| full \| 2(\.0+)? \| 8(\.0+)? \| 11(\.0+)? \|", text)
+    assert "99" not in text
+    assert "left out" not in text_of(suite, complete(suite))
+
+
 def test_a_line_shows_mean_and_standard_error_of_the_reported_split_at_the_best_rate(suite: Suite) -> None:
     text = text_of(suite, complete(suite))
     # Seeds 0 and 1 have 2.0 and 2.1: mean 2.05, standard error 0.05. The tuning split says 1.

@@ -13,7 +13,15 @@ from lora_ga.page import document_html, figure_html, rendered, table_html
 from lora_ga.suite.figures import batches, rates_figure, report_figure, series_figure, training_figure
 from lora_ga.suite.spec import Suite
 from lora_ga.suite.summary import PAPER, TUNED, Records, Result, Series, protocols, reference, results, series
-from lora_ga.suite.tabulate import TextTable, cost_table, method_table, overview_table, records_table, settings_table
+from lora_ga.suite.tabulate import (
+    TextTable,
+    cost_table,
+    method_table,
+    overview_table,
+    records_table,
+    settings_table,
+    usual_device,
+)
 from lora_ga.tables import Table
 
 PAGE, TEXT = "index.html", "README.md"
@@ -160,11 +168,11 @@ def _task(suite: Suite, task: str, protocol: str, found: Sequence[Result]) -> Se
 
 def _cost_words(found: Sequence[Result]) -> str:
     """On what the seconds and the memory were measured."""
-    devices = sorted({run["device"] for each in found for run in each.runs.values()})
-    where = f" on {', '.join(devices)}" if devices else ""
+    others = len({run["device"] for each in found for run in each.runs.values()}) > 1
+    left_out = "; runs elsewhere are left out" if others else ""
     return (
-        f"Means over the runs at the rate above, each in one process{where}. Memory is the process's on a CPU, and "
-        "what was allocated on a GPU."
+        f"Means over the runs at the rate above, each in one process, on {usual_device(found)}{left_out}. Memory is "
+        "the process's on a CPU, and what was allocated on a GPU."
     )
 
 

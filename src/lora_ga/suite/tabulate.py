@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lora_ga.comparison import mean_and_error
 from lora_ga.suite.protocol import SMALLER_IS_BETTER
@@ -73,10 +75,18 @@ def race_text(found: Race | None) -> list[str]:
     return ["never" if not own else f"never in {late} of {len(found.steps)} seeds", "never" if not own else BLANK]
 
 
+def usual_device(found: Sequence[Result]) -> str | None:
+    """The device that most of a task's runs at the best rates were on; None while there is none."""
+    devices = Counter(run["device"] for each in found for run in each.runs.values())
+    return devices.most_common(1)[0][0] if devices else None
+
+
 def cost_table(found: Sequence[Result]) -> Table:
-    """One row a method of one task: seconds of the start, of training and in all, memory, parameters."""
+    """One row a method of one task, of the runs on the usual device: seconds, memory, parameters."""
     rows = []
-    for each in found:
+    usual = usual_device(found)
+    for whole in found:
+        each = replace(whole, runs={seed: run for seed, run in whole.runs.items() if run["device"] == usual})
         runs = list(each.runs.values())
         seconds = [spread(each.seconds(part), 3) for part in ("start", "train", "total")]
         memory = f"{max(run['peak_memory_mib'] for run in runs):.0f}" if runs else BLANK
