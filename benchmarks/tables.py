@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import scale_tables
+from lora_ga.suite.protocol import score
 from lora_ga.suite.report import table_lines
 from lora_ga.suite.spec import load_suite
 from lora_ga.suite.store import Store
@@ -36,30 +37,43 @@ def alignment(models: dict[str, Any], start: str) -> list[str]:
     return [f"{model[start]['median']:.3f} ({model[start]['lowest']:.3f})" for model in models.values()]
 
 
+def first_step() -> str:
+    """Markdown: the alignment ratio of the first step on three models."""
+    models = load("alignment")["models"]
+    lines = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    for label, start in (
+        ("LoRA-GA", "ours, streaming"),
+        ("PEFT's own `lora_ga`", "peft lora_ga"),
+        ("plain LoRA", "lora"),
+    ):
+        lines.append(f"| {label} | " + " | ".join(alignment(models, start)) + " |")
+    return "\n".join(lines)
+
+
 # Suite and task → what the README calls its column.
 SHOWN = {
     ("stories-shakespeare", "babyllama105"): "babyllama105, loss",
     ("stories-shakespeare", "stories260k"): "stories260k, loss",
-    ("glue-minilm", "sst2"): "MiniLM-L6 on SST-2, accuracy",
+    ("glue-minilm", "sst2"): "SST-2, accuracy",
+    ("glue-minilm", "mrpc"): "MRPC, accuracy",
+    ("glue-minilm", "cola"): "CoLA, correlation",
+}
+ROWS = {
+    "LoRA-GA": "lora-ga reach=0.35",
+    "LoRA-GA, the paper's γ = 16": "lora-ga γ=16",
+    "PEFT's own `lora_ga`": "peft lora_ga",
+    "plain LoRA": "lora",
+    "rsLoRA": "rslora",
+    "full fine-tuning": "full",
 }
 
 
-def table() -> str:
-    """Markdown: the first step on three models, and what came out of training on three tasks."""
-    models = load("alignment")["models"]
+def outcome() -> str:
+    """Markdown: what came out of training, every method at its own best rate."""
     found = {(name, each.task, each.label): each for name, _ in SHOWN for each in found_in(name)}
-    rows = [
-        ("LoRA-GA", "ours, streaming", "lora-ga reach=0.35"),
-        ("LoRA-GA, the paper's γ = 16", "ours, streaming", "lora-ga γ=16"),
-        ("PEFT's own `lora_ga`", "peft lora_ga", "peft lora_ga"),
-        ("plain LoRA", "lora", "lora"),
-        ("rsLoRA", None, "rslora"),
-        ("full fine-tuning", None, "full"),
-    ]
-    heads = [*models, *SHOWN.values()]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for label, start, method in rows:
-        cells = ["–"] * len(models) if start is None else alignment(models, start)
+    lines = ["| | " + " | ".join(SHOWN.values()) + " |", "|---" * (len(SHOWN) + 1) + "|"]
+    for label, method in ROWS.items():
+        cells = []
         for name, task in SHOWN:
             result, metric = found[name, task, method], load_suite(name).tasks[task].metric
             cells.append(f"{spread(result.values(metric))} ({result.rate:g})" if result.runs else "–")
@@ -181,6 +195,30 @@ def variants(name: str, task: str) -> str:
     return "\n".join(table_lines(method_table(suite, found, plain)))
 
 
+def choosers(name: str) -> str:
+    """Markdown: what seed 0 came to at the rate that the tuning rows' loss chooses, and at their metric's choice."""
+    suite, found = load_suite(name), found_in(name)
+    tasks = [task for task in suite.tasks if any(each.runs for each in found if each.task == task)]
+    looks = [(task, chooser) for task in tasks for chooser in ("loss", suite.tasks[task].metric)]
+    by_line = {(each.task, each.label): each for each in found if not each.missing}
+    lines = ["| | " + " | ".join(f"{task}, rate by {chooser}" for task, chooser in looks) + " |"]
+    lines.append("|---" * (len(looks) + 1) + "|")
+    for label in suite.methods:
+        cells = [chosen(by_line.get((task, label)), suite.tasks[task].metric, by) for task, by in looks]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def chosen(result: Result | None, metric: str, chooser: str) -> str:
+    """The reported metric of seed 0 at the rate that `chooser` prefers on the tuning rows, and the rate."""
+    tried = {} if result is None else {rate: (score(run, chooser), run) for rate, run in result.searched.items()}
+    good = {rate: (own, run["metrics"]["report"][metric]) for rate, (own, run) in tried.items() if own is not None}
+    if not good:
+        return "–"
+    best = max(good, key=lambda rate: good[rate][0])
+    return f"{good[best][1]:.3f} ({best:g})"
+
+
 def found_in(name: str) -> list[Result]:
     """A suite's results from the published records."""
     return results(load_suite(name), Store(ROOT / "recipes" / "results" / "store").records())
@@ -188,13 +226,15 @@ def found_in(name: str) -> list[Result]:
 
 # Page → its tables, in their order there.
 PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
-    "README.md": (table,),
+    "README.md": (first_step, outcome),
     "docs/guide.md": (quantised, qlora),
     "docs/cost.md": (cost, update, early),
     "docs/evidence.md": (
         functools.partial(overview, "stories-shakespeare"),
         functools.partial(variants, "stories-shakespeare", "babyllama105"),
         functools.partial(overview, "glue-minilm"),
+        functools.partial(choosers, "glue-minilm"),
+        functools.partial(variants, "glue-minilm", "mrpc"),
         functools.partial(variants, "ablation", "babyllama105"),
         why,
     ),
