@@ -84,6 +84,8 @@ def test_times_on_another_device_are_left_out(suite: Suite) -> None:
     assert re.search(r"\| full \| 2(\.0+)? \| 8(\.0+)? \| 11(\.0+)? \|", text)
     assert "99" not in text
     assert "left out" not in text_of(suite, complete(suite))
+    begun = dict(list(complete(suite).items())[:1])
+    assert "each in one process. Memory" in text_of(suite, begun)
 
 
 def test_a_line_shows_mean_and_standard_error_of_the_reported_split_at_the_best_rate(suite: Suite) -> None:

@@ -168,11 +168,13 @@ def _task(suite: Suite, task: str, protocol: str, found: Sequence[Result]) -> Se
 
 def _cost_words(found: Sequence[Result]) -> str:
     """On what the seconds and the memory were measured."""
-    others = len({run["device"] for each in found for run in each.runs.values()}) > 1
-    left_out = "; runs elsewhere are left out" if others else ""
+    usual = usual_device(found)
+    where = "" if usual is None else f", on {usual}"
+    if len({run["device"] for each in found for run in each.runs.values()}) > 1:
+        where += "; runs elsewhere are left out"
     return (
-        f"Means over the runs at the rate above, each in one process, on {usual_device(found)}{left_out}. Memory is "
-        "the process's on a CPU, and what was allocated on a GPU."
+        f"Means over the runs at the rate above, each in one process{where}. Memory is the process's on a CPU, and "
+        "what was allocated on a GPU."
     )
 
 
