@@ -38,8 +38,9 @@ def test_the_start_is_that_of_the_cpu(family: str) -> None:
         assert other.start.is_cuda
         assert all(parameter.is_cuda for parameter in other.parameters())
         a, b = (start if start.shape[0] <= start.shape[1] else start.mT for start in (one.start, other.start.cpu()))
-        # The signs of directions are free. Llama's and T5's norms are computed in float32 whatever the model is: 2e-9.
-        torch.testing.assert_close(b.mT @ b, a.mT @ a, rtol=1e-6, atol=1e-7)
+        # The signs of directions are free. The norms of these two are computed in float32 whatever the model is.
+        noise = 1e-7 if family in {"llama", "t5"} else 1e-9
+        torch.testing.assert_close(b.mT @ b, a.mT @ a, rtol=1e-6, atol=noise)
 
 
 @pytest.mark.parametrize("estimator", ["dense", "streaming"])
