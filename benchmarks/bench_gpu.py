@@ -147,9 +147,11 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="a model of two small layers, on any machine, no record")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each way, at least 1 (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each way (default: 3)")
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside the frozen pass, which is 1"
     )
     options = parser.parse_args()
-    main(options.toy, max(1, options.repeats), options.ways)
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; it must be at least 1.")
+    main(options.toy, options.repeats, options.ways)
