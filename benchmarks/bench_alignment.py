@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import lora_ga
 import record
-from lora_ga.factors import Factor
-from lora_ga.loss import label_tokens
+from lora_ga.gradients.loss import label_tokens
+from lora_ga.layers.factors import Factor
 
 RANK, BATCHES = 8, 32
 Batch = dict[str, Tensor]

@@ -36,8 +36,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import bench_alignment
 import lora_ga
 import record
-from lora_ga.lowrank import PROBES
-from lora_ga.subspace import FRESH
+from lora_ga.linalg.low_rank import PROBES
+from lora_ga.linalg.streaming import FRESH
 from ways import RANK, Batches, adapter, frozen_pass, lora_steps, ours
 
 REPEATS, LENGTH = 5, 512

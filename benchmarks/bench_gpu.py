@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import record
-from lora_ga.accumulate import Streaming
+from lora_ga.linalg.streaming import Streaming
 from ways import Batches, adapter, frozen_pass, lora_steps, ours
 
 LARGE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}

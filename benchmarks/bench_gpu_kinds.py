@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import bench_alignment
 import lora_ga
 import record
-from lora_ga.targets import find_targets
+from lora_ga.layers.targets import find_targets
 from ways import Batches, adapter
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import bench_alignment as bench
 import lora_ga
 import record
-from lora_ga.kinds import base_weights
-from lora_ga.targets import find_targets
+from lora_ga.layers.kinds import base_weights
+from lora_ga.layers.targets import find_targets
 
 BATCHES = 16
 Make = Callable[[], nn.Module]

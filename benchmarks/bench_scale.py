@@ -30,8 +30,8 @@ from transformers.distributed import DistributedConfig
 import bench_alignment
 import lora_ga
 from lora_ga import LoraGAConfig
-from lora_ga.distributed import Processes
-from lora_ga.lowrank import merge_factors
+from lora_ga.distributed.processes import Processes
+from lora_ga.linalg.low_rank import merge_factors
 from record import data, finish
 
 RANK, BATCHES, ROWS, LENGTH = 8, 16, 4, 128

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 import record
-from lora_ga.accumulate import STACKED, Size, Streaming
 from lora_ga.config import LoraGAConfig
-from lora_ga.lowrank import PROBES
-from lora_ga.subspace import FRESH, orthonormal
+from lora_ga.linalg.accumulator import Size
+from lora_ga.linalg.low_rank import PROBES
+from lora_ga.linalg.streaming import FRESH, STACKED, Streaming, orthonormal
 
 RANK, OVERSAMPLE = 8, LoraGAConfig().oversample
 

@@ -19,14 +19,14 @@ from torch import Tensor
 
 import lora_ga
 from lora_ga import LoraGAConfig
-from lora_ga.factors import Factor
-from lora_ga.suite.cell import Cell, cell_of
-from lora_ga.suite.methods import load_method
-from lora_ga.suite.run import work_of
-from lora_ga.suite.sources import Sources
-from lora_ga.suite.spec import load_suite
-from lora_ga.suite.tasks import prepare
-from lora_ga.suite.training import Curves, train
+from lora_ga.experiments.methods import load_method
+from lora_ga.experiments.suites.cell import Cell, cell_of
+from lora_ga.experiments.suites.run import work_of
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import load_suite
+from lora_ga.experiments.suites.training import Curves, train
+from lora_ga.experiments.tasks import prepare
+from lora_ga.layers.factors import Factor
 from record import data, finish
 
 SEEDS, LOOKED_AT = 3, (2, 5, 10, 25, 50, 200)

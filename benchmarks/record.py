@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_ga.suite.grid import commit
+from lora_ga.experiments.suites.grid import commit
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import scale_tables
-from lora_ga.suite.protocol import score
-from lora_ga.suite.report import table_lines
-from lora_ga.suite.spec import load_suite
-from lora_ga.suite.store import Store
-from lora_ga.suite.summary import Result, reference, results
-from lora_ga.suite.tabulate import method_table, overview_table
-from lora_ga.tables import spread
+from lora_ga.experiments.comparison.suites import Result, reference, results
+from lora_ga.experiments.pages.suites import table_lines
+from lora_ga.experiments.records.store import Store
+from lora_ga.experiments.suites.protocol import score
+from lora_ga.experiments.suites.spec import load_suite
+from lora_ga.experiments.tables.runs import spread
+from lora_ga.experiments.tables.suites import method_table, overview_table
 
 ROOT = Path(__file__).parent.parent
 MARKERS = re.compile(r"(<!-- drawn from records -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import lora_ga
-from lora_ga.frozen import frozen
+from lora_ga.gradients.isolation import frozen
 
 RANK = 8
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # PEFT's knows no "all-linear"

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from lora_ga.store import write_atomically
+from lora_ga.files import write_atomically
 
 # Class -> its names in running text. All of them are taken out of all texts: what a text is not would be a hint too.
 PACKAGES = {

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lora_ga import distributed, messages
+from lora_ga.distributed import processes
 
 Worker = Callable[[int, int, Path], Any]
 
@@ -54,8 +54,8 @@ def run(worker: Worker, size: int, folder: Path, *, timeout: int = 120) -> list[
 
 def sums(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Sums of all, in all processes, of tensors that differ in dtype, shape and size; in buckets of 40 bytes."""
-    messages.BUCKET = 40
-    together = distributed.processes()
+    processes.BUCKET = 40
+    together = processes.processes()
     held = {"all.sum": torch.full((2, 3), 2.0**rank), f"own {rank}.x": torch.tensor(float(rank), dtype=torch.float64)}
 
     def absorb(others: dict[str, torch.Tensor]) -> None:

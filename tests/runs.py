@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from lora_ga.report import Run, load_run, write_json_atomically
+from lora_ga.experiments.records.runs import Run, load_run, write_json_atomically
 
 RECORD: dict[str, Any] = {
     "schema": 1,

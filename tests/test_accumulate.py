@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from lora_ga.accumulate import ESTIMATORS, Accumulator, Dense, Size, Streaming, sum_dtype
 from lora_ga.config import CHOICES
-from lora_ga.lowrank import merge, probes
+from lora_ga.gradients.estimate import ESTIMATORS
+from lora_ga.linalg.accumulator import Accumulator, Size, sum_dtype
+from lora_ga.linalg.dense import Dense
+from lora_ga.linalg.low_rank import merge, probes
+from lora_ga.linalg.streaming import Streaming
 
 INPUTS, OUTPUTS = 24, 20
 Kind = type[Dense] | type[Streaming]

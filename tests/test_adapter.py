@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.config import CHOICES
-from lora_ga.factors import FACTORS, Delta, Factor
+from lora_ga.layers.factors import FACTORS, Delta, Factor
 from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified, llama, logits, t5, train, translated
 
 DENSE = LoraGAConfig(estimator="dense", max_batches=None)

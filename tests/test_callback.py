@@ -19,9 +19,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lora_ga
 from lora_ga import LoraGACallback, LoraGAConfig
-from lora_ga.adapter import give_structure
-from lora_ga.callback import _check_trainer
-from lora_ga.sidecar import FILE
+from lora_ga.adapter.save import FILE
+from lora_ga.adapter.write import give_structure
+from lora_ga.integrations.trainer import _check_trainer
 from toys import adapted, causal, gpt2, llama, logits
 from trainers import (
     TARGETS,

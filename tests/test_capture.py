@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ga.capture import record
-from lora_ga.frozen import frozen
-from lora_ga.targets import find_targets
+from lora_ga.gradients.hooks import record
+from lora_ga.gradients.isolation import frozen
+from lora_ga.layers.targets import find_targets
 from toys import FAMILIES, adapted, autograd_gradients
 
 

@@ -7,8 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_ga.comparison import compare_runs, group_runs, mean_and_error, mean_curve, smooth, steps_to
-from lora_ga.tables import cost_table, differences_table, runs_table, spread, summary_table, versions_table
+from lora_ga.experiments.comparison.runs import compare_runs, group_runs, mean_and_error, mean_curve, smooth, steps_to
+from lora_ga.experiments.tables.runs import (
+    cost_table,
+    differences_table,
+    runs_table,
+    spread,
+    summary_table,
+    versions_table,
+)
 from runs import falling, make_run
 
 

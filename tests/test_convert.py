@@ -16,7 +16,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
 
 from lora_ga.cli.main import main
-from lora_ga.convert import convert_run
+from lora_ga.export.convert import convert_run
 from toys import adapted, bert, causal, classified, gpt2, llama, logits, train
 
 WEIGHTS = "adapter_model.safetensors"

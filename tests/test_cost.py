@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 import lora_ga
 from lora_ga import LoraGAConfig
-from lora_ga.accumulate import Size, Streaming
-from lora_ga.targets import find_targets
+from lora_ga.layers.targets import find_targets
+from lora_ga.linalg.accumulator import Size
+from lora_ga.linalg.streaming import Streaming
 from toys import adapted, causal, llama
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lora_ga
 from lora_ga import LoraGAConfig
-from lora_ga.factors import Factor
+from lora_ga.layers.factors import Factor
 from test_adapter import sgd_alignment
 from toys import FAMILIES, adapted, autograd_gradients, causal, llama, logits, train
 from trainers import TARGETS, callback, transformers_trainer

@@ -14,9 +14,8 @@ from torch import Tensor
 import lora_ga
 import processes
 import workers
-from lora_ga.distributed import Held, Processes, device_for
-from lora_ga.messages import buckets
-from lora_ga.progress import Progress, digest_of
+from lora_ga.distributed.processes import Held, Processes, buckets, device_for
+from lora_ga.gradients.checkpoint import Progress, digest_of
 from toys import adapted, autograd_gradients, causal, llama, logits
 
 DATA = ["real"] if os.environ.get("LORA_GA_DATA") else []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig
-from lora_ga.loss import label_tokens
+from lora_ga.gradients.loss import label_tokens
 from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified, llama, t5, translated
 
 DENSE = LoraGAConfig(estimator="dense", oversample=64, max_batches=None)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lora_ga
-from lora_ga.export import merge_adapter
+from lora_ga.export.merge import merge_adapter
 from toys import adapted, bert, causal, classified, llama, logits, saved, train
 
 

@@ -14,10 +14,10 @@ from transformers import BertConfig, BertForQuestionAnswering, OPTConfig, OPTFor
 
 import lora_ga
 from lora_ga import LoraGAConfig
-from lora_ga.export import merge_adapter
-from lora_ga.factors import Factor
-from lora_ga.sidecar import FILE, FILE_KIND
-from lora_ga.store import read_tensors, write_tensors
+from lora_ga.adapter.save import FILE, FILE_KIND
+from lora_ga.export.merge import merge_adapter
+from lora_ga.files import read_tensors, write_tensors
+from lora_ga.layers.factors import Factor
 from toys import FAMILIES, adapted, bert, causal, classified, gpt2, llama, logits, t5, tokens, train, translated
 
 BASE = LoraGAConfig(offset="base")

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import accelerate_loop
 import lora_ga
-from lora_ga.sidecar import FILE
+from lora_ga.adapter.save import FILE
 from toys import causal, llama, logits, tokens
 from trainers import factors, peft_config, rows, settings, tokenised, tokenizer, trl
 

@@ -17,10 +17,11 @@ import lora_ga
 from bench_alignment import gradients
 from bench_quantised import dequantised, saved_bytes
 from cases import ADAPTERS, LAYERS, Case, Convolutions, mixtral, nf4, pictures, seeded, wide_llama
-from lora_ga import LoraGAConfig, kinds
-from lora_ga.factors import Factor
-from lora_ga.kinds import KINDS, base_weights, kind_of
-from lora_ga.targets import find_targets
+from lora_ga import LoraGAConfig
+from lora_ga.layers import kinds
+from lora_ga.layers.factors import Factor
+from lora_ga.layers.kinds import KINDS, base_weights, kind_of
+from lora_ga.layers.targets import find_targets
 from toys import adapted, causal, gpt2, llama, logits
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_ga.loss import label_tokens, model_loss, weighed_loss
+from lora_ga.gradients.loss import label_tokens, model_loss, weighed_loss
 from toys import bert, causal, classified, gpt2, llama, t5, tokens, translated
 
 

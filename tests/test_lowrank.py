@@ -8,16 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_ga.lowrank import (
-    LowRank,
-    estimated_norm,
-    generator,
-    merge,
-    merge_factors,
-    probes,
-    truncated_svd,
-)
-from lora_ga.subspace import orthonormal, project, truncate, turned
+from lora_ga.linalg.low_rank import LowRank, estimated_norm, generator, merge, merge_factors, probes, truncated_svd
+from lora_ga.linalg.streaming import orthonormal, project, truncate, turned
 
 
 def known(outputs: int = 30, inputs: int = 40, decay: float = 0.7, seed: int = 0) -> tuple[Tensor, Tensor]:

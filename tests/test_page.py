@@ -4,8 +4,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from lora_ga.comparison import compare_runs
-from lora_ga.page import page_html, rendered, training_caption, training_figure
+from lora_ga.experiments.comparison.runs import compare_runs
+from lora_ga.experiments.pages.runs import page_html, rendered, training_caption, training_figure
 from runs import falling, make_run
 
 

@@ -22,11 +22,11 @@ import lora_ga
 from cases import Convolutions, Twisted, mixtral, seeded
 from fused import ALL, FusedLlama, fused_llama
 from lora_ga import GradientEstimate, LoraGAConfig
-from lora_ga.adapter import give_structure
-from lora_ga.factors import Factor
-from lora_ga.lowrank import LowRank
-from lora_ga.probe import _random
-from lora_ga.targets import find_targets
+from lora_ga.adapter.write import give_structure
+from lora_ga.gradients.probe import _random
+from lora_ga.layers.factors import Factor
+from lora_ga.layers.targets import find_targets
+from lora_ga.linalg.low_rank import LowRank
 from toys import adapted, causal, data_folder, gpt2, llama, logits, minilm_folder, tokens, train
 
 PROBE = LoraGAConfig(estimator="probe")

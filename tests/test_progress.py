@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig
-from lora_ga.progress import FILE_KIND, Progress
-from lora_ga.store import read_tensors
+from lora_ga.files import read_tensors
+from lora_ga.gradients.checkpoint import FILE_KIND, Progress
 from toys import adapted, causal, gpt2, llama
 
 BATCHES = causal(9)

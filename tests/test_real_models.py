@@ -18,8 +18,8 @@ import bench_alignment as bench
 import lora_ga
 from corpus import docstring_rows
 from lora_ga import LoraGAConfig
-from lora_ga.factors import Factor
-from lora_ga.targets import find_targets
+from lora_ga.layers.factors import Factor
+from lora_ga.layers.targets import find_targets
 from toys import data_folder, logits, minilm_folder, train
 
 RANK = 8

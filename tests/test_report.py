@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lora_ga.report import load_run, write_json_atomically
+from lora_ga.experiments.records.runs import load_run, write_json_atomically
 from runs import make_run, write_run
 
 

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_ga
-from lora_ga import LoraGAConfig, sidecar
+from lora_ga import LoraGAConfig
+from lora_ga.adapter import save as sidecar
+from lora_ga.adapter.load import check_optimizer_state
+from lora_ga.adapter.save import FILE
 from lora_ga.config import CHOICES
-from lora_ga.factors import Factor
-from lora_ga.restore import check_optimizer_state
-from lora_ga.sidecar import FILE
+from lora_ga.layers.factors import Factor
 from toys import FAMILIES, adapted, bert, causal, classified, llama, logits, t5, train, translated
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import lora_ga
 from lora_ga.cli.main import main
-from lora_ga.serving import VLLM_RANKS, check_served, write_served
+from lora_ga.export.vllm import VLLM_RANKS, check_served, write_served
 from toys import adapted, bert, causal, classified, llama, logits, saved
 
 

@@ -15,8 +15,8 @@ from torch import nn
 import lora_ga
 import processes
 import workers
-from lora_ga.factors import Delta
-from lora_ga.sharding import unwrapped
+from lora_ga.distributed.sharding import unwrapped
+from lora_ga.layers.factors import Delta
 from toys import adapted, causal, llama, logits, train
 
 WAYS = ["ddp, before", "ddp, after", "fsdp, before", "fsdp, after"]

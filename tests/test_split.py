@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_ga.adapter.directions import DIRECTIONS, SCALES, Layer, leading_singular_values, split
 from lora_ga.config import CHOICES, LoraGAConfig
-from lora_ga.lowrank import LowRank, truncated_svd
-from lora_ga.split import DIRECTIONS, SCALES, Layer, leading_singular_values, split
+from lora_ga.linalg.low_rank import LowRank, truncated_svd
 
 RANK, OUTPUTS, INPUTS = 3, 16, 12
 G = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig
-from lora_ga import store as store_module
-from lora_ga.store import fingerprint, write_atomically, write_tensors
+from lora_ga import files as store_module
+from lora_ga.files import fingerprint, write_atomically, write_tensors
 from toys import adapted, causal, gpt2, llama
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import lora_ga
 from cases import CASES, Case
 from lora_ga import LoraGAConfig
-from lora_ga.factors import Factor
-from lora_ga.kinds import base_weights, kind_of
-from lora_ga.targets import Target, find_targets
+from lora_ga.layers.factors import Factor
+from lora_ga.layers.kinds import base_weights, kind_of
+from lora_ga.layers.targets import Target, find_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts .or groups. got no gradient:UserWarning")
 

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 import lora_ga
 import processes
 import workers
-from lora_ga.tensor_parallel import Split, unfit
+from lora_ga.distributed.tensor_parallel import Split, unfit
 from toys import adapted, causal, llama, logits
 
 

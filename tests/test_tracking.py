@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import lora_ga
-from lora_ga.tracking import OPENING
+from lora_ga.adapter.model_card import OPENING
 from toys import adapted, causal, llama
 from trainers import (
     CONFIG,

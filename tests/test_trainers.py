@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from lora_ga.sidecar import FILE
+from lora_ga.adapter.save import FILE
 from toys import logits, tokens
 from trainers import TRAINERS, callback
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 import lora_ga
 from cases import LAYERS, nf4
 from lora_ga import LoraGACallback, LoraGAConfig
-from lora_ga.sidecar import FILE
+from lora_ga.adapter.save import FILE
 from toys import adapted, causal, llama, logits, train
 from trainers import (
     TARGETS,

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import lora_ga
 from lora_ga import LoraGAConfig
-from lora_ga.capture import record
-from lora_ga.factors import Factor
-from lora_ga.frozen import frozen
-from lora_ga.targets import find_targets
+from lora_ga.gradients.hooks import record
+from lora_ga.gradients.isolation import frozen
+from lora_ga.layers.factors import Factor
+from lora_ga.layers.targets import find_targets
 from toys import adapted, causal, llama, logits, tokens, train
 
 DENSE = LoraGAConfig(estimator="dense", oversample=10**4)

@@ -20,7 +20,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from cases import EXPERTS, mixtral, seeded
 from lora_ga import LoraGACallback, LoraGAConfig
-from lora_ga.factors import Delta
+from lora_ga.layers.factors import Delta
 from toys import adapted, llama
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]

@@ -31,8 +31,8 @@ import bench_alignment
 import lora_ga
 from fused import fused_llama
 from lora_ga import GradientEstimate, LoraGAConfig
-from lora_ga.adapter import give_structure
-from lora_ga.factors import Factor
+from lora_ga.adapter.write import give_structure
+from lora_ga.layers.factors import Factor
 from toys import adapted, causal, data_folder, llama, logits
 
 STEPS = 20

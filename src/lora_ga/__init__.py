@@ -3,18 +3,18 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lora_ga.adapter import apply_estimate
-    from lora_ga.callback import LoraGACallback
-    from lora_ga.config import LoraGAConfig
-    from lora_ga.estimate import estimate_gradients
-    from lora_ga.export import compress_adapter
-    from lora_ga.gradient import GradientEstimate
-    from lora_ga.lowrank import LowRank
-    from lora_ga.restore import load
-    from lora_ga.start import get_lora_ga_model, initialize
+from lora_ga.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from lora_ga.adapter.initialize import get_lora_ga_model, initialize
+    from lora_ga.adapter.load import load
+    from lora_ga.adapter.write import apply_estimate
+    from lora_ga.config import LoraGAConfig
+    from lora_ga.export.compress import compress_adapter
+    from lora_ga.gradients.estimate import estimate_gradients
+    from lora_ga.gradients.result import GradientEstimate
+    from lora_ga.integrations.trainer import LoraGACallback
+    from lora_ga.linalg.low_rank import LowRank
 
 __all__ = [
     "GradientEstimate",
@@ -31,16 +31,16 @@ __all__ = [
 
 # Name → module, imported on first use: `lora-ga --help` need not wait for torch and PEFT.
 _HOMES = {
-    "GradientEstimate": "gradient",
-    "LoraGACallback": "callback",
+    "GradientEstimate": "gradients.result",
+    "LoraGACallback": "integrations.trainer",
     "LoraGAConfig": "config",
-    "LowRank": "lowrank",
-    "apply_estimate": "adapter",
-    "compress_adapter": "export",
-    "estimate_gradients": "estimate",
-    "get_lora_ga_model": "start",
-    "initialize": "start",
-    "load": "restore",
+    "LowRank": "linalg.low_rank",
+    "apply_estimate": "adapter.write",
+    "compress_adapter": "export.compress",
+    "estimate_gradients": "gradients.estimate",
+    "get_lora_ga_model": "adapter.initialize",
+    "initialize": "adapter.initialize",
+    "load": "adapter.load",
 }
 
 # Modules that other programs reach as attributes after a bare `import lora_ga`: ms-swift does so.

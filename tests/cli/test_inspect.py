@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.cli.inspect import RANKS, layer_table, ordered, share_figure, short_names, summary
 from lora_ga.cli.main import main
-from lora_ga.lowrank import LowRank
-from lora_ga.page import rendered
+from lora_ga.experiments.pages.runs import rendered
+from lora_ga.linalg.low_rank import LowRank
 
 
 def layer(singular_values: list[float], norm: float) -> LowRank:

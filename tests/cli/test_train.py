@@ -29,7 +29,7 @@ from lora_ga.cli.gradient import EstimateBatches
 from lora_ga.cli.main import main
 from lora_ga.cli.options import EstimateOptions
 from lora_ga.cli.train import parse
-from lora_ga.report import load_run
+from lora_ga.experiments.records.runs import load_run
 
 from .conftest import VOCABULARY, save_tokenizer, write_rows
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from lora_ga.restore import check_optimizer_state
+from lora_ga.adapter.load import check_optimizer_state
 
 
 def spent(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from lora_ga import sidecar
-from lora_ga.store import write_atomically
+from lora_ga.adapter import save as sidecar
+from lora_ga.files import write_atomically
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"

@@ -8,10 +8,10 @@ from rich.text import Text
 
 from lora_ga.cli.parsing import config_parser, parse_with_config
 from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
-from lora_ga.comparison import Comparison, compare_runs
-from lora_ga.page import page_html, rendered, summary_caption, training_figure
-from lora_ga.report import load_run
-from lora_ga.tables import Table, cost_table, summary_table
+from lora_ga.experiments.comparison.runs import Comparison, compare_runs
+from lora_ga.experiments.pages.runs import page_html, rendered, summary_caption, training_figure
+from lora_ga.experiments.records.runs import load_run
+from lora_ga.experiments.tables.runs import Table, cost_table, summary_table
 
 EXAMPLE = """\
 Put finished runs side by side: steps to a common training loss, final metrics, cost, loss curves.

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("final", metavar="FINAL", help="folder of the adapter after training")
     options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     from lora_ga.cli.export import copy_companions
-    from lora_ga.convert import convert_run
+    from lora_ga.export.convert import convert_run
 
     final, out = Path(positional.final), Path(options.output)
     errors = convert_run(positional.init, final, out)

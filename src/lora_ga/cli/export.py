@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 def compress(adapter: Path, out: Path, rank: int) -> None:
     """Writes the adapter of a lower rank and shows the loss of each layer."""
-    from lora_ga.export import compress_adapter
+    from lora_ga.export.compress import compress_adapter
 
     show_written(adapter, out, compress_adapter(adapter, out, rank))
 
@@ -97,7 +97,7 @@ def compress(adapter: Path, out: Path, rank: int) -> None:
 def show_written(adapter: Path, out: Path, errors: dict[str, float]) -> None:
     """Shows the loss of each layer of an adapter that was written anew."""
     from lora_ga.cli.terminal import as_rich, terminal
-    from lora_ga.tables import Table
+    from lora_ga.experiments.tables.runs import Table
 
     copy_companions(adapter, out)
     rank = json.loads((out / "adapter_config.json").read_text())["r"]
@@ -116,7 +116,7 @@ def serve(adapter: Path, options: ExportOptions, server: str) -> int:
     Raises:
         ValueError: the server is not known, or takes the adapter in no form.
     """
-    from lora_ga.serving import check_served, write_served
+    from lora_ga.export.vllm import check_served, write_served
 
     verdict = check_served(adapter, server)
     if options.output:
@@ -151,7 +151,8 @@ def merge(adapter: Path, out: Path, options: ExportOptions) -> None:
     Raises:
         ValueError: the output is not empty, the base model cannot be loaded, or the adapter does not fit it.
     """
-    from lora_ga.export import check_empty, merge_adapter
+    from lora_ga.export.merge import merge_adapter
+    from lora_ga.files import check_empty
 
     check_empty(out)
     name, base = load_base(adapter, options)
@@ -182,7 +183,7 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
     from lora_ga.cli.checkpoints import LABELS
     from lora_ga.cli.models import load_pretrained
     from lora_ga.cli.tasks import TASKS
-    from lora_ga.export import read_adapter
+    from lora_ga.export.saved_adapter import read_adapter
 
     config, _ = read_adapter(adapter)
     name = options.model or config.base_model_name_or_path

@@ -21,7 +21,7 @@ from lora_ga.cli.gradient import EstimateBatches, estimate_config
 from lora_ga.cli.models import add_adapter, train_in_float32
 from lora_ga.cli.options import Job
 from lora_ga.cli.record import run_record
-from lora_ga.report import RECORD, write_json_atomically
+from lora_ga.experiments.records.runs import RECORD, write_json_atomically
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from rich.text import Text
 from lora_ga import GradientEstimate
 from lora_ga.cli.parsing import config_parser, parse_with_config
 from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
-from lora_ga.page import FAINT, STYLE, rendered
-from lora_ga.tables import BLANK, Table
+from lora_ga.experiments.pages.runs import FAINT, STYLE, rendered
+from lora_ga.experiments.tables.runs import BLANK, Table
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lora_ga.cli.options import Job
-from lora_ga.report import NOT_A_RESULT, SCHEMA
+from lora_ga.experiments.records.runs import NOT_A_RESULT, SCHEMA
 
 PACKAGES = {"lora_ga": "lora-ga", "torch": "torch", "transformers": "transformers", "peft": "peft"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_ga.cli.options import option
 from lora_ga.cli.parsing import OptionParser
-from lora_ga.suite.spec import available, load_suite
+from lora_ga.experiments.suites.spec import available, load_suite
 
 USAGE = "lora-ga report SUITE [options]"
 
@@ -59,9 +59,9 @@ def main(argv: Sequence[str]) -> int:
             f"{store}: there is no such store. Name the folder that `lora-ga reproduce` filled by --store."
         )
     from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
-    from lora_ga.suite import report
-    from lora_ga.suite.store import Store
-    from lora_ga.tables import Table
+    from lora_ga.experiments.pages import suites as report
+    from lora_ga.experiments.records.store import Store
+    from lora_ga.experiments.tables.runs import Table
 
     check_output(folder / report.PAGE, ".html", overwrite=other.overwrite)
     check_output(folder / report.TEXT, ".md", overwrite=other.overwrite)

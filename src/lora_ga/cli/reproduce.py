@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_ga.cli.options import at_least, option
 from lora_ga.cli.parsing import OptionParser
-from lora_ga.suite.spec import Suite, available, load_suite
+from lora_ga.experiments.suites.spec import Suite, available, load_suite
 
 USAGE = "lora-ga reproduce SUITE [options]"
 
@@ -75,8 +75,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"which suite? There are {', '.join(available())}; or give a .yaml file.")
     suite = load_suite(other.suite)
     lines = chosen(suite, options.only)
-    from lora_ga.suite.sources import Sources
-    from lora_ga.suite.store import Store
+    from lora_ga.experiments.records.store import Store
+    from lora_ga.experiments.suites.sources import Sources
 
     if options.hub and not Path(options.hub).is_dir():
         raise ValueError(f"--hub {options.hub}: there is no such folder.")
@@ -85,8 +85,8 @@ def main(argv: Sequence[str]) -> int:
     notes = checked(suite, lines, sources)
     if other.dry_run:
         return show_plan(suite, lines, store, notes, options.workers)
-    from lora_ga.suite.grid import commit, run_grid
-    from lora_ga.suite.run import Place
+    from lora_ga.experiments.suites.grid import commit, run_grid
+    from lora_ga.experiments.suites.run import Place
 
     place = Place(sources, options.device, commit())
     with store.locked():
@@ -126,8 +126,8 @@ def chosen(suite: Suite, patterns: Sequence[str]) -> list[tuple[str, str]]:
 
 def checked(suite: Suite, lines: Sequence[tuple[str, str]], sources: Any) -> dict[str, list[str]]:
     """Looks at every model, file, method and option before anything runs; task → what was found."""
-    from lora_ga.suite.methods import complete
-    from lora_ga.suite.tasks import check
+    from lora_ga.experiments.methods import complete
+    from lora_ga.experiments.tasks import check
 
     for label in dict.fromkeys(label for _, label in lines):
         variant = suite.methods[label]
@@ -156,9 +156,9 @@ def show_plan(
 ) -> int:
     """Prints the grid and its estimated cost."""
     from lora_ga.cli.terminal import as_rich, terminal
-    from lora_ga.suite.grid import expected_seconds
-    from lora_ga.suite.protocol import best_rate, missing, wanted
-    from lora_ga.tables import Table
+    from lora_ga.experiments.suites.grid import expected_seconds
+    from lora_ga.experiments.suites.protocol import best_rate, missing, wanted
+    from lora_ga.experiments.tables.runs import Table
 
     records = store.records()
     for task, found in notes.items():
@@ -203,9 +203,9 @@ def tell(record: dict[str, Any], left: int) -> None:
 def show_results(suite: Suite, lines: Sequence[tuple[str, str]], records: dict[str, Any]) -> int:
     """Prints each line's best rate and its mean over the seeds."""
     from lora_ga.cli.terminal import as_rich, terminal
-    from lora_ga.suite.cell import cell_of
-    from lora_ga.suite.protocol import best_rate, sweep_of, wanted
-    from lora_ga.tables import BLANK, Table, spread
+    from lora_ga.experiments.suites.cell import cell_of
+    from lora_ga.experiments.suites.protocol import best_rate, sweep_of, wanted
+    from lora_ga.experiments.tables.runs import BLANK, Table, spread
 
     rows, bad = [], 0
     for task, label in lines:

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_ga.store import write_atomically
-from lora_ga.tables import Table
+from lora_ga.experiments.tables.runs import Table
+from lora_ga.files import write_atomically
 
 
 def check_output(path: Path, suffix: str, *, overwrite: bool) -> None:

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     """Trains, and says what came out."""
     job, checkpoint = parse(argv)
     from lora_ga.cli.finetune import finetune
-    from lora_ga.report import RECORD
+    from lora_ga.experiments.records.runs import RECORD
 
     folder = Path(job.training.output_dir)
     if checkpoint is not None and (folder / RECORD).exists():

@@ -1,0 +1,1 @@
+"""From an estimate to an adapter: plan, write, save, load."""

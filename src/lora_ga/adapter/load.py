@@ -1,0 +1,234 @@
+"""Loading a saved adapter in the structure it was trained in."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lora_ga.adapter import save as sidecar
+from lora_ga.adapter.save import AlignedLoraConfig, Alignment
+from lora_ga.adapter.write import make_factors, place, set_rank, shift_base
+from lora_ga.config import LoraGAConfig
+from lora_ga.distributed.sharding import whole
+from lora_ga.files import fingerprint
+from lora_ga.layers.factors import Factor
+from lora_ga.layers.kinds import entries, weight_of
+from lora_ga.layers.targets import PREFIX, SHIFTED_BASES
+
+# Optimizer states that have the shape of their parameter, in AdamW, Adam, SGD and their relatives.
+SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
+
+def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Load a saved adapter with the structure it was trained in, to train on or to use.
+
+    Args:
+        base: The original base model.
+        path: A folder written by `save_pretrained`, or a name on the hub.
+        is_trainable: Whether the adapter's parameters are to train.
+
+    Returns:
+        The adapted model: to train on, in LoRA-GA's structure of rank r, or without a sidecar as a plain LoRA of rank
+        2r, with a warning; to use, in the plain rank-2r form, which computes the same and leaves the base as it is.
+
+    Raises:
+        FileNotFoundError: There is no such adapter.
+        TypeError: The base has LoRA layers already.
+        ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none and the
+            folder holds the optimizer state of LoRA-GA training. The base is given back without LoRA layers.
+    """
+    if isinstance(base, PeftModel) or any(isinstance(module, LoraLayer) for module in base.modules()):
+        raise TypeError("The base has LoRA layers already; give the original base model, or call its load_adapter.")
+    if any(module in SHIFTED_BASES for module in base.modules()):
+        raise ValueError('The base was changed by offset="base"; load the original base model anew.')
+    beside = sidecar.read(path)
+    if beside is not None and not PeftConfig.from_pretrained(str(path)).layer_replication:
+        _check_base(base, beside[1]["fingerprint"], path)
+    model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
+    try:
+        if beside is not None:
+            _check_base(model, beside[1]["fingerprint"], path)
+            if is_trainable:
+                _restore(model, *beside, where=str(path))
+        elif is_trainable:
+            _train_as_plain(model, Path(path))
+    except BaseException:
+        model.unload()
+        raise
+    return model
+
+
+def _check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
+    """Refuse another base model than the one the adapter was trained on.
+
+    Raises:
+        ValueError: It is another.
+    """
+    found = fingerprint(model)
+    if found != trained_on:
+        raise ValueError(
+            f"{path}: trained on another base model: its fingerprint is {trained_on}, this model's {found} (module "
+            "names and weight shapes)."
+        )
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose state was saved for other shapes; stepping with it can end the process without a word.
+
+    Args:
+        optimizer: An optimizer (or Accelerate's wrapper of one) after its state has been loaded.
+
+    Raises:
+        ValueError: A state does not have its parameter's shape.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for key in SAME_SHAPE:
+                if key in state and state[key].shape != parameter.shape:
+                    raise ValueError(
+                        f"The optimizer's {key} is {tuple(state[key].shape)}, its parameter {tuple(parameter.shape)}: "
+                        "the state of a LoRA-GA run (rank r) does not fit a plain rank-2r adapter. Load the checkpoint "
+                        "with lora_ga.load(base, checkpoint, is_trainable=True), which restores the structure."
+                    )
+
+
+def _train_as_plain(model: PeftModel, path: Path) -> None:
+    """Say that every row of a plain adapter trains, and refuse an optimizer state that does not fit it.
+
+    Raises:
+        ValueError: The folder is a checkpoint whose optimizer state belongs to LoRA-GA's structure.
+    """
+    if (path / "optimizer.pt").is_file():
+        states = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")["state"].values()
+        shapes = {tuple(state[key].shape) for state in states for key in SAME_SHAPE if key in state}
+        trained = {tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad}
+        if not shapes <= trained:
+            raise ValueError(
+                f"{path}: {sidecar.FILE} is missing, so the adapter would train on as a plain LoRA, every row of its "
+                f"full rank; but the optimizer state beside it has other shapes ({min(shapes - trained)}): it belongs "
+                "to LoRA-GA's structure. Put the sidecar back, or remove optimizer.pt to train on as plain LoRA."
+            )
+    warnings.warn(
+        f"{path} has no {sidecar.FILE}: it trains on as plain LoRA, every row of its full rank.",
+        UserWarning,
+        stacklevel=3,
+    )
+    _check_first_steps()
+
+
+_checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+@functools.cache
+def _check_first_steps() -> None:
+    """From now on check every optimizer's state at its first step: a wrong one could end the process without a word."""
+    register_optimizer_step_pre_hook(_check_first_step)
+
+
+def _check_first_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if optimizer not in _checked:
+        check_optimizer_state(optimizer)
+        _checked.add(optimizer)
+
+
+def _restore_pair(
+    name: str, layer: LoraLayer, tensors: dict[str, Tensor], offset: str, configs: dict[str, Any], where: str
+) -> tuple[Factor, Factor]:
+    """Put factors with the sidecar's starts in the place of a layer's plain rank-2r ones.
+
+    Returns:
+        The factors.
+
+    Raises:
+        ValueError: The sidecar does not belong to the adapter.
+    """
+    plain = [whole(weight_of(entry)) for entry in entries(layer, "default")]
+    a, b = (tensors[f"{name}.{letter}0"].to(old) for letter, old in zip("AB", plain, strict=True))
+    pair = make_factors(layer, "default", offset, rank=layer.r["default"] // 2, starts=(a, b))
+    for letter, old, factor in zip("AB", plain, pair, strict=True):
+        fits = factor.joined().shape == old.shape
+        if fits:
+            factor.set_delta(factor.delta_in(old))
+            if f"{name}.{letter}" in tensors:  # offset="base": B₀ + dB is rounded, so B itself is kept
+                factor.trainable.copy_(tensors[f"{name}.{letter}"])
+        if not fits or not factor.agrees(old):
+            raise ValueError(
+                f"{where}: {sidecar.FILE} does not belong to this adapter: {letter} of {name} has another start. It "
+                "may be left from before the adapter was trained as plain LoRA. Remove it to load the adapter as "
+                "plain LoRA, or put the right one back."
+            )
+    place(layer, "default", pair, name, configs)
+    return pair
+
+
+@torch.no_grad()
+def restore_starts(model: PeftModel, path: Path, adapter_name: str = "default") -> None:
+    """Give an adapter in LoRA-GA's structure the exact starts of a checkpoint whose adapter file it has loaded.
+
+    The file holds A₀ + dA, which is rounded; training goes on bit for bit only from the sidecar's A₀ and B₀.
+
+    Args:
+        model: The model, its adapter loaded by PEFT's `load_adapter`.
+        path: The checkpoint.
+        adapter_name: The adapter.
+
+    Raises:
+        ValueError: The checkpoint has no sidecar, or it belongs to another adapter. The starts are then those that the
+            file gives.
+    """
+    folder = path if adapter_name == "default" else path / adapter_name
+    beside = sidecar.read(folder)
+    if beside is None:
+        raise ValueError(
+            f"{folder}: there is no {sidecar.FILE}, so this is not a checkpoint of a LoRA-GA run, or the file is lost. "
+            "Put it back, resume without LoraGACallback, or start anew."
+        )
+    tensors, record = beside
+    alignment: Alignment = model.peft_config[adapter_name].alignment
+    different = sorted(set(record["scaling"]) ^ set(alignment.factors))
+    if different:
+        raise ValueError(
+            f"{folder}: {sidecar.FILE} is of an adapter with other layers; the first of {len(different)} that only one "
+            f"of the two has is {different[0]}. Give the adapter the settings of the run that is resumed."
+        )
+    for name, pair in alignment.factors.items():
+        for letter, factor in zip("AB", pair, strict=True):
+            loaded, given = factor.joined(), factor.start
+            factor.start = tensors[f"{name}.{letter}0"].to(factor.trainable.device, factor.trainable.dtype)
+            if not factor.agrees(loaded):
+                factor.start = given
+                raise ValueError(
+                    f"{folder}: {sidecar.FILE} does not belong to the adapter that was loaded: {letter} of {name} has "
+                    "another start. Put the right one back."
+                )
+    alignment.config = LoraGAConfig.from_dict(record["config"])
+    alignment.summary = record.get("summary", "")
+
+
+@torch.no_grad()
+def _restore(model: PeftModel, tensors: dict[str, Tensor], record: dict[str, Any], *, where: str) -> None:
+    """Give a plain rank-2r adapter the structure its sidecar describes."""
+    config = LoraGAConfig.from_dict(record["config"])
+    layers = {path.removeprefix(PREFIX): module for path, module in model.named_modules()}
+    plain = {name: (rank, alpha) for name, (rank, alpha) in record["plain"].items()}
+    alignment = Alignment({}, record["scaling"], config, record["fingerprint"], plain, record["original"])
+    alignment.summary = record.get("summary", "")
+    for name in record["scaling"]:
+        alignment.factors[name] = _restore_pair(name, layers[name], tensors, config.offset, model.peft_config, where)
+    changes: dict[str, Any] = {}
+    if config.offset == "base":
+        changes = record["original"]
+        for name, (a, b) in alignment.factors.items():
+            set_rank(layers[name], "default", a.rank)
+            shift_base(layers[name], a.start, b.start, alignment.scaling[name])
+    model.peft_config["default"] = AlignedLoraConfig.of(model.peft_config["default"], alignment, **changes)

@@ -1,0 +1,53 @@
+"""The section of a model card that says how the adapter was started."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_ga.files import write_atomically
+from lora_ga.gradients.result import GradientEstimate, measures
+
+CARD = "README.md"
+# Our section of a model card lies between these, so that writing it again replaces it.
+OPENING, CLOSING = "<!-- lora-ga -->", "<!-- /lora-ga -->"
+
+
+def section(estimate: GradientEstimate, ranks: Mapping[str, int]) -> str:
+    """The section of a model card that says how the adapter was started, in Markdown."""
+    config, table = estimate.config, measures(estimate, ranks)
+    limits = [values["alignment_limit"] for values in table.values() if "alignment_limit" in values]
+    middle = f"; its rank can follow {statistics.median(limits):.3f} of the gradient (median)" if limits else ""
+    rows = [
+        f"| `{name}` | {ranks[name]} | {values['gradient_norm']:.3e} | "
+        f"{_shown(values, 'alignment_limit', '.3f')} | {_shown(values, 'settled_after', '.0f')} |"
+        for name, values in table.items()
+    ]
+    head = (
+        f"The adapter was started from the loss gradient of {len(table)} layers over {estimate.batches} batches with "
+        f"{estimate.weight:.0f} labels (estimator {config.estimator}, seed {config.seed}){middle}. It is a plain LoRA "
+        "of twice the rank for the original base model."
+    )
+    columns = "| layer | rank | ‖G‖ | alignment limit | batches until settled |"
+    return "\n".join(["## LoRA-GA start", "", head, "", columns, "|---|---|---|---|---|", *rows])
+
+
+def _shown(values: Mapping[str, float], key: str, form: str) -> str:
+    return format(values[key], form) if key in values else "–"
+
+
+def write_section(folder: Path, text: str) -> None:
+    """Put our section into the model card of a folder, in the place of an earlier one; does nothing without a card.
+
+    Args:
+        folder: The folder with the card.
+        text: The section.
+    """
+    card = folder / CARD
+    if not text or not card.is_file():
+        return
+    before, opening, rest = card.read_text(encoding="utf-8").partition(OPENING)
+    after = rest.partition(CLOSING)[2] if opening else ""
+    content = f"{before.rstrip()}\n\n{OPENING}\n{text}\n{CLOSING}\n{after.lstrip()}"
+    write_atomically(card, content.encode())

@@ -1,0 +1,225 @@
+"""What is to be written into an adapter: every check, and the starts. Reads the model, changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Container, Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from lora_ga.adapter.directions import Layer, split
+from lora_ga.adapter.save import Alignment
+from lora_ga.config import LoraGAConfig
+from lora_ga.distributed.sharding import sharded, whole
+from lora_ga.files import fingerprint
+from lora_ga.gradients.coverage import settle_missing, warn_silent
+from lora_ga.gradients.result import GradientEstimate
+from lora_ga.layers.convolution import CONVOLUTION
+from lora_ga.layers.factors import Factor
+from lora_ga.layers.kinds import base_weights, entries, kind_of, weight_of
+from lora_ga.layers.targets import PREFIX, Target, find_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be written, once everything is checked.
+
+    Attributes:
+        model: The model.
+        aligned: The layers that get a start.
+        plain: The others.
+        starts: Layer name → A₀ and B₀.
+        alignment: Of an adapter that has its structure already.
+        identity: What has to be the same in all processes.
+    """
+
+    model: PeftModel
+    aligned: dict[str, Target]
+    plain: dict[str, Target]
+    starts: dict[str, tuple[Tensor, Tensor]]
+    alignment: Alignment | None
+    identity: dict[str, Any]
+
+    def tensors(self) -> Iterator[tuple[str, int, Tensor]]:
+        """The starts one by one, with their side."""
+        return ((name, side, pair[side]) for name, pair in self.starts.items() for side in (0, 1))
+
+
+def make_plan(
+    model: PeftModel, estimate: GradientEstimate, config: LoraGAConfig, adapter_name: str, said: Container[str]
+) -> Plan:
+    """Check everything, and compute the starts.
+
+    Returns:
+        What is to be written.
+
+    Raises:
+        ValueError: As `apply_estimate`.
+    """
+    targets = find_targets(model, adapter_name)
+    alignment: Alignment | None = getattr(model.peft_config[adapter_name], "alignment", None)
+    if alignment is not None and alignment.config.offset != config.offset:
+        raise ValueError(
+            f'Adapter {adapter_name!r} was prepared for offset="{alignment.config.offset}", but the settings say '
+            f'"{config.offset}". Give the same settings to both.'
+        )
+    found = fingerprint(model)
+    if found != estimate.fingerprint:
+        raise ValueError(
+            f"The estimate belongs to another model: its fingerprint is {estimate.fingerprint}, this model's {found} "
+            "(module names and weight shapes). Estimate the gradients of this model."
+        )
+    reasons = {name: reason for name, target in targets.items() if (reason := _unusable(target, estimate))}
+    for name in reasons:
+        if on_meta(targets[name], adapter_name):
+            raise ValueError(
+                f"{name} is on the meta device and has to start as plain LoRA, but has no values; make the adapter "
+                "without low_cpu_mem_usage, or leave the layer out of target_modules."
+            )
+    if config.on_missing == "error" or len(reasons) == len(targets):
+        settle_missing(reasons, targets, config.on_missing)
+    settle_missing({name: why for name, why in reasons.items() if name not in said}, targets, config.on_missing)
+    aligned = {name: target for name, target in targets.items() if name not in reasons}
+    _check_shapes(estimate, aligned)
+    if config.offset == "base":
+        _check_base_can_change(model, aligned, adapter_name)
+    _warn_silent_parts(estimate, aligned, said)
+    if model.peft_config[adapter_name].inference_mode:
+        warnings.warn(
+            f"Adapter {adapter_name!r} was made for inference (LoraConfig.inference_mode is True), so nothing of it "
+            f"trains. Call model.set_adapter({adapter_name!r}), or make it with inference_mode=False.",
+            UserWarning,
+            stacklevel=4,
+        )
+    starts = {name: _starts(target, estimate, config, adapter_name) for name, target in aligned.items()}
+    plain = {name: target for name, target in targets.items() if name in reasons}
+    identity = {
+        "fingerprint": found,
+        "config": config.to_dict(),
+        "scaling": {name: target.layer.scaling[adapter_name] for name, target in targets.items()},
+        "estimate": {name: [estimate[name].norm, estimate[name].S.numel()] for name in estimate},
+    }
+    return Plan(model, aligned, plain, starts, alignment, identity)
+
+
+def _unusable(target: Target, estimate: GradientEstimate) -> str | None:
+    """Why a layer cannot start from the estimate; None if it can."""
+    if target.too_small:
+        return target.too_small
+    held = [estimate[key] for key in target.keys if key in estimate]
+    if not held:
+        left_out = estimate.missing.get(target.name)
+        return f"left out of the estimate: {left_out}" if left_out else "the estimate does not cover it"
+    return "its gradient is exactly zero" if all(part.norm == 0 for part in held) else None
+
+
+def _starts(
+    target: Target, estimate: GradientEstimate, config: LoraGAConfig, adapter_name: str
+) -> tuple[Tensor, Tensor]:
+    """A₀ and B₀ of a layer as PEFT lays them out; of a part without an estimate PEFT's own A and B = 0: plain LoRA."""
+    layer = target.layer
+    # Of a structure without a start, the start is what PEFT drew.
+    plain_A, plain_B = (
+        entry.start if isinstance(entry, Factor) else weight_of(entry) for entry in entries(layer, adapter_name)
+    )
+    starts = []
+    for part, key in enumerate(target.keys):
+        if key in estimate and estimate[key].norm > 0:
+            described = Layer(
+                key,
+                target.outputs,
+                target.rank,
+                layer.scaling[adapter_name],
+                config,
+                functools.partial(_wide_weight, layer, part),
+            )
+            starts.append(split(estimate[key], described))
+        else:
+            a = target.form.unstack_a(whole(plain_A.detach()), target.parts)[part]
+            starts.append((a.float(), a.new_zeros(target.outputs, target.rank, dtype=torch.float32)))
+    a_PrI, b_POr = (torch.stack([start[side].cpu() for start in starts]) for side in (0, 1))
+    return a_PrI.flatten(0, 1).reshape(plain_A.shape), target.form.stack_b(b_POr).reshape(plain_B.shape)
+
+
+def on_meta(target: Target, adapter_name: str) -> bool:
+    """Whether a layer's adapter has no values yet."""
+    return any(weight_of(entry).is_meta for entry in entries(target.layer, adapter_name))
+
+
+def _wide_weight(layer: LoraLayer, part: int) -> Tensor:
+    return whole(base_weights(layer)[part]).detach().float()
+
+
+def _warn_silent_parts(estimate: GradientEstimate, targets: dict[str, Target], said: Container[str]) -> None:
+    """Say how many experts or groups start as plain LoRA, unless the estimate has said so just now."""
+    parts = [key for target in targets.values() if target.parts > 1 for key in target.keys]
+    silent = [key for key in parts if key not in estimate]
+    if any(key not in said for key in silent):
+        warn_silent(len(silent), len(parts), silent[0])
+
+
+def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> None:
+    """Refuse an estimate whose factors do not fit the layers they are named after.
+
+    Raises:
+        ValueError: There is such a layer.
+    """
+    by_key = {key: target for target in targets.values() for key in target.keys if key in estimate}
+    for key, target in by_key.items():
+        found = (estimate[key].U.shape[0], estimate[key].V.shape[0])
+        if found != (target.outputs, target.inputs):
+            raise ValueError(
+                f"{key}: the estimate is of a {found[0]} x {found[1]} weight, the layer's is {target.outputs} x "
+                f"{target.inputs}. Estimate the gradients of this model."
+            )
+
+
+def _check_base_can_change(model: PeftModel, targets: dict[str, Target], adapter_name: str) -> None:
+    """Refuse `offset="base"` where a weight is not plain numbers, or matters to other modules or adapters too.
+
+    Raises:
+        ValueError: There is such a weight.
+    """
+    owners: dict[int, set[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(path)
+    for name, target in targets.items():
+        base, kind = target.layer.get_base_layer(), kind_of(target.layer)
+        others = [other for other in target.layer.r if other != adapter_name]
+        if others:
+            raise ValueError(
+                f'{name}: offset="base" would change the weight under the other adapters of the layer '
+                f'({", ".join(others)}); use offset="adapter", or delete them first.'
+            )
+        if kind is not None and kind.read is not None:
+            raise ValueError(
+                f'{name}: offset="base" cannot change a quantised weight ({type(base).__name__}); use offset="adapter".'
+            )
+        if target.form is CONVOLUTION and target.parts > 1:
+            raise ValueError(
+                f'{name}: offset="base" cannot change a grouped convolution, whose adapter reaches across the groups; '
+                'use offset="adapter".'
+            )
+        weight = getattr(base, getattr(target.layer, "parameter_name", "weight"))
+        if sharded(weight):
+            raise ValueError(
+                f'{name}: offset="base" cannot change a sharded weight; use offset="adapter", or call this before '
+                "the model is sharded."
+            )
+        if not weight.is_floating_point() or weight.itemsize < 2 or weight.is_meta:
+            where = " on the meta device" if weight.is_meta else ""
+            raise ValueError(
+                f'{name}: offset="base" cannot change a {weight.dtype} weight{where}; use offset="adapter".'
+            )
+        if len(owners[id(weight)]) > 1:
+            shared = ", ".join(sorted(path.removeprefix(PREFIX) for path in owners[id(weight)]))
+            raise ValueError(
+                f'{name}: its weight is shared ({shared}), so offset="base" would change them all; use '
+                'offset="adapter", or leave the layer out.'
+            )

@@ -1,0 +1,1 @@
+"""Several processes: the only users of torch.distributed."""

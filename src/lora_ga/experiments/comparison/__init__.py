@@ -1,0 +1,1 @@
+"""Comparing runs, and the results of a suite."""

@@ -1,0 +1,166 @@
+"""GSM8K and HumanEval by lm-evaluation-harness, on local rows and with the prompt the model was trained on.
+
+The harness generates and counts; the two tasks are given to it from here, because its own read the hub and prompt
+otherwise. The model is handed over as it is in memory, so that full fine-tuning and every adapter go one way.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lora_ga.experiments.suites.sources import Sources, renamed
+from lora_ga.experiments.suites.spec import Task
+
+ALLOW = "HF_ALLOW_CODE_EVAL"  # the name that the `evaluate` library and the harness know
+SECONDS = 10.0  # that a program may take
+KEYS = ("by", "test", "rows", "tokens", "batch")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def number_of(text: str) -> float | None:
+    """The answer: the number behind "####", or else the last one."""
+    marked = text.split("####")[1:2] or [text]
+    found = NUMBER.findall(marked[0])
+    return float((found[0] if len(text.split("####")) > 1 else found[-1]).replace(",", "")) if found else None
+
+
+def right_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the model's number is the reference's."""
+    said = number_of(results[0])
+    return {"gsm8k": float(said is not None and said == number_of(doc["answer"]))}
+
+
+def code_of(text: str) -> str:
+    """The first code block, or everything where there is none."""
+    found = re.search(r"```(?:\w*\n)?(.*?)(?:```|\Z)", text, flags=re.DOTALL)
+    return found[1] if found else text
+
+
+def passes(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the program passes the task's tests, in a process of its own, which sees no keys of the environment."""
+    code = code_of(results[0])
+    whole = code if f"def {doc['entry_point']}" in code else doc["prompt"] + code
+    # What the prompt imports belongs to the answer, too: "from typing import List".
+    program = f"{doc['prompt'].split('def ')[0]}\n{whole}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-c", program],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=SECONDS,
+                check=False,
+                cwd=folder,
+                env={"PATH": os.defpath},
+            )
+        except subprocess.TimeoutExpired:
+            return {"humaneval": 0.0}
+    return {"humaneval": float(done.returncode == 0)}
+
+
+# Test → columns of its rows, what of them is the question, what a result is, whether programs are run.
+TESTS: dict[str, tuple[Sequence[str], str, Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]], bool]] = {
+    "gsm8k": (("question", "answer"), "question", right_number, False),
+    "humaneval": (("prompt", "test", "entry_point"), "prompt", passes, True),
+}
+
+
+def check(task: Task, sources: Sources) -> list[str]:
+    """Looks at the rows, at the harness, and at the permission to run programs.
+
+    Args:
+        task: The task.
+        sources: Where things are.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: Something is not there, or not allowed.
+    """
+    test = task.evaluation.get("test")
+    if test not in TESTS:
+        raise ValueError(f"evaluation: test is {test!r}; it must be one of {', '.join(TESTS)}.")
+    unknown = sorted(set(task.evaluation) - set(KEYS))
+    if unknown or "rows" not in task.evaluation:
+        raise ValueError(f"evaluation: gives {', '.join(task.evaluation)}; it takes {', '.join(KEYS)}, and needs rows.")
+    columns, _, _, runs_programs = TESTS[test]
+    reference = task.evaluation["rows"]
+    if sources.reach:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ValueError('evaluation: lm-evaluation-harness is not installed: pip install "lora-ga[eval]".')
+        if runs_programs and os.environ.get(ALLOW) != "1":
+            raise ValueError(
+                f"evaluation: {test} runs programs that a model wrote. Do that where they can do no harm, and allow it "
+                f"by {ALLOW}=1."
+            )
+    if sources.away(reference):
+        return [f"{test} {reference} (columns {', '.join(columns)}; not looked at)"]
+    rows = renamed(sources.rows(reference), {column: column for column in columns}, reference)
+    return [f"{test} {reference} ({len(rows)} rows; columns {', '.join(columns)})"]
+
+
+def ready(task: Task, sources: Sources) -> None:
+    """Looks again, where the cell runs."""
+    check(task, sources)
+
+
+def test_config(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The test as the harness takes it: greedy, no examples in the prompt.
+
+    Args:
+        task: The task; its input, which the model was trained on, asks the question.
+        rows: Of the test.
+
+    Returns:
+        The configuration.
+    """
+    import datasets
+
+    test = task.evaluation["test"]
+    _, question, judged, _ = TESTS[test]
+    place = next(meaning for meaning in task.columns if f"{{{meaning}}}" in task.input)
+    return {
+        "task": test,
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(list(map(dict, rows)))},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": lambda doc: task.input.format(**{place: doc[question]}),
+        "doc_to_target": "",
+        "process_results": judged,
+        "metric_list": [{"metric": test, "aggregation": "mean", "higher_is_better": True}],
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": task.evaluation.get("tokens", 512)},
+        "num_fewshot": 0,
+        "metadata": {},
+    }
+
+
+def run(model: Any, tokenizer: Any, task: Task, sources: Sources, seed: int) -> dict[str, float]:
+    """Generates and counts.
+
+    Args:
+        model: Trained.
+        tokenizer: Its.
+        task: The task.
+        sources: Where the rows are.
+        seed: Not used: decoding is greedy.
+
+    Returns:
+        The share of right answers, under the test's name.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    test, columns = task.evaluation["test"], TESTS[task.evaluation["test"]][0]
+    rows = renamed(sources.rows(task.evaluation["rows"]), {column: column for column in columns}, test)
+    batch = task.evaluation.get("batch", 8)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device))
+    found = lm_eval.simple_evaluate(wrapped, tasks=[test_config(task, rows)], bootstrap_iters=0, log_samples=False)
+    return {test: round(float(found["results"][test][f"{test},none"]), 6)}

@@ -1,0 +1,235 @@
+"""MT-Bench: two turns of answers, each rated from 1 to 10 by a model behind an OpenAI-compatible endpoint.
+
+Zheng and others, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", 2023. Questions, reference answers and the
+judge's prompts are files in FastChat's format. The endpoint is `OPENAI_BASE_URL`, its key `OPENAI_API_KEY`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import statistics
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import Task
+
+ENDPOINT, KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"
+KEYS = ("by", "model", "questions", "references", "prompts", "tokens")
+TRIES, SECONDS, PAUSE = 3, 120.0, 2.0  # requests for one rating; how long each may take; how long between them
+RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+# FastChat's: where an answer is right or wrong, the judge sees a reference; how freely the model writes.
+WITH_REFERENCE = {"math", "reasoning", "coding", "arena-hard-200"}
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+PROMPTS = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
+
+
+class JudgeError(RuntimeError):
+    """The judge cannot be asked, or says nothing that can be used."""
+
+
+def files(task: Task, sources: Sources) -> tuple[list[dict[str, Any]], dict[int, list[str]], dict[str, Any]]:
+    """Questions, references by question, prompts by name.
+
+    Args:
+        task: The task.
+        sources: Where things are.
+
+    Returns:
+        The three.
+
+    Raises:
+        ValueError: A field is not there, or a reference that is needed.
+    """
+    given = {name: sources.rows(task.evaluation[name]) for name in ("questions", "references", "prompts")}
+    wanted = {
+        "questions": ("question_id", "category", "turns"),
+        "references": ("question_id", "choices"),
+        "prompts": ("name", "system_prompt", "prompt_template"),
+    }
+    for name, rows in given.items():
+        for number, row in enumerate(rows):
+            lacking = [field for field in wanted[name] if field not in row]
+            if lacking:
+                raise ValueError(f"{task.evaluation[name]}: row {number} has no {', '.join(lacking)}.")
+    references = {row["question_id"]: row["choices"][0]["turns"] for row in given["references"]}
+    prompts = {row["name"]: row for row in given["prompts"]}
+    lost = [name for name in PROMPTS if name not in prompts]
+    if lost:
+        raise ValueError(f"{task.evaluation['prompts']}: has no prompt named {', '.join(lost)}.")
+    for row in given["questions"]:
+        if row["category"] in WITH_REFERENCE and row["question_id"] not in references:
+            raise ValueError(
+                f"{task.evaluation['references']}: has no answer to question {row['question_id']} ({row['category']})."
+            )
+    return given["questions"], references, prompts
+
+
+def check(task: Task, sources: Sources) -> list[str]:
+    """Looks at the files, and where cells are going to run also for the endpoint.
+
+    Args:
+        task: The task.
+        sources: Where things are.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: Something is not there.
+    """
+    unknown = sorted(set(task.evaluation) - set(KEYS))
+    missing = [name for name in ("model", "questions", "references", "prompts") if name not in task.evaluation]
+    if unknown or missing:
+        raise ValueError(f"evaluation: gives {', '.join(task.evaluation)}; it takes {', '.join(KEYS)}.")
+    questions, references, _ = files(task, sources)
+    if sources.reach and not os.environ.get(ENDPOINT):
+        raise ValueError(
+            f"evaluation: the judge {task.evaluation['model']} is asked at an OpenAI-compatible endpoint, but none is "
+            f"named. Set {ENDPOINT} (as https://api.openai.com/v1), and {KEY} if it wants a key."
+        )
+    return [f"MT-Bench ({len(questions)} questions, {len(references)} references, judge {task.evaluation['model']})"]
+
+
+def ready(task: Task, sources: Sources) -> None:
+    """Looks again, where the cell runs, and asks the judge for one rating, to hear now what does not work."""
+    check(task, sources)
+    prompt = files(task, sources)[2]["single-v1"]
+    rating(
+        task.evaluation["model"], prompt, {"question": "What is 1 + 1?", "answer": "2"}, "a question to try the judge"
+    )
+
+
+def say(model: str, prompt: Mapping[str, Any], words: Mapping[str, str]) -> str:
+    """Asks the judge once.
+
+    Args:
+        model: The judge's name at the endpoint.
+        prompt: A row of the prompts.
+        words: What its template takes.
+
+    Returns:
+        What it says.
+
+    Raises:
+        JudgeError: No usable answer came.
+    """
+    messages = [
+        {"role": "system", "content": prompt["system_prompt"]},
+        {"role": "user", "content": prompt["prompt_template"].format(**words)},
+    ]
+    body = json.dumps({"model": model, "messages": messages, "temperature": 0, "max_tokens": 2048}).encode()
+    headers = {"Content-Type": "application/json"}
+    if os.environ.get(KEY):
+        headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+    address = os.environ[ENDPOINT].rstrip("/") + "/chat/completions"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, body, headers), timeout=SECONDS) as answer:
+            return str(json.load(answer)["choices"][0]["message"]["content"])
+    except TimeoutError as error:
+        raise JudgeError(f"{address}: no answer within {SECONDS:g} s") from error
+    except urllib.error.HTTPError as error:
+        raise JudgeError(
+            f"{address}: HTTP {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise JudgeError(f"{address}: cannot be reached ({error})") from error
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise JudgeError(
+            f"{address}: answers, but not as a chat completion ({type(error).__name__}: {error})"
+        ) from error
+
+
+def rating(model: str, prompt: Mapping[str, Any], words: Mapping[str, str], about: str) -> float:
+    """The judge's rating.
+
+    Args:
+        model: The judge's name.
+        prompt: A row of the prompts.
+        words: What its template takes.
+        about: What is rated, for the message.
+
+    Returns:
+        From 1 to 10.
+
+    Raises:
+        JudgeError: After a few tries there is none.
+    """
+    reason = ""
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(PAUSE)
+        try:
+            said = say(model, prompt, words)
+        except JudgeError as error:
+            reason = str(error)
+            continue
+        found = RATING.search(said)
+        if found and 1 <= float(found[1]) <= 10:
+            return float(found[1])
+        reason = f"the judge gives no rating from 1 to 10 as [[rating]], it says {said[-200:]!r}"
+    raise JudgeError(f"{about}: {reason} ({TRIES} tries). Mend the endpoint, and run with --retry.")
+
+
+def answer(model: Any, tokenizer: Any, text: str, temperature: float, tokens: int) -> str:
+    """What the model writes."""
+    given = tokenizer(text, return_tensors="pt").to(model.device)
+    given.pop("token_type_ids", None)
+    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    with torch.no_grad():
+        written = model.generate(
+            **given, **how, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
+        )
+    return tokenizer.decode(written[0, given["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def conversation(model: Any, tokenizer: Any, task: Task, question: Mapping[str, Any], seed: int) -> list[str]:
+    """The answers to the two turns, the second asked below the first; one seed for each question."""
+    place = next(meaning for meaning in task.columns if f"{{{meaning}}}" in task.input)
+    temperature, tokens = TEMPERATURES.get(question["category"], 0.0), task.evaluation.get("tokens", 1024)
+    torch.manual_seed(1000 * seed + question["question_id"])
+    text, answers = "", []
+    for turn in question["turns"]:
+        text += task.input.format(**{place: turn})
+        answers.append(answer(model, tokenizer, text, temperature, tokens))
+        text += answers[-1] + "\n\n"
+    return answers
+
+
+def run(model: Any, tokenizer: Any, task: Task, sources: Sources, seed: int) -> dict[str, float]:
+    """Answers all questions, and has every turn rated.
+
+    Args:
+        model: Trained.
+        tokenizer: Its.
+        task: The task.
+        sources: Where the files are.
+        seed: Of the answers that are drawn.
+
+    Returns:
+        "mt_bench", the mean rating of all turns, and that of each turn.
+    """
+    questions, references, prompts = files(task, sources)
+    judge = task.evaluation["model"]
+    ratings: dict[str, list[float]] = {"first_turn": [], "second_turn": []}
+    for question in questions:
+        answers = conversation(model, tokenizer, task, question, seed)
+        known = references.get(question["question_id"], ["", ""])
+        kind = "single-math-v1" if question["category"] in WITH_REFERENCE else "single-v1"
+        words = {"question": question["turns"][0], "answer": answers[0]}
+        for number, turn in enumerate(question["turns"], 1):
+            words |= {f"question_{number}": turn, f"answer_{number}": answers[number - 1]}
+            words[f"ref_answer_{number}"] = known[number - 1]
+        for name, ending in (("first_turn", ""), ("second_turn", "-multi-turn")):
+            about = f"question {question['question_id']}, {name.replace('_', ' ')}"
+            ratings[name].append(rating(judge, prompts[kind + ending], words, about))
+    means = {name: round(statistics.fmean(values), 6) for name, values in ratings.items()}
+    return {"mt_bench": round(statistics.fmean(ratings["first_turn"] + ratings["second_turn"]), 6), **means}

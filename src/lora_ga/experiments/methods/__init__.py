@@ -1,0 +1,71 @@
+"""The methods that are compared, one small file each that says only what differs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_ga.experiments.methods.base import Method
+
+METHODS = (
+    "full",
+    "lora",
+    "rslora",
+    "lora_plus",
+    "pissa",
+    "dora",
+    "adalora",
+    "olora",
+    "eva",
+    "peft_lora_ga",
+    "lora_ga",
+    "gradient_lora",
+)
+
+
+def load_method(name: str) -> Method:
+    """Finds a method.
+
+    Args:
+        name: One of `METHODS`.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"{name}: there is no such method. The methods are {', '.join(METHODS)}.")
+    return importlib.import_module(f"{__name__}.{name}").METHOD
+
+
+def complete(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method with its defaults.
+
+    Args:
+        name: Of the method.
+        options: What a suite file says.
+
+    Returns:
+        All options.
+
+    Raises:
+        ValueError: The method has no such option.
+    """
+    known = load_method(name).options
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{name}: has no option {', '.join(unknown)}. Its options are {', '.join(known) or 'none at all'}."
+        )
+    # A whole number in the file and the same number as a float are one setting.
+    return {**known, **{key: type(known[key])(value) for key, value in options.items()}}
+
+
+def unlike_default(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not the method's defaults, by which a cell is known."""
+    known = load_method(name).options
+    return {key: value for key, value in complete(name, options).items() if value != known[key]}

@@ -1,0 +1,7 @@
+"""DoRA (Liu and others, "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024)."""
+
+from peft import get_peft_model
+
+from lora_ga.experiments.methods.base import Method
+
+METHOD = Method(lambda work: get_peft_model(work.base, work.lora(use_dora=True)))

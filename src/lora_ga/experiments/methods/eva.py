@@ -1,0 +1,42 @@
+"""EVA (Paischer and others, "Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024).
+
+A holds the leading directions of each layer's inputs. `rho` is how far ranks may move between layers: 1 keeps them.
+"""
+
+from typing import Any
+
+import torch
+from peft import EvaConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
+
+from lora_ga.experiments.methods.base import Method, Work
+
+
+def layer_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
+    """PEFT's choice of the tokens that are no padding; a layer after pooling sees rows and no tokens."""
+    first = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
+    if first.dim() == 2:
+        return first.contiguous()
+    return prepare_layer_inputs_fn_language_modeling(layer_input, model_input, layer_name)
+
+
+def two_sided(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
+    """PEFT knows one mask, the encoder's; in the decoder, where targets are a word or two, all tokens count."""
+    first = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
+    if "decoder" in layer_name.split("."):
+        return first.reshape(-1, first.shape[-1])
+    return layer_inputs(layer_input, model_input, layer_name)
+
+
+def build(work: Work) -> Any:
+    """PEFT's two calls."""
+    # The labels say which tokens count only where each token has one.
+    own = EvaConfig(rho=work.options["rho"], use_label_mask=work.task_type == "CAUSAL_LM")
+    config = work.lora(init_lora_weights="eva", eva_config=own)
+    model = get_peft_model(work.base, config)
+    inputs = two_sided if work.task_type == "SEQ_2_SEQ_LM" else layer_inputs
+    initialize_lora_eva_weights(model, list(work.batches), prepare_layer_inputs_fn=inputs, show_progress_bar=False)
+    return model
+
+
+METHOD = Method(build, options={"rho": 2.0})

@@ -1,0 +1,24 @@
+"""LoRA (Hu and others, "LoRA: Low-Rank Adaptation of Large Language Models", 2021), PEFT's default.
+
+`init_scale` multiplies the random A: the control for starts that are smaller than LoRA's own.
+"""
+
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from lora_ga.experiments.methods.base import Method, Work
+
+
+def build(work: Work, **changes: Any) -> Any:
+    """Adapters as PEFT makes them, A times `init_scale`."""
+    model = get_peft_model(work.base, work.lora(**changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.mul_(work.options["init_scale"])
+    return model
+
+
+METHOD = Method(build, options={"init_scale": 1.0})

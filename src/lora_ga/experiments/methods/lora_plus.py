@@ -1,0 +1,20 @@
+"""LoRA+ (Hayou, Ghosh, Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024): B learns faster than A."""
+
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+
+from lora_ga.experiments.methods.base import Method, Work
+
+
+def groups(model: Any, work: Work) -> list[dict[str, Any]]:
+    """PEFT's groups; the ratio is the one its authors advise."""
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=work.rate, loraplus_lr_ratio=work.options["ratio"]
+    )
+    return [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]
+
+
+METHOD = Method(lambda work: get_peft_model(work.base, work.lora()), options={"ratio": 16.0}, groups=groups)

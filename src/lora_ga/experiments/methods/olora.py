@@ -1,0 +1,7 @@
+"""OLoRA (Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", 2024): QR of the weight."""
+
+from peft import get_peft_model
+
+from lora_ga.experiments.methods.base import Method
+
+METHOD = Method(lambda work: get_peft_model(work.base, work.lora(init_lora_weights="olora")))

@@ -1,0 +1,24 @@
+"""LoRA-GA as PEFT 0.21 implements it: not the paper's formula, see `docs/guide.md`."""
+
+from typing import Any
+
+from peft import LoraGAConfig, get_peft_model
+from peft.tuners.lora.loraga import preprocess_loraga
+
+from lora_ga.experiments.methods.base import Method, Work
+
+
+def build(work: Work) -> Any:
+    """PEFT's two calls, with the paper's scaling."""
+    own = LoraGAConfig(stable_gamma=int(work.options["stable_gamma"]))
+    config = work.lora(use_rslora=True, init_lora_weights="lora_ga", lora_ga_config=own)
+
+    def step() -> None:
+        for batch in work.batches:
+            work.base(**batch).loss.backward()
+
+    preprocess_loraga(work.base, config, step)
+    return get_peft_model(work.base, config)
+
+
+METHOD = Method(build, options={"stable_gamma": 16.0})

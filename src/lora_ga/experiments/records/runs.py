@@ -1,0 +1,174 @@
+"""The record of a finished run: one `run.json` in the run's folder, written whole or not at all, and read with care.
+
+`comparison` makes numbers of several records, `page` makes pictures of the numbers.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_ga.files import write_atomically
+
+SCHEMA = 1
+RECORD = "run.json"
+Curve = tuple[tuple[int, float], ...]  # (optimiser step, value), steps ascending
+
+# What an evaluation reports about itself and not about the model; train_loss is the mean over the whole run.
+NOT_A_RESULT = re.compile(r"_runtime$|_per_second$|_flos$|^epoch$|_time$|^train_|^step$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One `run.json`, checked.
+
+    `curve` is the training loss as logged, `evals` one curve per metric of the evaluations during training, `seconds`
+    has the keys "estimate", "train", "total" as far as they apply. A loss or metric that was not finite is NaN.
+    """
+
+    folder: Path
+    name: str
+    method: str
+    task: str
+    model: str
+    dataset: str
+    seed: int
+    learning_rate: float
+    rank: int | None
+    alpha: float | None
+    steps: int
+    trainable_parameters: int
+    config: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    commit: str | None
+    curve: Curve
+    evals: dict[str, Curve]
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "method", "task", "model", "dataset", "device"), (str,)),
+    **dict.fromkeys(("seed", "steps", "trainable_parameters"), (int,)),
+    "learning_rate": (int, float),
+    "rank": (int, type(None)),
+    "alpha": (int, float, type(None)),
+    "commit": (str, type(None)),
+    **dict.fromkeys(("config", "versions", "metrics", "seconds"), (dict,)),
+    **dict.fromkeys(("curve", "eval"), (list,)),
+}
+
+_POINTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "curve": {"step": (int,), "loss": (int, float, type(None))},
+    "eval": {"step": (int,)},
+}
+
+
+def write_json_atomically(path: Path, obj: object) -> None:
+    """Writes JSON that every reader accepts: a number that is not finite becomes null. Fails before it writes."""
+    text = json.dumps(_finite(obj), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def _finite(obj: object) -> object:
+    """Returns the same object with None for every float that JSON cannot say."""
+    if isinstance(obj, dict):
+        return {key: _finite(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_finite(value) for value in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
+def load_run(folder: Path) -> Run:
+    """Reads the record of a finished run.
+
+    Args:
+        folder: the --output_dir of the run.
+
+    Returns:
+        The record, every field of its type.
+
+    Raises:
+        FileNotFoundError: no such folder, or no record in it: the run has not finished.
+        ValueError: the record is not JSON, of another schema, or lacks a field.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: there is no such folder. Give the --output_dir of a finished run.")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: this is a file. Give the folder of a finished run, the one that holds {RECORD}.")
+    path = folder / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: unfinished run, there is no {RECORD} in it (it is written when training ends). "
+            "Let the run end, go on with `lora-ga train ... --resume`, or leave this folder out."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also UnicodeDecodeError
+        raise ValueError(f"{path}: damaged, it is not JSON ({error}). Train again, or leave this run out.") from error
+    _check(path, record)
+    evals: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for point in sorted(record["eval"], key=lambda point: point["step"]):
+        for metric, value in _results(point).items():
+            evals[metric].append((point["step"], value))
+    fields = {key: record[key] for key in _KINDS if key not in {"curve", "eval", "metrics", "seconds"}}
+    return Run(
+        folder=folder,
+        curve=tuple((p["step"], _number(p["loss"])) for p in sorted(record["curve"], key=lambda p: p["step"])),
+        evals={metric: tuple(points) for metric, points in sorted(evals.items(), key=_loss_first)},
+        metrics=_results(record["metrics"]),
+        seconds={part: float(value) for part, value in record["seconds"].items() if isinstance(value, int | float)},
+        **fields,
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _loss_first(item: tuple[str, object]) -> tuple[bool, str]:
+    return item[0] != "eval_loss", item[0]
+
+
+def _results(values: dict[str, Any]) -> dict[str, float]:
+    """Returns the numbers that say something about the model; null, which was not finite, becomes NaN."""
+    return {
+        key: _number(value)
+        for key, value in values.items()
+        if isinstance(value, int | float | None) and not NOT_A_RESULT.search(key)
+    }
+
+
+def _check(path: Path, record: object) -> None:
+    """Refuses a record that `load_run` could not turn into a `Run`.
+
+    Raises:
+        ValueError: names the field, what it should be, and what it is.
+    """
+    if not isinstance(record, dict) or "schema" not in record:
+        raise ValueError(f'{path}: not the record of a run, it has no "schema". Give a folder made by `lora-ga train`.')
+    if record["schema"] != SCHEMA:
+        raise ValueError(
+            f"{path}: schema {record['schema']!r}, but this version of lora-ga reads schema {SCHEMA}. "
+            "Read it with the version that wrote it, or train again."
+        )
+    record.setdefault("commit", None)
+    record.setdefault("eval", [])
+    for key, kinds in _KINDS.items():
+        found = type(record[key]).__name__ if key in record else "nothing"
+        if key not in record or not isinstance(record[key], kinds):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f'{path}: "{key}" should be {wanted}, but there is {found}. The record is damaged.')
+    for key, needed in _POINTS.items():
+        for number, point in enumerate(record[key]):
+            if not isinstance(point, dict) or not all(
+                isinstance(point.get(name, ""), kinds) for name, kinds in needed.items()
+            ):
+                raise ValueError(
+                    f'{path}: entry {number} of "{key}" should have {" and ".join(needed)} as numbers, but it is '
+                    f"{point!r}. The record is damaged."
+                )

@@ -1,0 +1,1 @@
+"""Suites of experiments: the file, its cells, running them."""

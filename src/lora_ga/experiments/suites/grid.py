@@ -1,0 +1,192 @@
+"""Runs what a suite still needs, in processes of its own, and adds each record to the store."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from lora_ga.experiments.records.store import Store
+from lora_ga.experiments.suites.cell import Cell
+from lora_ga.experiments.suites.protocol import missing
+from lora_ga.experiments.suites.spec import Suite
+
+Record = dict[str, Any]
+
+
+def commit() -> str | None:
+    """The commit of this code, with "+" where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    inside = git("ls-files", "--error-unmatch", "grid.py")
+    head = git("rev-parse", "--short", "HEAD") if inside else None
+    return None if head is None else head + ("+" if git("status", "--porcelain", "--", "../..") else "")
+
+
+def run_grid(
+    suite: Suite,
+    lines: Sequence[tuple[str, str]],
+    store: Store,
+    place: Any,
+    *,
+    workers: int = 1,
+    retry: bool = False,
+    tell: Callable[[Record, int], None] = lambda record, left: None,
+) -> dict[str, Record]:
+    """Runs every cell that is missing, and those that become needed on the way.
+
+    Args:
+        suite: The suite.
+        lines: The (task, label) to complete.
+        store: Locked.
+        place: Where cells are run.
+        workers: Processes, each with one thread; 0 runs all in this process.
+        retry: Cells that failed before are run once more.
+        tell: Called with each new record and the number of cells that are known to be left.
+
+    Returns:
+        All records of the store, by digest.
+    """
+    records = store.records()
+    failed = {digest for digest, record in records.items() if record["status"] == "failed"} if retry else set()
+    known = {digest: record for digest, record in records.items() if digest not in failed}
+    runs: Here | Processes = Processes() if workers else Here()
+    running: dict[str, Cell] = {}
+    try:
+        while True:
+            todo = [cell for cell in missing(suite, lines, known) if cell.digest() not in running]
+            begun = todo[: max(1, workers) - len(running)]
+            for cell in begun:
+                running[cell.digest()] = cell
+                runs.start(cell, place)
+            if not running:
+                return records | known
+            for record in runs.finished():
+                cell = running.pop(record["digest"])
+                store.add(cell.file_stem(), record)
+                known[cell.digest()] = record
+                tell(record, len(todo) - len(begun) + len(running))
+    finally:
+        runs.close()
+
+
+class Here:
+    """Runs cells in this process, one after another."""
+
+    def __init__(self) -> None:
+        self.ready: list[Record] = []
+
+    def start(self, cell: Cell, place: Any) -> None:
+        """Runs the cell."""
+        from lora_ga.experiments.suites.run import run_cell
+
+        self.ready.append(run_cell(cell, place))
+
+    def finished(self) -> list[Record]:
+        """The records since the last call."""
+        records, self.ready = self.ready, []
+        return records
+
+    def close(self) -> None:
+        """Nothing is left behind."""
+
+
+class Processes:
+    """Runs each cell in a process of its own: peak memory is the cell's, and a crash takes nothing else with it.
+
+    They are forked off one that has the libraries loaded.
+    """
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["lora_ga.experiments.suites.run", "peft"])
+        self.running: dict[Any, tuple[Any, Cell, Any]] = {}
+
+    def start(self, cell: Cell, place: Any) -> None:
+        """Begins the cell."""
+        receiver, sender = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=_child, args=(sender, cell, place))
+        process.start()
+        sender.close()
+        self.running[receiver] = (process, cell, place)
+
+    def finished(self) -> list[Record]:
+        """The records of the cells that have ended; waits for one."""
+        return [_received(receiver, *self.running.pop(receiver)) for receiver in wait(list(self.running))]
+
+    def close(self) -> None:
+        """Ends what still runs."""
+        for process, _, _ in self.running.values():
+            process.kill()
+
+
+def _received(receiver: Any, process: Any, cell: Cell, place: Any) -> Record:
+    """The record a process has sent, or one that says how it ended."""
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        from lora_ga.experiments.suites.run import about
+
+        code = process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        empty: dict[str, list[Any]] = {"training": [], "report": []}
+        return about(cell, place) | {"status": "failed", "reason": f"its process {how}", "curves": empty, "seconds": {}}
+    finally:
+        receiver.close()
+        process.join()
+
+
+def _child(sender: Connection, cell: Cell, place: Any) -> None:
+    """One cell in a process of its own, in one thread, that does not outlive the one that asked for it."""
+    import torch
+
+    from lora_ga.experiments.suites.run import run_cell
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, too, and ends this process
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "started by Processes"
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    torch.set_num_threads(1)
+    sender.send(run_cell(cell, place))
+
+
+def expected_seconds(suite: Suite, cells: Sequence[Cell], records: Mapping[str, Record]) -> float:
+    """The time that cells will take: what those of the same task and method took, else of the task, else its guess.
+
+    Args:
+        suite: The suite.
+        cells: The cells.
+        records: What has run.
+
+    Returns:
+        Seconds in one process.
+    """
+    total = 0.0
+    for cell in cells:
+        alike = [
+            (record["cell"]["method"] == cell.method, record["seconds"]["total"])
+            for record in records.values()
+            if record["status"] == "done" and record["suite"] == suite.name and record["task"] == cell.task_name
+        ]
+        closest = [seconds for same, seconds in alike if same] or [seconds for _, seconds in alike]
+        total += sum(closest) / len(closest) if closest else cell.task.seconds
+    return total

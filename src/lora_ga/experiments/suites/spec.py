@@ -1,0 +1,257 @@
+"""What a suite file in `recipes/` says, checked when it is read. Light: nothing here waits for torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+# In a checkout, and in an installed package.
+RECIPES = (Path(__file__).parents[4] / "recipes", Path(__file__).parents[2] / "recipes")
+DTYPES = ("float32", "bfloat16")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for all methods, unless a task or a variant says otherwise.
+
+    Attributes:
+        steps: Optimiser steps.
+        rows: Rows of a batch.
+        length: Tokens of a row, at most (text: exactly).
+        rank: r of every adapter.
+        alpha: LoRA's α.
+        samples: Rows from which data-driven starts are computed.
+        warmup: Share of the steps in which the rate rises, before it falls along a cosine.
+        every: Steps between two looks at the report split.
+        train_rows: At most so many training rows are used.
+        tune_rows: Rows of the training data that choose the rate and are not trained on.
+        report_rows: At most so many rows of the reported split are used.
+        head_rate: The learning rate of a new classification head, for every method.
+        parts: A batch passes the model in so many parts, whose gradients are added up, where it would not fit at once.
+        dtype: Of the base model and the arithmetic; what is trained is kept in float32.
+        recompute: Whether activations are computed again on the way back, in place of being kept.
+    """
+
+    steps: int = 200
+    rows: int = 8
+    length: int = 128
+    rank: int = 8
+    alpha: float = 16.0
+    samples: int = 64
+    warmup: float = 0.03
+    every: int = 20
+    train_rows: int = 4000
+    tune_rows: int = 64
+    report_rows: int = 64
+    head_rate: float = 1e-3
+    parts: int = 1
+    dtype: str = "float32"
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"settings: dtype is {self.dtype!r}; it must be {' or '.join(DTYPES)}.")
+        if not isinstance(self.recompute, bool):
+            raise ValueError(f"settings: recompute is {self.recompute!r}; it must be true or false.")
+        for item in (item for item in dataclasses.fields(self) if item.name not in {"dtype", "recompute"}):
+            found, least = getattr(self, item.name), 0 if item.name == "warmup" else 1 if item.type == "int" else 1e-12
+            wrong = isinstance(found, bool) or not isinstance(found, int if item.type == "int" else (int, float))
+            if wrong or found < least:
+                raise ValueError(f"settings: {item.name} is {found!r}; it must be {item.type} and at least {least}.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, model and measure.
+
+    Attributes:
+        kind: A name of `tasks.KINDS`.
+        model: Where the model is: `data:PATH` below the data folder, `package:PATH` of an installed package, a local
+            folder, or `hub:NAME`.
+        files: What the data is used for → where it is, in the same words; a data set is `hub:NAME:SPLIT` or
+            `hub:NAME:CONFIGURATION:SPLIT`.
+        columns: What a column means → its name.
+        metric: What is reported.
+        choose: What chooses the rate, on the tuning split; by default the metric.
+        labels: Number of classes.
+        input: What the model reads of a row: a text with {meaning} in the places of the columns.
+        target: What it is to write, in the same way.
+        words: What it is to write for each label, in place of a target.
+        clean: A name of `tasks.instruct.CLEANERS`: which rows are kept, and what of them.
+        evaluation: How the trained model is judged beside its loss: `by` names a module of `evaluate`, the rest is its.
+        fields: What the model's configuration must say, looked at before anything runs.
+        seconds: About how long one cell takes on one core, for the estimate of `--dry-run`.
+        settings: Changes of the suite's settings.
+    """
+
+    kind: str
+    model: str
+    files: Mapping[str, str]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    metric: str = "loss"
+    choose: str = ""
+    labels: int = 0
+    input: str = ""
+    target: str = ""
+    words: Sequence[str] = ()
+    clean: str = ""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 60.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def chooser(self) -> str:
+        """The metric that chooses the rate."""
+        return self.choose or self.metric
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a table: a method with its options, and the rates it is tried at.
+
+    Attributes:
+        method: A name of `methods.METHODS`; by default the label's.
+        options: Of the method.
+        settings: Changes of the suite's settings.
+        rates: Exponents of √10 to begin the rate grid with: -6 is 1e-3, -5 is 3.16e-3.
+        rate_of: Takes the best rate of this other variant on the same task in place of a grid of its own.
+        tasks: Only on these tasks; by default on all.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rates: Sequence[int] = ()
+    rate_of: str | None = None
+    tasks: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite file.
+
+    Attributes:
+        name: Its file's name.
+        title: What it is for.
+        tasks: By name.
+        methods: The variants by label.
+        settings: For all.
+        seeds: Runs at the best rate; the first of them also chose it.
+        paper_rate: The one rate of all methods in the paper's protocol; None leaves that protocol out.
+    """
+
+    name: str
+    title: str
+    tasks: Mapping[str, Task]
+    methods: Mapping[str, Variant]
+    settings: Settings = Settings()
+    seeds: int = 3
+    paper_rate: float | None = None
+
+    def settings_of(self, task: str, label: str) -> Settings:
+        """The suite's settings with the changes of the task and, above them, of the variant."""
+        changes = {**self.tasks[task].settings, **self.methods[label].settings}
+        return dataclasses.replace(self.settings, **changes)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Every (task, label) of the suite, in its order."""
+        return [
+            (task, label)
+            for task in self.tasks
+            for label, variant in self.methods.items()
+            if variant.tasks is None or task in variant.tasks
+        ]
+
+
+def available() -> dict[str, Path]:
+    """The suites that come with this package, name → file."""
+    folder = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_suite(name: str) -> Suite:
+    """Reads a suite.
+
+    Args:
+        name: Of one that comes with the package, or a path of a YAML file.
+
+    Returns:
+        The suite, checked.
+
+    Raises:
+        ValueError: There is no such suite, or its file says something that does not exist.
+    """
+    known = available()
+    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    if path is None or not path.is_file():
+        raise ValueError(f"{name}: there is no such suite. The suites are {', '.join(known)}; or give a .yaml file.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: could not be read as YAML ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no mapping; a suite has the keys {', '.join(names(Suite))}.")
+    try:
+        return _suite(path.stem, values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def names(kind: Any) -> list[str]:
+    """The fields of a dataclass."""
+    return [item.name for item in dataclasses.fields(kind)]
+
+
+def _suite(name: str, values: dict[str, Any]) -> Suite:
+    given = {"title": "", **values, "name": name}
+    given["settings"] = _read(Settings, given.get("settings") or {}, "settings")
+    given["tasks"] = {key: _read(Task, value, f"tasks.{key}") for key, value in (given.get("tasks") or {}).items()}
+    given["methods"] = {
+        key: _read(Variant, {"method": key, **(value or {})}, f"methods.{key}")
+        for key, value in (given.get("methods") or {}).items()
+    }
+    suite = _read(Suite, given, "the suite")
+    if not suite.tasks or not suite.methods:
+        raise ValueError("a suite needs at least one task under 'tasks' and one variant under 'methods'.")
+    for label, variant in suite.methods.items():
+        _check_variant(suite, label, variant)
+    for task, label in suite.lines():
+        for place, changes in ((f"tasks.{task}", suite.tasks[task]), (f"methods.{label}", suite.methods[label])):
+            _refuse_unknown(changes.settings, names(Settings), f"{place}.settings")
+        suite.settings_of(task, label)
+    return suite
+
+
+def _check_variant(suite: Suite, label: str, variant: Variant) -> None:
+    for task in variant.tasks or ():
+        _refuse_unknown({task: None}, list(suite.tasks), f"methods.{label}.tasks")
+    if variant.rate_of is None and (not variant.rates or not all(isinstance(point, int) for point in variant.rates)):
+        raise ValueError(
+            f"methods.{label}: rates is {variant.rates!r}; it must list whole exponents of √10 (-6 is 1e-3), or "
+            "rate_of must name another variant."
+        )
+    if variant.rate_of is not None:
+        _refuse_unknown({variant.rate_of: None}, list(suite.methods), f"methods.{label}.rate_of")
+        if suite.methods[variant.rate_of].rate_of is not None:
+            raise ValueError(f"methods.{label}: rate_of names {variant.rate_of}, which has no rates of its own.")
+
+
+def _read(kind: type[T], values: Any, where: str) -> T:
+    """A dataclass from a mapping; an unknown key is refused with the known."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} holds {values!r}, but it must map {', '.join(names(kind))} to values.")
+    _refuse_unknown(values, names(kind), where)
+    return kind(**values)
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    unknown = [str(key) for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}. The known are {', '.join(known)}.")

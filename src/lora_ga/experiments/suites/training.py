@@ -1,0 +1,159 @@
+"""The training loop, the same for every method: AdamW without weight decay, warm-up and a cosine, one data order."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from lora_ga.experiments.methods.base import Batch, Method, Work
+from lora_ga.experiments.suites.spec import Settings
+from lora_ga.experiments.tasks.problem import HEADS, Problem
+from lora_ga.gradients.loss import label_tokens
+
+WINDOW, EXPLODED = 10, 10.0  # diverged: the mean of so many losses is so many times the first
+
+
+class DivergedError(Exception):
+    """The training loss is not finite, or many times what it was at the start."""
+
+
+@dataclass
+class Curves:
+    """What is seen on the way.
+
+    Attributes:
+        training: The task's loss on each step's batch, before the step.
+        report: Step and metrics on the reported split.
+    """
+
+    training: list[float] = field(default_factory=list)
+    report: list[dict[str, float]] = field(default_factory=list)
+
+
+def on(device: str, batch: Batch) -> Batch:
+    """The batch on the device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def measured(problem: Problem, model: Any, split: str, device: str) -> dict[str, float]:
+    """The metrics on a split, with dropout off.
+
+    Returns:
+        Name → value.
+
+    Raises:
+        DivergedError: One of them is not finite.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        batches = (on(device, batch) for batch in problem.splits[split])
+        with arithmetic(model, device):
+            values = problem.measure((model(**batch).logits, batch) for batch in batches)
+    model.train(was_training)
+    if not all(math.isfinite(value) for value in values.values()):
+        raise DivergedError(f"the {split} split's metrics are not finite")
+    return {name: round(value, 6) for name, value in values.items()}
+
+
+def arithmetic(model: Any, device: str) -> Any:
+    """The context of every pass: a bfloat16 model's trained weights are float32, and are rounded for the arithmetic."""
+    half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    half = half or getattr(model.config, "dtype", None) == torch.bfloat16
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
+
+
+def keep_in_float32(model: Any) -> None:
+    """Lifts what is trained: an optimiser's step would be lost in the rounding of bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def divided(model: Any, batch: Batch, parts: int) -> list[tuple[Batch, float]]:
+    """A batch in parts, each with its share of the terms that the batch's mean loss is a mean over."""
+    if parts == 1:
+        return [(batch, 1.0)]
+    rows = len(next(iter(batch.values())))
+    cuts = [part.tolist() for part in torch.arange(rows).chunk(parts)]
+    pieces = [{name: tensor[cut] for name, tensor in batch.items()} for cut in cuts]
+    terms = [label_tokens(model, piece) or 0.0 for piece in pieces]
+    return [(piece, count / sum(terms)) for piece, count in zip(pieces, terms, strict=True) if count]
+
+
+def step_losses(problem: Problem, model: Any, batch: Batch, settings: Settings, device: str) -> float:
+    """Adds the batch's gradient up; the task's loss on it."""
+    total = 0.0
+    for part, share in divided(model, batch, settings.parts):
+        with arithmetic(model, device):
+            output = model(**part)
+        with torch.no_grad():
+            total += share * problem.loss(output.logits, part).item()
+        if math.isfinite(total):
+            (share * output.loss if share != 1.0 else output.loss).backward()
+    return total
+
+
+def parameter_groups(method: Method, model: Any, work: Work, head_rate: float) -> list[dict[str, Any]]:
+    """The method's groups without the new head, and the head at its own rate."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in named if HEADS & set(name.split("."))]
+    apart = {id(p) for p in head}
+    groups = [
+        group | {"params": [p for p in group["params"] if id(p) not in apart]} for group in method.groups(model, work)
+    ]
+    groups.append({"params": head, "lr": head_rate})
+    return [group for group in groups if group["params"]]
+
+
+def check_loss(losses: Sequence[float]) -> None:
+    """Ends a run that is lost.
+
+    Raises:
+        DivergedError: It is.
+    """
+    if not math.isfinite(losses[-1]):
+        raise DivergedError(f"the training loss is {losses[-1]} at step {len(losses)}")
+    recent = statistics.fmean(losses[-WINDOW:])
+    if len(losses) >= WINDOW and recent > EXPLODED * losses[0]:
+        raise DivergedError(f"the training loss is {recent:.4g} at step {len(losses)}, it began at {losses[0]:.4g}")
+
+
+def train(
+    problem: Problem, method: Method, model: Any, work: Work, settings: Settings, device: str, curves: Curves
+) -> None:
+    """Trains a model.
+
+    Args:
+        problem: The data.
+        method: Says the parameter groups and what is done after a step.
+        model: What the method built.
+        work: What it was built from.
+        settings: Of the run.
+        device: Where.
+        curves: Filled on the way, so that a run that diverges leaves its beginning.
+    """
+    keep_in_float32(model)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(method, model, work, settings.head_rate), weight_decay=0.0, fused=True
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
+    model.train()
+    if settings.every < settings.steps:  # else the end is all that is asked for
+        curves.report.append({"step": 0, **measured(problem, model, "report", device)})
+    for step in range(1, settings.steps + 1):
+        batch = on(device, next(problem.stream))
+        curves.training.append(round(step_losses(problem, model, batch, settings, device), 5))
+        check_loss(curves.training)
+        optimizer.step()
+        method.after_step(model, step)
+        schedule.step()
+        optimizer.zero_grad()
+        if step % settings.every == 0 or step == settings.steps:
+            curves.report.append({"step": step, **measured(problem, model, "report", device)})

@@ -1,0 +1,182 @@
+"""Answering: a decoder reads a prompt and learns the answer's tokens; the trained model is judged by its own answers.
+
+Rows longer than the settings' length are left out, as the paper's authors do. The tuning and the reported split are
+training rows put aside; they give losses. What is reported beside the loss comes from the task's evaluation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from lora_ga.experiments import judging as evaluate
+from lora_ga.experiments.methods.base import Batch
+from lora_ga.experiments.suites.cell import Cell
+from lora_ga.experiments.suites.sources import Sources, renamed
+from lora_ga.experiments.suites.spec import Task
+from lora_ga.experiments.tasks import seq2seq
+from lora_ga.experiments.tasks.classes import turns
+from lora_ga.experiments.tasks.problem import Problem, check_model, load_model
+from lora_ga.experiments.tasks.seq2seq import check_template
+from lora_ga.gradients.loss import IGNORED
+
+AT_ONCE = 8  # rows of a batch that is only measured
+BLOCK = 1000  # rows that are tokenised together
+Row = Mapping[str, Any]
+
+
+def as_it_is(row: Row) -> Row | None:
+    """Every row."""
+    return row
+
+
+def grade_school(row: Row) -> Row | None:
+    """MetaMathQA: what was made of GSM8K, without the sentence that says the answer again."""
+    return {**row, "answer": row["answer"].split("\nThe answer is:")[0]} if "GSM" in row["type"] else None
+
+
+def first_code_block(row: Row) -> Row | None:
+    """Code-Feedback: answers with code, up to the end of the first block."""
+    found = re.match(r"(?s).*?```.*?(?:```|\Z)", row["answer"])
+    return {**row, "answer": found[0].removesuffix("```") + "```"} if found else None
+
+
+def no_refusals(row: Row) -> Row | None:
+    """WizardLM: without answers that refuse."""
+    said = row["answer"].lower()
+    return None if "sorry" in said or "as an ai" in said else row
+
+
+CLEANERS: dict[str, Callable[[Row], Row | None]] = {
+    "": as_it_is,
+    "grade_school": grade_school,
+    "first_code_block": first_code_block,
+    "no_refusals": no_refusals,
+}
+
+
+def check(task: Task, sources: Sources) -> list[str]:
+    """Reads the model's configuration, the rows' columns, and what the evaluation needs.
+
+    Args:
+        task: The task.
+        sources: Where things are.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: Something is not there.
+    """
+    found = [check_model(task, sources)]
+    check_template("input", task.input, task.columns)
+    check_template("target", task.target, task.columns)
+    if task.clean not in CLEANERS:
+        raise ValueError(f"clean is {task.clean!r}; it must be one of {', '.join(filter(None, CLEANERS))}.")
+    if "train" not in task.files:
+        raise ValueError(f"files names {', '.join(task.files) or 'nothing'}; it must name train.")
+    columns = ", ".join(task.columns.values())
+    if sources.away(task.files["train"]):
+        found.append(f"train {task.files['train']} (columns {columns}; not looked at)")
+    else:
+        rows = renamed(sources.rows(task.files["train"]), task.columns, task.files["train"])
+        found.append(f"train {task.files['train']} ({len(rows)} rows; columns {columns})")
+    return found + evaluate.check(task, sources)
+
+
+def loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of the next token, where the answer is."""
+    return seq2seq.loss(logits[:, :-1], {"labels": batch["labels"][:, 1:]})
+
+
+def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
+    """The loss over all tokens of the answers."""
+    shifted = ((logits[:, :-1], {"labels": batch["labels"][:, 1:]}) for logits, batch in outputs)
+    return {"loss": seq2seq.measure(shifted)["loss"]}
+
+
+class Answers:
+    """Rows to examples, and examples to padded batches."""
+
+    def __init__(self, tokenizer: Any, task: Task, length: int) -> None:
+        self.tokenizer = tokenizer
+        self.task = task
+        self.length = length
+
+    def examples(self, rows: Sequence[Row], most: int) -> list[tuple[list[int], int]]:
+        """Token ids and the length of the prompt, of the first rows that are kept and not too long."""
+        found: list[tuple[list[int], int]] = []
+        for start in range(0, len(rows), BLOCK):
+            cleaned = (CLEANERS[self.task.clean](row) for row in rows[start : start + BLOCK])
+            some = [row for row in cleaned if row is not None]
+            if some:
+                prompts = self.tokenizer([self.task.input.format(**row) for row in some])["input_ids"]
+                texts = [self.task.target.format(**row) for row in some]
+                answers = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+                end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+                pairs = ((prompt + answer + end, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True))
+                found += [pair for pair in pairs if len(pair[0]) <= self.length]
+            if len(found) >= most:
+                break
+        return found[:most]
+
+    def batch(self, examples: Sequence[tuple[list[int], int]]) -> Batch:
+        """One batch, padded on the right to its longest example."""
+        longest = max(len(ids) for ids, _ in examples)
+        shape = (len(examples), longest)
+        ids_BT = torch.full(shape, self.tokenizer.pad_token_id or 0)  # B rows, T tokens
+        mask_BT, labels_BT = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+        for row, (ids, prompt) in enumerate(examples):
+            ids_BT[row, : len(ids)] = torch.tensor(ids)
+            mask_BT[row, : len(ids)] = 1
+            labels_BT[row, prompt : len(ids)] = torch.tensor(ids[prompt:])
+        return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+
+
+def prepare(cell: Cell, sources: Sources) -> Problem:
+    """Loads model and rows, and puts the two splits aside."""
+    task, settings = cell.task, cell.settings
+    folder = sources.model(task.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    answers = Answers(tokenizer, task, settings.length)
+    rows = renamed(sources.rows(task.files["train"]), task.columns, task.files["train"])
+    shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
+    apart_rows = settings.tune_rows + settings.report_rows
+    examples = answers.examples(shuffled, apart_rows + settings.train_rows)
+    if len(examples) < apart_rows + settings.rows:
+        raise ValueError(
+            f"{task.files['train']}: {len(examples)} rows are left, but {apart_rows} are put aside and a batch has "
+            f"{settings.rows}. Give more rows, or a larger length."
+        )
+    tune, report, train = (
+        examples[: settings.tune_rows],
+        examples[settings.tune_rows : apart_rows],
+        examples[apart_rows:],
+    )
+    order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
+
+    def stream() -> Iterator[Batch]:
+        while True:
+            for turn in turns([len(ids) for ids, _ in train], settings.rows, order):
+                yield answers.batch([train[i] for i in turn])
+
+    def measured(some: Sequence[tuple[list[int], int]]) -> list[Batch]:
+        return [answers.batch(some[i : i + AT_ONCE]) for i in range(0, len(some), AT_ONCE)]
+
+    chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
+    rows_at_once = max(1, settings.rows // settings.parts)
+    return Problem(
+        base=load_model("AutoModelForCausalLM", folder, settings),
+        task_type="CAUSAL_LM",
+        stream=stream(),
+        aside=[answers.batch([train[i] for i in part.tolist()]) for part in chosen.split(rows_at_once)],
+        splits={"tune": measured(tune), "report": measured(report)},
+        loss=loss,
+        measure=measure,
+        evaluate=evaluate.evaluation(task, sources, tokenizer, cell.seed),
+    )

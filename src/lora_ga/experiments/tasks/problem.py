@@ -1,0 +1,94 @@
+"""What the training loop sees of a task, whatever its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+
+from lora_ga.experiments.methods.base import Batch
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import Settings, Task
+
+HEADS = frozenset({"classifier", "score"})  # new heads, by the names that PEFT trains and saves
+FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and its data.
+
+    Attributes:
+        base: The pretrained model, a new head drawn from the seed.
+        task_type: PEFT's.
+        stream: The training batches, without end, in the seed's order.
+        aside: Batches for starts that look at data, drawn apart from the order.
+        splits: "tune" and "report" → batches.
+        loss: The task's loss of logits and a batch, without what a method adds to it.
+        measure: Sums over a split → the metrics, from pairs of logits and batch.
+        evaluate: The trained model → more metrics of the reported kind; None where a split says all.
+    """
+
+    base: Any
+    task_type: str
+    stream: Iterator[Batch]
+    aside: Sequence[Batch]
+    splits: Mapping[str, Sequence[Batch]]
+    loss: Callable[[Tensor, Batch], Tensor]
+    measure: Callable[[Iterable[tuple[Tensor, Batch]]], dict[str, float]]
+    evaluate: Callable[[Any], dict[str, float]] | None = None
+
+    def targets(self) -> list[str]:
+        """The last names of every linear layer but heads: what "all-linear" means, said for methods that refuse it."""
+        last = {name.rpartition(".")[2] for name, m in self.base.named_modules() if isinstance(m, nn.Linear)}
+        return sorted(last - HEADS - {"lm_head"})
+
+
+def check_model(task: Task, sources: Sources) -> str:
+    """Reads the model's configuration and compares it with what the task expects.
+
+    Args:
+        task: The task.
+        sources: Where things are.
+
+    Returns:
+        The model and its fields, in words.
+
+    Raises:
+        ValueError: It is not there, the hub cannot be reached, or a field says something else.
+    """
+    fields = ", ".join(f"{name} {value}" for name, value in task.fields.items())
+    if sources.away(task.model):
+        return f"model {task.model} (wanted: {fields}; not looked at)"
+    try:
+        config = transformers.AutoConfig.from_pretrained(sources.model(task.model))
+    except (OSError, ValueError) as error:
+        way = sources.hint(task.model) if task.model.startswith("hub:") else "Give a folder with a model in it."
+        raise ValueError(f"{task.model}: its config.json could not be loaded ({error}). {way}") from error
+    for name, value in task.fields.items():
+        if getattr(config, name, None) != value:
+            raise ValueError(
+                f"{task.model}: {name} is {getattr(config, name, None)!r}, but fields says {value!r}. Give that model, "
+                "or correct the suite file."
+            )
+    shown = ", ".join(f"{name} {getattr(config, name)}" for name in FIELDS if getattr(config, name, None) is not None)
+    return f"model {task.model} ({config.model_type}: {shown})"
+
+
+def load_model(loader: str, folder: Any, settings: Settings = Settings(), **more: Any) -> Any:  # noqa: B008 (frozen)
+    """A pretrained model, without Transformers' remarks on a head that is meant to be new."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = getattr(transformers, loader).from_pretrained(folder, dtype=settings.dtype, **more)
+    finally:
+        transformers.logging.set_verbosity(before)
+    if settings.recompute:
+        # The name before Transformers 5.23, and since.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model

@@ -1,0 +1,139 @@
+"""Classes as words: an encoder-decoder reads a text and writes the label's word, as the paper trains T5.
+
+A row counts as right if greedy decoding would write exactly the word. With the word as the decoder's input that is the
+same as every position's likeliest token being the word's, so no decoding is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional
+
+from lora_ga.experiments.methods.base import Batch
+from lora_ga.experiments.suites.cell import Cell
+from lora_ga.experiments.suites.sources import Sources, renamed
+from lora_ga.experiments.suites.spec import Task
+from lora_ga.experiments.tasks.classes import AT_ONCE, check_labelled, turns
+from lora_ga.experiments.tasks.problem import Problem, check_model, load_model
+from lora_ga.gradients.loss import IGNORED
+
+Row = Mapping[str, Any]
+
+
+def check(task: Task, sources: Sources) -> list[str]:
+    """Reads the model's configuration, and every row's columns and label.
+
+    Args:
+        task: The task.
+        sources: Where things are.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: Something is not there, or a label has no word.
+    """
+    found = [check_model(task, sources)]
+    meanings = set(task.columns) - {"label"}
+    if "label" not in task.columns or not task.words:
+        raise ValueError("columns must give label, and words must list what is written for each label.")
+    check_template("input", task.input, meanings)
+    return [*found, *check_labelled(task, sources, len(task.words), f"words has {len(task.words)} entries")]
+
+
+def check_template(name: str, template: str, meanings: Iterable[str]) -> None:
+    """Refuses a template that names what no column gives, or nothing at all.
+
+    Raises:
+        ValueError: It does.
+    """
+    known = sorted(meanings)
+    try:
+        filled = template.format(**dict.fromkeys(known, ""))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{name} names {error} in braces; columns gives {', '.join(known)}.") from error
+    if filled == template:
+        raise ValueError(f"{name} is {template!r}; it must hold one of {', '.join(known)} in braces.")
+
+
+def loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of the word's tokens."""
+    return functional.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED)
+
+
+def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
+    """Loss over all tokens, and the share of rows whose word would be written."""
+    total, terms, right, rows = 0.0, 0, 0, 0
+    for logits, batch in outputs:
+        labels = batch["labels"]
+        counted = labels != IGNORED
+        total += loss(logits, batch).item() * int(counted.sum())
+        terms += int(counted.sum())
+        right += int(((logits.argmax(-1) == labels) | ~counted).all(-1).sum())
+        rows += len(labels)
+    return {"loss": total / terms, "accuracy": right / rows}
+
+
+class Writer:
+    """Rows to padded batches."""
+
+    def __init__(self, folder: str, task: Task, length: int) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.task = task
+        self.length = length
+
+    def text(self, row: Row) -> str:
+        """What the model reads."""
+        return self.task.input.format(**row)
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """One batch, padded to its longest row."""
+        read = self.tokenizer(
+            [self.text(row) for row in rows],
+            truncation=True,
+            max_length=self.length,
+            padding=True,
+            return_tensors="pt",
+        )
+        written = self.tokenizer([self.task.words[row["label"]] for row in rows], padding=True, return_tensors="pt")
+        labels = written["input_ids"].masked_fill(written["attention_mask"] == 0, IGNORED)
+        return {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"], "labels": labels}
+
+
+def prepare(cell: Cell, sources: Sources) -> Problem:
+    """Loads model and rows, and cuts the tuning split off."""
+    task, settings = cell.task, cell.settings
+    folder = sources.model(task.model)
+    writer = Writer(folder, task, settings.length)
+    rows = renamed(sources.rows(task.files["train"]), task.columns, task.files["train"])
+    shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
+    tune, train = shuffled[: settings.tune_rows], shuffled[settings.tune_rows :][: settings.train_rows]
+    report = renamed(sources.rows(task.files["validation"]), task.columns, task.files["validation"])
+    kept = torch.randperm(len(report), generator=torch.Generator().manual_seed(0))[: settings.report_rows].tolist()
+    lengths = [len(writer.text(row)) for row in train]
+    order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
+
+    def stream() -> Iterator[Batch]:
+        while True:
+            for turn in turns(lengths, settings.rows, order):
+                yield writer.batch([train[i] for i in turn])
+
+    def measured(some: Sequence[Row]) -> list[Batch]:
+        ordered = sorted(some, key=lambda row: len(writer.text(row)))  # less padding
+        return [writer.batch(ordered[i : i + AT_ONCE]) for i in range(0, len(ordered), AT_ONCE)]
+
+    chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
+    return Problem(
+        base=load_model("AutoModelForSeq2SeqLM", folder, settings),
+        task_type="SEQ_2_SEQ_LM",
+        stream=stream(),
+        aside=[writer.batch([train[i] for i in part.tolist()]) for part in chosen.split(settings.rows)],
+        splits={"tune": measured(tune), "report": measured([report[i] for i in kept])},
+        loss=loss,
+        measure=measure,
+    )

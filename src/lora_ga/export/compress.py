@@ -1,0 +1,130 @@
+"""Compressing a finished adapter to a lower rank."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_ga.export.saved_adapter import read_adapter, scaling_of
+from lora_ga.files import check_empty, whole_folder
+from lora_ga.layers.targets import PREFIX
+
+
+def _pairs(tensors: dict[str, Tensor], config: LoraConfig, path: Path) -> list[str]:
+    """The layers of an adapter file that hold an A and a B of a linear layer.
+
+    Returns:
+        Their paths in the file.
+
+    Raises:
+        ValueError: The adapter holds something else of LoRA.
+    """
+    if config.target_parameters:
+        raise ValueError(
+            f"{path}: adapts parameters without a layer of their own ({config.target_parameters[0]}); merge it."
+        )
+    if config.use_dora:
+        raise ValueError(f"{path}: a DoRA adapter; its product has magnitudes that a lower rank cannot keep. Merge it.")
+    names = []
+    for key, tensor in tensors.items():
+        if ".lora_" not in key or key.endswith(".lora_B.bias"):
+            continue
+        match = re.fullmatch(r"(.+)\.lora_[AB]\.weight", key)
+        if match is None or tensor.dim() != 2:
+            raise ValueError(f"{path}: {key} is not a factor of a linear layer; only those can be compressed.")
+        if key.endswith(".lora_A.weight"):
+            names.append(match[1])
+    if not names:
+        raise ValueError(f"{path}: holds no LoRA layers.")
+    return names
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The same product with zero rows and columns up to `rank`, exactly."""
+    missing = rank - len(a)
+    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing)), 0.0
+
+
+def _compress(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best rank-`rank` factors of b a, evenly balanced, and the relative error of the product (Frobenius)."""
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+    root = s[:rank].sqrt()
+    left, right = (q_b @ u[:, :rank]) * root, (root[:, None] * vh[:rank]) @ q_a.mT
+    total = s.norm()
+    lost = s[rank:].norm() / total if total > 0 else total
+    missing = rank - len(root)  # only where the layer is smaller than the rank: zero rows and columns
+    if missing > 0:
+        left = torch.cat([left, left.new_zeros(len(left), missing)], dim=1)
+        right = torch.cat([right, right.new_zeros(missing, right.shape[1])])
+    return right.to(a.dtype).contiguous(), left.to(b.dtype).contiguous(), lost.item()
+
+
+def compress_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, float]:
+    """Write the best adapter of a lower rank, by SVD of each layer's product s·B A (Eckart and Young, 1936).
+
+    Args:
+        path: The folder of a LoRA adapter, for instance one of rank 2r written after LoRA-GA training.
+        out: A new or empty folder for the compressed adapter: plain LoRA with s = 1 in every layer.
+        rank: The new rank k.
+
+    Returns:
+        Layer name → ‖ΔW − ΔW_k‖ / ‖ΔW‖.
+
+    Raises:
+        FileNotFoundError: There is no adapter in `path`.
+        ValueError: The rank is not below the adapter's, the adapter is not plain LoRA of linear layers, or `out` is
+            not empty.
+    """
+    source = Path(path)
+    check_empty(out)
+    config, tensors = read_adapter(source)
+    names = _pairs(tensors, config, source)
+    largest = max(tensors[f"{name}.lora_A.weight"].shape[0] for name in names)
+    if not 1 <= rank < largest:
+        raise ValueError(f"rank {rank}: the adapter has rank {largest}; compress to a rank from 1 to {largest - 1}.")
+    return resize_adapter(source, out, rank)
+
+
+def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, float]:
+    """Write an adapter of one rank and s = 1 in every layer: larger layers compressed, smaller ones padded with zeros.
+
+    Args:
+        path: The folder of a LoRA adapter.
+        out: A new or empty folder.
+        rank: The rank of every layer.
+
+    Returns:
+        Layer name → ‖ΔW − ΔW_k‖ / ‖ΔW‖; zero for layers that were not larger.
+
+    Raises:
+        FileNotFoundError: There is no adapter in `path`.
+        ValueError: The adapter is not plain LoRA of linear layers, or `out` is not empty.
+    """
+    source, target = Path(path), check_empty(out)
+    config, tensors = read_adapter(source)
+    errors = {}
+    for name in _pairs(tensors, config, source):
+        layer = name.removeprefix(PREFIX)
+        scaling = scaling_of(config, layer)
+        a, b = (f"{name}.lora_{letter}.weight" for letter in "AB")
+        change = _padded if len(tensors[a]) <= rank else _compress
+        tensors[a], tensors[b], errors[layer] = change(tensors[a], scaling * tensors[b], rank)
+        bias = f"{name}.lora_B.bias"
+        if bias in tensors:
+            tensors[bias] = scaling * tensors[bias]
+    values: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
+    values |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    with whole_folder(target) as folder:
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True))
+    return errors

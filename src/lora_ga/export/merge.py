@@ -1,0 +1,53 @@
+"""Merging a finished adapter into its base model, as a full checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_ga.export.saved_adapter import read_adapter
+from lora_ga.files import check_empty, whole_folder
+from lora_ga.layers.targets import PREFIX
+
+
+def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None:
+    """Write the base model with an adapter merged into its weights, as a full checkpoint.
+
+    The merged model, written and read again, is what the adapted one computes up to the rounding of the weights' dtype.
+
+    Args:
+        path: The adapter's folder.
+        out: A new or empty folder.
+        base: The original base model, without LoRA layers; it is changed in place.
+
+    Raises:
+        FileNotFoundError: There is no adapter in `path`.
+        TypeError: The base model cannot be saved.
+        ValueError: `out` is not empty, the base is quantised, an adapted weight is shared with other modules, the
+            adapter is damaged, or the merged weights are not finite.
+    """
+    target = check_empty(out)
+    if not hasattr(base, "save_pretrained"):
+        raise TypeError(f"The base is a {type(base).__name__} without save_pretrained; give a Transformers model.")
+    if getattr(base, "is_quantized", False):
+        raise ValueError("The base model is quantised; load it in full precision to merge an adapter into it.")
+    read_adapter(Path(path))
+    model = PeftModel.from_pretrained(base, str(path))
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.removeprefix(PREFIX))
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            shared = owners.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+            if len(shared) > 1:
+                model.unload()
+                raise ValueError(
+                    f"{name.removeprefix(PREFIX)}: its weight is shared ({', '.join(shared)}), so merging would change "
+                    "all. Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
+                )
+    merged = model.merge_and_unload(safe_merge=True)
+    with whole_folder(target) as folder:
+        merged.save_pretrained(folder)

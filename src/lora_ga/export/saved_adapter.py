@@ -1,0 +1,52 @@
+"""Reading a saved adapter: its configuration, its weights, and the scaling of each layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def scaling_of(config: LoraConfig, name: str) -> float:
+    """The scaling s PEFT gives a layer: α/r, or α/√r with rsLoRA, after the patterns.
+
+    Args:
+        config: The adapter's configuration.
+        name: The layer's path in the base model.
+
+    Returns:
+        s.
+    """
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    return alpha / rank**0.5 if config.use_rslora else alpha / rank
+
+
+def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Read a saved adapter.
+
+    Args:
+        folder: Its folder.
+
+    Returns:
+        Its configuration and its weights.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged.
+    """
+    for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder}: holds no {file}; give the folder that save_pretrained wrote.")
+    try:
+        return PeftConfig.from_pretrained(str(folder)), load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        files = f"{CONFIG_NAME} or {SAFETENSORS_WEIGHTS_NAME}"
+        raise ValueError(f"{folder}: damaged, {files} cannot be read ({error}). Save the adapter anew.") from error

@@ -1,0 +1,149 @@
+"""From a batch to a loss and its weight.
+
+A loss is a mean over label tokens, so the gradient of the whole is the mean of the micro-batches' gradients weighted by
+their numbers of label tokens. Unweighted they add up to another gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ga.files import plain
+
+LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, float]]
+
+IGNORED = -100  # Transformers' label for "no label here"
+# Losses of Transformers that shift the labels by one, so that the first position of a row is never a label.
+SHIFTING = {"ForCausalLM", "ForConditionalGeneration"}
+
+
+class BatchError(ValueError):
+    """A batch whose loss cannot be used; the caller adds its number."""
+
+
+def _shifts(model: nn.Module) -> bool:
+    """Whether the model's own loss shifts labels: decoders do, encoder-decoders and classifiers do not."""
+    base = plain(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return False
+    kind, name = getattr(base, "loss_type", None), type(base).__name__
+    # GPT2LMHeadModel and its kin declare no loss type; XLMWithLMHeadModel and its kin do not shift.
+    return kind in SHIFTING or (kind is None and name.endswith("LMHeadModel") and not name.endswith("WithLMHeadModel"))
+
+
+def label_tokens(model: nn.Module, batch: Any) -> float | None:
+    """How many terms a batch's mean loss is a mean over.
+
+    Args:
+        model: The model, whose class says whether labels are shifted.
+        batch: A batch.
+
+    Returns:
+        What `num_items_in_batch` says where the batch sets it; the number of integer labels other than -100, of tokens
+        or rows; the number of rows where there are other labels or none (`start_positions`, a tuple); None if the
+        batch shows no rows either.
+    """
+    if not isinstance(batch, Mapping):
+        return _rows(batch if isinstance(batch, (tuple, list)) else [batch])
+    if batch.get("num_items_in_batch") is not None:
+        return float(batch["num_items_in_batch"])
+    labels = batch.get("shift_labels", batch.get("labels"))
+    if not isinstance(labels, Tensor):
+        return _rows(batch.values())
+    if labels.is_floating_point():
+        return float(len(labels))
+    if labels.dim() > 1 and "shift_labels" not in batch and _shifts(model):
+        labels = labels[..., 1:]
+    return float((labels != IGNORED).sum())
+
+
+def _rows(values: Iterable[Any]) -> float | None:
+    """The first dimension of the first tensor that has one."""
+    return next((float(len(value)) for value in values if isinstance(value, Tensor) and value.dim() > 0), None)
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The default loss: what the model itself computes from a batch with labels.
+
+    Args:
+        model: A model whose output has a `loss`.
+        batch: Keyword arguments (a mapping) or positional ones (a tuple or list).
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        BatchError: The model computed no loss.
+        TypeError: The batch is neither a mapping nor a sequence.
+    """
+    if isinstance(batch, Mapping):
+        output, keys = model(**batch), ", ".join(map(str, batch))
+    elif isinstance(batch, (tuple, list)):
+        output, keys = model(*batch), f"{len(batch)} positional values"
+    else:
+        raise TypeError(
+            f"A batch is a {type(batch).__name__}; the default loss takes a dict or a tuple. Pass a loss_fn."
+        )
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise BatchError(
+            f"The model returned no loss for a batch of {keys}. Add 'labels' to the batch, or pass a loss_fn"
+        )
+    return loss
+
+
+def counted_labels(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> float | None:
+    """The label tokens of a batch, which must have some if its loss is to be the model's own.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        loss_fn: The caller's loss; None for the model's own.
+
+    Returns:
+        As `label_tokens`.
+
+    Raises:
+        BatchError: The batch has no label at all.
+    """
+    counted = label_tokens(model, batch)
+    if counted == 0 and loss_fn is None:
+        raise BatchError(f"every label is {IGNORED}, so it has no loss. Leave such batches out, or truncate less")
+    return counted
+
+
+def weighed_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> tuple[Tensor, float]:
+    """The loss of one micro-batch and its weight in the whole.
+
+    Args:
+        model: The model.
+        batch: The batch, on the model's device.
+        loss_fn: The caller's loss, `(model, batch) → loss` or `→ (loss, weight)`; None for the model's own.
+
+    Returns:
+        The loss and its weight: what `loss_fn` says; otherwise the number of label tokens or rows, or 1 where none are
+        seen.
+
+    Raises:
+        BatchError: The batch has no label at all, the loss is not a finite scalar, or the weight not a number above 0.
+    """
+    counted = counted_labels(model, batch, loss_fn)
+    result = model_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
+    loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, counted or 1.0)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise BatchError(f"its loss must be a scalar tensor, found {found}")
+    if not bool(torch.isfinite(loss)):
+        raise BatchError(f"its loss is {loss.item()}. Check the data, or compute the loss in float32")
+    if not (isinstance(weight, (int, float)) or (isinstance(weight, Tensor) and weight.numel() == 1)):
+        raise BatchError(
+            f"loss_fn returned (loss, {type(weight).__name__}); the second is to be the weight, a number: return the "
+            "loss alone, or (loss, number of terms it is a mean over)"
+        )
+    if not (0 < float(weight) < float("inf")):
+        raise BatchError(f"its weight is {float(weight)}; it must be a finite number above 0")
+    return loss, float(weight)

@@ -1,0 +1,221 @@
+"""The gradient estimate as an object: a mapping of layers to low-rank factors, with its file and its sum."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_ga.config import LoraGAConfig
+from lora_ga.files import differences, read_tensors, write_tensors
+from lora_ga.linalg import low_rank as lowrank
+from lora_ga.linalg.low_rank import LowRank
+from lora_ga.version import __version__
+
+FILE_KIND = "a LoRA-GA gradient estimate"
+PARTS = ("U", "S", "V", "sketch")
+ABOUT = ("fingerprint", "weight", "batches", "missing", "settled", "settled_weight")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GradientEstimate(Mapping[str, LowRank]):
+    """The leading directions of the loss gradient of every adapted weight, as a mapping layer name → `LowRank`.
+
+    Attributes:
+        layers: Layer name → factorisation of the gradient of the mean loss over all label tokens seen.
+        config: The settings it was made with.
+        fingerprint: Of the base model it was made on.
+        weight: Label tokens seen (or the sum of what `loss_fn` said).
+        batches: Micro-batches seen.
+        missing: Layers without a usable gradient → the reason; empty unless `on_missing="lora"`.
+        settled: Layers that settled before the end (see `LoraGAConfig.tolerance`) → batches after which they had.
+        settled_weight: The same layers → label tokens seen until then.
+    """
+
+    layers: Mapping[str, LowRank]
+    config: LoraGAConfig
+    fingerprint: str
+    weight: float
+    batches: int
+    missing: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    settled: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    settled_weight: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> LowRank:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def limit(self, rank: int) -> dict[str, float]:
+        """The alignment limit of every layer: the largest share of its gradient a LoRA of rank `rank` can follow.
+
+        Args:
+            rank: r; the first step spans 2r directions.
+
+        Returns:
+            Layer name → number between 0 and 1; NaN where fewer than 2r directions are held.
+        """
+        return {name: layer.limit(rank) for name, layer in self.layers.items()}
+
+    def spectrum(self) -> dict[str, Tensor]:
+        """The singular values held, layer name → (K,), descending."""
+        return {name: layer.S for name, layer in self.layers.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the estimate to one safetensors file, atomically.
+
+        Args:
+            path: The file, conventionally `*.safetensors`.
+        """
+        tensors = {
+            f"{name}.{part}": tensor
+            for name, layer in self.layers.items()
+            for part in PARTS
+            if (tensor := getattr(layer, part)) is not None
+        }
+        about = {
+            "config": self.config.to_dict(),
+            "fingerprint": self.fingerprint,
+            "weight": self.weight,
+            "batches": self.batches,
+            "missing": dict(self.missing),
+            "settled": dict(self.settled),
+            "settled_weight": dict(self.settled_weight),
+            "norms": {name: layer.norm for name, layer in self.layers.items()},
+            "versions": {"lora_ga": __version__, "torch": torch.__version__},
+        }
+        write_tensors(path, FILE_KIND, tensors, about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> GradientEstimate:
+        """Read an estimate, on the CPU. Nothing in the file is unpickled.
+
+        Args:
+            path: A file written by `save`.
+
+        Returns:
+            The estimate.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, or not an estimate.
+        """
+        tensors, about = read_tensors(path, FILE_KIND)
+        try:
+            layers = {
+                name: LowRank(
+                    U=tensors[f"{name}.U"],
+                    S=tensors[f"{name}.S"],
+                    V=tensors[f"{name}.V"],
+                    norm=norm,
+                    sketch=tensors.get(f"{name}.sketch"),
+                )
+                for name, norm in about["norms"].items()
+            }
+            config = LoraGAConfig.from_dict(about["config"])
+            rest = {key: about[key] for key in ABOUT}
+        except KeyError as error:
+            raise ValueError(f"{path}: damaged, {error} is missing. Write it anew.") from error
+        return cls(layers, config, **rest)
+
+    def merge(self, *others: GradientEstimate) -> GradientEstimate:
+        """Add up estimates made on different batches of one model, weighted by their label tokens.
+
+        Args:
+            *others: Estimates of the same model with the same settings.
+
+        Returns:
+            The estimate over all batches. What no part holds is lost, so it is that of one run up to truncation.
+
+        Raises:
+            ValueError: The estimates differ in model, settings or layers.
+        """
+        for index, other in enumerate(others, start=2):
+            self._check_adds_up(other, index)
+        every = (self, *others)
+        layers, settled, settled_weight = {}, {}, {}
+        for name in dict.fromkeys(name for estimate in every for name in estimate):
+            having = [estimate for estimate in every if name in estimate]
+            total = sum(estimate.weight_of(name) for estimate in having)
+            parts = [(estimate[name], estimate.weight_of(name) / total) for estimate in having]
+            omega = lowrank.probes(parts[0][0].V.shape[0], self.config.seed)
+            layers[name] = lowrank.merge(parts, parts[0][0].S.numel(), omega)
+            if any(name in estimate.settled for estimate in having):
+                settled[name] = sum(estimate.settled.get(name, estimate.batches) for estimate in having)
+                settled_weight[name] = total
+        return GradientEstimate(
+            layers,
+            self.config,
+            self.fingerprint,
+            weight=sum(estimate.weight for estimate in every),
+            batches=sum(estimate.batches for estimate in every),
+            missing={name: reason for name, reason in self.missing.items() if name not in layers},
+            settled=settled,
+            settled_weight=settled_weight,
+        )
+
+    def weight_of(self, name: str) -> float:
+        """Label tokens that a layer's gradient is the mean over: all, or those until it settled."""
+        return self.settled_weight.get(name, self.weight)
+
+    def held(self) -> dict[str, float]:
+        """The share of ‖G‖² that is held, layer → number between 0 and 1 (see `LowRank.held`)."""
+        return {name: layer.held for name, layer in self.layers.items()}
+
+    def _check_adds_up(self, other: GradientEstimate, index: int) -> None:
+        """Refuse the `index`-th estimate of a sum if it is of another model or made otherwise.
+
+        Raises:
+            ValueError: It is, with the first differences.
+        """
+        pair = f"Estimates 1 and {index}"
+        mine, theirs = ({"fingerprint": each.fingerprint, "config": each.config.to_dict()} for each in (self, other))
+        if found := differences(mine, theirs):
+            raise ValueError(f"{pair} differ: {found}. Only estimates of one model made with one configuration add up.")
+        layers = {*self, *self.missing} ^ {*other, *other.missing}
+        if layers:
+            raise ValueError(f"{pair} differ in their layers: {', '.join(sorted(layers)[:3])}.")
+        common = [name for name in self if name in other]
+        for name in common:
+            held, others = self[name].S.numel(), other[name].S.numel()
+            if held != others:
+                raise ValueError(f"{pair} hold {held} and {others} directions of {name}; make both with one rank.")
+        if common and all(torch.equal(self[name].S, other[name].S) for name in common):
+            raise ValueError(f"{pair} are one and the same; it would count twice. Leave one out.")
+
+
+def measures(estimate: GradientEstimate, ranks: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """The numbers of every layer.
+
+    Args:
+        estimate: The estimate.
+        ranks: Layer name → r, of the layers that start from it.
+
+    Returns:
+        Layer name → "gradient_norm" ‖G‖ (Frobenius), "alignment_limit" (of the layer's rank) and "settled_after"
+        (batches until the directions no longer changed); what is not known is absent.
+    """
+    found = {}
+    for name, rank in ranks.items():
+        layer = estimate[name]
+        values = {"gradient_norm": float(layer.norm), "alignment_limit": float(layer.limit(rank))}
+        if name in estimate.settled:
+            values["settled_after"] = float(estimate.settled[name])
+        found[name] = {key: value for key, value in values.items() if math.isfinite(value)}
+    return found
+
+
+def scalars(estimate: GradientEstimate, ranks: Mapping[str, int]) -> dict[str, float]:
+    """The same as flat names, `lora_ga/<measure>/<layer>`, which every tracker groups in its own way."""
+    flat = {"lora_ga/batches": float(estimate.batches), "lora_ga/label_tokens": float(estimate.weight)}
+    for name, values in measures(estimate, ranks).items():
+        flat |= {f"lora_ga/{measure}/{name}": value for measure, value in values.items()}
+    return flat

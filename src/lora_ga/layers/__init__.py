@@ -1,0 +1,1 @@
+"""Kinds of layers: how each holds its weight, its rows and its factors."""

@@ -1,0 +1,99 @@
+"""Embeddings: how ids and output gradients become rows, and where PEFT's parameters make room for factors.
+
+Shapes: T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Mapping, ValuesView
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ga.layers.factors import Factor
+from lora_ga.layers.linear import Rows, Transposed
+
+
+class Lookup(Transposed):
+    """An embedding: (entries, width); an input is the number of a row, which stands for a unit vector."""
+
+    zero = "A"
+    probed = False
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        """(width, entries)."""
+        base = layer.get_base_layer()
+        return base.embedding_dim, base.num_embeddings
+
+    def rows(self, layer: Any, x: Tensor, g: Tensor) -> Rows:
+        """One row for every entry that was looked up, with the sum of its gradients; none for padding."""
+        base = layer.get_base_layer()
+        ids, g_TO = x.reshape(-1), g.reshape(-1, g.shape[-1])
+        if base.padding_idx is not None:
+            kept = ids != base.padding_idx
+            ids, g_TO = ids[kept], g_TO[kept]
+        scale = getattr(
+            base, "embed_scale", None
+        )  # Gemma's embeddings, and PEFT's adapter of them, are multiplied by it
+        if scale is not None:
+            g_TO = g_TO * scale
+        found, position = torch.unique(ids, return_inverse=True)
+        wide = torch.promote_types(g_TO.dtype, torch.float32)
+        summed_TO = g_TO.new_zeros(len(found), g_TO.shape[1], dtype=wide).index_add_(0, position, g_TO.to(wide))
+        unit_TI = summed_TO.new_zeros(len(found), base.num_embeddings).scatter_(1, found[:, None], 1.0)
+        yield 0, unit_TI, summed_TO
+
+
+LOOKUP = Lookup()
+
+
+class FactorTable(nn.ParameterDict):
+    """PEFT's `lora_embedding_A` or `lora_embedding_B`, some of whose entries are factors.
+
+    Reading an entry gives the matrix PEFT computes with, which of a factor is the joined one. Going through all entries
+    gives the factors themselves, so that PEFT freezes and unfreezes what trains. Files keep PEFT's names.
+    """
+
+    def entry(self, name: str) -> Any:
+        """The factor or parameter itself."""
+        return super().__getitem__(name)
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.entry(name)
+        return value.weight if isinstance(value, Factor) else value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        held = self.entry(name) if name in self else None
+        if isinstance(value, Factor):  # a module takes the place of the parameter of that name
+            self._parameters.pop(name, None)
+        elif isinstance(held, Factor) and value.shape == held.joined().shape:
+            held.to(value.device, value.dtype)  # PEFT puts back what it has read and moved
+            held.split(value.detach().to(held.trainable))
+            return
+        super().__setitem__(name, value)
+
+    def items(self) -> ItemsView[str, Any]:
+        """Names and the factors or parameters themselves."""
+        return {name: self.entry(name) for name in self.keys()}.items()
+
+    def values(self) -> ValuesView[Any]:
+        """The factors or parameters themselves."""
+        return dict(self.items()).values()
+
+    def _factors(self) -> list[str]:
+        return [name for name, value in self.items() if isinstance(value, Factor)]
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """The joined matrices under PEFT's names, without the `.weight` a module's would have."""
+        made = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in self._factors():
+            made[f"{prefix}{name}"] = made.pop(f"{prefix}{name}.weight")
+        return made
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        assert isinstance(state_dict, dict)  # a copy that load_state_dict made for this module
+        for name in self._factors():
+            if f"{prefix}{name}" in state_dict:
+                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(f"{prefix}{name}")
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,69 @@
+"""The dense estimator: whole gradients, exact.
+
+Shapes: T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lora_ga.linalg.accumulator import Size, refuse_infinite, sum_dtype
+from lora_ga.linalg.low_rank import (
+    LowRank,
+    probes,
+    truncated_svd,
+    wide,
+)
+
+
+class Dense:
+    """Keeps whole gradients, (O, I). Exact: the oracle of the tests, and fine for small models."""
+
+    def __init__(self, sizes: Mapping[str, Size], power_steps: int, seed: int, *, watched: bool = False) -> None:
+        del power_steps, watched  # of the streaming one
+        self.sizes, self.seed = sizes, seed
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
+        """Add a block of tokens."""
+        dtype = sum_dtype(g_TO.dtype)
+        added_OI = (g_TO.to(dtype).mT @ x_TI.to(dtype)).mul_(weight)
+        self.sums[name] = self.sums[name].add_(added_OI) if name in self.sums else added_OI
+
+    def flush(self) -> None:
+        """Check that all sums are finite.
+
+        Raises:
+            FloatingPointError: One is not.
+        """
+        refuse_infinite(self.sums)
+
+    def changes(self) -> dict[str, float]:
+        """Nothing: sums have no directions."""
+        return {}
+
+    def factors(self, name: str) -> LowRank | None:
+        """The exact leading singular triplets, and the exact norm."""
+        if name not in self.sums:
+            return None
+        g_OI = self.sums[name]
+        sketch_OP = g_OI @ probes(g_OI.shape[1], self.seed).to(g_OI)
+        norm = torch.linalg.matrix_norm(wide(g_OI)).item()
+        return LowRank(*truncated_svd(g_OI, self.sizes[name].kept), norm=norm, sketch=sketch_OP)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums."""
+        return {f"{name}.G": total for name, total in self.sums.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:
+        """Take up what `state` gave."""
+        self.sums = {(name := key.removesuffix(".G")): tensor.to(devices[name]) for key, tensor in tensors.items()}
+
+    def absorb(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add another's sums: exact."""
+        for key, tensor in tensors.items():
+            name = key.removesuffix(".G")
+            self.sums[name] = self.sums[name].add_(tensor.to(self.sums[name])) if name in self.sums else tensor

@@ -1,7 +1,0 @@
-"""DoRA (Liu and others, "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024)."""
-
-from peft import get_peft_model
-
-from lora_ga.suite.methods.base import Method
-
-METHOD = Method(lambda work: get_peft_model(work.base, work.lora(use_dora=True)))

@@ -1,0 +1,204 @@
+"""Judging a trained model's answers: numbers, programs, and a judge that is wrong, late, absent or speaks nonsense."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from experiments.hub import toy_suite
+from lora_ga.experiments.judging import harness as by_harness
+from lora_ga.experiments.judging import judge
+from lora_ga.experiments.suites.cell import Cell, cell_of
+from lora_ga.experiments.suites.run import Place, run_cell
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import Task, load_suite
+from lora_ga.experiments.tasks import check
+
+HARNESS = importlib.util.find_spec("lm_eval") is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("5 apples, so #### 1,234 and 7", 1234.0), ("so it is $3.50.", 3.5), ("first 2, then -3", -3.0), ("none", None)],
+)
+def test_the_answer_is_the_marked_number_or_the_last(text: str, number: float | None) -> None:
+    assert by_harness.number_of(text) == number
+
+
+def test_a_number_is_right_only_if_it_is_the_references() -> None:
+    doc = {"answer": "so\n#### 18"}
+    assert by_harness.right_number(doc, ["it is 18"]) == {"gsm8k": 1.0}
+    assert by_harness.right_number(doc, ["it is 19"]) == {"gsm8k": 0.0}
+    assert by_harness.right_number({"answer": "x"}, ["no idea"]) == {"gsm8k": 0.0}
+
+
+DOC = {
+    "prompt": "from typing import List\n\n\ndef last(x: List[int]) -> int:\n",
+    "test": "def check(f):\n    assert f([1, 2]) == 2\n",
+    "entry_point": "last",
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "passed"),
+    [
+        ("    return x[-1]\n", 1.0),
+        ("Here:\n```python\ndef last(x: List[int]) -> int:\n    return x[-1]\n```\nGood.", 1.0),
+        ("    return x[0]\n", 0.0),
+        ("    return ][\n", 0.0),
+        ("    while True: pass\n", 0.0),
+        ("    import os\n    return x[-1] if 'OPENAI_API_KEY' not in os.environ else 0\n", 1.0),
+    ],
+)
+def test_a_program_passes_if_the_tests_do(said: str, passed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_harness, "SECONDS", 2.0)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert by_harness.passes(DOC, [said]) == {"humaneval": passed}
+
+
+@pytest.fixture
+def chat(places: Sources, tmp_path: Path) -> Cell:
+    """A cell that ends at the judge."""
+    suite = load_suite(str(toy_suite("llama2-chat", tmp_path, ["lora"])))
+    return cell_of(suite, "chat", "lora", 1e-3, 0)
+
+
+def test_every_turn_is_rated_and_the_mean_is_reported(chat: Cell, places: Sources, bench: Any) -> None:
+    bench.answers = [(200, f"well. Rating: [[{value}]]") for value in (9, 1, 2, 8, 10)]  # the first tries the judge
+    record = run_cell(chat, Place(places))
+    assert record["status"] == "done", record
+    found = record["metrics"]["report"]
+    assert (found["mt_bench"], found["first_turn"], found["second_turn"]) == (5.25, 4.5, 6.0)
+    _, first, _, third, fourth = bench.asked
+    assert {asked["model"] for asked in bench.asked} == {"gpt-4"}
+    assert first["messages"][1]["content"].startswith("the cat ?")
+    assert third["messages"][1]["content"].startswith("the cat ? one ")  # a question of mathematics: with its reference
+    assert re.match(r"one .* two ", fourth["messages"][1]["content"])
+
+
+FAILURES = [
+    ((200, "I like it."), r"gives no rating from 1 to 10 as \[\[rating\]\], it says 'I like it.'"),
+    ((200, "Rating: [[11]]"), "gives no rating from 1 to 10"),
+    ((200, b"<html>"), "answers, but not as a chat completion"),
+    ((200, b"[]"), "answers, but not as a chat completion"),
+    ((401, b"no such key"), "HTTP 401 Unauthorized: no such key"),
+    ((0, ""), "no answer within 0.2 s"),
+]
+
+
+@pytest.mark.parametrize(("answer", "reason"), FAILURES)
+def test_a_judge_that_fails_is_found_out_before_training_after_few_tries(
+    chat: Cell, places: Sources, bench: Any, answer: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "SECONDS", 0.2)
+    bench.answers = [answer]
+    record = run_cell(chat, Place(places))
+    assert record["status"] == "failed"
+    assert re.search(f"JudgeError: a question to try the judge: .*{reason}", record["reason"])
+    assert record["reason"].endswith("(3 tries). Mend the endpoint, and run with --retry.")
+    assert record["curves"]["training"] == []
+    assert len(bench.asked) <= judge.TRIES
+
+
+def test_a_judge_that_fails_later_ends_the_cell_with_the_question_and_the_reason(
+    chat: Cell, places: Sources, bench: Any
+) -> None:
+    bench.answers = [(200, "[[5]]"), (200, "[[5]]"), (200, "no more ratings")]
+    record = run_cell(chat, Place(places))
+    assert record["status"] == "failed"
+    assert re.search("JudgeError: question 81, second turn: .*it says 'no more ratings'", record["reason"])
+    assert len(record["curves"]["training"]) == 3
+    assert len(bench.asked) == 2 + judge.TRIES
+
+
+def test_a_judge_that_fails_once_is_asked_again(chat: Cell, places: Sources, bench: Any) -> None:
+    bench.answers = [(500, b""), (200, "hm"), (200, "[[9]]"), (500, b""), (200, "[[4]]")]
+    assert run_cell(chat, Place(places))["metrics"]["report"]["mt_bench"] == 4.0
+
+
+def test_a_judge_that_is_not_there_is_said(chat: Cell, places: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "PAUSE", 0.0)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9")
+    assert "127.0.0.1:9/chat/completions: cannot be reached" in run_cell(chat, Place(places))["reason"]
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    record = run_cell(chat, Place(places))
+    assert "none is named. Set OPENAI_BASE_URL" in record["reason"]
+    assert record["curves"]["training"] == []  # said before training, and not after
+
+
+@pytest.fixture
+def tasks(places: Sources, tmp_path: Path) -> dict[str, Task]:
+    """Task name → task, of the three suites that judge answers."""
+    names = ("llama2-math", "llama2-code", "llama2-chat")
+    suites = [load_suite(str(toy_suite(name, tmp_path, ["lora"]))) for name in names]
+    return {name: task for suite in suites for name, task in suite.tasks.items()}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("math", {"by": "eye"}, "evaluation: by is 'eye'; it must be one of harness, judge"),
+        ("math", {"test": "mmlu"}, "evaluation: test is 'mmlu'; it must be one of gsm8k, humaneval"),
+        ("math", {"shots": 5}, "evaluation: gives by, test, rows, tokens, batch, shots; it takes by, test"),
+        ("chat", {"shots": 5}, "evaluation: gives by, model, .*shots; it takes by, model, questions"),
+        ("chat", {"prompts": "data:data/mt_bench/question.jsonl"}, "question.jsonl: row 0 has no name, system_prompt"),
+        ("chat", {"questions": "data:nothing.jsonl"}, "data:nothing.jsonl: wanted at .*, but it is not there"),
+        ("math", {"rows": "hub:meta-math/MetaMathQA:train"}, "row 0 has no column 'question'"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_anything_runs(
+    task: str, changes: dict[str, Any], message: str, tasks: dict[str, Task], places: Sources
+) -> None:
+    wrong = replace(tasks[task], evaluation={**tasks[task].evaluation, **changes})
+    with pytest.raises(ValueError, match=message):
+        check(wrong, replace(places, reach=False))
+
+
+@pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")
+def test_a_harness_that_is_not_installed_is_named(tasks: dict[str, Task], places: Sources) -> None:
+    with pytest.raises(ValueError, match=r'not installed: pip install "lora-ga\[eval\]"'):
+        check(tasks["math"], places)
+    assert any("3 rows" in found for found in check(tasks["math"], replace(places, reach=False)))
+
+
+def test_programs_run_only_where_that_is_allowed(
+    tasks: dict[str, Task], places: Sources, harness: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
+    with pytest.raises(ValueError, match="humaneval runs programs that a model wrote.*HF_ALLOW_CODE_EVAL=1"):
+        check(tasks["code"], places)
+
+
+@pytest.mark.skipif(not HARNESS, reason="install the extra 'eval' to run this test with lm-evaluation-harness itself")
+@pytest.mark.parametrize("name", ["math", "code"])
+def test_the_harness_itself_counts_what_the_model_writes(
+    name: str, tasks: dict[str, Task], places: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    task = tasks[name]
+    folder = places.model(task.model)
+    base, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    seen: list[str] = []
+    test = task.evaluation["test"]
+    columns, question, _, programs = by_harness.TESTS[test]
+
+    def judged(doc: Any, results: Any) -> dict[str, float]:
+        seen.append(doc[question])
+        assert isinstance(results[0], str)
+        return {test: float(len(seen) == 1)}
+
+    monkeypatch.setitem(by_harness.TESTS, test, (columns, question, judged, programs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = by_harness.run(model, tokenizer, task, places, 0)
+    assert len(seen) == len(places.rows(task.evaluation["rows"]))
+    assert found == {test: pytest.approx(1 / len(seen), abs=1e-6)}

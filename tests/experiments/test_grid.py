@@ -1,0 +1,149 @@
+"""A suite from end to end, at toy size."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_ga.cli.main import main
+from lora_ga.cli.reproduce import chosen
+from lora_ga.experiments.methods import METHODS
+from lora_ga.experiments.records.store import Store
+from lora_ga.experiments.suites.cell import Cell, cell_of
+from lora_ga.experiments.suites.grid import run_grid
+from lora_ga.experiments.suites.run import Place, run_cell
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import load_suite
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.filterwarnings("ignore:lora with eva initialization"),
+]
+PLACE = Place(Sources())
+
+
+@pytest.mark.parametrize("task", ["text", "classes"])
+@pytest.mark.parametrize("label", [*METHODS, "random directions"])
+def test_every_method_runs_on_every_kind_of_task(toy: Path, task: str, label: str) -> None:
+    record = run_cell(cell_of(load_suite(str(toy)), task, label, 1e-3, 0), PLACE)
+    assert record["status"] == "done", record["reason"]
+    assert len(record["curves"]["training"]) == 4
+    assert [point["step"] for point in record["curves"]["report"]] == [0, 2, 4]
+    assert record["metrics"]["report"]["loss"] != record["curves"]["report"][0]["loss"]
+    assert record["trained_parameters"] > 0
+    assert record["peak_memory_mib"] > 0
+
+
+def test_all_methods_start_from_the_base_models_function_on_the_same_batches(toy: Path) -> None:
+    suite = load_suite(str(toy))
+    for task in suite.tasks:
+        runs = [run_cell(cell_of(suite, task, label, 1e-3, 0), PLACE) for label in ("full", "lora", "lora_ga", "olora")]
+        for record in runs[1:]:
+            assert record["curves"]["report"][0] == pytest.approx(runs[0]["curves"]["report"][0], abs=1e-5)
+
+
+def test_the_same_cell_gives_the_same_numbers(toy: Path) -> None:
+    cell = cell_of(load_suite(str(toy)), "classes", "lora_ga", 1e-3, 1)
+    first, second = run_cell(cell, PLACE), run_cell(cell, PLACE)
+    assert first["curves"] == second["curves"]
+    assert first["metrics"] == second["metrics"]
+    other = run_cell(replace(cell, seed=2), PLACE)
+    assert other["curves"]["training"] != first["curves"]["training"]
+
+
+def test_a_run_that_diverges_is_recorded_with_its_beginning(toy: Path) -> None:
+    record = run_cell(cell_of(load_suite(str(toy)), "text", "full", 1e30, 0), PLACE)
+    assert record["status"] == "diverged"
+    assert 0 < len(record["curves"]["training"]) < 4
+    assert "not finite" in record["reason"] or "training loss is nan" in record["reason"]
+
+
+def test_the_command_runs_resumes_and_runs_nothing_twice(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["reproduce", str(toy), "--only", "text/lora", "--store", str(tmp_path / "runs"), "--workers", "2"]
+    assert main([*command, "--dry-run"]) == 0
+    assert "3 cells left" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    assert main(command) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("text-lora-*.json")}
+    records = Store(tmp_path / "runs").records()
+    assert len(before) == len(records) >= 4
+    assert {record["status"] for record in records.values()} == {"done"}
+    assert main([*command, "--resume"]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("text-lora-*.json")} == before
+    assert "2 of 2" in capsys.readouterr().out
+
+
+def test_a_cell_that_fails_is_recorded_the_grid_goes_on_and_it_is_tried_again_only_when_asked(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, calls = load_suite(str(toy)), []
+
+    def result(cell: Cell, place: Any, *rest: Any) -> dict[str, Any]:
+        calls.append(cell.learning_rate)
+        if cell.learning_rate == 0.01 and calls.count(0.01) == 1:
+            raise RuntimeError("out of luck")
+        return {"status": "done", "metrics": {"tune": {"loss": abs(cell.learning_rate - 0.00316)}}}
+
+    monkeypatch.setattr("lora_ga.experiments.suites.run.result", result)
+    lines = [("text", "lora")]
+    with Store(tmp_path).locked() as store:
+        records = run_grid(suite, lines, store, PLACE, workers=0)
+        failed = [record for record in records.values() if record["status"] == "failed"]
+        assert [record["reason"] for record in failed] == ["RuntimeError: out of luck"]
+        assert len(calls) == 4
+        run_grid(suite, lines, store, PLACE, workers=0)
+        assert len(calls) == 4
+        records = run_grid(suite, lines, store, PLACE, workers=0, retry=True)
+    assert calls[4:] == [0.01]
+    assert {record["status"] for record in records.values()} == {"done"}
+
+
+def test_a_process_that_is_killed_leaves_a_record_that_says_so(toy: Path, tmp_path: Path) -> None:
+    suite = load_suite(str(toy))
+    with Store(tmp_path).locked() as store:
+        records = run_grid(suite, [("text", "full")], store, Fatal(), workers=1)
+    assert {record["reason"] for record in records.values()} == {"its process was killed by SIGKILL"}
+
+
+class Fatal:
+    """In place of a `Place`: kills the process that unpacks it."""
+
+    device, commit = "cpu", None
+
+    def __reduce__(self) -> Any:
+        return _fatal, (os.getpid(),)
+
+
+def test_a_line_is_named_by_task_and_method_in_either_order(toy: Path) -> None:
+    suite = load_suite(str(toy))
+    assert chosen(suite, ["lora/text"]) == chosen(suite, ["text/lora"]) == [("text", "lora")]
+    assert chosen(suite, ["*/text"]) == [line for line in suite.lines() if line[0] == "text"] != suite.lines()
+
+
+def _fatal(parent: int) -> "Fatal":
+    if os.getpid() != parent:
+        os.kill(os.getpid(), 9)
+    return Fatal()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "nonsense: there is no such suite. The suites are .*stories-shakespeare"),
+        (
+            ["TOY", "--only", "nonsense"],
+            "names no line of toy. Its tasks are text, classes; its methods are full, lora,",
+        ),
+        ([], "which suite. There are "),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_the_known(
+    toy: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_GA_DEBUG", "1")
+    with pytest.raises(ValueError, match=message):
+        main(["reproduce", *(str(toy) if each == "TOY" else each for each in arguments)])

@@ -1,0 +1,173 @@
+"""Text-to-text and answers: batches, what is counted, which rows are kept, batches in parts, bfloat16."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+from experiments.hub import VOCABULARY, toy_suite
+from lora_ga.experiments.methods import METHODS
+from lora_ga.experiments.suites.cell import Cell, cell_of
+from lora_ga.experiments.suites.run import Place, run_cell
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import Suite, load_suite
+from lora_ga.experiments.suites.training import arithmetic, divided, step_losses
+from lora_ga.experiments.tasks import check, prepare, seq2seq
+from lora_ga.experiments.tasks.instruct import CLEANERS
+from lora_ga.gradients.loss import IGNORED
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.filterwarnings("ignore:lora with eva initialization"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+]
+
+
+def suite_of(name: str, folder: Path) -> Suite:
+    return load_suite(str(toy_suite(name, folder, ["lora"])))
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Cell:
+    return cell_of(suite_of("glue-t5", tmp_path), "sst2", "lora", 1e-3, 0)
+
+
+@pytest.fixture
+def answered(tmp_path: Path) -> Cell:
+    cell = cell_of(suite_of("llama2-math", tmp_path), "math", "lora", 1e-3, 0)
+    return replace(cell, task=replace(cell.task, evaluation={}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["written", "answered"])
+def test_every_method_runs_on_it(method: str, kind: str, places: Sources, request: pytest.FixtureRequest) -> None:
+    cell = replace(request.getfixturevalue(kind), method=method, learning_rate=1e-2)
+    record = run_cell(cell, Place(places))
+    assert record["status"] == "done", record.get("traceback")
+    assert (
+        record["metrics"]["report"]["loss"] != record["curves"]["report"][0]["loss"]
+        or len(record["curves"]["report"]) == 1
+    )
+
+
+def test_a_word_counts_as_right_exactly_if_greedy_decoding_writes_it(written: Cell, places: Sources) -> None:
+    problem = prepare(written, places)
+    folder = places.model(written.task.model)
+    model, tokenizer = T5ForConditionalGeneration.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    (batch,) = problem.splits["report"]
+    said = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2, do_sample=False)
+    # Labels are what the model says for half of the rows, so that both outcomes occur.
+    labels = said[:, 1:].clone()
+    labels[::2] = (labels[::2] + 1) % len(VOCABULARY)
+    with torch.no_grad():
+        logits = model(**{**batch, "labels": labels}).logits
+    expected = (said[:, 1:] == labels).all(-1).double().mean().item()
+    assert seq2seq.measure([(logits, {"labels": labels})])["accuracy"] == expected == 0.5
+    assert tokenizer.decode(batch["labels"][0].clamp_min(0)).split()[0] in written.task.words
+
+
+def test_the_losses_are_the_models_own(written: Cell, answered: Cell, places: Sources) -> None:
+    for cell in (written, answered):
+        problem = prepare(cell, places)
+        for batch in problem.splits["tune"]:
+            output = problem.base.eval()(**batch)
+            assert problem.loss(output.logits, batch).item() == pytest.approx(output.loss.item(), rel=1e-5)
+            assert problem.measure([(output.logits, batch)])["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+def test_only_the_answers_tokens_are_learned_and_the_end_is(answered: Cell, places: Sources) -> None:
+    problem = prepare(answered, places)
+    batch = next(problem.stream)
+    tokenizer = AutoTokenizer.from_pretrained(places.model(answered.task.model))
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        learned = labels != IGNORED
+        assert tokenizer.decode(ids[~learned]).startswith("Q : the")
+        text = tokenizer.decode(ids[learned])
+        assert text.endswith("2</s>") or text.endswith("2 </s>")
+        assert "Q" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "kept"),
+    [
+        ("grade_school", {"type": "GSM_SV", "answer": "a\nThe answer is: 2"}, "a"),
+        ("grade_school", {"type": "MATH_SV", "answer": "a"}, None),
+        ("first_code_block", {"answer": "x ```a``` y ```b```"}, "x ```a```"),
+        ("first_code_block", {"answer": "x ```a"}, "x ```a```"),
+        ("first_code_block", {"answer": "x"}, None),
+        ("no_refusals", {"answer": "As an AI, no"}, None),
+        ("no_refusals", {"answer": "yes"}, "yes"),
+    ],
+)
+def test_rows_are_cleaned_as_the_papers_authors_do(name: str, row: dict[str, str], kept: str | None) -> None:
+    found = CLEANERS[name](row)
+    assert (None if found is None else found["answer"]) == kept
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(answered: Cell, places: Sources) -> None:
+    gradients, losses = [], []
+    for parts in (1, 3):
+        settings = replace(answered.settings, parts=parts, dtype="float32")
+        problem = prepare(replace(answered, settings=settings), places)
+        batch = next(problem.stream)
+        batch["labels"][0, :-3] = IGNORED  # rows with unequal numbers of labels
+        model = problem.base.requires_grad_(True)
+        losses.append(step_losses(problem, model, batch, settings, "cpu"))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert len(divided(model, batch, parts)) == (1 if parts == 1 else 2)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora_ga"])
+def test_a_bfloat16_base_is_trained_in_float32(
+    method: str, answered: Cell, places: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def looked(model: Any, device: str) -> Any:
+        seen.append({p.dtype for p in model.parameters() if p.requires_grad})
+        return arithmetic(model, device)
+
+    monkeypatch.setattr("lora_ga.experiments.suites.training.arithmetic", looked)
+    cell = replace(answered, method=method, settings=replace(answered.settings, dtype="bfloat16", recompute=True))
+    record = run_cell(cell, Place(places))
+    assert record["status"] == "done", record.get("traceback")
+    assert seen[1] == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("written", {"words": ()}, "words must list what is written for each label"),
+        ("written", {"words": ["negative"]}, "glue:sst2:train: holds the label 1, but words has 1 entries"),
+        ("written", {"input": "{sentence}"}, "input names 'sentence' in braces; columns gives text"),
+        ("written", {"input": "sentence"}, "input is 'sentence'; it must hold one of text in braces"),
+        ("written", {"files": {}}, "files names nothing; it must name train and validation"),
+        ("written", {"columns": {"text": "words", "label": "label"}}, "row 0 has no column 'words' .for text."),
+        ("answered", {"clean": "all"}, "clean is 'all'; it must be one of grade_school, first_code_block"),
+        ("answered", {"files": {}}, "files names nothing; it must name train"),
+        ("answered", {"kind": "sums"}, "kind is 'sums'; the kinds are text, classes, seq2seq, instruct"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused(
+    kind: str, changes: dict[str, Any], message: str, places: Sources, request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(replace(request.getfixturevalue(kind).task, **changes), places)
+
+
+def test_too_few_rows_are_said(answered: Cell, places: Sources) -> None:
+    with pytest.raises(ValueError, match="0 rows are left, but 16 are put aside and a batch has 4. Give more rows"):
+        prepare(replace(answered, settings=replace(answered.settings, length=3)), places)
+
+
+def test_a_variants_digest_ignores_what_is_only_looked_at(written: Cell) -> None:
+    looked = replace(written, task=replace(written.task, fields={"model_type": "t5"}, choose="loss"))
+    assert looked.digest() == written.digest()
+    assert replace(written, task=replace(written.task, input="{text}")).digest() != written.digest()

@@ -1,0 +1,130 @@
+"""Every published suite from end to end at toy size: its plan, its runs, its records, its report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.hub import toy_suite
+from lora_ga.cli.main import main
+from lora_ga.experiments.pages.suites import TEXT, files, report
+from lora_ga.experiments.records.store import Store
+from lora_ga.experiments.suites.grid import run_grid
+from lora_ga.experiments.suites.run import Place
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import RECIPES, available, load_suite
+from lora_ga.experiments.tasks import check
+
+# Suite → the variants that run here (all methods run on all kinds of task elsewhere), and what the runs report.
+RUN = {
+    "ablation": (["lora", "γ=16", "samples 4", "γ=4096"], "loss"),
+    "glue-minilm": (["lora", "lora-ga γ=16"], "accuracy"),
+    "glue-t5": (["lora", "lora-ga γ=16"], "accuracy"),
+    "llama2-chat": (["lora", "lora-ga γ=16"], "mt_bench"),
+    "llama2-code": (["lora", "lora-ga γ=16"], "humaneval"),
+    "llama2-math": (["full", "lora", "lora-ga γ=16"], "gsm8k"),
+    "stories-shakespeare": (["lora", "lora-ga γ=16"], "loss"),
+}
+
+
+def test_every_published_suite_is_run_here() -> None:
+    assert set(RUN) == set(available())
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_published_suite_runs_from_end_to_end(
+    name: str, places: Sources, tmp_path: Path, bench: Any, harness: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, metric = RUN[name]
+    monkeypatch.setattr("lora_ga.experiments.suites.protocol.MOST_RATES", 3)  # a grid that does not grow
+    suite = load_suite(str(toy_suite(name, tmp_path, labels)))
+    with Store(tmp_path / "runs").locked() as store:
+        records = run_grid(suite, suite.lines(), store, Place(places), workers=0)
+    assert {record["status"] for record in records.values()} == {"done"}, [
+        record.get("traceback") for record in records.values()
+    ]
+    assert metric in next(record["metrics"]["report"] for record in records.values() if record["task"] in suite.tasks)
+    document = report(suite, Store(tmp_path / "runs").records())
+    assert not [notice for notice in document.notices if "have not run" in notice]
+    text = files(document)[TEXT].decode()
+    assert all(f"| {label} |" in text for label in labels)
+    assert ("The paper's protocol" in text) == (suite.paper_rate is not None)
+
+
+@pytest.mark.parametrize("page", sorted(RECIPES[0].glob("results/*/README.md")), ids=lambda page: page.parent.name)
+def test_a_published_page_is_drawn_from_the_published_records(page: Path) -> None:
+    records = Store(page.parents[1] / "store").records()
+    assert files(report(load_suite(page.parent.name), records))[TEXT].decode() == page.read_text()
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_plan_of_a_published_suite_needs_no_network(
+    name: str, places: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORA_GA_DATA", str(places.data))
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    path = toy_suite(name, tmp_path, RUN[name][0])
+    assert main(["reproduce", str(path), "--dry-run", "--store", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr().out
+    suite = load_suite(str(path))
+    for task, about in suite.tasks.items():
+        line = next(line for line in shown.splitlines() if line.startswith(f"{task}: "))
+        assert about.model in line
+        assert all(column in line for column in about.columns.values())
+        assert ("not looked at" in line) == about.model.startswith("hub:")
+    assert "core-hours" in shown
+    assert not (tmp_path / "runs").exists()
+    assert main(["reproduce", str(path), "--dry-run", "--hub", str(places.hub)]) == 0
+    assert "not looked at" not in capsys.readouterr().out
+
+
+def test_the_plan_counts_both_protocols_and_the_seeds_that_follow(
+    places: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORA_GA_DATA", str(places.data))
+    path = toy_suite("llama2-math", tmp_path, ["lora", "full"], seeds=3)
+    assert main(["reproduce", str(path), "--dry-run", "--store", str(tmp_path / "runs")]) == 0
+    # For each of the two: three rates, the paper's with three seeds, two more seeds at the best.
+    assert "16 cells left" in capsys.readouterr().out
+
+
+def test_a_local_copy_that_is_another_model_is_refused(places: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_GA_DEBUG", "1")
+    monkeypatch.setenv("LORA_GA_DATA", str(places.data))
+    with pytest.raises(ValueError, match="google-t5/t5-base: d_model is 16, but fields says 768. Give that model"):
+        main(["reproduce", "glue-t5", "--dry-run", "--hub", str(places.hub)])
+
+
+def test_a_hub_that_cannot_be_reached_is_said_with_the_way_round_it(
+    places: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_GA_DEBUG", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = toy_suite("glue-t5", tmp_path, ["lora"])
+    message = (
+        "hub:google-t5/t5-base: its config.json could not be loaded .*"
+        r"`hf download google-t5/t5-base --local-dir DIR/google-t5/t5-base`\) and say --hub DIR"
+    )
+    with pytest.raises(ValueError, match=f"(?s)tasks.mnli: {message}"):
+        main(["reproduce", str(path), "--store", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
+    message = (
+        "(?s)hub:nyu-mll/nothing:sst2:train: could not be loaded on the hub .*"
+        "hf download nyu-mll/nothing --repo-type dataset --local-dir"
+    )
+    with pytest.raises(ValueError, match=message):
+        Sources(hub=places.hub).rows("hub:nyu-mll/nothing:sst2:train")
+    with pytest.raises(ValueError, match="--hub nowhere: there is no such folder"):
+        main(["reproduce", str(path), "--hub", "nowhere"])
+
+
+def test_rows_for_a_new_head_may_come_from_the_hub_and_a_plan_does_not_ask_it(places: Sources, tmp_path: Path) -> None:
+    task = load_suite(str(toy_suite("glue-minilm", tmp_path, ["lora"]))).tasks["sst2"]
+    files = {"train": "hub:nyu-mll/glue:sst2:train", "validation": "hub:nyu-mll/glue:sst2:validation"}
+    task = replace(task, files=files, columns={"text": "sentence", "label": "label"})
+    found = check(task, replace(places, hub=None, reach=False))
+    assert [each.endswith("(columns sentence, label; not looked at)") for each in found] == [False, True, True]
+    assert "64 rows; columns sentence, label" in check(task, places)[1]

@@ -1,0 +1,257 @@
+"""Reports: what the tables say of known records, and that equal records give equal files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_ga.cli.main import main
+from lora_ga.experiments.comparison.suites import PAPER, Result, race, results, series
+from lora_ga.experiments.pages.figures import batches, rates_figure, report_figure
+from lora_ga.experiments.pages.suites import PAGE, TEXT, files, markdown, report
+from lora_ga.experiments.records.store import Store
+from lora_ga.experiments.suites.cell import Cell
+from lora_ga.experiments.suites.protocol import missing
+from lora_ga.experiments.suites.run import Place, about
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import Suite, Variant, load_suite
+from lora_ga.experiments.tables.suites import race_text
+
+STEPS = 40
+BEST = {"full": 0.001, "lora": 0.00316}
+
+
+def record_of(cell: Cell, *, decay: float = 0.05, level: float = 1.0) -> dict[str, Any]:
+    """A run whose loss falls by `decay` a step, and is the better the closer its rate is to the method's best."""
+    distance = abs(math.log10(cell.learning_rate / BEST.get(cell.method, 0.001)))
+    losses = [level + math.exp(-decay * step) + 0.001 * cell.seed for step in range(STEPS)]
+    tune = {"loss": 1 + distance, "accuracy": 0.9 - 0.1 * distance}
+    shown = {"loss": 2 + distance + 0.1 * cell.seed, "accuracy": 0.8 - 0.1 * distance - 0.02 * cell.seed}
+    looks = [{"step": step, **shown} for step in (0, 20, 40)]
+    return about(cell, Place(Sources(), commit="abc1234")) | {
+        "status": "done",
+        "metrics": {"tune": tune, "report": shown},
+        "trained_parameters": 1234,
+        "peak_memory_mib": 500.0 + cell.seed,
+        "seconds": {"load": 1.0, "start": 2.0, "train": 8.0, "total": 11.0},
+        "curves": {"training": losses, "report": looks},
+        "date": "2026-01-02T03:04:05+00:00",
+    }
+
+
+Make = Callable[[Cell], dict[str, Any]]
+
+
+def complete(suite: Suite, make: Make = record_of) -> dict[str, dict[str, Any]]:
+    """The records of every cell."""
+    records: dict[str, dict[str, Any]] = {}
+    while cells := missing(suite, suite.lines(), records):
+        records |= {cell.digest(): make(cell) for cell in cells}
+    return records
+
+
+@pytest.fixture
+def suite(toy: Path) -> Suite:
+    """Two methods, and three that differ in one number."""
+    whole = load_suite(str(toy))
+    gammas = {
+        f"γ={value}": Variant("lora_ga", options={"stable_gamma": value}, rates=[-7, -6, -5]) for value in (4, 16, 64)
+    }
+    methods = {"full": Variant("full", rates=[-7, -6, -5]), "lora": Variant("lora", rates=[-6, -5, -4]), **gammas}
+    return replace(whole, methods=methods)
+
+
+def text_of(suite: Suite, records: dict[str, dict[str, Any]]) -> str:
+    return markdown(report(suite, records))[TEXT].decode()
+
+
+def test_times_on_another_device_are_left_out(suite: Suite) -> None:
+    def slower(cell: Cell) -> dict[str, Any]:
+        record = record_of(cell)
+        if cell.method != "full" or cell.seed == 0:
+            return record
+        return record | {"device": "a slower one", "seconds": dict.fromkeys(record["seconds"], 99.0)}
+
+    text = text_of(suite, complete(suite, slower))
+    assert "each in one process, on cpu" in text
+    assert "; runs elsewhere are left out" in text
+    assert re.search(r"\| full \| 2(\.0+)? \| 8(\.0+)? \| 11(\.0+)? \|", text)
+    assert "99" not in text
+    assert "left out" not in text_of(suite, complete(suite))
+    begun = dict(list(complete(suite).items())[:1])
+    assert "each in one process. Memory" in text_of(suite, begun)
+
+
+def test_a_line_shows_mean_and_standard_error_of_the_reported_split_at_the_best_rate(suite: Suite) -> None:
+    text = text_of(suite, complete(suite))
+    # Seeds 0 and 1 have 2.0 and 2.1: mean 2.05, standard error 0.05. The tuning split says 1.
+    assert re.search(r"\| lora \| 0.00316 \| (\*\*)?2\.050 ± 0\.050(\*\*)? \| 2 of 2 \| 1 ± 0 \|", text)
+    assert re.search(r"\| full \| \S*?2\.050 ± 0\.050 \(0.001\)\S* \| \S*?0\.790 ± 0\.010 \(0.001\)", text)
+    assert "| lora | 2 ± 0 | 8 ± 0 | 11 ± 0 | 25.0% | 501 | 1,234 |" in text
+    assert "Not complete" not in text
+
+
+def test_the_race_counts_steps_to_loras_final_loss_on_the_same_seed(suite: Suite) -> None:
+    def twice_as_fast(cell: Cell) -> dict[str, Any]:
+        return record_of(cell, decay=0.1 if cell.method == "full" else 0.05)
+
+    by_label = {each.label: each for each in results(suite, complete(suite, twice_as_fast)) if each.task == "text"}
+    found = race(by_label["full"], by_label["lora"])
+    assert found is not None
+    assert list(found.reference) == [STEPS, STEPS]
+    # A mean over 10 steps of exp(-0.05 t) that ends at step 40 is as low as that of exp(-0.1 t) which ends at 24.
+    assert list(found.steps) == [24, 24]
+    assert found.ratio == pytest.approx(0.6)
+    assert race(by_label["lora"], by_label["lora"]).ratio == 1.0  # type: ignore[union-attr]
+
+
+def test_a_seed_that_never_gets_there_is_said_and_not_averaged_away(suite: Suite) -> None:
+    def late(cell: Cell) -> dict[str, Any]:
+        return record_of(cell, level=1.1 if cell.method == "full" and cell.seed == 1 else 1.0)
+
+    by_label = {each.label: each for each in results(suite, complete(suite, late)) if each.task == "text"}
+    found = race(by_label["full"], by_label["lora"])
+    assert found is not None
+    assert found.ratio is None
+    assert race_text(found) == ["never in 1 of 2 seeds", "–"]
+    never = complete(suite, lambda cell: record_of(cell, level=1.1 if cell.method == "full" else 1.0))
+    assert "| never | never |" in text_of(suite, never)
+
+
+def test_an_incomplete_grid_is_drawn_and_says_what_is_missing(suite: Suite) -> None:
+    whole = complete(suite)
+    part = {
+        digest: record
+        for digest, record in whole.items()
+        if record["task"] == "text"
+        and record["label"] == "lora"
+        and (record["seed"], record["learning_rate"]) != (1, 0.00316)
+    }
+    document = report(suite, part)
+    assert re.search(
+        r"Not complete: at least \d+ cells have not run: .*text/full \(4\), text/lora \(1\)", document.notices[0]
+    )
+    assert document.notices[1] == "Not begun: classes."
+    text = markdown(document)[TEXT].decode()
+    assert "| lora | 0.00316 | **2** | 1 of 2 |" in text
+    assert "| full | – | – | 0 of 2 |" in text
+    assert "## classes" not in text
+
+
+def test_cells_that_diverged_or_failed_are_named(suite: Suite) -> None:
+    def broken(cell: Cell) -> dict[str, Any]:
+        record = record_of(cell)
+        if cell.method == "lora" and cell.learning_rate > 0.005:
+            record |= {"status": "diverged", "reason": "the training loss is nan at step 3"}
+        return record
+
+    notices = report(suite, complete(suite, broken)).notices
+    assert "text/lora lr 0.01 seed 0 diverged: the training loss is nan at step 3." in notices
+
+
+def test_a_best_rate_at_the_edge_is_said(suite: Suite) -> None:
+    def ever_better(cell: Cell) -> dict[str, Any]:
+        record = record_of(cell)
+        record["metrics"]["tune"] = {"loss": -cell.learning_rate, "accuracy": cell.learning_rate}
+        return record
+
+    only = replace(suite, methods={"lora": suite.methods["lora"]})
+    document = report(only, complete(only, ever_better))
+    assert "The best rate lies at the edge of what was tried: text/lora, classes/lora." in document.notices
+    assert "(edge)" in markdown(document)[TEXT].decode()
+
+
+def test_both_protocols_are_shown_where_the_suite_has_both(suite: Suite) -> None:
+    paper = replace(suite, paper_rate=2e-5)
+    records = complete(paper)
+    text = text_of(paper, records)
+    assert "## Every method at its own best rate" in text
+    assert "## The paper's protocol: one rate for all" in text
+    by_line: dict[str, Result] = {each.label: each for each in results(paper, records, PAPER) if each.task == "text"}
+    assert {each.rate for each in by_line.values()} == {2e-5}
+    assert by_line["full"].values("loss") == pytest.approx([2 + math.log10(50), 2.1 + math.log10(50)])
+
+
+def test_a_number_that_is_varied_three_times_makes_a_series(suite: Suite) -> None:
+    twice = {"lora": suite.methods["lora"], "rank 4": Variant("lora", settings={"rank": 4}, rates=[-6])}
+    assert series(replace(suite, methods=twice)) == []
+    (found,) = series(suite)
+    assert (found.name, list(found.labels.values())) == ("stable_gamma", ["γ=4", "γ=16", "γ=64"])
+    assert "tuned-text-stable-gamma.png" in files(report(suite, complete(suite)))
+
+
+def test_equal_records_give_equal_files_whatever_their_order(suite: Suite) -> None:
+    records = complete(suite)
+    backwards = dict(reversed(list(records.items())))
+    foreign = {"f" * 12: {"status": "done"}}  # of another suite in the same store
+    assert files(report(suite, records)) == files(report(suite, backwards | foreign))
+
+
+def test_the_page_holds_everything_and_fetches_nothing(suite: Suite) -> None:
+    made = files(report(suite, complete(suite)))
+    page = made[PAGE].decode()
+    assert page.count("<svg") == len([name for name in made if name.endswith(".png")]) >= 4
+    assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!#)", page)
+    assert "**" not in page
+    text = made[TEXT].decode()
+    assert set(re.findall(r"\]\((.*?)\)", text)) == {name for name in made if name.endswith(".png")}
+
+
+def test_the_command_writes_a_report_and_replaces_none_unasked(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORA_GA_DEBUG", "1")
+    suite, store, folder = load_suite(str(toy)), tmp_path / "runs", tmp_path / "page"
+    command = ["report", str(toy), "--store", str(store), "--output", str(folder)]
+    with pytest.raises(ValueError, match="runs: there is no such store. Name the folder"):
+        main(command)
+    with Store(store).locked():
+        pass
+    with pytest.raises(ValueError, match="toy: none of its cells is in this store. Run `lora-ga reproduce toy` first"):
+        main(command)
+    assert not folder.exists()
+    with Store(store).locked() as opened:
+        for cell in missing(suite, [("text", "lora")], {}):
+            opened.add(cell.file_stem(), record_of(cell))
+    assert main(command) == 0
+    assert {PAGE, TEXT} <= {path.name for path in folder.iterdir()}
+    assert "Not complete" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=f"{PAGE}: exists already"):
+        main(command)
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_a_store_of_another_version_is_refused_by_the_report(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_GA_DEBUG", "1")
+    (tmp_path / "store.json").write_text('{"schema": 0}')
+    with pytest.raises(ValueError, match="written in format 0, this version reads format 1"):
+        main(["report", str(toy), "--store", str(tmp_path), "--output", str(tmp_path / "page")])
+
+
+def test_a_loss_that_explodes_is_cut_off_and_an_accuracy_never(suite: Suite) -> None:
+    def wild(cell: Cell) -> dict[str, Any]:
+        record = record_of(cell)
+        for point, value in zip(record["curves"]["report"], (0.2, 0.5, 0.9), strict=True):
+            point |= {"accuracy": value, "loss": 1.0 if cell.method != "full" else 20 * value}
+        if cell.method == "full" and cell.learning_rate != 0.001:
+            record["metrics"] = {split: {"loss": 50.0, "accuracy": 0.1} for split in ("tune", "report")}
+        return record
+
+    found = results(suite, complete(suite, wild))
+    (group,) = batches([each for each in found if each.task == "text"])
+
+    def tops(figure: Any) -> list[float]:
+        return [axes.get_ylim()[1] for axes in figure.axes]
+
+    assert tops(report_figure("a", "loss", group)) == [2.0]
+    assert tops(report_figure("b", "accuracy", group))[0] > 0.9
+    assert tops(rates_figure("c", "loss", "loss", group))[0] == pytest.approx(4.0)  # both panels: twice the smaller 2
+    assert tops(rates_figure("d", "accuracy", "accuracy", group))[0] > 0.8
