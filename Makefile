@@ -1,9 +1,10 @@
-# `make demo` and `make test` need nothing but Python >= 3.10: they create their own environment in $(VENV).
+# `make demo` and `make test` need only Python >= 3.10. They create an environment in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
-# This very version, first: a bare "torch" would pull gigabytes of CUDA packages onto a machine that may have no GPU.
+# Installed first, in this version: without a version, "torch" would install gigabytes of CUDA packages on machines
+# that may have no GPU.
 TORCH ?= torch==2.13.0
-# And what of its requirements this environment has not got.
+# DeepSpeed, and those of its requirements that are not in the environment.
 DEEPSPEED ?= deepspeed==0.19.8 hjson py-cpuinfo einops msgpack ninja nvidia-ml-py
 BIN := $(VENV)/bin
 
@@ -21,7 +22,8 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-# DeepSpeed lies beside the environment, where no other test finds it; at its first use it builds a kernel, with g++.
+# DeepSpeed is installed in a folder of its own, so that no other test imports it. At its first use it builds a kernel
+# with g++.
 $(VENV)/zero3/.ready: $(VENV)/.ready
 	$(BIN)/pip install --quiet setuptools wheel
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --target $(VENV)/zero3 --upgrade $(DEEPSPEED)

@@ -1,7 +1,7 @@
-"""A bare Accelerate loop that starts its adapter by LoRA-GA and goes on from its last checkpoint.
+"""A plain Accelerate loop that initialises its adapter with LoRA-GA and resumes from its last checkpoint.
 
-`python examples/accelerate_loop.py FOLDER` trains a random two-layer Llama on random tokens; a second call with the
-same folder goes on from where the first ended. LoRA-GA's lines are marked.
+`python examples/accelerate_loop.py FOLDER` trains a random two-layer Llama on random tokens. A second call with the
+same folder continues from the end of the first. The lines for LoRA-GA are marked.
 """
 
 import sys
@@ -23,13 +23,13 @@ LORA = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", 
 
 
 def finetune(base: nn.Module, loader: Iterable[Any], folder: Path, epochs: int = 1, rate: float = 1e-2) -> list[float]:
-    """Train over the data, and leave the adapter and the loop's state in a folder.
+    """Train on the data, and save the adapter and the state of the loop in a folder.
 
     Args:
-        base: The model, returning a loss for each batch.
+        base: A model that returns a loss for each batch.
         loader: The batches.
-        folder: Where to write, and to go on from if it holds a checkpoint.
-        epochs: Passes over the data, beyond those of the checkpoint.
+        folder: The output folder. If it holds a checkpoint, training resumes from it.
+        epochs: Passes over the data, in addition to those of the checkpoint.
         rate: Learning rate of AdamW.
 
     Returns:
@@ -58,7 +58,7 @@ def finetune(base: nn.Module, loader: Iterable[Any], folder: Path, epochs: int =
 
 
 def main(folder: Path) -> None:
-    """Train, and say how the loss fell."""
+    """Train, and print the first and the last loss."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape))
@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids}).with_format("torch")
     loader: DataLoader[Any] = DataLoader(rows, batch_size=4, shuffle=True)
     losses = finetune(base, loader, folder)
-    print(f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}; {folder / 'adapter'}: the adapter")
+    print(f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}; adapter saved in {folder / 'adapter'}")
 
 
 if __name__ == "__main__":

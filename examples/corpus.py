@@ -1,9 +1,9 @@
-"""A text classification task from what every installation has: docstrings, to be sorted by the package they come from.
+"""A text classification task that needs no download: classify docstrings by the installed package they come from.
 
     python examples/corpus.py --output corpus
 
-Installed .py files are read and parsed, never imported or run. The packages' own names and aliases are taken out of the
-texts. Training and test rows come from different files, since docstrings of one file repeat each other.
+The .py files of the packages are parsed, never imported or run. The names and aliases of the packages are removed from
+the texts. Training and test rows come from different files, because the docstrings of one file repeat each other.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import TypedDict
 
 from lora_ga.files import write_atomically
 
-# Class -> its names in running text. All of them are taken out of all texts: what a text is not would be a hint too.
+# Class -> its names in a text. All names are removed from all texts: the name of another package would be a hint too.
 PACKAGES = {
     "matplotlib": ("matplotlib", "pyplot", "pylab", "plt", "mpl", "toolkits"),
     "networkx": ("networkx", "nx"),
@@ -34,33 +34,33 @@ PACKAGES = {
 
 
 def names_pattern(packages: Mapping[str, Iterable[str]]) -> re.Pattern[str]:
-    """Returns what matches the names as whole words, with the dot behind them (`np.` in `np.dot`)."""
+    """Returns a pattern for the names as whole words, with a dot that follows (`np.` in `np.dot`)."""
     names = "|".join(re.escape(name) for group in packages.values() for name in group)
     return re.compile(rf"(?<![a-z0-9])(?:{names})(?![a-z0-9])\.?", re.IGNORECASE)
 
 
 NAMES = names_pattern(PACKAGES)
-# Tests say little in their docstrings, and vendored code is another package's.
+# Folders that are skipped: tests have short docstrings, and vendored code belongs to another package.
 SKIPPED = {"tests", "test", "testing", "externals", "_external", "_vendor", "vendor", "array_api_compat", "_numpy"}
 SHORTEST, LONGEST = 80, 400  # characters
-PER_FILE = 5  # docstrings taken from one file, so that no single large file is a class
-TEST_SHARE = 5  # one test row for so many training rows
+PER_FILE = 5  # the most docstrings taken from one file, so that no large file dominates its class
+TEST_SHARE = 5  # training rows for each test row
 
 
 class Row(TypedDict):
-    """A text and the place of its class in the list of class names."""
+    """A text and the index of its class in the list of class names."""
 
     text: str
     label: int
 
 
 def docstring_rows(limit_per_class: int, seed: int) -> tuple[list[Row], list[Row], list[str]]:
-    """Makes the task; the same rows wherever the same versions of the packages are installed.
+    """Makes the task. The same versions of the packages give the same rows.
 
     Args:
-        limit_per_class: training rows for each class; there are a fifth as many test rows. Where a package has fewer,
-            every class is cut to the same size.
-        seed: of the choice of files and of the order of the rows.
+        limit_per_class: The number of training rows for each class. There are a fifth as many test rows. If a package
+            has fewer, every class is cut to that size.
+        seed: The seed for the choice of files and the order of the rows.
 
     Returns:
         Training rows, test rows, class names.
@@ -73,7 +73,7 @@ def docstring_rows(limit_per_class: int, seed: int) -> tuple[list[Row], list[Row
         random.Random(f"{seed} {package}").shuffle(files)
         texts: tuple[list[str], list[str]] = [], []
         for file in files:
-            # Whole files go to the test rows until these are enough, the rest to the training rows.
+            # Files go to the test rows until there are enough of these, and then to the training rows.
             place, wanted = (0, wanted_test) if len(texts[0]) < wanted_test else (1, limit_per_class)
             texts[place].extend(fresh_texts(file, seen)[: wanted - len(texts[place])])
             if len(texts[1]) == limit_per_class:
@@ -84,16 +84,16 @@ def docstring_rows(limit_per_class: int, seed: int) -> tuple[list[Row], list[Row
 
 
 def source_files(package: str) -> list[Path]:
-    """Finds the package without importing it.
+    """Finds the files of a package without importing it.
 
     Args:
-        package: its name, a key of `PACKAGES`.
+        package: The name of the package, a key of `PACKAGES`.
 
     Returns:
         Its .py files, in an order that does not depend on the file system.
 
     Raises:
-        RuntimeError: it is not installed.
+        RuntimeError: The package is not installed.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -109,11 +109,11 @@ def fresh_texts(file: Path, seen: set[str]) -> list[str]:
     """Reads up to `PER_FILE` docstrings.
 
     Args:
-        file: a .py file; one that does not parse has none.
-        seen: the beginnings of all texts so far, to which those of this file are added.
+        file: A .py file. A file that does not parse has no docstrings.
+        seen: The beginnings of all texts so far. Those of this file are added.
 
     Returns:
-        The cleaned texts whose beginnings are new.
+        The cleaned texts whose beginnings are not in `seen`.
     """
     texts = []
     for docstring in docstrings(file):
@@ -131,13 +131,13 @@ def docstrings(file: Path) -> Iterator[str]:
     """Parses a file.
 
     Args:
-        file: a .py file.
+        file: A .py file.
 
     Yields:
-        The docstrings of its functions, classes and methods, in their order.
+        The docstrings of its functions, classes and methods.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escape sequences in other people's strings
+        warnings.simplefilter("ignore")  # invalid escape sequences in the strings of these files
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError):
@@ -153,7 +153,7 @@ def cleaned(docstring: str) -> str:
 
 
 def balanced(classes: list[list[str]], seed: int) -> list[Row]:
-    """Returns as many rows of every class as the smallest has, in random order."""
+    """Returns the same number of rows for every class, that of the smallest, in random order."""
     size = min(map(len, classes))
     rows = [Row(text=text, label=label) for label, texts in enumerate(classes) for text in texts[:size]]
     random.Random(seed).shuffle(rows)
@@ -161,16 +161,16 @@ def balanced(classes: list[list[str]], seed: int) -> list[Row]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    """Writes one JSON object a line; the file is there whole or not at all."""
+    """Writes one JSON object a line, atomically."""
     write_atomically(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode())
 
 
 def main() -> None:
-    """Writes train.jsonl and test.jsonl, and prints counts and examples."""
+    """Writes train.jsonl and test.jsonl, and prints the number of rows and an example of each class."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and test.jsonl")
     parser.add_argument("--limit_per_class", type=int, default=300, help="training rows for each class (default: 300)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of files (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of files (default: 0)")
     arguments = parser.parse_args()
     train, test, classes = docstring_rows(arguments.limit_per_class, arguments.seed)
     for name, rows in (("train", train), ("test", test)):

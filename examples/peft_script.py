@@ -2,9 +2,9 @@
 
     python examples/peft_script.py --model MODEL --train_file notes.txt --output_dir out
 
-The rest is what one would write for PEFT 0.21: a configuration with `init_lora_weights="lora_ga"`, a `train_step` that
-runs backward passes on the bare model, `preprocess_loraga`, `get_peft_model`, and any trainer. What changes: the
-formula is the paper's, the base model stays as it is, no weight needs a gradient, and the saved adapter is for the
+The rest is a script for PEFT 0.21: a configuration with `init_lora_weights="lora_ga"`, a `train_step` that runs
+backward passes on the base model, `preprocess_loraga`, `get_peft_model`, and any trainer. With the changed import the
+formula is the paper's, the base model does not change, no weight needs a gradient, and the saved adapter is for the
 original base.
 """
 
@@ -25,34 +25,34 @@ Batch = dict[str, Tensor]
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a causal language model: hub name or local folder")
-    parser.add_argument("--train_file", required=True, type=Path, help="plain text to continue")
+    parser.add_argument("--train_file", required=True, type=Path, help="a plain text file to train on")
     parser.add_argument("--output_dir", required=True, help="folder for the trained adapter")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="tokens of an example")
-    parser.add_argument("--estimate_batches", type=int, default=8, help="batches of 4 examples in the estimate")
+    parser.add_argument("--length", type=int, default=128, help="tokens per example")
+    parser.add_argument("--estimate_batches", type=int, default=8, help="batches of the estimate, of 4 examples each")
     parser.add_argument("--max_steps", type=int, default=100)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     return parser.parse_args(argv)
 
 
 def examples_of(tokenizer: Any, text: str, length: int) -> list[Batch]:
-    """The text in consecutive pieces of `length` tokens; what is left over is dropped."""
+    """Cut the text into consecutive pieces of `length` tokens; the rest is dropped."""
     ids = torch.tensor(tokenizer(text)["input_ids"])
     pieces = ids[: len(ids) // length * length].reshape(-1, length)
     return [{"input_ids": piece, "labels": piece} for piece in pieces]
 
 
 def estimate_batches(examples: Sequence[Batch], count: int, size: int = 4) -> list[Batch]:
-    """The first `count` batches."""
+    """The first `count` batches of `size` examples."""
     groups = [examples[start : start + size] for start in range(0, len(examples), size)][:count]
     return [{key: torch.stack([example[key] for example in group]) for key in group[0]} for group in groups]
 
 
 def adapt(model: nn.Module, batches: Sequence[Batch], rank: int) -> Any:
-    """The adapted model, as a script for PEFT makes it."""
+    """Add the adapter, as a script for PEFT does."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     Trainer(model=adapted, args=settings, train_dataset=examples).train()
     adapted.save_pretrained(chosen.output_dir)
-    print(f"{chosen.output_dir}: an adapter for the original {chosen.model}; load it with PeftModel.from_pretrained")
+    print(f"{chosen.output_dir}: adapter for the original {chosen.model}. Load it with PeftModel.from_pretrained.")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_processes_that_accelerate_leaves_alone_are_refused(tmp_path: Path) -> N
     alone = os.environ | {"WORLD_SIZE": "2"}
     shown = subprocess.run(argv, capture_output=True, text=True, env=alone, check=False)
     assert shown.returncode == 1
-    assert "2 processes were launched, but Accelerate found no accelerator and runs each alone" in shown.stderr
+    assert "2 processes were launched, but Accelerate found no accelerator and would run each alone" in shown.stderr
     assert list(tmp_path.iterdir()) == []
 
 

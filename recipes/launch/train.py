@@ -1,10 +1,10 @@
-"""Fine-tune with LoRA-GA in several processes, with the engine that Accelerate is told to use.
+"""Fine-tune with LoRA-GA in several processes: DDP, FSDP2 or ZeRO-3, as Accelerate's configuration file says.
 
 accelerate launch --config_file recipes/launch/ddp.yaml recipes/launch/train.py --output_dir runs/ddp
 accelerate launch --config_file recipes/launch/fsdp2.yaml recipes/launch/train.py --output_dir runs/fsdp2
 accelerate launch --config_file recipes/launch/zero3.yaml recipes/launch/train.py --output_dir runs/zero3
 
-Without --model a Llama of two layers with random weights is made, and without --text this file is what it learns.
+Without --model the script makes a Llama of two layers with random weights. Without --text it trains on this file.
 """
 
 import argparse
@@ -31,17 +31,17 @@ TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidd
 
 
 def pieces(text: str, model: str | None, length: int) -> Dataset:
-    """The text in pieces of one length, every token a label; without a model its bytes are the tokens."""
+    """Cut the text into pieces of one length; every token is a label. Without a model the tokens are bytes."""
     ids = list(text.encode()) if model is None else AutoTokenizer.from_pretrained(model)(text)["input_ids"]
     rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     return Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
 
 
 def main() -> None:
-    """Train, and save the adapter: a plain LoRA for the original base model."""
+    """Train, and save the adapter as a plain LoRA for the original base model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a causal language model, as a folder or a name on the hub")
-    parser.add_argument("--text", default=__file__, help="a text file to learn")
+    parser.add_argument("--text", default=__file__, help="a text file to train on")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--max_steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=32)
@@ -63,8 +63,8 @@ def main() -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != arguments.world_size:
         raise SystemExit(
-            f"{launched} processes were launched, but Accelerate found no accelerator and runs each alone. Without one "
-            "only recipes/launch/ddp.yaml works, with --cpu behind this script's name."
+            f"{launched} processes were launched, but Accelerate found no accelerator and would run each alone. "
+            "Without an accelerator only recipes/launch/ddp.yaml works: use it, with --cpu after the script."
         )
     set_seed(0)
     if options.model is None:
