@@ -41,6 +41,11 @@ def test_a_tolerance_needs_the_estimator_that_follows_directions() -> None:
             LoraGAConfig(tolerance=0.1, estimator=other)
 
 
+def test_an_estimate_keeps_twice_the_rank_and_the_oversampling() -> None:
+    assert LoraGAConfig(oversample=5).directions(8) == 21
+    assert LoraGAConfig(oversample=0).directions(3) == 6
+
+
 def test_settings_survive_the_way_to_plain_values_and_back() -> None:
     config = LoraGAConfig(direction="random", stable_gamma=64, max_batches=None, tolerance=0.01)
     assert LoraGAConfig.from_dict(config.to_dict()) == config

@@ -105,6 +105,17 @@ class LoraGAConfig:
                 'directions; it needs estimator="streaming".'
             )
 
+    def directions(self, rank: int) -> int:
+        """How many singular directions of a gradient an estimate keeps: the 2r that a start uses, and `oversample`.
+
+        Args:
+            rank: The adapter's rank r.
+
+        Returns:
+            2r + `oversample`.
+        """
+        return 2 * rank + self.oversample
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for records and files."""
         return dataclasses.asdict(self)
