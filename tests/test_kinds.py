@@ -21,6 +21,7 @@ from lora_ga import LoraGAConfig
 from lora_ga.layers import kinds
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, base_weights, kind_of
+from lora_ga.layers.linear import WeightLayout
 from lora_ga.layers.targets import find_targets
 from toys import adapted, causal, gpt2, llama, logits
 
@@ -112,8 +113,10 @@ def test_experts_without_a_token_start_as_plain_lora_with_one_warning_that_count
         a, b = target.layer.lora_A["default"], target.layer.lora_B["default"]
         assert isinstance(a, Factor)
         assert isinstance(b, Factor)
-        a_PrI, b_POr = (form(f.start, 4) for form, f in ((target.form.unstack_a, a), (target.form.unstack_b, b)))
-        assert torch.equal(a_PrI[3], target.form.unstack_a(before[name], 4)[3])
+        a_PrI, b_POr = (
+            unstack(f.start, 4) for unstack, f in ((target.layout.unstack_a, a), (target.layout.unstack_b, b))
+        )
+        assert torch.equal(a_PrI[3], target.layout.unstack_a(before[name], 4)[3])
         assert not b_POr[3].any()
         assert all(b_POr[part].any() for part in range(3))
         assert set(target.keys) & set(estimate) == set(target.keys[:3])
@@ -150,7 +153,7 @@ def test_every_experts_first_step_follows_its_best_rank_2r_gradient() -> None:
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
     ratios = []
     for name, target in targets.items():
-        change = target.form.matrices(target.layer, before[name] - target.layer.get_delta_weight("default"))
+        change = target.layout.matrices(target.layer, before[name] - target.layer.get_delta_weight("default"))
         for key, step in zip(target.keys, change, strict=True):
             if key in dense:
                 g = (dense[key].U * dense[key].S) @ dense[key].V.mT
@@ -213,8 +216,8 @@ def test_the_scale_by_the_weight_reads_a_quantised_one() -> None:
 def test_a_kind_that_was_never_run_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     untried = tuple(dataclasses.replace(kind, ran=False) for kind in KINDS)
     monkeypatch.setattr(kinds, "KINDS", untried)
-    kinds.say_never_run.cache_clear()
-    with pytest.warns(UserWarning, match="^Linear is a kind of layer that LoRA-GA knows and has never been run on"):
+    kinds.warn_never_run.cache_clear()
+    with pytest.warns(UserWarning, match="^Linear is a kind of layer that LoRA-GA supports but has never been run on"):
         lora_ga.initialize(adapted(llama()), causal())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -231,6 +234,29 @@ def test_a_dilated_convolution_is_refused() -> None:
     model = adapted(nn.Sequential(nn.Conv2d(3, 16, 3, dilation=2)), ["0"])
     with pytest.raises(ValueError, match="0 is a dilated convolution, which PEFT adapts by one without dilation"):
         lora_ga.initialize(model, [])
+
+
+class Refusing(WeightLayout):
+    """A layout as a new file of a new kind would define it."""
+
+    def why_not_aligned(self, layer: Any, adapter_name: str) -> str | None:
+        return None if layer.in_features == 64 else f"has {layer.in_features} inputs"
+
+    def why_not_shifted(self, layer: Any) -> str | None:
+        return "a weight of this kind"
+
+
+def test_a_new_row_is_all_it_takes_to_refuse_layers_of_a_new_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace(
+        next(kind for kind in KINDS if kind.base == "torch.nn.modules.linear.Linear" and not kind.read),
+        layout=Refusing(),
+    )
+    monkeypatch.setattr(kinds, "KINDS", (row, *KINDS))
+    with pytest.raises(ValueError, match="mlp.down_proj has 128 inputs"):
+        find_targets(adapted(wide_llama(), ["q_proj", "down_proj"]))
+    model = adapted(wide_llama(), ["q_proj"])
+    with pytest.raises(ValueError, match='q_proj: offset="base" cannot change a weight of this kind; use offset="adap'):
+        lora_ga.initialize(model, causal(), LoraGAConfig(offset="base"))
 
 
 def test_an_embedding_beside_another_adapter_keeps_both(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def oracle(case: Case, model: PeftModel, batch: Any) -> dict[str, Tensor]:
     loss = loss_of(case, whole, batch)
     found = torch.autograd.grad(loss, list(tied.values()))
     return {
-        name: target.form.matrices(target.layer, gradient)
+        name: target.layout.matrices(target.layer, gradient)
         for (name, target), gradient in zip(targets.items(), found, strict=True)
     }
 

@@ -20,7 +20,6 @@ from lora_ga.distributed.sharding import sharded, whole
 from lora_ga.files import fingerprint
 from lora_ga.gradients.coverage import settle_missing, warn_silent
 from lora_ga.gradients.result import GradientEstimate
-from lora_ga.layers.convolution import CONVOLUTION
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import base_weights, entries, kind_of, weight_of
 from lora_ga.layers.targets import PREFIX, Target, find_targets
@@ -141,10 +140,10 @@ def _starts(
             )
             starts.append(split(estimate[key], described))
         else:
-            a = target.form.unstack_a(whole(plain_A.detach()), target.parts)[part]
+            a = target.layout.unstack_a(whole(plain_A.detach()), target.parts)[part]
             starts.append((a.float(), a.new_zeros(target.outputs, target.rank, dtype=torch.float32)))
     a_PrI, b_POr = (torch.stack([start[side].cpu() for start in starts]) for side in (0, 1))
-    return a_PrI.flatten(0, 1).reshape(plain_A.shape), target.form.stack_b(b_POr).reshape(plain_B.shape)
+    return a_PrI.flatten(0, 1).reshape(plain_A.shape), target.layout.stack_b(b_POr).reshape(plain_B.shape)
 
 
 def on_meta(target: Target, adapter_name: str) -> bool:
@@ -201,12 +200,9 @@ def _check_base_can_change(model: PeftModel, targets: dict[str, Target], adapter
             raise ValueError(
                 f'{name}: offset="base" cannot change a quantised weight ({type(base).__name__}); use offset="adapter".'
             )
-        if target.form is CONVOLUTION and target.parts > 1:
-            raise ValueError(
-                f'{name}: offset="base" cannot change a grouped convolution, whose adapter reaches across the groups; '
-                'use offset="adapter".'
-            )
-        weight = getattr(base, getattr(target.layer, "parameter_name", "weight"))
+        if reason := target.layout.why_not_shifted(target.layer):
+            raise ValueError(f'{name}: offset="base" cannot change {reason}; use offset="adapter".')
+        weight = getattr(base, target.layout.parameter_name(target.layer))
         if sharded(weight):
             raise ValueError(
                 f'{name}: offset="base" cannot change a sharded weight; use offset="adapter", or call this before '

@@ -29,7 +29,7 @@ from lora_ga.gradients.isolation import place_of
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.embedding import FactorTable
 from lora_ga.layers.factors import FACTORS, Delta, Factor, follow
-from lora_ga.layers.kinds import base_weights, entries, form_of, weight_of
+from lora_ga.layers.kinds import base_weights, entries, layout_of, weight_of
 from lora_ga.layers.targets import SHIFTED_BASES, Target, find_targets
 
 
@@ -124,7 +124,7 @@ def make_factors(
     Raises:
         ValueError: DeepSpeed ZeRO-3 has taken the parameters apart already.
     """
-    form, made = form_of(layer), []
+    layout, made = layout_of(layer), []
     for side, (entry, kind) in enumerate(zip(entries(layer, adapter_name), FACTORS[offset], strict=True)):
         old: Any = weight_of(entry)
         parameter, start = old, old
@@ -142,7 +142,7 @@ def make_factors(
             parameter = nn.Parameter(placed_like(zeros, old, start.device), old.requires_grad)
         start = whole(start)
         bias = getattr(entry, "bias", None)
-        factor = kind(start, parameter, bias, rank=rank, parts=form.parts(layer), compute=form.compute(entry))
+        factor = kind(start, parameter, bias, rank=rank, parts=layout.parts(layer), compute=layout.compute(entry))
         follow(factor, layer.get_base_layer())
         with torch.no_grad():
             factor.set_delta(torch.zeros_like(factor.start))
@@ -240,10 +240,10 @@ def shift_base(layer: LoraLayer, a: Tensor, b: Tensor, scaling: float) -> None:
         scaling: s.
     """
     SHIFTED_BASES.add(layer.get_base_layer())
-    form, weight_POI = form_of(layer), base_weights(layer)
+    layout, weight_POI = layout_of(layer), base_weights(layer)
     wide = torch.promote_types(weight_POI.dtype, torch.float32)
-    a_PrI = form.unstack_a(a.to(weight_POI.device, wide), len(weight_POI))
-    b_POr = form.unstack_b(b.to(weight_POI.device, wide), len(weight_POI))
+    a_PrI = layout.unstack_a(a.to(weight_POI.device, wide), len(weight_POI))
+    b_POr = layout.unstack_b(b.to(weight_POI.device, wide), len(weight_POI))
     weight_POI.copy_(weight_POI.to(wide) - scaling * (b_POr @ a_PrI))
 
 

@@ -29,7 +29,7 @@ def missing(targets: Mapping[str, Target], progress: Progress, factors: Mapping[
         if target.too_small:
             reasons[name] = target.too_small
         elif name not in progress.ran:
-            probed = ", and an adapter in its place got no gradient" if target.form.probed else ""
+            probed = ", and an adapter in its place got no gradient" if target.layout.probed else ""
             reasons[name] = f"never ran in {progress.batches} batches{probed}"
         elif name not in progress.got_gradient or (not found and target.parts == 1):
             reasons[name] = "ran, but got no gradient (is its output used by the loss?)"
@@ -100,7 +100,7 @@ def refuse_unprobed(targets: Mapping[str, Target], checkpoint: object, *, sharde
             f'estimator="probe" keeps no running state, but a checkpoint was asked for ({checkpoint}). Leave it out, '
             'or use estimator="streaming", which probes the layers that it cannot hear otherwise.'
         )
-    others = [name for name, target in targets.items() if not target.form.probed]
+    others = [name for name, target in targets.items() if not target.layout.probed]
     if others:
         kind = type(targets[others[0]].layer.get_base_layer()).__name__
         more = f" ({len(others) - 1} more layers like this)" if len(others) > 1 else ""

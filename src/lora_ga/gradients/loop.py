@@ -24,7 +24,6 @@ from lora_ga.gradients.hooks import Heard, Sink, record, record_weights
 from lora_ga.gradients.isolation import place_of
 from lora_ga.gradients.loss import counted_labels
 from lora_ga.gradients.probe import probe
-from lora_ga.layers.experts import EXPERTS
 from lora_ga.layers.targets import Target
 from lora_ga.linalg.accumulator import Accumulator
 from lora_ga.linalg.low_rank import LowRank, packed, unpacked
@@ -172,7 +171,7 @@ class Run:
         """The layers that have not called their hook, and can be probed."""
         if in_step(self.model):  # its passes are those of all processes
             return {}
-        return {name: target for name, target in self.targets.items() if name not in ran and target.form.probed}
+        return {name: target for name, target in self.targets.items() if name not in ran and target.layout.probed}
 
     def probe(self, adapter_name: str) -> None:
         """Listen through a probe to the layers that no process has seen, with the batches that were kept."""
@@ -205,11 +204,11 @@ class Run:
             if not self._settled(target) and not (apart and target.split is None)
         }
         rows = {name: target.rows for name, target in waiting.items()}
-        layers = {name: target.layer for name, target in waiting.items() if target.form is not EXPERTS}
+        layers = {name: target.layer for name, target in waiting.items() if not target.layout.gradient_from_parameter}
         owners = {
-            name: (target.layer.get_base_layer(), target.layer.parameter_name)
+            name: (target.layer.get_base_layer(), target.layout.parameter_name(target.layer))
             for name, target in waiting.items()
-            if target.form is EXPERTS
+            if target.layout.gradient_from_parameter
         }
         with record(layers, sink, rows) as heard, record_weights(owners, sink, rows, heard):
             yield heard

@@ -1,6 +1,6 @@
 """2-D convolutions, grouped ones included: how their inputs and output gradients become rows.
 
-Shapes: P parts, T tokens, I inputs, O outputs.
+Shapes: P parts, T places in the output, I inputs, O outputs, N images.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_ga.layers.linear import Form, Rows
+from lora_ga.layers.linear import Rows, WeightLayout
 
 
-class Convolution(Form):
-    """A 2-D convolution, (outputs, inputs, height, width); PEFT's A sees all inputs, its B the rank's own group."""
+class ConvolutionLayout(WeightLayout):
+    """The weight of a 2-D convolution, (outputs, inputs of a group, height, width); a part is a group.
+
+    PEFT's A is a convolution over all inputs, also of a grouped layer. Its B has the layer's groups.
+    """
 
     probed = False
 
@@ -24,35 +27,63 @@ class Convolution(Form):
         """The number of groups."""
         return layer.get_base_layer().groups
 
-    def shape(self, layer: Any) -> tuple[int, int]:
-        """(outputs of a group, inputs x height x width)."""
+    def part_shape(self, layer: Any) -> tuple[int, int]:
+        """(outputs of a group, all inputs x height x width): what the product of PEFT's factors spans."""
         base = layer.get_base_layer()
         return base.out_channels // base.groups, base.in_channels * base.kernel_size[0] * base.kernel_size[1]
 
-    def rank(self, layer: Any, rank: int) -> int:
-        """PEFT shares the rank out among the groups."""
+    def part_rank(self, layer: Any, rank: int) -> int:
+        """PEFT divides the rank among the groups."""
         return rank // layer.get_base_layer().groups
 
     def matrices(self, layer: Any, weight: Tensor) -> Tensor:
-        """The base weight as (P, O, I); of a grouped one, I are the inputs of the group only."""
+        """The base weight as (P, O, I); of a grouped one I counts the inputs of the group only."""
         return weight.flatten(1).unflatten(0, (layer.get_base_layer().groups, -1))
 
     def rows(self, layer: Any, x: Tensor, g: Tensor) -> Rows:
-        """A row for every place of the kernel: what PEFT's A sees there, which pads with zeros."""
+        """One row for each place in the output: the patch of the zero-padded input that PEFT's A reads there.
+
+        Args:
+            layer: PEFT's layer.
+            x: The input, (N, channels, height, width) or one image.
+            g: The gradient at the output, likewise.
+
+        Yields:
+            The number of a group, the patches (T, I) and the group's output gradients (T, O).
+        """
         base = layer.get_base_layer()
         batched, g = x if x.dim() == 4 else x[None], g if g.dim() == 4 else g[None]
         padding = base.padding
-        if isinstance(padding, str):  # "same" and "valid"; the first may be uneven
-            batched, padding = functional.pad(batched, base._reversed_padding_repeated_twice), 0
+        if isinstance(padding, str):  # "same" may pad one side by one more than the other, which unfold cannot
+            batched, padding = functional.pad(batched, _padding_by_side(base)), 0
         x_NIT = functional.unfold(batched, base.kernel_size, padding=padding, stride=base.stride)
         x_TI = x_NIT.mT.flatten(0, 1)
         for part, g_group in enumerate(g.flatten(2).chunk(base.groups, dim=1)):
             yield part, x_TI, g_group.mT.flatten(0, 1)
 
     def compute(self, factor: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        """A convolution with the factor's own stride, padding and groups."""
+        """A convolution with the factor's stride, padding and groups."""
         names = ("stride", "padding", "groups")
         return functools.partial(functional.conv2d, **{name: getattr(factor, name) for name in names})
 
+    def why_not_aligned(self, layer: Any, adapter_name: str) -> str | None:
+        """PEFT's factors are not dilated, so their product cannot follow a dilated convolution."""
+        if set(layer.get_base_layer().dilation) == {1}:
+            return None
+        return "is a dilated convolution, which PEFT adapts by one without dilation; leave it out"
 
-CONVOLUTION = Convolution()
+    def why_not_shifted(self, layer: Any) -> str | None:
+        """The product of PEFT's factors spans all inputs, the weight of a grouped convolution only a group's."""
+        return "a grouped convolution, whose adapter reaches across the groups" if self.parts(layer) > 1 else None
+
+
+def _padding_by_side(base: Any) -> list[int]:
+    """The padding that "same" or "valid" stands for: left, right, top, bottom."""
+    padding = []
+    for size in reversed(base.kernel_size):
+        total = size - 1 if base.padding == "same" else 0
+        padding += [total // 2, total - total // 2]
+    return padding
+
+
+CONVOLUTION = ConvolutionLayout()

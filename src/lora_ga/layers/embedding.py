@@ -1,4 +1,4 @@
-"""Embeddings: how ids and output gradients become rows, and where PEFT's parameters make room for factors.
+"""Embeddings: how ids and output gradients become rows, and how factors take the place of PEFT's parameters.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -12,30 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from lora_ga.layers.factors import Factor
-from lora_ga.layers.linear import Rows, Transposed
+from lora_ga.layers.linear import Rows, TransposedLayout
 
 
-class Lookup(Transposed):
-    """An embedding: (entries, width); an input is the number of a row, which stands for a unit vector."""
+class EmbeddingLayout(TransposedLayout):
+    """The weight of an embedding, (entries, width). Its input is an id, which stands for a unit vector."""
 
-    zero = "A"
     probed = False
+    zero_factor = "A"
+    factor_tables = ("lora_embedding_A", "lora_embedding_B")
 
-    def shape(self, layer: Any) -> tuple[int, int]:
+    def part_shape(self, layer: Any) -> tuple[int, int]:
         """(width, entries)."""
         base = layer.get_base_layer()
         return base.embedding_dim, base.num_embeddings
 
     def rows(self, layer: Any, x: Tensor, g: Tensor) -> Rows:
-        """One row for every entry that was looked up, with the sum of its gradients; none for padding."""
+        """One row for each entry that was looked up, with the sum of its gradients; none for padding.
+
+        Args:
+            layer: PEFT's layer.
+            x: The ids, of any shape.
+            g: The gradient at the output, (..., width).
+
+        Yields:
+            The number of the only part, unit vectors (T, I) and summed gradients (T, O).
+        """
         base = layer.get_base_layer()
         ids, g_TO = x.reshape(-1), g.reshape(-1, g.shape[-1])
         if base.padding_idx is not None:
             kept = ids != base.padding_idx
             ids, g_TO = ids[kept], g_TO[kept]
-        scale = getattr(
-            base, "embed_scale", None
-        )  # Gemma's embeddings, and PEFT's adapter of them, are multiplied by it
+        scale = getattr(base, "embed_scale", None)  # Gemma multiplies its embeddings, and PEFT their adapter, by it
         if scale is not None:
             g_TO = g_TO * scale
         found, position = torch.unique(ids, return_inverse=True)
@@ -45,14 +53,15 @@ class Lookup(Transposed):
         yield 0, unit_TI, summed_TO
 
 
-LOOKUP = Lookup()
+EMBEDDING = EmbeddingLayout()
 
 
 class FactorTable(nn.ParameterDict):
-    """PEFT's `lora_embedding_A` or `lora_embedding_B`, some of whose entries are factors.
+    """PEFT's `lora_embedding_A` or `lora_embedding_B`, in which entries may be factors.
 
-    Reading an entry gives the matrix PEFT computes with, which of a factor is the joined one. Going through all entries
-    gives the factors themselves, so that PEFT freezes and unfreezes what trains. Files keep PEFT's names.
+    `table[name]` returns the matrix that PEFT computes with: the joined matrix of a factor, or the parameter. `items()`
+    and `values()` return the factors themselves, so that PEFT freezes and unfreezes the parameters that train. State
+    dicts keep PEFT's names.
     """
 
     def entry(self, name: str) -> Any:

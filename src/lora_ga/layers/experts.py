@@ -1,4 +1,4 @@
-"""Fused experts: parameters without a layer of their own, adapted by `target_parameters`.
+"""Fused experts: parameters that are not the weight of a layer, adapted by `target_parameters`.
 
 Shapes: P parts, I inputs, O outputs, r the rank of a part.
 """
@@ -10,17 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ga.layers.linear import Form, Rows
+from lora_ga.layers.linear import Rows, WeightLayout
 
 
-class Experts(Form):
-    """A parameter of a module, adapted by `target_parameters`: (experts, ., .), or one (outputs, inputs) matrix."""
+class ExpertsLayout(WeightLayout):
+    """A parameter adapted by `target_parameters`: (experts, ., .) or one (outputs, inputs) matrix. A part is an expert.
 
+    The module that owns the parameter routes tokens, so its input and output do not show the parameter's gradient.
+    """
+
+    gradient_from_parameter = True
     probed = False
 
     def parts(self, layer: Any) -> int:
         """The number of experts."""
         return layer.num_experts
+
+    def parameter_name(self, layer: Any) -> str:
+        """The name that `target_parameters` gave."""
+        return layer.parameter_name
 
     def matrices(self, layer: Any, weight: Tensor) -> Tensor:
         """The base weight as (P, O, I)."""
@@ -29,18 +37,37 @@ class Experts(Form):
         return weight if layer._did_swap_in_out_features else weight.mT
 
     def rows(self, layer: Any, x: Tensor, g: Tensor) -> Rows:
-        """The parameter's gradient (`g`; `x` is not used), expert by expert, as G = 1ᵀ G; none where it is zero."""
+        """The parameter's gradient G of each expert, as G = 1ᵀ G: G as the inputs, the identity as output gradients.
+
+        Args:
+            layer: PEFT's layer.
+            x: Not used.
+            g: The gradient of the loss at the parameter.
+
+        Yields:
+            The number of an expert whose gradient is not zero, its gradient (O, I) and the identity (O, O).
+        """
         for part, g_OI in enumerate(self.matrices(layer, g)):
             if bool(g_OI.any()):
                 yield part, g_OI, torch.eye(len(g_OI), dtype=g.dtype, device=g.device)
 
     def stack_b(self, b_POr: Tensor) -> Tensor:
-        """PEFT counts the columns of B by rank first, then by expert."""
+        """PEFT orders the columns of B by rank first, then by expert."""
         return b_POr.movedim(0, 2).flatten(1)
 
     def unstack_b(self, b: Tensor, parts: int) -> Tensor:
         """PEFT's B as (P, O, r)."""
         return b.unflatten(1, (-1, parts)).movedim(2, 0)
 
+    def why_not_aligned(self, layer: Any, adapter_name: str) -> str | None:
+        """PEFT parametrises the weight once for each active adapter; the outer ones hide the gradient of the inner."""
+        others = [other for other in layer.active_adapters if other != adapter_name and other in layer.r]
+        if not others:
+            return None
+        return (
+            f"is a parameter adapted by other active adapters too ({', '.join(others)}), which hide its gradient; call "
+            f"model.set_adapter({adapter_name!r}) first"
+        )
 
-EXPERTS = Experts()
+
+EXPERTS = ExpertsLayout()

@@ -1,4 +1,4 @@
-"""The only table of layer kinds, and what a layer's kind says of its weight and its factors."""
+"""The table of layer kinds, and what is read from a LoRA layer by its kind: its base weight and its factors."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from lora_ga.layers.convolution import CONVOLUTION
-from lora_ga.layers.embedding import LOOKUP
+from lora_ga.layers.embedding import EMBEDDING
 from lora_ga.layers.experts import EXPERTS
-from lora_ga.layers.linear import LINEAR, TRANSPOSED, Form
+from lora_ga.layers.linear import LINEAR, TRANSPOSED, WeightLayout
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of layer. Classes are named, not imported: most come from optional packages.
+    """A kind of layer. Classes are named, not imported, since most come from optional packages.
 
     Attributes:
-        layer: PEFT's layer, below `peft.tuners.lora`.
-        base: What it wraps: this class or one derived from it.
-        form: How the weight is held.
-        read: Reads the weight of a quantised layer, as (d_out, d_in); None where the weight is plain numbers.
-        ready: Whether the weight has been quantised already.
-        ran: Whether this library's tests have run on such layers.
+        layer: PEFT's layer class, as a path below `peft.tuners.lora`.
+        base: The class of the base layer, or a base class of it.
+        layout: How the layer stores its weight.
+        read: Dequantises the weight of a base layer, as (d_out, d_in); None where the weight is not quantised.
+        ready: Whether a base layer's weight has been quantised already.
+        ran: Whether the tests of this library run such layers.
     """
 
     layer: str
     base: str
-    form: Form = LINEAR
+    layout: WeightLayout = LINEAR
     read: Callable[[Any], Tensor] | None = None
     ready: Callable[[Any], bool] = lambda base: True
     ran: bool = True
@@ -50,18 +50,16 @@ def _bytes_ready(base: Any) -> bool:
 
 @torch.no_grad()
 def _packed(base: Any) -> Tensor:
-    """What the layer makes of unit vectors, less the bias: its backends share no other way to read the weight."""
+    """The weight, as the layer's outputs for unit vectors less its bias: the only way that all its backends share."""
     device = base.qweight.device
     units_II = torch.eye(base.in_features, device=device)
     return (base(units_II) - base(torch.zeros_like(units_II[:1]))).mT
 
 
-READ, BITS_4, BITS_8 = (
-    dequantize_module_weight,
-    "bitsandbytes.nn.modules.Linear4bit",
-    "bitsandbytes.nn.modules.Linear8bitLt",
-)
-# The first row that fits counts. A new kind is a new row, with a test that its captured gradient is autograd's.
+READ = dequantize_module_weight
+BITS_4, BITS_8 = "bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt"
+# The first row that fits counts. A new kind is a new row, with a case in tests/cases.py. If the layer stores its weight
+# in a way of its own, the row names a new `WeightLayout`, in a file of its own.
 KINDS: tuple[Kind, ...] = (
     Kind("bnb.Linear4bit", BITS_4, read=READ, ready=_blocks_ready),
     Kind("bnb.Linear8bitLt", BITS_8, read=READ, ready=_bytes_ready),
@@ -76,7 +74,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("layer.Linear", "torch.nn.modules.linear.Linear"),
     Kind("layer.Linear", "transformers.pytorch_utils.Conv1D", TRANSPOSED),
     Kind("layer.Conv2d", "torch.nn.modules.conv.Conv2d", CONVOLUTION),
-    Kind("layer.Embedding", "torch.nn.modules.sparse.Embedding", LOOKUP),
+    Kind("layer.Embedding", "torch.nn.modules.sparse.Embedding", EMBEDDING),
     Kind("layer.ParamWrapper", "torch.nn.modules.module.Module", EXPERTS),
 )
 
@@ -86,21 +84,21 @@ def _named(kind: type, name: str) -> bool:
 
 
 def packs(module: nn.Module) -> bool:
-    """Whether a module changes its weight's layout when it is evaluated: bitsandbytes' 4-bit layers on some CPUs.
+    """Whether a module may repack its weight in evaluation mode, as bitsandbytes' 4-bit layers do on some CPUs.
 
-    In that layout they pass no gradient on, without an error, also when they are trained again.
+    A repacked layer passes no gradient to its input. It raises no error, and going back to training mode does not help.
 
     Args:
         module: A module.
 
     Returns:
-        Whether it is such a layer, on whatever device.
+        Whether it is such a layer, whatever its device.
     """
     return any(_named(ancestor, BITS_4) for ancestor in type(module).__mro__)
 
 
 def unpack(module: Any) -> None:
-    """Give a weight its usual layout back; the numbers stay the same."""
+    """Undo the repacking of a 4-bit weight; its values stay the same."""
     if packs(module) and getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
         module.state_dict()  # which unpacks the weight in place
 
@@ -114,10 +112,10 @@ def kind_of(layer: LoraLayer) -> Kind | None:
     return None
 
 
-def form_of(layer: LoraLayer) -> Form:
-    """How a LoRA layer holds its weight."""
+def layout_of(layer: LoraLayer) -> WeightLayout:
+    """How a LoRA layer stores its weight."""
     kind = kind_of(layer)
-    return LINEAR if kind is None else kind.form
+    return LINEAR if kind is None else kind.layout
 
 
 def base_weights(layer: LoraLayer) -> Tensor:
@@ -127,35 +125,34 @@ def base_weights(layer: LoraLayer) -> Tensor:
         layer: The layer.
 
     Returns:
-        (parts, d_out, d_in): a view of the weight, or of a quantised one a dequantised copy.
+        (parts, d_out, d_in): a view of the weight, or a dequantised copy of a quantised one.
     """
     kind, base = kind_of(layer), layer.get_base_layer()
     if kind is not None and kind.read is not None:
         unpack(base)
         return kind.read(base)[None]
-    return form_of(layer).matrices(layer, getattr(base, getattr(layer, "parameter_name", "weight")))
+    layout = layout_of(layer)
+    return layout.matrices(layer, getattr(base, layout.parameter_name(layer)))
 
 
 def entries(layer: LoraLayer, adapter_name: str) -> tuple[Any, Any]:
-    """A and B of an adapter in a layer: modules, or of an embedding parameters or `Factor`s."""
-    pair = (layer.lora_A, layer.lora_B)
-    if adapter_name in layer.lora_embedding_A:
-        pair = (layer.lora_embedding_A, layer.lora_embedding_B)
-    a, b = (dict(table.items())[adapter_name] for table in pair)
+    """The factors A and B of an adapter in a layer: modules, or in an embedding parameters or `Factor`s."""
+    # Not `table[adapter_name]`: of a factor in an embedding's table that is the joined matrix.
+    a, b = (dict(getattr(layer, table).items())[adapter_name] for table in layout_of(layer).factor_tables)
     return a, b
 
 
 def weight_of(entry: Any) -> Tensor:
-    """What PEFT computes with of one of `entries`: a module's weight, or the parameter itself."""
+    """The matrix that PEFT computes with, of one of `entries`: a module's weight, or the parameter itself."""
     weight: Tensor = getattr(entry, "weight", entry)
     return weight
 
 
 @functools.cache
-def say_never_run(kind: Kind) -> None:
-    """Say once that a kind of layer is known but was never tried."""
+def warn_never_run(kind: Kind) -> None:
+    """Warn once that no test has run a kind of layer."""
     warnings.warn(
-        f"{kind.layer.rpartition('.')[2]} is a kind of layer that LoRA-GA knows and has never been run on. Compare "
+        f"{kind.layer.rpartition('.')[2]} is a kind of layer that LoRA-GA supports but has never been run on. Compare "
         "a few gradients with autograd's before you trust the start, and report what you find.",
         UserWarning,
         stacklevel=4,

@@ -1,11 +1,10 @@
-"""Which layers of a PEFT model an adapter aligns, by name."""
+"""The layers of a PEFT model that an adapter aligns, by name, and why other layers are refused."""
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -13,17 +12,15 @@ from torch import Tensor, nn
 
 from lora_ga.distributed.sharding import gathered, whole
 from lora_ga.distributed.tensor_parallel import Split, in_fsdp, split_of, unfit
-from lora_ga.layers.convolution import CONVOLUTION
-from lora_ga.layers.experts import EXPERTS
 from lora_ga.layers.factors import Factor
-from lora_ga.layers.kinds import KINDS, Kind, entries, form_of, kind_of, say_never_run, weight_of
-from lora_ga.layers.linear import Form
+from lora_ga.layers.kinds import KINDS, entries, kind_of, layout_of, warn_never_run, weight_of
+from lora_ga.layers.linear import WeightLayout
 
 PREFIX = "base_model.model."
-# Base layers whose weight `offset="base"` has changed: the layer itself does not say so once the adapter is gone.
+# Base layers whose weight `offset="base"` has changed. Nothing on the layer shows it once the adapter is deleted.
 SHIFTED_BASES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-# Variants of LoRA that compute what the base does while the product of the factors is zero, and whose gradient by the
-# product is then that of the weight (PEFT's DoRA takes the norms as constants).
+# Variants of LoRA that can be aligned: while the product of the factors is zero the layer computes what its base layer
+# does, and the gradient by the product is that by the weight (PEFT's DoRA treats the norms as constants).
 VARIANTS = ("DoraLinearVariant", "DoraConv2dVariant")
 
 
@@ -32,19 +29,19 @@ class Target:
     """A LoRA layer to align.
 
     Attributes:
-        name: The module's path in the base model, the key of messages and files.
+        name: The module's path in the base model; messages and files name the layer by it.
         layer: PEFT's LoRA layer.
-        form: How the layer holds its weight.
-        parts: Matrices the weight consists of; more than 1 in grouped convolutions and fused experts.
+        layout: How the layer stores its weight.
+        parts: The number of matrices that the weight consists of; above 1 in grouped convolutions and fused experts.
         inputs: Inputs of one part, d_in.
         outputs: Outputs of one part, d_out.
         rank: The adapter's rank r in one part.
-        split: This process's part of the weight, where a tensor-parallel plan splits it.
+        split: This process's share of the weight, where a tensor-parallel plan splits it.
     """
 
     name: str
     layer: LoraLayer
-    form: Form
+    layout: WeightLayout
     parts: int
     inputs: int
     outputs: int
@@ -53,13 +50,21 @@ class Target:
 
     @property
     def keys(self) -> list[str]:
-        """The names of the parts in an estimate: the layer's own where there is one part."""
+        """The names of the parts in an estimate: the layer's name if there is one part."""
         return [self.name] if self.parts == 1 else [f"{self.name}[{part}]" for part in range(self.parts)]
 
     def rows(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """What the layer was called with and its output's gradient, as rows of its parts: (key, (T, I), (T, O))."""
+        """The gradient of each part as rows x (T, I) and g (T, O), with `G = gᵀ x`.
+
+        Args:
+            x: The layer's input.
+            g: The gradient of the loss at the layer's output, or at the parameter.
+
+        Yields:
+            The part's key, x and g.
+        """
         keys = self.keys
-        for part, x_TI, g_TO in self.form.rows(self.layer, x, g):
+        for part, x_TI, g_TO in self.layout.rows(self.layer, x, g):
             yield keys[part], *((x_TI, g_TO) if self.split is None else self.split.embedded(x_TI, g_TO))
 
     @property
@@ -75,7 +80,7 @@ class Target:
 
 
 def _lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
-    """The LoRA layers that hold the adapter.
+    """The LoRA layers that have the adapter.
 
     Returns:
         Module path → layer.
@@ -108,46 +113,35 @@ def _lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     return found
 
 
-def _unfit(name: str, layer: LoraLayer, kind: Kind, adapter_name: str) -> str | None:
-    """Why a layer of a known kind cannot be adapted as it stands; None if it can."""
-    base: Any = layer.get_base_layer()
-    if not kind.ready(base):
-        return (
-            f"{name} is a {type(base).__name__} whose weight has not been quantised yet (it is, at the first move to "
-            "its device): load the model with from_pretrained(..., quantization_config=...), or move it to its device"
-        )
-    if kind.form is CONVOLUTION and set(base.dilation) != {1}:
-        return f"{name} is a dilated convolution, which PEFT adapts by one without dilation; leave it out"
-    others = [other for other in layer.active_adapters if other != adapter_name and other in layer.r]
-    if kind.form is EXPERTS and others:
-        return (
-            f"{name} is a parameter adapted by other active adapters too ({', '.join(others)}), which hide its "
-            f"gradient; call model.set_adapter({adapter_name!r}) first"
-        )
-    return None
-
-
-def _refusal(name: str, layer: LoraLayer, adapter_name: str) -> str | None:
-    """Why a layer cannot be aligned whatever its gradient; None if it can."""
+def _why_not_aligned(name: str, layer: LoraLayer, adapter_name: str) -> str | None:
+    """Why a layer cannot be aligned, whatever its gradient is; None if it can."""
     variant = type(layer.lora_variant.get(adapter_name)).__name__
     if adapter_name in layer.lora_variant and variant not in VARIANTS:
         variant = variant.removesuffix("Variant")
         return f"{name} uses the LoRA variant {variant}, which is not supported; switch the variant off"
-    kind = kind_of(layer)
+    kind, base = kind_of(layer), layer.get_base_layer()
     if kind is None:
-        base = type(layer.get_base_layer()).__name__
-        known = ", ".join(dict.fromkeys(kind.base.rpartition(".")[2] for kind in KINDS if kind.form is not EXPERTS))
+        layers = (kind.base for kind in KINDS if not kind.layout.gradient_from_parameter)
+        known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in layers))
+        peft_name = f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}"
         return (
-            f"{name} is a {base} (PEFT: {type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}); known are "
-            f"{known}. Leave it out with LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
+            f"{name} is a {type(base).__name__} (PEFT: {peft_name}); known are {known}. Leave it out with "
+            f"LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
         )
-    if layer.get_base_layer() in SHIFTED_BASES and not isinstance(entries(layer, adapter_name)[0], Factor):
+    if base in SHIFTED_BASES and not isinstance(entries(layer, adapter_name)[0], Factor):
         return (
             f'{name} sits on a base weight that offset="base" has changed for another adapter; load the base model anew'
         )
     if layer.merged:
         return f"{name} has merged adapters ({', '.join(layer.merged_adapters)}); call model.unmerge_adapter() first"
-    return _unfit(name, layer, kind, adapter_name)
+    if not kind.ready(base):
+        return (
+            f"{name} is a {type(base).__name__} whose weight has not been quantised yet (the first move to a device "
+            "quantises it): load the model with from_pretrained(..., quantization_config=...), or move it "
+            "to its device"
+        )
+    reason = kind.layout.why_not_aligned(layer, adapter_name)
+    return None if reason is None else f"{name} {reason}"
 
 
 def find_targets(model: PeftModel, adapter_name: str = "default") -> dict[str, Target]:
@@ -168,7 +162,7 @@ def find_targets(model: PeftModel, adapter_name: str = "default") -> dict[str, T
     layers = _lora_layers(model, adapter_name)
     named, fsdp = {full.removeprefix(PREFIX): layer for full, layer in layers.items()}, in_fsdp(model)
     reasons = (
-        _refusal(name, layer, adapter_name) or unfit(name, layer.get_base_layer(), fsdp=fsdp)
+        _why_not_aligned(name, layer, adapter_name) or unfit(name, layer.get_base_layer(), fsdp=fsdp)
         for name, layer in named.items()
     )
     refusals = [reason for reason in reasons if reason]
@@ -178,24 +172,24 @@ def find_targets(model: PeftModel, adapter_name: str = "default") -> dict[str, T
     _check_fresh(named, adapter_name)
     for kind in {kind_of(layer) for layer in named.values()}:
         if kind is not None and not kind.ran:
-            say_never_run(kind)
+            warn_never_run(kind)
     return {name: _target(name, layer, adapter_name) for name, layer in named.items()}
 
 
 def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:
-    form, factor = form_of(layer), entries(layer, adapter_name)[0]
+    layout, factor = layout_of(layer), entries(layer, adapter_name)[0]
     split = split_of(layer.get_base_layer())
-    outputs, inputs = form.shape(layer) if split is None else split.shape
-    # The rank r that trains; a layer with LoRA-GA's structure computes with 2r.
+    outputs, inputs = layout.part_shape(layer) if split is None else split.shape
+    # The rank r that trains: PEFT's own entry is 2r in a layer whose factors are joined.
     rank = factor.rank if isinstance(factor, Factor) else layer.r[adapter_name]
-    return Target(name, layer, form, form.parts(layer), inputs, outputs, form.rank(layer, rank), split)
+    return Target(name, layer, layout, layout.parts(layer), inputs, outputs, layout.part_rank(layer, rank), split)
 
 
 def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     """Refuse an adapter that is aligned or trained already.
 
     Raises:
-        ValueError: It is, with the way to reset it.
+        ValueError: It is; the message says how to reset it.
     """
     reset = (
         f"Start from a fresh one: model.delete_adapter({adapter_name!r}), then "
@@ -204,11 +198,11 @@ def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     if any(layer.get_base_layer() in SHIFTED_BASES for layer in layers.values()):
         reset = 'Load the base model anew: offset="base" has changed its weights.'
     for name, layer in layers.items():
-        pair, letter = entries(layer, adapter_name), form_of(layer).zero
+        pair, letter = entries(layer, adapter_name), layout_of(layer).zero_factor
         entry = pair["AB".index(letter)]
         with gathered([factor.trainable for factor in [entry] if isinstance(factor, Factor)]):
             weight = whole(weight_of(entry))
-        if weight.is_meta or not bool(weight.any()):  # without values yet, plain, or a structure without a start
+        if weight.is_meta or not bool(weight.any()):  # without values yet, fresh, or prepared but not started
             continue
         if isinstance(pair[0], Factor):
             raise ValueError(f"Adapter {adapter_name!r} is already aligned (at {name}). {reset}")
