@@ -1,6 +1,7 @@
 """`lora-ga COMMAND ...`: finds the sub-command and turns what a user did wrong into one line and exit code 2."""
 
 import importlib
+import importlib.util
 import os
 import sys
 import warnings
@@ -18,6 +19,16 @@ COMMANDS = {
     "compare": "put finished runs side by side on one HTML page",
     "reproduce": "run a suite of experiments: every method at its own best learning rate",
     "report": "draw a suite's results from its records: tables, pictures, one HTML page",
+}
+
+# Module -> package: what the extra `cli` of pyproject.toml installs. A library-only installation lacks some of them.
+EXTRA = {
+    "datasets": "datasets",
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "yaml": "pyyaml",
+    "filelock": "filelock",
+    "jinja2": "jinja2",
 }
 
 _HELP = """\
@@ -53,7 +64,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _call(command: str, argv: list[str]) -> int:
-    """Runs one sub-command; its ValueError and OSError are the user's to mend, all else is a bug."""
+    """Runs one sub-command. Its ValueError and OSError are the user's to mend, all else is a bug."""
+    missing = [package for module, package in EXTRA.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return _refuse(
+            f"lora-ga {command}",
+            f"needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            'Run pip install "lora-ga[cli]", or in a checkout pip install -e ".[cli]".',
+        )
     debug = os.environ.get("LORA_GA_DEBUG", "") not in {"", "0"}
     # PEFT reads an attribute that Transformers 5.23 has renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
