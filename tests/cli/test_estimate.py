@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_ga
 from lora_ga.cli import tasks
-from lora_ga.cli.gradient import EstimateBatches, estimate_config
+from lora_ga.cli.gradient import EstimateBatches
 from lora_ga.cli.main import main
 from lora_ga.cli.options import DataOptions, EstimateOptions, ModelOptions
 
@@ -38,7 +38,7 @@ def test_file_holds_what_the_library_estimates(
     options = EstimateOptions(estimate_batches=3)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
     expected = lora_ga.estimate_gradients(
-        adapted, EstimateBatches(prepared.train, collate, options, 4, 3), estimate_config(options, 3)
+        adapted, EstimateBatches(prepared.train, collate, options, 4, 3), lora_ga.LoraGAConfig(max_batches=3, seed=3)
     )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name].U, expected[name].U) for name in found)

@@ -1,12 +1,13 @@
 """Options: their checks, and the configuration file under the command line."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from lora_ga.cli import train
+from lora_ga.cli.estimate import GROUPS
 from lora_ga.cli.options import (
     LEARNING_RATES,
     AdapterOptions,
@@ -17,7 +18,16 @@ from lora_ga.cli.options import (
     TargetOptions,
     TrainingOptions,
 )
-from lora_ga.cli.parsing import parse_with_config, read_mapping
+from lora_ga.cli.parsing import config_parser, parse_with_config, read_mapping
+from lora_ga.cli.settings import (
+    ELSEWHERE,
+    HELP,
+    OPTION_OF,
+    START,
+    estimate_settings,
+    library_config,
+    settings_as_options,
+)
 from lora_ga.config import CHOICES, LoraGAConfig
 
 NEEDED = ["--model", "m", "--task", "causal-lm", "--train_file", "t.jsonl", "--output_dir", "o"]
@@ -92,13 +102,18 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         (["--batch_size", "0"], "--batch_size: found 0, but it must be at least 1"),
         (["--seed", "-1"], "--seed: found -1, but it must be at least 0"),
         (["--alpha", "0"], r"--alpha: found 0.0, but it must be greater than 0"),
-        (["--stable_gamma", "-1"], r"--stable_gamma: found -1.0, but it must be greater than 0"),
+        (["--stable_gamma", "-1"], r"--stable_gamma: .* is -1.0; it must be a finite number above 0"),
+        (["--reach", "0"], r"--reach: .* is 0.0; it must be a finite number above 0"),
+        (["--oversample", "-1"], r"--oversample: .* is -1; it must be an integer of at least 0"),
+        (["--power_steps", "-1"], r"--power_steps: .* is -1; it must be an integer of at least 0"),
+        (["--tolerance", "2"], r"--tolerance: .* is 2.0; it must be None or between 0 and 1"),
+        (["--tolerance", "0.1", "--estimator", "dense"], 'tolerance is 0.1 with estimator="dense"'),
         (["--lora_dropout", "1"], r"--lora_dropout: found 1.0, but it must be at least 0 and less than 1"),
         (["--warmup_ratio", "2"], r"--warmup_ratio: found 2.0, but it must be at least 0 and less than 1"),
         (["--learning_rate", "nan"], r"--learning_rate: found nan, but it must be greater than 0"),
         (["--epochs", "0"], r"--epochs: found 0.0, but it must be greater than 0"),
         (["--max_steps", "0"], "--max_steps: found 0, but it must be at least 1"),
-        (["--estimate_batches", "0"], "--estimate_batches: found 0, but it must be at least 1"),
+        (["--estimate_batches", "0"], "--estimate_batches: .* is 0; it must be an integer of at least 1"),
         (["--method", "dora"], "argument --method: invalid choice: 'dora'"),
         (["--rnk", "4"], r"--rnk: there is no such option. Did you mean --rank."),
         (["--dataset", "d"], "Give either --train_file or --dataset; both were given"),
@@ -132,12 +147,71 @@ def test_each_method_has_a_learning_rate_of_its_own(method: str) -> None:
 def test_choices_and_defaults_are_those_of_the_library() -> None:
     hints: dict[str, Any] = get_type_hints(AdapterOptions) | get_type_hints(EstimateOptions)
     assert {name: get_args(hints[name]) for name in CHOICES} == dict(CHOICES)
-    library, adapter, estimate = LoraGAConfig(), AdapterOptions(), EstimateOptions()
+    defaults = {item.name: item.default for group in (AdapterOptions, EstimateOptions) for item in fields(group)}
+    library = LoraGAConfig()
     for name in ("direction", "scale", "stable_gamma", "reach", "offset"):
-        assert getattr(adapter, name) == getattr(library, name)
-    for name in ("estimator", "oversample", "on_missing"):
-        assert getattr(estimate, name) == getattr(library, name)
-    assert estimate.estimate_batches == library.max_batches
+        assert defaults[name] == getattr(library, name)
+    for name in ("estimator", "oversample", "power_steps", "tolerance", "on_missing"):
+        assert defaults[name] == getattr(library, name)
+    assert defaults["estimate_batches"] == library.max_batches
+
+
+# What a test gives for each setting: a value that is not the default.
+OTHER: dict[str, Any] = {
+    "direction": "random",
+    "scale": "gd",
+    "stable_gamma": 4.0,
+    "reach": 0.5,
+    "offset": "base",
+    "estimator": "streaming",  # the only one that goes with a tolerance
+    "oversample": 3,
+    "power_steps": 1,
+    "max_batches": 5,
+    "tolerance": 0.1,
+    "on_missing": "lora",
+    "seed": 7,
+}
+
+
+def test_every_setting_of_the_library_is_an_option_of_train_and_estimate() -> None:
+    assert set(OTHER) == {item.name for item in fields(LoraGAConfig)}
+    options = {OPTION_OF.get(name, name): value for name, value in OTHER.items()}
+    given = job(*NEEDED, *(f"--{name}={value}" for name, value in options.items()))
+    assert library_config(given.model, given.adapter, given.estimate) == LoraGAConfig(**OTHER)
+    # Where the adapter starts does not concern an estimate.
+    options = {name: value for name, value in options.items() if name not in START}
+    argv = [*NEEDED[:-2], "--output", "e.safetensors", *(f"--{name}={value}" for name, value in options.items())]
+    model, _, _, estimate, _ = parse_with_config(config_parser(GROUPS, prog="lora-ga estimate"), argv)
+    expected = {name: value for name, value in OTHER.items() if name not in START}
+    assert library_config(model, estimate) == LoraGAConfig(**expected)
+
+
+@dataclass(frozen=True)
+class Grown(LoraGAConfig):
+    """The settings with one more.
+
+    Attributes:
+        warmth: How warm the start is, of
+            the 100% that are there. Larger is warmer.
+    """
+
+    warmth: float | None = 0.5
+
+
+def test_a_new_setting_becomes_an_option_by_itself() -> None:
+    @dataclass
+    @settings_as_options(estimate_settings(Grown), Grown)
+    class Options:
+        pass
+
+    parser = config_parser([Options], prog="lora-ga")
+    assert "How warm the start is, of the 100% that are there (default: 0.5)" in " ".join(parser.format_help().split())
+    (options,) = parse_with_config(parser, ["--warmth", "0.25", "--oversample", "1"])
+    assert library_config(options, config=Grown) == Grown(warmth=0.25, oversample=1)
+
+
+def test_every_setting_has_a_help_text_for_the_command_line() -> None:
+    assert set(HELP) == {item.name for item in fields(LoraGAConfig)} - set(ELSEWHERE)
 
 
 def test_help_explains_every_option_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,9 +110,10 @@ def run(
 
     import lora_ga
     from lora_ga.cli import tasks
-    from lora_ga.cli.gradient import EstimateBatches, estimate_config
+    from lora_ga.cli.gradient import EstimateBatches
     from lora_ga.cli.models import add_adapter
     from lora_ga.cli.options import AdapterOptions
+    from lora_ga.cli.settings import library_config
 
     base, prepared, collate = tasks.assemble(model, tasks.prepare(model, data))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -121,7 +122,7 @@ def run(
     return lora_ga.estimate_gradients(
         adapted,
         batches,
-        estimate_config(options, model.seed),
+        library_config(model, options),
         checkpoint=output.checkpoint,
         every=output.checkpoint_every,
     )

@@ -17,10 +17,11 @@ from transformers.integrations import get_available_reporting_integrations
 import lora_ga
 from lora_ga.cli import checkpoints, tasks
 from lora_ga.cli.callbacks import OptimizerGuard, WholeCurve, spent
-from lora_ga.cli.gradient import EstimateBatches, estimate_config
+from lora_ga.cli.gradient import EstimateBatches
 from lora_ga.cli.models import add_adapter, train_in_float32
 from lora_ga.cli.options import Job
 from lora_ga.cli.record import run_record
+from lora_ga.cli.settings import library_config
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
 
 
@@ -205,7 +206,7 @@ def started(
     batches: Any = EstimateBatches(examples, collate, job.estimate, job.data.batch_size, job.model.seed)
     if job.training.estimate_file is not None:
         batches = lora_ga.GradientEstimate.load(job.training.estimate_file)
-    estimate = lora_ga.initialize(model, batches, estimate_config(job.estimate, job.model.seed, job.adapter))
+    estimate = lora_ga.initialize(model, batches, library_config(job.model, job.adapter, job.estimate))
     return model, estimate, time.monotonic() - began
 
 

@@ -1,4 +1,4 @@
-"""What the gradient estimate of the commands is made of: its settings, its batches, its file."""
+"""The batches from which the commands estimate the gradient."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,25 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.utils.data import DataLoader
 
-from lora_ga.cli.options import AdapterOptions, EstimateOptions
-from lora_ga.config import LoraGAConfig
-
-
-def estimate_config(options: EstimateOptions, seed: int, adapter: AdapterOptions | None = None) -> LoraGAConfig:
-    """The library's settings; those of the start are left at their defaults where only an estimate is asked for."""
-    start: dict[str, Any] = {}
-    if adapter is not None:
-        start = {name: getattr(adapter, name) for name in ("direction", "scale", "stable_gamma", "reach", "offset")}
-    return LoraGAConfig(
-        estimator=options.estimator,
-        oversample=options.oversample,
-        power_steps=options.power_steps,
-        tolerance=options.tolerance,
-        max_batches=options.estimate_batches,
-        on_missing=options.on_missing,
-        seed=seed,
-        **start,
-    )
+from lora_ga.cli.options import EstimateOptions
 
 
 class EstimateBatches:
@@ -62,7 +44,8 @@ class EstimateBatches:
         """
         size, (index, count) = options.estimate_batch_size or batch_size, shard
         shuffled = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-        batches = shuffled[: size * options.estimate_batches].split(size)
+        most = None if options.estimate_batches is None else size * options.estimate_batches
+        batches = shuffled[:most].split(size)
         if index >= len(batches):
             raise ValueError(
                 f"--shard {index}/{count}: the data gives {len(batches)} batches, so this shard has none. Use fewer "

@@ -80,9 +80,7 @@ def _call(command: str, argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        # The library speaks of its own settings; here they are options.
-        message = str(error).replace('pass LoraGAConfig(on_missing="lora")', "give --on_missing lora")
-        return _refuse(f"lora-ga {command}", message)
+        return _refuse(f"lora-ga {command}", str(error))
     except KeyboardInterrupt:
         if debug:
             raise

@@ -4,11 +4,9 @@ The help texts are what the user reads; the parser adds the default to each.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lora_ga.config import LoraGAConfig
-
-LIBRARY = LoraGAConfig()  # whose defaults are those of the commands
+from lora_ga.cli.settings import START, estimate_settings, library_config, settings_as_options
 
 # Where to begin a sweep, by method. At the default size of the start LoRA-GA's best rates are near LoRA's
 # (docs/evidence.md); with stable_gamma = 16 its authors advise full fine-tuning's (Outsider565/LoRA-GA, issue 12).
@@ -150,6 +148,7 @@ class TargetOptions:
 
 
 @dataclass
+@settings_as_options(START)
 class AdapterOptions:
     """How the adapter enters the layer, and where LoRA-GA lets it begin."""
 
@@ -158,52 +157,29 @@ class AdapterOptions:
     alpha: float = option(16.0, "LoRA alpha")
     use_rslora: bool = option(True, "scale by alpha / sqrt(rank), the LoRA-GA paper's choice, and not by alpha / rank")
     lora_dropout: float = option(0.0, "share of the adapter's inputs that is dropped in training")
-    stable_gamma: float | None = option(
-        LIBRARY.stable_gamma,
-        "lora-ga: --scale stable is d_out^(1/4) / sqrt(gamma) (default: chosen for each layer by --reach)",
-    )
-    reach: float = option(
-        LIBRARY.reach, "lora-ga: size of the start times the LoRA scaling, where gamma is chosen; plain LoRA's is 1.15"
-    )
-    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = option(
-        LIBRARY.direction, "lora-ga: which singular directions of the gradient go to A and to B; ArB2r is the paper's"
-    )
-    scale: Literal["stable", "gd", "unit", "weight"] = option(LIBRARY.scale, "lora-ga: length of these directions")
-    offset: Literal["adapter", "base"] = option(
-        LIBRARY.offset,
-        "lora-ga: adapter leaves the base model as it is; base takes the start from its weights, as the paper does",
-    )
 
     def __post_init__(self) -> None:
         fraction(self, "lora_dropout")
-        for name in ("alpha", "stable_gamma", "reach"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{name}: found {value}, but it must be greater than 0.")
+        if not self.alpha > 0:
+            raise ValueError(f"--alpha: found {self.alpha}, but it must be greater than 0.")
+        library_config(self)  # checks the settings
 
 
 @dataclass
+@settings_as_options(estimate_settings())
 class EstimateOptions:
     """How the gradient is estimated."""
 
     _argument_group_name: ClassVar[str] = "gradient estimate (lora-ga)"
 
-    estimator: Literal["streaming", "dense", "probe"] = option(
-        LIBRARY.estimator,
-        "streaming keeps the leading directions; dense keeps whole gradients; probe is for layers in fused kernels",
-    )
-    oversample: int = option(LIBRARY.oversample, "streaming: directions kept beyond the 2r that are needed")
-    power_steps: int = option(LIBRARY.power_steps, "streaming: power iterations for each batch; 1 is more exact")
-    tolerance: float | None = option(None, "streaming: stop at layers of whose directions this share is still to move")
-    estimate_batches: int = option(LIBRARY.max_batches, "batches of training data in the estimate")
-    estimate_batch_size: int | None = option(None, "examples in each of them (default: the batch size)")
-    on_missing: Literal["error", "lora"] = option(
-        LIBRARY.on_missing,
-        "a layer without a usable gradient: error stops, lora starts that layer as plain LoRA, with a warning",
-    )
+    if TYPE_CHECKING:  # the type checker does not see what the decorator adds
+        estimate_batches: int | None = None
+
+    estimate_batch_size: int | None = option(None, "examples in each batch of the estimate (default: the batch size)")
 
     def __post_init__(self) -> None:
-        at_least(self, oversample=0, power_steps=0, estimate_batches=1, estimate_batch_size=1)
+        at_least(self, estimate_batch_size=1)
+        library_config(self)  # checks the settings
 
 
 @dataclass

@@ -162,7 +162,6 @@ def settle_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on
         raise ValueError(count + "No layer is left. Check target_modules, the batches and the loss.")
     if on_missing == "error":
         raise ValueError(
-            count + 'Leave them out of target_modules, or pass LoraGAConfig(on_missing="lora") to start them as '
-            "plain LoRA."
+            count + 'Leave them out of target_modules, or set on_missing="lora" to start them as plain LoRA.'
         )
     warnings.warn(count + "They start as plain LoRA.", UserWarning, stacklevel=3)
