@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import scale_tables
-from lora_ga.experiments.comparison.suites import Result, reference, results
-from lora_ga.experiments.pages.suites import table_lines
+from lora_ga.experiments.comparison.suites import Result, plain_lora, results
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.protocol import score
 from lora_ga.experiments.suites.spec import load_suite
-from lora_ga.experiments.tables.runs import spread
 from lora_ga.experiments.tables.suites import method_table, overview_table
+from lora_ga.experiments.tables.table import format_values, markdown_lines
 
 ROOT = Path(__file__).parent.parent
 MARKERS = re.compile(r"(<!-- drawn from records -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
@@ -76,7 +75,7 @@ def outcome() -> str:
         cells = []
         for name, task in SHOWN:
             result, metric = found[name, task, method], load_suite(name).tasks[task].metric
-            cells.append(f"{spread(result.values(metric))} ({result.rate:g})" if result.runs else "–")
+            cells.append(f"{format_values(result.values(metric))} ({result.rate:g})" if result.runs else "–")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -184,15 +183,15 @@ def overview(name: str) -> str:
     """Markdown: a suite's methods on its tasks, each at its own best rate."""
     suite, found = load_suite(name), found_in(name)
     tasks = [task for task in suite.tasks if any(each.runs for each in found if each.task == task)]
-    return "\n".join(table_lines(overview_table(suite, tasks, found)))
+    return "\n".join(markdown_lines(overview_table(suite, tasks, found)))
 
 
 def variants(name: str, task: str) -> str:
     """Markdown: what has run of a suite's variants on one task, beside LoRA."""
     suite = load_suite(name)
     found = [each for each in found_in(name) if each.task == task and not each.missing]
-    plain = next(each for each in found if each.label == reference(suite))
-    return "\n".join(table_lines(method_table(suite, found, plain)))
+    plain = next(each for each in found if each.label == plain_lora(suite))
+    return "\n".join(markdown_lines(method_table(suite, found, plain)))
 
 
 def choosers(name: str) -> str:
@@ -211,7 +210,7 @@ def choosers(name: str) -> str:
 
 def chosen(result: Result | None, metric: str, chooser: str) -> str:
     """The reported metric of seed 0 at the rate that `chooser` prefers on the tuning rows, and the rate."""
-    tried = {} if result is None else {rate: (score(run, chooser), run) for rate, run in result.searched.items()}
+    tried = {} if result is None else {rate: (score(run, chooser), run) for rate, run in result.search.items()}
     good = {rate: (own, run["metrics"]["report"][metric]) for rate, (own, run) in tried.items() if own is not None}
     if not good:
         return "–"

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_ga.experiments.comparison.runs import compare_runs, group_runs, mean_and_error, mean_curve, smooth, steps_to
+from lora_ga.experiments.comparison.curves import mean_and_error, mean_curve, smooth, steps_to
+from lora_ga.experiments.comparison.runs import compare_runs, group_runs
 from lora_ga.experiments.tables.runs import (
     cost_table,
     differences_table,
     runs_table,
-    spread,
     summary_table,
     versions_table,
 )
+from lora_ga.experiments.tables.table import format_values
 from runs import falling, make_run
 
 
@@ -58,8 +59,8 @@ def test_standard_errors_are_those_of_numpy() -> None:
 
 
 def test_numbers_have_the_digits_of_their_error() -> None:
-    assert [spread([]), spread([0.123456]), spread([math.nan])] == ["–", "0.1235", "not finite"]
-    assert [spread([100.0, 110.0]), spread([0.75, 0.752])] == ["105.0 ± 5.0", "0.7510 ± 0.0010"]
+    assert [format_values([]), format_values([0.123456]), format_values([math.nan])] == ["–", "0.1235", "not finite"]
+    assert [format_values([100.0, 110.0]), format_values([0.75, 0.752])] == ["105.0 ± 5.0", "0.7510 ± 0.0010"]
 
 
 def test_runs_that_differ_by_their_seed_only_are_one_row(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_every_seed_of_the_reference_reaches_the_default_target(tmp_path: Path) 
 
 def test_the_seeds_that_did_not_arrive_are_not_left_out_of_the_mean(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"{seed}", curve=falling(1.0 + seed), seed=seed) for seed in range(2)]
-    assert "1 of 2 got there" in summary_table(compare_runs(runs, window=1, target_loss=1.0)).rows[0]
+    assert "reached by 1 of 2" in summary_table(compare_runs(runs, window=1, target_loss=1.0)).rows[0]
     assert "not reached" in summary_table(compare_runs(runs, window=1, target_loss=-5.0)).rows[0]
 
 

@@ -5,7 +5,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from lora_ga.experiments.comparison.runs import compare_runs
-from lora_ga.experiments.pages.runs import page_html, rendered, training_caption, training_figure
+from lora_ga.experiments.pages.drawing import render
+from lora_ga.experiments.pages.run_figures import training_figure
+from lora_ga.experiments.pages.runs import page_html, training_caption
 from runs import falling, make_run
 
 
@@ -66,8 +68,8 @@ def test_ids_on_the_page_are_unique_and_the_page_is_the_same_every_time(tmp_path
 def test_the_caption_says_how_the_curve_was_made(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", curve=[*falling(1.0), {"step": 41, "loss": 50.0}])]
     assert training_caption(compare_runs(runs, window=8)) == (
-        "Training loss, trailing mean over 8 optimiser steps. Faint: the values as logged. Dashed: the target, the "
-        "final loss of “lora”; a dot marks the step at which it is reached. Losses above 5.925 are cut off."
+        "Training loss, trailing mean over 8 optimiser steps. Faint lines: the values as logged. Dashed line: the "
+        "target, the final loss of “lora”; a dot marks the step that reaches it. Losses above 5.925 are cut off."
     )
 
 
@@ -79,4 +81,4 @@ def test_runs_without_a_curve_still_make_a_page(tmp_path: Path) -> None:
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     figure = training_figure(compare_runs([make_run(tmp_path / "a")]))
-    assert rendered(figure, "png").startswith(b"\x89PNG")
+    assert render(figure, "png").startswith(b"\x89PNG")

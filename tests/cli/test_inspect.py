@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.cli.inspect import RANKS, layer_table, ordered, share_figure, short_names, summary
 from lora_ga.cli.main import main
-from lora_ga.experiments.pages.runs import rendered
+from lora_ga.experiments.pages.drawing import render
 from lora_ga.linalg.low_rank import LowRank
 
 
@@ -104,7 +104,7 @@ def test_a_plot_of_very_many_layers_keeps_its_size() -> None:
     known_shares = dict.fromkeys(RANKS, math.nan) | {1: 0.5, 2: 0.7}
     figures = [share_figure([known_shares] * n, [str(i) for i in range(n)]) for n in (60, 1000)]
     assert figures[0].get_size_inches().tolist() == figures[1].get_size_inches().tolist()
-    assert rendered(figures[1], "png").startswith(b"\x89PNG")
+    assert render(figures[1], "png").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.hub import toy_suite
 from lora_ga.cli.main import main
-from lora_ga.experiments.pages.suites import TEXT, files, report
+from lora_ga.experiments.pages.suites import README_NAME, readme_files, report_files, suite_document
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.grid import run_grid
 from lora_ga.experiments.suites.run import Place
@@ -47,9 +47,9 @@ def test_a_published_suite_runs_from_end_to_end(
         record.get("traceback") for record in records.values()
     ]
     assert metric in next(record["metrics"]["report"] for record in records.values() if record["task"] in suite.tasks)
-    document = report(suite, Store(tmp_path / "runs").records())
+    document = suite_document(suite, Store(tmp_path / "runs").records())
     assert not [notice for notice in document.notices if "have not run" in notice]
-    text = files(document)[TEXT].decode()
+    text = report_files(document)[README_NAME].decode()
     assert all(f"| {label} |" in text for label in labels)
     assert ("The paper's protocol" in text) == (suite.paper_rate is not None)
 
@@ -57,7 +57,7 @@ def test_a_published_suite_runs_from_end_to_end(
 @pytest.mark.parametrize("page", sorted(RECIPES[0].glob("results/*/README.md")), ids=lambda page: page.parent.name)
 def test_a_published_page_is_drawn_from_the_published_records(page: Path) -> None:
     records = Store(page.parents[1] / "store").records()
-    assert files(report(load_suite(page.parent.name), records))[TEXT].decode() == page.read_text()
+    assert readme_files(suite_document(load_suite(page.parent.name), records))[README_NAME].decode() == page.read_text()
 
 
 @pytest.mark.parametrize("name", RUN)

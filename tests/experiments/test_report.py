@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 
 from lora_ga.cli.main import main
-from lora_ga.experiments.comparison.suites import PAPER, Result, race, results, series
-from lora_ga.experiments.pages.figures import batches, rates_figure, report_figure
-from lora_ga.experiments.pages.suites import PAGE, TEXT, files, markdown, report
+from lora_ga.experiments.comparison.series import find_series
+from lora_ga.experiments.comparison.speed import steps_to_loss
+from lora_ga.experiments.comparison.suites import PAPER, Result, results
+from lora_ga.experiments.pages.suite_figures import figure_groups, rates_figure, report_figure
+from lora_ga.experiments.pages.suites import HTML_NAME, README_NAME, readme_files, report_files, suite_document
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.cell import Cell
 from lora_ga.experiments.suites.protocol import missing
 from lora_ga.experiments.suites.run import Place, about
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Suite, Variant, load_suite
-from lora_ga.experiments.tables.suites import race_text
+from lora_ga.experiments.tables.suites import steps_cells
 
 STEPS = 40
 BEST = {"full": 0.001, "lora": 0.00316}
@@ -68,7 +70,7 @@ def suite(toy: Path) -> Suite:
 
 
 def text_of(suite: Suite, records: dict[str, dict[str, Any]]) -> str:
-    return markdown(report(suite, records))[TEXT].decode()
+    return readme_files(suite_document(suite, records))[README_NAME].decode()
 
 
 def test_times_on_another_device_are_left_out(suite: Suite) -> None:
@@ -80,12 +82,12 @@ def test_times_on_another_device_are_left_out(suite: Suite) -> None:
 
     text = text_of(suite, complete(suite, slower))
     assert "each in one process, on cpu" in text
-    assert "; runs elsewhere are left out" in text
+    assert "; runs on other devices are left out" in text
     assert re.search(r"\| full \| 2(\.0+)? \| 8(\.0+)? \| 11(\.0+)? \|", text)
     assert "99" not in text
     assert "left out" not in text_of(suite, complete(suite))
     begun = dict(list(complete(suite).items())[:1])
-    assert "each in one process. Memory" in text_of(suite, begun)
+    assert "each in one process. Peak memory" in text_of(suite, begun)
 
 
 def test_a_line_shows_mean_and_standard_error_of_the_reported_split_at_the_best_rate(suite: Suite) -> None:
@@ -102,13 +104,13 @@ def test_the_race_counts_steps_to_loras_final_loss_on_the_same_seed(suite: Suite
         return record_of(cell, decay=0.1 if cell.method == "full" else 0.05)
 
     by_label = {each.label: each for each in results(suite, complete(suite, twice_as_fast)) if each.task == "text"}
-    found = race(by_label["full"], by_label["lora"])
+    found = steps_to_loss(by_label["full"], by_label["lora"])
     assert found is not None
     assert list(found.reference) == [STEPS, STEPS]
     # A mean over 10 steps of exp(-0.05 t) that ends at step 40 is as low as that of exp(-0.1 t) which ends at 24.
     assert list(found.steps) == [24, 24]
     assert found.ratio == pytest.approx(0.6)
-    assert race(by_label["lora"], by_label["lora"]).ratio == 1.0  # type: ignore[union-attr]
+    assert steps_to_loss(by_label["lora"], by_label["lora"]).ratio == 1.0  # type: ignore[union-attr]
 
 
 def test_a_seed_that_never_gets_there_is_said_and_not_averaged_away(suite: Suite) -> None:
@@ -116,10 +118,10 @@ def test_a_seed_that_never_gets_there_is_said_and_not_averaged_away(suite: Suite
         return record_of(cell, level=1.1 if cell.method == "full" and cell.seed == 1 else 1.0)
 
     by_label = {each.label: each for each in results(suite, complete(suite, late)) if each.task == "text"}
-    found = race(by_label["full"], by_label["lora"])
+    found = steps_to_loss(by_label["full"], by_label["lora"])
     assert found is not None
     assert found.ratio is None
-    assert race_text(found) == ["never in 1 of 2 seeds", "–"]
+    assert steps_cells(found) == ["never in 1 of 2 seeds", "–"]
     never = complete(suite, lambda cell: record_of(cell, level=1.1 if cell.method == "full" else 1.0))
     assert "| never | never |" in text_of(suite, never)
 
@@ -133,12 +135,12 @@ def test_an_incomplete_grid_is_drawn_and_says_what_is_missing(suite: Suite) -> N
         and record["label"] == "lora"
         and (record["seed"], record["learning_rate"]) != (1, 0.00316)
     }
-    document = report(suite, part)
+    document = suite_document(suite, part)
     assert re.search(
         r"Not complete: at least \d+ cells have not run: .*text/full \(4\), text/lora \(1\)", document.notices[0]
     )
-    assert document.notices[1] == "Not begun: classes."
-    text = markdown(document)[TEXT].decode()
+    assert document.notices[1] == "Not started: classes."
+    text = readme_files(document)[README_NAME].decode()
     assert "| lora | 0.00316 | **2** | 1 of 2 |" in text
     assert "| full | – | – | 0 of 2 |" in text
     assert "## classes" not in text
@@ -151,7 +153,7 @@ def test_cells_that_diverged_or_failed_are_named(suite: Suite) -> None:
             record |= {"status": "diverged", "reason": "the training loss is nan at step 3"}
         return record
 
-    notices = report(suite, complete(suite, broken)).notices
+    notices = suite_document(suite, complete(suite, broken)).notices
     assert "text/lora lr 0.01 seed 0 diverged: the training loss is nan at step 3." in notices
 
 
@@ -162,17 +164,17 @@ def test_a_best_rate_at_the_edge_is_said(suite: Suite) -> None:
         return record
 
     only = replace(suite, methods={"lora": suite.methods["lora"]})
-    document = report(only, complete(only, ever_better))
-    assert "The best rate lies at the edge of what was tried: text/lora, classes/lora." in document.notices
-    assert "(edge)" in markdown(document)[TEXT].decode()
+    document = suite_document(only, complete(only, ever_better))
+    assert "The best learning rate is at the edge of the rates tried: text/lora, classes/lora." in document.notices
+    assert "(edge)" in readme_files(document)[README_NAME].decode()
 
 
 def test_both_protocols_are_shown_where_the_suite_has_both(suite: Suite) -> None:
     paper = replace(suite, paper_rate=2e-5)
     records = complete(paper)
     text = text_of(paper, records)
-    assert "## Every method at its own best rate" in text
-    assert "## The paper's protocol: one rate for all" in text
+    assert "## Every method at its best learning rate" in text
+    assert "## The paper's protocol: one learning rate for all methods" in text
     by_line: dict[str, Result] = {each.label: each for each in results(paper, records, PAPER) if each.task == "text"}
     assert {each.rate for each in by_line.values()} == {2e-5}
     assert by_line["full"].values("loss") == pytest.approx([2 + math.log10(50), 2.1 + math.log10(50)])
@@ -180,26 +182,26 @@ def test_both_protocols_are_shown_where_the_suite_has_both(suite: Suite) -> None
 
 def test_a_number_that_is_varied_three_times_makes_a_series(suite: Suite) -> None:
     twice = {"lora": suite.methods["lora"], "rank 4": Variant("lora", settings={"rank": 4}, rates=[-6])}
-    assert series(replace(suite, methods=twice)) == []
-    (found,) = series(suite)
+    assert find_series(replace(suite, methods=twice)) == []
+    (found,) = find_series(suite)
     assert (found.name, list(found.labels.values())) == ("stable_gamma", ["γ=4", "γ=16", "γ=64"])
-    assert "tuned-text-stable-gamma.png" in files(report(suite, complete(suite)))
+    assert "tuned-text-stable-gamma.png" in report_files(suite_document(suite, complete(suite)))
 
 
 def test_equal_records_give_equal_files_whatever_their_order(suite: Suite) -> None:
     records = complete(suite)
     backwards = dict(reversed(list(records.items())))
     foreign = {"f" * 12: {"status": "done"}}  # of another suite in the same store
-    assert files(report(suite, records)) == files(report(suite, backwards | foreign))
+    assert report_files(suite_document(suite, records)) == report_files(suite_document(suite, backwards | foreign))
 
 
 def test_the_page_holds_everything_and_fetches_nothing(suite: Suite) -> None:
-    made = files(report(suite, complete(suite)))
-    page = made[PAGE].decode()
+    made = report_files(suite_document(suite, complete(suite)))
+    page = made[HTML_NAME].decode()
     assert page.count("<svg") == len([name for name in made if name.endswith(".png")]) >= 4
     assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!#)", page)
     assert "**" not in page
-    text = made[TEXT].decode()
+    text = made[README_NAME].decode()
     assert set(re.findall(r"\]\((.*?)\)", text)) == {name for name in made if name.endswith(".png")}
 
 
@@ -220,9 +222,9 @@ def test_the_command_writes_a_report_and_replaces_none_unasked(
         for cell in missing(suite, [("text", "lora")], {}):
             opened.add(cell.file_stem(), record_of(cell))
     assert main(command) == 0
-    assert {PAGE, TEXT} <= {path.name for path in folder.iterdir()}
+    assert {HTML_NAME, README_NAME} <= {path.name for path in folder.iterdir()}
     assert "Not complete" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match=f"{PAGE}: exists already"):
+    with pytest.raises(FileExistsError, match=f"{HTML_NAME}: exists already"):
         main(command)
     assert main([*command, "--overwrite"]) == 0
 
@@ -246,7 +248,7 @@ def test_a_loss_that_explodes_is_cut_off_and_an_accuracy_never(suite: Suite) -> 
         return record
 
     found = results(suite, complete(suite, wild))
-    (group,) = batches([each for each in found if each.task == "text"])
+    (group,) = figure_groups([each for each in found if each.task == "text"])
 
     def tops(figure: Any) -> list[float]:
         return [axes.get_ylim()[1] for axes in figure.axes]

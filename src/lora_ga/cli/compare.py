@@ -9,9 +9,12 @@ from rich.text import Text
 from lora_ga.cli.parsing import config_parser, parse_with_config
 from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
 from lora_ga.experiments.comparison.runs import Comparison, compare_runs
-from lora_ga.experiments.pages.runs import page_html, rendered, summary_caption, training_figure
+from lora_ga.experiments.pages.drawing import render
+from lora_ga.experiments.pages.run_figures import training_figure
+from lora_ga.experiments.pages.runs import page_html, summary_caption
 from lora_ga.experiments.records.runs import load_run
-from lora_ga.experiments.tables.runs import Table, cost_table, summary_table
+from lora_ga.experiments.tables.runs import cost_table, summary_table
+from lora_ga.experiments.tables.table import Table
 
 EXAMPLE = """\
 Put finished runs side by side: steps to a common training loss, final metrics, cost, loss curves.
@@ -79,7 +82,7 @@ def main(argv: list[str]) -> int:
     )
     html = page_html(comparison).encode()
     if png:
-        write_output(png, rendered(training_figure(comparison), "png"))
+        write_output(png, render(training_figure(comparison), "png"))
     write_output(page, html)
     _show(comparison, page, png)
     return 0

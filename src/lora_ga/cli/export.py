@@ -97,7 +97,7 @@ def compress(adapter: Path, out: Path, rank: int) -> None:
 def show_written(adapter: Path, out: Path, errors: dict[str, float]) -> None:
     """Shows the loss of each layer of an adapter that was written anew."""
     from lora_ga.cli.terminal import as_rich, terminal
-    from lora_ga.experiments.tables.runs import Table
+    from lora_ga.experiments.tables.table import Table
 
     copy_companions(adapter, out)
     rank = json.loads((out / "adapter_config.json").read_text())["r"]

@@ -15,8 +15,8 @@ from rich.text import Text
 from lora_ga import GradientEstimate
 from lora_ga.cli.parsing import config_parser, parse_with_config
 from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
-from lora_ga.experiments.pages.runs import FAINT, STYLE, rendered
-from lora_ga.experiments.tables.runs import BLANK, Table
+from lora_ga.experiments.pages.drawing import FAINT, STYLE, render
+from lora_ga.experiments.tables.table import BLANK, Table
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
             shares[name][rank] = share
     names = ordered(estimate, shares, options.sort)
     if plot:
-        write_output(plot, rendered(share_figure([shares[name] for name in names], short_names(names)), "png"))
+        write_output(plot, render(share_figure([shares[name] for name in names], short_names(names)), "png"))
     console = terminal()
     console.print(as_rich(layer_table(estimate, shares, names)))
     for line in summary(estimate):

@@ -61,12 +61,12 @@ def main(argv: Sequence[str]) -> int:
     from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
     from lora_ga.experiments.pages import suites as report
     from lora_ga.experiments.records.store import Store
-    from lora_ga.experiments.tables.runs import Table
+    from lora_ga.experiments.tables.table import Table
 
-    check_output(folder / report.PAGE, ".html", overwrite=other.overwrite)
-    check_output(folder / report.TEXT, ".md", overwrite=other.overwrite)
-    document = report.report(suite, Store(store).records())
-    files = report.files(document)
+    check_output(folder / report.HTML_NAME, ".html", overwrite=other.overwrite)
+    check_output(folder / report.README_NAME, ".md", overwrite=other.overwrite)
+    document = report.suite_document(suite, Store(store).records())
+    files = report.report_files(document)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_output(folder / name, content)
@@ -74,5 +74,5 @@ def main(argv: Sequence[str]) -> int:
         print(f"Note: {notice}")
     table = next(block for section in document.sections for block in section.blocks if isinstance(block, Table))
     terminal().print(as_rich(table))
-    print(f"Written: {(folder / report.PAGE).resolve()} and {report.TEXT}")
+    print(f"Written: {(folder / report.HTML_NAME).resolve()} and {report.README_NAME}")
     return 0

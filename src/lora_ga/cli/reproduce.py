@@ -158,7 +158,7 @@ def show_plan(
     from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.experiments.suites.grid import expected_seconds
     from lora_ga.experiments.suites.protocol import best_rate, missing, wanted
-    from lora_ga.experiments.tables.runs import Table
+    from lora_ga.experiments.tables.table import Table
 
     records = store.records()
     for task, found in notes.items():
@@ -205,7 +205,7 @@ def show_results(suite: Suite, lines: Sequence[tuple[str, str]], records: dict[s
     from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.experiments.suites.cell import cell_of
     from lora_ga.experiments.suites.protocol import best_rate, sweep_of, wanted
-    from lora_ga.experiments.tables.runs import BLANK, Table, spread
+    from lora_ga.experiments.tables.table import BLANK, Table, format_values
 
     rows, bad = [], 0
     for task, label in lines:
@@ -219,6 +219,6 @@ def show_results(suite: Suite, lines: Sequence[tuple[str, str]], records: dict[s
         values = [record["metrics"]["report"][metric] for record in found if record["status"] == "done"]
         inside = rate is not None and sweep_of(suite, task, suite.methods[label].rate_of or label, records).inside
         shown = BLANK if rate is None else f"{rate:g}" + ("" if inside else " (at the edge)")
-        rows.append([f"{task}/{label}", shown, f"{metric} {spread(values)}", f"{len(values)} of {suite.seeds}"])
+        rows.append([f"{task}/{label}", shown, f"{metric} {format_values(values)}", f"{len(values)} of {suite.seeds}"])
     terminal().print(as_rich(Table(["line", "best rate", "reported", "runs that ended well"], rows)))
     return 1 if bad else 0

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_ga.experiments.tables.runs import Table
+from lora_ga.experiments.tables.table import Table
 from lora_ga.files import write_atomically
 
 
@@ -46,8 +46,9 @@ def as_rich(table: Table) -> RichTable:
     rich = RichTable()
     for place, header in enumerate(table.headers):
         rich.add_column(Text(header), justify="right" if place else "left", overflow="fold")
-    for row in table.rows:
-        rich.add_row(*map(Text, row))
+    for number, row in enumerate(table.rows):
+        cells = (Text(cell, "bold" if (number, column) in table.bold else "") for column, cell in enumerate(row))
+        rich.add_row(*cells)
     return rich
 
 
