@@ -220,7 +220,7 @@ def test_the_command_writes_a_report_and_replaces_none_unasked(
     assert not folder.exists()
     with Store(store).locked() as opened:
         for cell in missing(suite, [("text", "lora")], {}):
-            opened.add(cell.file_stem(), record_of(cell))
+            opened.add(record_of(cell))
     assert main(command) == 0
     assert {HTML_NAME, README_NAME} <= {path.name for path in folder.iterdir()}
     assert "Not complete" in capsys.readouterr().out

@@ -1,29 +1,67 @@
-"""The store of run records: whole files, never replaced, one run at a time, one version."""
+"""The store of run records: one file a suite, appended to, never rewritten, one run at a time, one version."""
 
+import gzip
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lora_ga.experiments.records.store import HEADER, SCHEMA, TEMPORARY, Store
+from lora_ga.experiments.records import compact, gzip_lines
+from lora_ga.experiments.records.store import ENDING, FORMAT, HEADER, SCHEMA, Store
+
+DIGEST = "0" * 12
 
 
-def record(digest: str = "0" * 12, **changes: Any) -> dict[str, Any]:
-    return {"digest": digest, "status": "done", "loss": 1.5, **changes}
+def record(digest: str = DIGEST, suite: str = "toy", **changes: Any) -> dict[str, Any]:
+    return {"digest": digest, "suite": suite, "status": "done", "loss": 1.5, **changes}
+
+
+def old_store(folder: Path, *records: dict[str, Any]) -> Path:
+    """A store as it was before: one JSON file for each record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / HEADER).write_text(json.dumps({"schema": 1, "kind": "lora-ga runs"}))
+    for each in records:
+        whole = {"schema": SCHEMA, "attempt": 1, **each}
+        (folder / f"a-{whole['digest']}-{whole['attempt']}.json").write_text(json.dumps(whole))
+    return folder
 
 
 def test_what_was_added_is_read(tmp_path: Path) -> None:
     with Store(tmp_path / "runs").locked() as store:
-        path = store.add("a-000000000000", record())
-    assert path.name == "a-000000000000.json"
-    assert Store(tmp_path / "runs").records() == {
-        "000000000000": record() | {"schema": SCHEMA, "attempt": 1},
-    }
+        path = store.add(record())
+        store.add(record("1" * 12))
+        store.add(record("2" * 12, suite="other"))
+    assert path.name == f"toy{ENDING}"
+    assert sorted(each.name for each in (tmp_path / "runs").glob("*")) == [
+        ".lock", f"other{ENDING}", HEADER, f"toy{ENDING}",
+    ]  # fmt: skip
+    found = Store(tmp_path / "runs").records()
+    assert found[DIGEST] == record() | {"schema": SCHEMA, "attempt": 1}
+    assert sorted(found) == ["0" * 12, "1" * 12, "2" * 12]
+
+
+def test_a_file_of_a_suite_is_plain_json_lines_to_other_programs(tmp_path: Path) -> None:
+    with Store(tmp_path).locked() as store:
+        path = store.add(record())
+        store.add(record("1" * 12))
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    assert [json.loads(line)["digest"] for line in lines] == ["0" * 12, "1" * 12]
+
+
+def test_stores_are_merged_by_appending_their_files(tmp_path: Path) -> None:
+    for number in "12":
+        with Store(tmp_path / number).locked() as store:
+            store.add(record(number * 12))
+    one, other = (tmp_path / number / f"toy{ENDING}" for number in "12")
+    one.write_bytes(one.read_bytes() + other.read_bytes())
+    assert sorted(Store(tmp_path / "1").records()) == ["1" * 12, "2" * 12]
 
 
 def test_a_folder_that_is_not_there_has_no_records_and_is_not_made(tmp_path: Path) -> None:
@@ -34,42 +72,66 @@ def test_a_folder_that_is_not_there_has_no_records_and_is_not_made(tmp_path: Pat
 @pytest.mark.parametrize("status", ["done", "diverged"])
 def test_a_cell_that_has_run_is_never_replaced(tmp_path: Path, status: str) -> None:
     with Store(tmp_path).locked() as store:
-        path = store.add("a-000000000000", record(status=status))
+        path = store.add(record(status=status))
         before = path.read_bytes()
-        with pytest.raises(FileExistsError, match="the cell b-000000000000 has run; its record is never replaced"):
-            store.add("b-000000000000", record())
+        with pytest.raises(FileExistsError, match="the cell 000000000000 has run; its record is never replaced"):
+            store.add(record(suite="other"))
+    with Store(tmp_path).locked() as store, pytest.raises(FileExistsError, match="the cell 000000000000 has run"):
+        store.add(record())
     assert path.read_bytes() == before
-    assert len(list(tmp_path.glob("*-000000000000*.json"))) == 1
+    assert Store(tmp_path).files() == [path]
 
 
 def test_a_failed_cell_gets_a_second_record_and_keeps_the_first(tmp_path: Path) -> None:
     with Store(tmp_path).locked() as store:
-        store.add("a-000000000000", record(status="failed"))
-        store.add("a-000000000000", record())
+        store.add(record(status="failed"))
+        store.add(record())
         found = store.records()
-    assert found["000000000000"]["status"] == "done"
-    assert found["000000000000"]["attempt"] == 2
-    assert len(list(tmp_path.glob("a-*.json"))) == 2
+    assert found[DIGEST]["status"] == "done"
+    assert found[DIGEST]["attempt"] == 2
+    assert [each["status"] for each in Store(tmp_path).attempts()] == ["failed", "done"]
 
 
 def test_two_runs_on_one_store_are_refused(tmp_path: Path) -> None:
     with Store(tmp_path).locked(), pytest.raises(ValueError, match=f"another run .process {os.getpid()}. is adding"):
         Store(tmp_path).locked().__enter__()
     with Store(tmp_path).locked() as store:  # free again
-        store.add("a-000000000000", record())
+        store.add(record())
 
 
-def test_adding_needs_the_lock(tmp_path: Path) -> None:
+def test_another_process_is_refused_too_and_leaves_the_lock_as_it_was(tmp_path: Path) -> None:
+    code = f"from lora_ga.experiments.records.store import Store\nStore({str(tmp_path)!r}).locked().__enter__()"
+    with Store(tmp_path).locked() as store:
+        for _ in range(2):
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+            assert f"another run (process {os.getpid()}) is adding to this store. Wait for it, or give" in done.stderr
+        store.add(record())
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_adding_and_compacting_need_the_lock(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"add to a store only inside its locked\(\)"):
-        Store(tmp_path).add("a-000000000000", record())
+        Store(tmp_path).add(record())
+    with pytest.raises(RuntimeError, match=r"compact a store only inside its locked\(\)"):
+        Store(tmp_path).compact()
 
 
 def test_a_store_of_another_version_is_refused_untouched(tmp_path: Path) -> None:
-    (tmp_path / HEADER).write_text(json.dumps({"schema": SCHEMA + 1}))
+    (tmp_path / HEADER).write_text(json.dumps({"schema": FORMAT + 1}))
     for use in (lambda: Store(tmp_path).records(), lambda: Store(tmp_path).locked().__enter__()):
-        with pytest.raises(ValueError, match=f"written in format {SCHEMA + 1}, this version reads format {SCHEMA}"):
+        with pytest.raises(
+            ValueError, match=f"written in format {FORMAT + 1}, this version reads format 1 or {FORMAT}"
+        ):
             use()
     assert [path.name for path in tmp_path.iterdir()] == [HEADER]
+
+
+def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
+    with Store(tmp_path).locked() as store:
+        path = store.add(record())
+    gzip_lines.append(path, record("1" * 12) | {"schema": SCHEMA + 1, "attempt": 1})
+    with pytest.raises(ValueError, match=rf"toy\.jsonl\.gz: written in format {SCHEMA + 1}, this version reads"):
+        Store(tmp_path).records()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -78,17 +140,151 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         Store(tmp_path).locked().__enter__()
 
 
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suite", ["../toy", "a/b", ""])
+def test_a_suite_whose_name_is_no_file_name_is_refused(tmp_path: Path, suite: str) -> None:
+    with Store(tmp_path / "runs").locked() as store, pytest.raises(ValueError, match="cannot be the name of a suite"):
+        store.add(record(suite=suite))
+
+
+@pytest.mark.parametrize("left", [1, 12, -1])
+def test_a_last_record_that_is_cut_off_is_ignored_and_removed_before_the_next_is_added(
+    tmp_path: Path, left: int
+) -> None:
     with Store(tmp_path).locked() as store:
-        store.add("a-000000000000", record()).write_text('{"digest": ')
-    with pytest.raises(ValueError, match=r"a-000000000000\.json: damaged, no JSON"):
+        path = store.add(record())
+        first = path.read_bytes()
+        store.add(record("1" * 12))
+    path.write_bytes(first + path.read_bytes()[len(first) :][:left])
+    assert list(Store(tmp_path).records()) == [DIGEST]  # reading changes nothing
+    assert len(path.read_bytes()) > len(first)
+    with Store(tmp_path).locked() as store:
+        assert path.read_bytes() == first
+        store.add(record("2" * 12))
+    assert list(Store(tmp_path).records()) == [DIGEST, "2" * 12]
+
+
+def test_zeros_that_a_power_failure_leaves_at_the_end_are_removed(tmp_path: Path) -> None:
+    with Store(tmp_path).locked() as store:
+        path = store.add(record())
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0" * 100)
+    assert list(Store(tmp_path).records()) == [DIGEST]
+    with Store(tmp_path).locked():
+        assert path.read_bytes() == whole
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    with Store(tmp_path).locked() as store:
+        path = store.add(record())
+        before = path.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr("lora_ga.experiments.records.gzip_lines.os.fsync", full)
+            with pytest.raises(OSError, match="no space left"):
+                store.add(record("1" * 12))
+        assert path.read_bytes() == before
+        store.add(record("1" * 12))
+    assert len(Store(tmp_path).records()) == 2
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    with Store(tmp_path).locked() as store:
+        path = store.add(record())
+        first = len(path.read_bytes())
+        store.add(record("1" * 12))
+        store.add(record("2" * 12))
+    whole = bytearray(path.read_bytes())
+    whole[first + 20] ^= 255
+    path.write_bytes(whole)
+    message = rf"toy\.jsonl\.gz: damaged after byte {first} .*Restore the file from a copy"
+    for use in (Store(tmp_path).records, Store(tmp_path).locked().__enter__):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert path.read_bytes() == whole
+    path.write_bytes(gzip.compress(b"[1]\n"))
+    with pytest.raises(ValueError, match=r"toy\.jsonl\.gz: line 1 is not a JSON object"):
         Store(tmp_path).records()
+    path.write_bytes(gzip.compress(b"{}\n{\n"))
+    with pytest.raises(ValueError, match=r"toy\.jsonl\.gz: line 2 is damaged, it is not JSON"):
+        Store(tmp_path).records()
+
+
+def test_an_old_store_is_read_and_added_to(tmp_path: Path) -> None:
+    folder = old_store(tmp_path / "runs", record(), record("1" * 12, status="failed"))
+    assert sorted(Store(folder).records()) == ["0" * 12, "1" * 12]
+    with Store(folder).locked() as store:
+        with pytest.raises(FileExistsError, match="the cell 000000000000 has run"):
+            store.add(record())
+        store.add(record("1" * 12))
+    found = Store(folder).records()["1" * 12]
+    assert (found["status"], found["attempt"]) == ("done", 2)
+    # A version that knows single files alone must refuse the store, and not run everything again.
+    assert json.loads((folder / HEADER).read_text())["schema"] == FORMAT
+
+
+def test_a_damaged_record_of_an_old_store_is_named(tmp_path: Path) -> None:
+    folder = old_store(tmp_path / "runs", record())
+    (folder / "a-000000000000-1.json").write_text('{"digest": ')
+    with pytest.raises(ValueError, match=r"a-000000000000-1\.json: damaged, it is not JSON"):
+        Store(folder).records()
+
+
+def test_compacting_keeps_every_attempt_once_in_one_file_a_suite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"text": "x" * 500}
+    old = [record(), record("1" * 12, suite="other"), record("2" * 12, status="failed")]
+    folder = old_store(tmp_path / "runs", *old)
+    with Store(folder).locked() as store:
+        for number in range(10, 40):
+            store.add(record(f"{number:012}", **texts))
+        store.add(record("2" * 12))
+    (folder / f"copy{ENDING}").write_bytes((folder / f"toy{ENDING}").read_bytes())  # merged by copying
+    before, size = Store(folder).records(), (folder / f"toy{ENDING}").stat().st_size
+    compact.main([str(folder)])
+    assert f"toy{ENDING}" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.glob("[!.]*")) == [f"other{ENDING}", HEADER, f"toy{ENDING}"]
+    assert Store(folder).records() == before
+    assert len(Store(folder).attempts()) == len(before) + 1
+    assert (folder / f"toy{ENDING}").stat().st_size < size / 3
+    content = (folder / f"toy{ENDING}").read_bytes()
+    compact.main([str(folder)])
+    assert (folder / f"toy{ENDING}").read_bytes() == content  # equal records, equal files
+    with Store(folder).locked() as store:
+        store.add(record("9" * 12))
+    assert len(Store(folder).records()) == len(before) + 1
+
+
+def test_compacting_that_is_broken_off_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = old_store(tmp_path / "runs", record(), record("1" * 12, suite="other"))
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    before = Store(folder).records()
+    with monkeypatch.context() as patch, Store(folder).locked() as store:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.compact()
+        patch.undo()
+    assert Store(folder).records() == before
+    compact.main([str(folder)])
+    assert Store(folder).records() == before
+    assert Store(folder).single_files() == []
+
+
+def test_only_a_folder_that_exists_is_compacted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such folder. Give the folder of a store"):
+        compact.main([str(tmp_path / "nothing")])
 
 
 def add_for_ever(folder: Path) -> None:
     with Store(folder).locked() as store:
         for number in range(10**6):
-            store.add(f"a-{number:012}", record(f"{number:012}", text="x" * 20000))
+            noise = os.urandom(20000).hex()  # does not compress: the write takes its time
+            store.add(record(f"{number:012}", text=noise))
 
 
 def test_killed_at_any_moment_every_record_is_whole_and_the_store_goes_on(tmp_path: Path) -> None:
@@ -97,17 +293,17 @@ def test_killed_at_any_moment_every_record_is_whole_and_the_store_goes_on(tmp_pa
         folder = tmp_path / str(turn)
         process = multiprocessing.get_context("fork").Process(target=add_for_ever, args=(folder,))
         process.start()
-        while not list(folder.glob("a-*.json")):
+        while not Store(folder).records():
             time.sleep(0.001)
         time.sleep(0.003 * turn)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         found = Store(folder).records()
-        assert all(len(each["text"]) == 20000 for each in found.values())
+        assert all(len(each["text"]) == 40000 for each in found.values())
         assert sorted(found) == [f"{number:012}" for number in range(len(found))]
-        with Store(folder).locked() as store:  # the lock went with the process, and so does what it left half done
-            assert not list(folder.glob(f"{TEMPORARY}*"))
-            store.add("z-999999999999", record("9" * 12))
+        with Store(folder).locked() as store:  # the lock went with the process, and so did what it left half done
+            store.add(record("9" * 12))
+        assert len(Store(folder).records()) == len(found) + 1
         added += len(found)
     assert added >= 5

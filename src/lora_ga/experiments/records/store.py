@@ -1,157 +1,215 @@
-"""The records of a suite's runs: a folder to which whole files are added, and nothing is ever changed."""
+"""The store of a suite's records: one file of compressed JSON lines for each suite, to which records are appended."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
-HEADER, LOCK, TEMPORARY = "store.json", ".lock", ".adding-"
+from filelock import FileLock, Timeout
+
+from lora_ga.experiments.records import gzip_lines
+from lora_ga.files import write_atomically
+
+SCHEMA = 1  # of a record
+FORMAT, OLD_FORMAT = 2, 1  # of the folder: one file for each suite; one JSON file for each record
+HEADER, LOCK, HOLDER, ENDING = "store.json", ".lock", ".lock.pid", ".jsonl.gz"
+UNJUDGED = "unjudged"  # folder of trained models that have not been judged yet
+Record = dict[str, Any]
 
 
 class Store:
     """A folder of run records.
 
-    A record appears under its name whole or not at all, whenever the process is killed; a second one for the same cell
-    is refused, unless the first says "failed". Reading needs no lock; adding does.
+    `SUITE.jsonl.gz` holds the records of the cells that the suite SUITE ran first. A cell that two suites share has one
+    digest and one record, in the file of the suite that ran it; reading therefore looks into all files.
+
+    A process that is killed loses at most the record that it was about to append. A second record of a cell is refused
+    unless the first one has the status "failed". Reading needs no lock; adding does.
     """
 
     def __init__(self, folder: str | Path) -> None:
         """Args: folder: It need not exist."""
         self.folder = Path(folder)
-        self._held = False
+        self._last: dict[str, Record] | None = None  # digest → record, while this process holds the lock
 
-    def records(self) -> dict[str, dict[str, Any]]:
-        """Every cell's digest → its record, the last attempt of it.
+    def records(self) -> dict[str, Record]:
+        """Every cell's digest → its record: the one that did not fail, or else its last attempt.
 
         Returns:
-            None for a folder that does not exist: an empty mapping.
+            An empty mapping if the folder does not exist.
 
         Raises:
-            ValueError: The folder is something else, was written by another version, or holds a damaged file.
+            ValueError: The folder is not a store, has another version, or contains a damaged file.
+        """
+        return {record["digest"]: record for record in sorted(self.attempts(), key=_rank)}
+
+    def attempts(self) -> list[Record]:
+        """All records, those of failed attempts too, file by file.
+
+        Returns:
+            An empty list if the folder does not exist.
+
+        Raises:
+            ValueError: The folder is not a store, has another version, or contains a damaged file.
         """
         self._check()
-        found: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.folder.glob("*.json")):
-            if path.name == HEADER:
-                continue
-            record = _read(path)
-            before = found.get(record["digest"])
-            if before is None or before["attempt"] < record["attempt"]:
-                found[record["digest"]] = record
-        return found
+        found = [_checked(path, record) for path in self.files() for record in gzip_lines.read(path)]
+        return found + [_checked(path, _single(path)) for path in self.single_files()]
+
+    def files(self) -> list[Path]:
+        """The files of the suites."""
+        return sorted(self.folder.glob(f"*{ENDING}"))
+
+    def single_files(self) -> list[Path]:
+        """The records of an old store, which has one JSON file for each."""
+        return sorted(path for path in self.folder.glob("*.json") if path.name != HEADER)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[Store]:
-        """Makes the folder if need be, and keeps other runs out of it; the system lifts the lock of a killed process.
+        """Creates the folder if needed and locks it against other processes; a killed process loses its lock.
 
         Yields:
             The store, to add to.
 
         Raises:
-            ValueError: Another process holds it, or the folder is no store of this version.
+            ValueError: Another process has locked it, or the folder is not a store of this version.
         """
-        import fcntl  # not on Windows, where the rest of the package works
-
         self._check()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOCK).open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                lock.seek(0)
-                raise ValueError(
-                    f"{self.folder}: another run (process {lock.read().strip() or 'unknown'}) is adding to this store. "
-                    "Wait for it, or give another folder by --store."
-                ) from error
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            for stale in self.folder.glob(f"{TEMPORARY}*"):
-                stale.unlink()
-            if not (self.folder / HEADER).exists():
-                self._link(HEADER, {"schema": SCHEMA, "kind": "lora-ga runs"})
-            self._held = True
-            try:
-                yield self
-            finally:
-                self._held = False
+        lock, holder = FileLock(self.folder / LOCK, timeout=0), self.folder / HOLDER
+        try:
+            lock.acquire()
+        except Timeout as error:
+            process = holder.read_text().strip() if holder.is_file() else ""
+            raise ValueError(
+                f"{self.folder}: another run (process {process or 'unknown'}) is adding to this store. "
+                "Wait for it, or give another folder by --store."
+            ) from error
+        try:
+            holder.write_text(str(os.getpid()))
+            for path in self.files():
+                gzip_lines.repair(path)
+            self._last = self.records()
+            if self._check() != FORMAT:
+                write_atomically(
+                    self.folder / HEADER, f"{json.dumps({'schema': FORMAT, 'kind': 'lora-ga runs'})}\n".encode()
+                )
+            yield self
+        finally:
+            self._last = None
+            holder.unlink(missing_ok=True)
+            lock.release()
 
-    def add(self, stem: str, record: Mapping[str, Any]) -> Path:
-        """Adds a record.
+    def add(self, record: Mapping[str, Any]) -> Path:
+        """Appends a record to the file of its suite.
 
         Args:
-            stem: Name of the file, without its ending; it ends in the digest.
-            record: JSON values with "digest"; gets "schema" and "attempt".
+            record: JSON values with "digest", "suite" and "status"; gets "schema" and "attempt".
 
         Returns:
             The file.
 
         Raises:
-            RuntimeError: The store is not locked by this process.
-            FileExistsError: The cell has a record that does not say "failed".
+            RuntimeError: This process has not locked the store.
+            FileExistsError: The cell has a record whose status is not "failed".
         """
-        if not self._held:
+        if self._last is None:
             raise RuntimeError(f"{self.folder}: add to a store only inside its locked().")
-        before = [_read(path) for path in self.folder.glob(f"*-{record['digest']}*.json")]
-        if any(other["status"] != "failed" for other in before):
-            raise FileExistsError(f"{self.folder}: the cell {stem} has run; its record is never replaced.")
-        attempt = 1 + max((other["attempt"] for other in before), default=0)
-        name = f"{stem}.json" if attempt == 1 else f"{stem}-{attempt}.json"
-        return self._link(name, {"schema": SCHEMA, **record, "attempt": attempt})
+        digest, before = record["digest"], self._last.get(record["digest"])
+        if before is not None and before["status"] != "failed":
+            raise FileExistsError(f"{self.folder}: the cell {digest} has run; its record is never replaced.")
+        attempt = 1 if before is None else before["attempt"] + 1
+        path, whole = self._file(record["suite"]), {"schema": SCHEMA, **record, "attempt": attempt}
+        gzip_lines.append(path, whole)
+        self._last[digest] = whole
+        return path
 
-    def _link(self, name: str, content: Mapping[str, Any]) -> Path:
-        """Writes a new file: all of it is on the disk before its name exists, and the name is never taken over."""
-        text = json.dumps(content, indent=None, sort_keys=False, ensure_ascii=False, allow_nan=False)
-        descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=TEMPORARY)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            (self.folder / name).hardlink_to(temporary)
-        finally:
-            Path(temporary).unlink()
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        return self.folder / name
+    def compact(self) -> list[Path]:
+        """Rewrites the store for publication: every suite's file is sorted and compressed as a whole.
 
-    def _check(self) -> None:
-        """Refuses a folder that is no store of this version."""
+        All attempts are kept, and no record changes. The single JSON files of an old store move into the files of their
+        suites. A process that is killed on the way loses nothing: old files are removed after all new ones are written.
+        Equal records give equal files.
+
+        Returns:
+            The files.
+
+        Raises:
+            RuntimeError: This process has not locked the store.
+        """
+        if self._last is None:
+            raise RuntimeError(f"{self.folder}: compact a store only inside its locked().")
+        old = [*self.files(), *self.single_files()]
+        suites: dict[Path, dict[str, Record]] = defaultdict(dict)
+        for record in self.attempts():
+            suites[self._file(record["suite"])][json.dumps(record, sort_keys=True)] = record  # each once
+        for path, records in suites.items():
+            ordered: list[Record] = sorted(records.values(), key=_place)
+            write_atomically(path, gzip_lines.encode(ordered))
+        for path in old:
+            if path not in suites:
+                path.unlink()
+        return sorted(suites)
+
+    def _file(self, suite: str) -> Path:
+        if not suite or Path(suite).name != suite:
+            raise ValueError(f"{self.folder}: {suite!r} cannot be the name of a suite, as it is no name of a file.")
+        return self.folder / f"{suite}{ENDING}"
+
+    def _check(self) -> int | None:
+        """Finds out the format of the folder.
+
+        Returns:
+            The format; None if the folder is empty or does not exist.
+
+        Raises:
+            ValueError: The folder is not a store, or has another version.
+        """
         if not self.folder.exists():
-            return
-        header = self.folder / HEADER
-        if not header.is_file():
-            strange = [path.name for path in self.folder.iterdir() if not path.name.startswith((LOCK, TEMPORARY))]
+            return None
+        names = {path.name for path in self.folder.iterdir()}  # read once: another process may be adding
+        if HEADER not in names:
+            strange = sorted(name for name in names if not name.startswith((LOCK, f".{HEADER}")))
             if strange:
                 raise ValueError(
                     f"{self.folder}: holds {strange[0]} but no {HEADER}, so it is no store of runs. "
                     "Give an empty folder, or one that does not exist, by --store."
                 )
-            return
-        schema = json.loads(header.read_text(encoding="utf-8")).get("schema")
-        if schema != SCHEMA:
+            return None
+        found = json.loads((self.folder / HEADER).read_text(encoding="utf-8")).get("schema")
+        if found not in (OLD_FORMAT, FORMAT):
             raise ValueError(
-                f"{self.folder}: written in format {schema}, this version reads format {SCHEMA}. "
+                f"{self.folder}: written in format {found}, this version reads format {OLD_FORMAT} or {FORMAT}. "
                 "Use the version of lora-ga that wrote it, or another folder by --store."
             )
+        return int(found)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _rank(record: Record) -> tuple[bool, int]:
+    """Larger for the record that counts among several of one cell."""
+    return record["status"] != "failed", record["attempt"]
+
+
+def _place(record: Record) -> tuple[Any, ...]:
+    """The place of a record in a compacted file."""
+    keys = ("task", "label", "learning_rate", "seed")
+    return (*(str(record.get(key)) for key in keys), record["digest"], record["attempt"])
+
+
+def _single(path: Path) -> Record:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: damaged, no JSON ({error}). Remove it to run its cell again.") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else None
+        raise ValueError(f"{path}: damaged, it is not JSON ({error}). Remove it to run its cell again.") from error
+
+
+def _checked(path: Path, record: Any) -> Record:
+    found = record.get("schema") if isinstance(record, dict) else None
+    if found != SCHEMA:
         raise ValueError(f"{path}: written in format {found}, this version reads format {SCHEMA}.")
     return record

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +60,6 @@ class Cell:
     def title(self) -> str:
         """The cell in words."""
         return f"{self.task_name}/{self.label} lr {self.learning_rate:g} seed {self.seed}"
-
-    def file_stem(self) -> str:
-        """A readable name, with the digest that makes it this cell's own."""
-        words = f"{self.task_name}-{self.label}-lr{self.learning_rate:g}-seed{self.seed}".replace("γ", "gamma")
-        return f"{re.sub(r'[^A-Za-z0-9.=+_]+', '-', words)}-{self.digest()}"
 
 
 def changed(settings: Any) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def run_grid(
                 return records | known
             for record in runs.finished():
                 cell = running.pop(record["digest"])
-                store.add(cell.file_stem(), record)
+                store.add(record)
                 known[cell.digest()] = record
                 tell(record, len(todo) - len(begun) + len(running))
     finally:
