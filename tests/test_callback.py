@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +21,17 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lora_ga
+import lora_ga.integrations.trainer
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.save import FILE
 from lora_ga.adapter.write import give_structure
-from lora_ga.integrations.trainer import _check_trainer
 from toys import adapted, causal, gpt2, llama, logits
 from trainers import (
     TARGETS,
     callback,
     factors,
+    preferences,
+    ready,
     rows,
     settings,
     sft,
@@ -40,6 +45,16 @@ def assert_same_start(one: Any, other: Any) -> None:
     pairs = list(zip(factors(one), factors(other), strict=True))
     assert len(pairs) > 0
     assert all(torch.equal(a.start, b.start) for a, b in pairs)
+
+
+def assert_same_trained(one: Trainer, other: Trainer) -> None:
+    assert_same_start(one.model, other.model)
+    first, second = (
+        load_file(Path(trainer.args.output_dir) / "checkpoint-8" / "adapter_model.safetensors")
+        for trainer in (one, other)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 # --- what it does ----------------------------------------------------------------------------------------------------
@@ -112,9 +127,7 @@ def test_a_callback_added_after_the_trainer_was_made_gives_the_same_start(tmp_pa
     late.add_callback(callback())
     early.train()
     late.train()
-    assert_same_start(early.model, late.model)
-    one, other = (load_file(tmp_path / name / "checkpoint-8" / "adapter_model.safetensors") for name in "ab")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_trained(early, late)
 
 
 def test_a_model_made_anew_by_model_init_is_started(tmp_path: Path) -> None:
@@ -151,6 +164,181 @@ def test_layers_without_a_gradient_stay_plain_lora_in_the_structure(tmp_path: Pa
     assert bool(layers[0].mlp.up_proj.lora_B["default"].start.any())
     again = lora_ga.load(llama(), tmp_path / "checkpoint-8", is_trainable=True)
     assert_same_start(again, model)
+
+
+# --- where the trainer comes from ------------------------------------------------------------------------------------
+
+
+def passed(make: Any, folder: Path, **changes: Any) -> Trainer:
+    """The callback is passed to the trainer, and finds it in the call stack."""
+    return make([callback()], folder, **changes)
+
+
+def attached(make: Any, folder: Path, **changes: Any) -> Trainer:
+    """The callback is attached to the trainer."""
+    trainer = make([], folder, **changes)
+    callback().attach(trainer)
+    return trainer
+
+
+def added(make: Any, folder: Path, **changes: Any) -> Trainer:
+    """The callback is made with the trainer and added to it."""
+    trainer = make([], folder, **changes)
+    trainer.add_callback(callback(trainer=trainer))
+    return trainer
+
+
+WAYS = [passed, attached, added]
+
+
+@pytest.fixture
+def no_call_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the fallback fail."""
+
+    def fail(_: Any) -> None:
+        raise AssertionError("the call stack was read")
+
+    monkeypatch.setattr(lora_ga.integrations.trainer, "_trainer_from_call_stack", fail)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_structure_is_there_before_the_optimizer(way: Any, tmp_path: Path) -> None:
+    trainer = way(transformers_trainer, tmp_path)
+    assert len(factors(trainer.model)) == 2 * 2 * len(TARGETS)
+    assert sum(type(each) is LoraGACallback for each in trainer.callback_handler.callbacks) == 1
+
+
+@pytest.mark.usefixtures("no_call_stack")
+@pytest.mark.parametrize("way", [attached, added])
+def test_a_named_trainer_is_used_without_the_call_stack(
+    way: Any, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = way(transformers_trainer, tmp_path / "named")
+    trainer.train()
+    with pytest.raises(AssertionError, match="the call stack was read"):
+        passed(transformers_trainer, tmp_path)
+    monkeypatch.undo()
+    found = passed(transformers_trainer, tmp_path / "found")
+    found.train()
+    assert_same_trained(trainer, found)
+
+
+@pytest.mark.usefixtures("no_call_stack")
+@pytest.mark.parametrize("way", [attached, added])
+def test_a_named_trainer_resumes_bit_for_bit(way: Any, tmp_path: Path) -> None:
+    whole, parts = (way(transformers_trainer, tmp_path / name) for name in ("whole", "parts"))
+    for trainer in (whole, parts):
+        trainer.train()
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-8")
+    again = way(transformers_trainer, tmp_path / "parts")  # its own folder
+    again.train(resume_from_checkpoint=True)
+    assert_same_trained(whole, again)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    moved = way(transformers_trainer, tmp_path / "moved", resume_from_checkpoint=checkpoint)
+    moved.train(resume_from_checkpoint=checkpoint)
+    assert_same_trained(whole, moved)
+
+
+def test_an_attached_callback_that_finds_no_checkpoint_says_what_to_set(tmp_path: Path) -> None:
+    attached(transformers_trainer, tmp_path / "a").train()
+    checkpoints = [str(tmp_path / "a" / f"checkpoint-{step}") for step in (4, 8)]
+    # The folder that the arguments name is of another step than the one that is resumed.
+    again = attached(transformers_trainer, tmp_path / "b", resume_from_checkpoint=checkpoints[1])
+    with pytest.raises(ValueError, match=r"resumes at step 4.*looked in .*checkpoint-8, .*b/checkpoint-4\. Set Trai"):
+        again.train(resume_from_checkpoint=checkpoints[0])
+
+
+def test_attaching_twice_or_to_a_trainer_that_has_the_callback_changes_nothing(tmp_path: Path) -> None:
+    late = callback()
+    trainer = transformers_trainer([late], tmp_path)
+    parameters = [factor.trainable for factor in factors(trainer.model)]
+    for _ in range(2):
+        late.attach(trainer)
+    now = [factor.trainable for factor in factors(trainer.model)]
+    assert all(one is other for one, other in zip(parameters, now, strict=True))
+    assert sum(each is late for each in trainer.callback_handler.callbacks) == 1
+    trainer.train()
+    late.attach(trainer)
+
+
+def test_a_callback_attached_to_one_trainer_is_not_used_by_another(tmp_path: Path) -> None:
+    late = callback()
+    late.attach(transformers_trainer([], tmp_path))
+    with pytest.raises(RuntimeError, match="attached to one trainer, but called by another. Make a new LoraGACallback"):
+        transformers_trainer([late], tmp_path)
+
+
+def test_attaching_refuses_what_the_trainers_making_would(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="The model is a LlamaForCausalLM, not a PeftModel"):
+        callback().attach(transformers_trainer([], tmp_path, model=llama()))
+    trainer = transformers_trainer([], tmp_path)
+    trainer.train_dataset = Dataset.from_list([])
+    with pytest.raises(ValueError, match="The training data of the Trainer is empty"):
+        callback(trainer=trainer)
+    callback(batches=causal(), trainer=trainer)
+
+
+def test_the_reference_adapter_that_trl_has_copied_before_the_callback_is_attached(tmp_path: Path) -> None:
+    trainer = attached(ready(preferences("DPO")), tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert all(bool(factor.start.any()) for factor in factors(trainer.model))
+
+
+class CallStack(TrainerCallback):
+    """Keeps the methods of the trainer that call each event, the innermost first, with their local variables."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+
+    def _keep(self, event: str) -> None:
+        frames = (info.frame for info in inspect.stack())
+        self.calls[event] = [
+            (frame.f_code.co_name, dict(frame.f_locals))
+            for frame in frames
+            if isinstance(frame.f_locals.get("self"), Trainer)
+        ]
+
+    def on_init_end(self, *_: Any, **named: Any) -> None:
+        """Keep."""
+        self._keep("on_init_end")
+
+    def on_train_begin(self, *_: Any, **named: Any) -> None:
+        """Keep."""
+        self._keep("on_train_begin")
+
+
+@pytest.mark.parametrize(
+    ("resume", "expected"), [(None, None), (False, None), ("checkpoint-4", "checkpoint-4"), (True, "checkpoint-8")]
+)
+def test_the_installed_transformers_calls_its_events_as_the_fallback_expects(
+    resume: Any, expected: str | None, tmp_path: Path
+) -> None:
+    """`_trainer_from_call_stack` reads `self` and `resume_from_checkpoint`, which Transformers does not document."""
+    transformers_trainer([callback()], tmp_path).train()
+    stack = CallStack()
+    trainer = transformers_trainer([stack, callback()], tmp_path)
+    trainer.train(resume_from_checkpoint=str(tmp_path / resume) if isinstance(resume, str) else resume)
+    (name, found), *_ = stack.calls["on_init_end"]
+    assert name == "__init__"
+    assert found["self"] is trainer
+    began = stack.calls["on_train_begin"]
+    assert [name for name, _ in began][-1] == "train"
+    assert all(found["self"] is trainer for _, found in began)
+    checkpoints = [found["resume_from_checkpoint"] for _, found in began if "resume_from_checkpoint" in found]
+    assert checkpoints[0] == (None if expected is None else str(tmp_path / expected))
+
+
+def test_a_callback_in_the_fallback_knows_the_checkpoint_from_the_call_of_train(tmp_path: Path) -> None:
+    """Nothing but the argument of `train` names the checkpoint here."""
+    whole = passed(transformers_trainer, tmp_path / "whole")
+    whole.train()
+    again = passed(transformers_trainer, tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_same_trained(whole, again)
+
+
+# --- what is logged and kept -----------------------------------------------------------------------------------------
 
 
 class LogCounts(TrainerCallback):
@@ -242,7 +430,7 @@ def made(tmp_path: Path, model: Any, data: Any = None, **changes: Any) -> Traine
 
 
 def test_iterables_that_may_not_begin_anew(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a Once, an iterable that may not begin anew.*LoraGACallback\(batches="):
+    with pytest.raises(ValueError, match=r"a Once, an iterable that may not restart.*LoraGACallback\(batches="):
         made(tmp_path, adapted(llama(), TARGETS), Once())
 
 
@@ -252,6 +440,43 @@ def test_empty_training_data(tmp_path: Path) -> None:
     stream = datasets.IterableDataset.from_generator(lambda: iter(()))
     with pytest.raises(ValueError, match="The data holds no batch"):
         made(tmp_path, adapted(llama(), TARGETS), stream).train()
+
+
+WITHOUT_DATASETS = """
+import sys
+sys.modules["datasets"] = None  # importing it fails, as where it is not installed
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import IterableDataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from lora_ga import LoraGACallback, LoraGAConfig
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from rows
+
+sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, **sizes))
+model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(16, (8, 6))]
+arguments = TrainingArguments(sys.argv[1], max_steps=1, use_cpu=True, report_to=[], save_strategy="no")
+try:
+    Trainer(model, arguments, train_dataset=Stream(), callbacks=[LoraGACallback()])
+except ValueError as error:
+    assert "The training data is a Stream" in str(error)
+else:
+    raise AssertionError("the stream was not refused")
+started = LoraGACallback(LoraGAConfig(max_batches=1))
+Trainer(model, arguments, train_dataset=rows, callbacks=[started]).train()
+assert started.estimate.batches == 1
+"""
+
+
+def test_the_datasets_library_is_not_needed(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DATASETS, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------
@@ -283,7 +508,7 @@ def test_the_base_offset() -> None:
 
 
 def test_a_caller_that_is_no_trainer() -> None:
-    with pytest.raises(RuntimeError, match="called by something else than a transformers.Trainer that has it among"):
+    with pytest.raises(RuntimeError, match="was not called by a transformers.Trainer that has it among its callbacks"):
         callback().on_init_end(None, None, None, model=adapted(llama(), TARGETS))
 
 
@@ -291,7 +516,7 @@ def test_flattened_parameters(tmp_path: Path) -> None:
     trainer = transformers_trainer([], tmp_path)
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="does not fill adapters in FSDP 1, .*Set fsdp_version: 2 in the Accelerate"):
-        _check_trainer(trainer, uses_its_data=True)
+        callback().attach(trainer)
 
 
 def test_a_checkpoint_of_plain_lora(tmp_path: Path) -> None:

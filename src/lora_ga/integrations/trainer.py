@@ -1,4 +1,4 @@
-"""LoRA-GA inside a Transformers trainer: the structure before the optimizer exists, the start in place, late."""
+"""`LoraGACallback`: LoRA-GA inside a Transformers trainer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_ga.adapter.initialize import initialize
 from lora_ga.adapter.load import restore_starts
@@ -27,21 +30,30 @@ from lora_ga.gradients.isolation import put_aside
 from lora_ga.gradients.loss import LossFunction
 from lora_ga.gradients.result import GradientEstimate, scalars
 
-# Where TRL's trainers collect what they log next: losses of the estimate are not to be averaged into it.
-COLLECTED = ("_metrics", "_stored_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
+# Attributes in which TRL's trainers collect metrics until they log them next.
+TRL_METRICS = ("_metrics", "_stored_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
 
 
 class LoraGACallback(TrainerCallback):
-    """Starts the adapter of a trainer where full fine-tuning would go.
+    """Initializes the LoRA adapter of a trainer with LoRA-GA.
 
-    Works in every trainer built on Transformers', with its own loss and data: when the trainer is made the adapter gets
-    its structure, computing as before; when training begins the gradient is estimated and the adapter filled in place.
-    A resumed run takes its start from the checkpoint, and a second call of `train` goes on from where the first ended.
-    In several processes (DistributedDataParallel, FSDP2, DeepSpeed) each estimates on its share of the batches, and all
-    have one start.
+    It works in every trainer derived from Transformers' `Trainer`, with the trainer's own loss and data. First the
+    adapter gets LoRA-GA's structure, in which it computes as before. When training begins, the callback estimates the
+    gradient and writes A₀ and B₀ into the adapter. A resumed run takes A₀ and B₀ from its checkpoint. A second call of
+    `train` continues with the adapter as it is. In several processes (DistributedDataParallel, FSDP2, DeepSpeed) each
+    process estimates on its share of the batches, and all get the same A₀ and B₀.
+
+    There are three ways to use it:
+
+    - `Trainer(..., callbacks=[LoraGACallback()])` gives the structure when the trainer is made.
+    - `LoraGACallback().attach(trainer)` gives the structure at once, to the model of a trainer that is made already.
+    - `trainer.add_callback(LoraGACallback(trainer=trainer))` does the same in the form that TRL's callbacks have.
+
+    Transformers passes no trainer to its callbacks. In the first way the callback therefore finds the trainer in the
+    call stack (see `_trainer_from_call_stack`). In the two others it uses the trainer that it was given.
 
     Attributes:
-        estimate: What the adapter was started from; None before training and after a resume.
+        estimate: The estimate that A₀ and B₀ come from; None before training and after a resume.
     """
 
     def __init__(
@@ -51,19 +63,22 @@ class LoraGACallback(TrainerCallback):
         batches: Iterable[Any] | None = None,
         loss_fn: LossFunction | None = None,
         adapter_name: str = "default",
+        trainer: Trainer | None = None,
     ) -> None:
-        """What to start from.
+        """Make the callback.
 
         Args:
             config: The settings; `offset` must be "adapter".
-            batches: What to estimate on, as the trainer's collator would make it. By default a shuffled choice of the
-                training data, in batches of `per_device_train_batch_size`; the order of training does not move. In
-                several processes: this process's own share of them.
-            loss_fn: `(model, batch) → loss` or `→ (loss, weight)`. By default the trainer's own `compute_loss`.
+            batches: The batches to estimate on, as the trainer's collator makes them; in several processes, this
+                process's share of them. By default a random choice of the training data, in batches of
+                `per_device_train_batch_size`. The order of training does not change.
+            loss_fn: `(model, batch) → loss` or `→ (loss, weight)`. By default the trainer's `compute_loss`.
             adapter_name: The adapter.
+            trainer: The trainer to which the callback will be added. Its adapter gets the structure now.
 
         Raises:
-            ValueError: The settings ask for `offset="base"`.
+            TypeError: The trainer's model is not a `PeftModel`.
+            ValueError: The settings have `offset="base"`, or the trainer is one that `attach` refuses.
         """
         if config.offset == "base":
             raise ValueError(
@@ -75,33 +90,48 @@ class LoraGACallback(TrainerCallback):
         self.loss_fn = loss_fn
         self.adapter_name = adapter_name
         self.estimate: GradientEstimate | None = None
+        self._trainer: Trainer | None = None
         self._filled: Alignment | None = None
+        if trainer is not None:
+            self._use(trainer)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Use the callback in a trainer that is made already.
+
+        The adapter gets its structure now, since the trainer's `on_init_end` event is over. The callback is added to
+        the trainer's callbacks unless it is among them. Call this before `trainer.train`.
+
+        Args:
+            trainer: The trainer.
+
+        Raises:
+            TypeError: The trainer's model is not a `PeftModel`.
+            ValueError: The adapter cannot be aligned, is aligned or trained already; or the trainer uses FSDP 1, or
+                has training data from which no batches can be taken.
+        """
+        self._use(trainer)
+        if not _has_callback(trainer, self):
+            trainer.add_callback(self)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Give the adapter its structure, before an optimizer or a wrapper sees its parameters.
+        """Give the adapter its structure before an optimizer or a wrapper uses its parameters.
 
         Args:
             args: The trainer's arguments.
-            state: Its state.
-            control: Its control.
+            state: The trainer's state.
+            control: The trainer's control.
             model: The model.
-            **kwargs: The rest of the event.
+            **kwargs: The event's other arguments.
 
         Raises:
+            RuntimeError: No trainer calls this, or another one than the callback is attached to.
             TypeError: The model is not a `PeftModel`.
-            ValueError: The adapter cannot be aligned, is aligned or trained already, or the trainer cannot be used.
+            ValueError: As `attach`.
         """
-        trainer, _ = _caller(self)
-        _check_trainer(trainer, self.batches is None)
-        alignment: Alignment | None = getattr(_config(model, self.adapter_name), "alignment", None)
-        if alignment is not None and any(all(f.weight.any() for f in pair) for pair in alignment.factors.values()):
-            raise ValueError(
-                f"Adapter {self.adapter_name!r} is already aligned: it comes from lora_ga.initialize or a checkpoint. "
-                "Train it without LoraGACallback, or give the trainer a fresh adapter."
-            )
-        give_structure(model, self.config, self.adapter_name)
+        trainer, _ = self._trainer_and_checkpoint(state)
+        self._prepare(trainer, model)
 
     def on_train_begin(
         self,
@@ -112,155 +142,274 @@ class LoraGACallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Estimate and fill the adapter in place; on a resume restore its start from the checkpoint.
+        """Estimate the gradient and write A₀ and B₀ in place; in a resumed run restore them from the checkpoint.
 
         Args:
             args: The trainer's arguments.
-            state: Its state.
-            control: Its control.
+            state: The trainer's state.
+            control: The trainer's control.
             model: The model.
             train_dataloader: The loader of the training data, whose data set and collator are used.
-            **kwargs: The rest of the event.
+            **kwargs: The event's other arguments.
+
+        Raises:
+            RuntimeError: No trainer calls this, or another one than the callback is attached to.
+            ValueError: The adapter cannot be aligned, or the checkpoint is not found or has no A₀ and B₀.
         """
-        trainer, checkpoint = _caller(self)
-        alignment: Alignment | None = getattr(_config(model, self.adapter_name), "alignment", None)
+        trainer, checkpoint = self._trainer_and_checkpoint(state)
+        checkpoint = checkpoint or _checkpoint_of(args, state)
+        alignment = _alignment_of(model, self.adapter_name)
         if checkpoint is not None:
-            restore_starts(model, Path(checkpoint), self.adapter_name)
+            restore_starts(model, checkpoint, self.adapter_name)
         elif alignment is None or alignment is not self._filled:
-            batches = _batches(trainer, train_dataloader, self.config) if self.batches is None else self.batches
-            with trainer.accelerator.autocast():
-                self.estimate = initialize(
-                    model, batches, self.config, loss_fn=self._loss(trainer, model), adapter_name=self.adapter_name
-                )
-            self._report(trainer, model.peft_config[self.adapter_name].alignment)
-        self._filled = model.peft_config[self.adapter_name].alignment
-        if "create_model_card" not in vars(trainer):
-            trainer.create_model_card = self._with_section(trainer)
+            self.estimate = self._initialize(trainer, model, train_dataloader)
+            alignment = _alignment_of(model, self.adapter_name)
+            numbers = scalars(self.estimate, {} if alignment is None else alignment.ranks)
+            for tracker in _trackers(trainer, args):
+                tracker.on_log(args, state, control, model=model, logs=numbers)
+        self._filled = _alignment_of(model, self.adapter_name)
+        self._extend_model_card(trainer)
 
-    def _loss(self, trainer: Trainer, model: Any) -> LossFunction:
-        """The loss of a batch, as the trainer computes it, with nothing left behind in the trainer."""
-        probe = copy.copy(trainer)
-        for name in COLLECTED:
+    def _use(self, trainer: Trainer) -> None:
+        """Give the adapter of a trainer its structure, and use this trainer from now on."""
+        if trainer is not self._trainer:
+            self._prepare(trainer, trainer.model)
+            self._trainer = trainer
+
+    def _prepare(self, trainer: Trainer, model: Any) -> None:
+        """Check a trainer and its adapter, and give the adapter its structure.
+
+        Raises:
+            ValueError: The trainer cannot be used, or the adapter has A₀ and B₀ already.
+        """
+        _check_sharding(trainer)
+        if self.batches is None:
+            _check_training_data(trainer)
+        alignment = _alignment_of(model, self.adapter_name)
+        if alignment is not None and any(all(f.weight.any() for f in pair) for pair in alignment.factors.values()):
+            raise ValueError(
+                f"Adapter {self.adapter_name!r} is already aligned: it comes from lora_ga.initialize or a checkpoint. "
+                "Train it without LoraGACallback, or give the trainer a fresh adapter."
+            )
+        give_structure(model, self.config, self.adapter_name)
+
+    def _trainer_and_checkpoint(self, state: TrainerState) -> tuple[Trainer, Path | None]:
+        """The trainer whose event this is, and the checkpoint if the call stack gives it.
+
+        Returns:
+            The trainer, and the checkpoint's folder or None.
+
+        Raises:
+            RuntimeError: The callback is attached to another trainer.
+        """
+        if self._trainer is None:
+            return _trainer_from_call_stack(self)
+        if self._trainer.state is not state:
+            raise RuntimeError(
+                "LoraGACallback is attached to one trainer, but called by another. Make a new LoraGACallback for each "
+                "trainer."
+            )
+        return self._trainer, None
+
+    def _initialize(self, trainer: Trainer, model: Any, loader: Any) -> GradientEstimate:
+        """Estimate the gradient with the trainer's loss, data and autocast, and write A₀ and B₀."""
+        batches = _batches_for_estimate(trainer, loader, self.config) if self.batches is None else self.batches
+        loss = self._loss_function(trainer, model)
+        with trainer.accelerator.autocast():
+            return initialize(model, batches, self.config, loss_fn=loss, adapter_name=self.adapter_name)
+
+    def _loss_function(self, trainer: Trainer, model: Any) -> LossFunction:
+        """The loss of a batch as the trainer computes it, with `loss_fn` in place of `compute_loss` if it is given."""
+        # A shallow copy of the trainer with separate lists of metrics computes the loss. Otherwise TRL's trainers would
+        # average the losses of the estimate into what they log next.
+        twin = copy.copy(trainer)
+        for name in TRL_METRICS:
             if hasattr(trainer, name):
-                setattr(probe, name, copy.deepcopy(getattr(trainer, name)))
+                setattr(twin, name, copy.deepcopy(getattr(trainer, name)))
 
-        def loss(adapted: nn.Module, batch: Any) -> Tensor | tuple[Tensor, float]:
-            inputs = probe._prepare_inputs(batch)
-            with probe.compute_loss_context_manager():
-                found = probe.compute_loss(model, inputs) if self.loss_fn is None else self.loss_fn(adapted, inputs)
-            put_aside(model, self.adapter_name)
-            return found
+        def loss_function(adapted: nn.Module, batch: Any) -> Tensor | tuple[Tensor, float]:
+            inputs = twin._prepare_inputs(batch)
+            with twin.compute_loss_context_manager():
+                loss = twin.compute_loss(model, inputs) if self.loss_fn is None else self.loss_fn(adapted, inputs)
+            put_aside(model, self.adapter_name)  # a preference loss switches adapters for its reference and back
+            return loss
 
-        return loss
+        return loss_function
 
-    def _with_section(self, trainer: Trainer) -> Callable[..., None]:
-        """The trainer's `create_model_card`, ending with the section on the start."""
-        write = trainer.create_model_card
+    def _extend_model_card(self, trainer: Trainer) -> None:
+        """Let the trainer's `create_model_card` add the section on LoRA-GA to the card that it writes.
 
-        @functools.wraps(write)
+        No event does this: `create_model_card` fires none and writes the whole file anew, and `push_to_hub` calls it
+        after its event `on_push_begin` and just before the upload.
+        """
+        if "create_model_card" in vars(trainer):  # a second call of `train`
+            return
+        create = trainer.create_model_card
+
+        @functools.wraps(create)
         def create_model_card(*args: Any, **kwargs: Any) -> None:
-            write(*args, **kwargs)
+            create(*args, **kwargs)
             if trainer.is_world_process_zero() and self._filled is not None:
                 write_section(Path(trainer.args.output_dir), self._filled.summary)
 
-        return create_model_card
-
-    def _report(self, trainer: Trainer, alignment: Alignment) -> None:
-        """Send the estimate's numbers to the trackers that `report_to` names."""
-        assert self.estimate is not None, "called after the estimate"
-        trackers = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
-        for tracker in trainer.callback_handler.callbacks:
-            if isinstance(tracker, trackers):
-                logs = scalars(self.estimate, alignment.ranks)
-                tracker.on_log(trainer.args, trainer.state, trainer.control, model=trainer.model, logs=logs)
+        trainer.create_model_card = create_model_card
 
 
-def _config(model: Any, adapter_name: str) -> Any:
-    """The configuration of an adapter; None if the model does not have it."""
-    return getattr(model, "peft_config", {}).get(adapter_name)
+def _alignment_of(model: Any, adapter_name: str) -> Alignment | None:
+    """The alignment of an adapter; None if the model has no such adapter or it is not aligned."""
+    return getattr(getattr(model, "peft_config", {}).get(adapter_name), "alignment", None)
 
 
-def _caller(callback: LoraGACallback) -> tuple[Trainer, str | None]:
-    """The trainer whose event this is, and the checkpoint it resumes from, if it does.
+def _has_callback(trainer: Trainer, callback: TrainerCallback) -> bool:
+    """Whether a callback is among those of a trainer, which has none before it has made its handler."""
+    handler = getattr(trainer, "callback_handler", None)
+    return handler is not None and any(each is callback for each in handler.callbacks)
 
-    Transformers hands callbacks neither, and the loss is the trainer's: both are read from the calls in progress.
+
+def _trainer_from_call_stack(callback: TrainerCallback) -> tuple[Trainer, Path | None]:
+    """Find the trainer that calls a callback, and the checkpoint that it resumes from.
+
+    This is the fallback for `Trainer(..., callbacks=[LoraGACallback()])`, where there is no trainer yet to attach. The
+    callback needs the trainer, whose `compute_loss` it uses, but Transformers passes its callbacks neither the trainer
+    nor the checkpoint. So both are read from the calls in progress: the trainer is the innermost local variable `self`
+    that is a trainer with this callback; the checkpoint is the local variable `resume_from_checkpoint` in the innermost
+    of that trainer's methods which has one. A test checks this for the installed version of Transformers.
 
     Returns:
-        The trainer, and a folder or None.
+        The trainer, and the checkpoint's folder or None.
 
     Raises:
         RuntimeError: No trainer that has the callback is calling.
     """
+    trainer: Trainer | None = None
     frame = inspect.currentframe()
     while frame is not None:
-        trainer = frame.f_locals.get("self")
-        handler = getattr(trainer, "callback_handler", None) if isinstance(trainer, Trainer) else None
-        if handler is not None and any(one is callback for one in handler.callbacks):
-            return trainer, frame.f_locals.get("resume_from_checkpoint")
+        caller = frame.f_locals.get("self")
+        if trainer is None and isinstance(caller, Trainer) and _has_callback(caller, callback):
+            trainer = caller
+        if trainer is not None and caller is trainer and "resume_from_checkpoint" in frame.f_locals:
+            checkpoint = frame.f_locals["resume_from_checkpoint"]
+            return trainer, None if checkpoint is None else Path(checkpoint)
         frame = frame.f_back
-    raise RuntimeError(
-        "LoraGACallback was called by something else than a transformers.Trainer that has it among its callbacks. Give "
-        "it to a trainer, or call lora_ga.initialize."
+    if trainer is None:
+        raise RuntimeError(
+            "LoraGACallback was not called by a transformers.Trainer that has it among its callbacks. Give it to a "
+            "trainer, name the trainer with attach(trainer), or call lora_ga.initialize."
+        )
+    return trainer, None
+
+
+def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """Find the checkpoint that training resumes from, without the call stack.
+
+    Transformers restores the number of steps from the checkpoint, but keeps no path. The checkpoint is searched in
+    `args.resume_from_checkpoint` and in `args.output_dir`.
+
+    Returns:
+        The checkpoint's folder; None if training begins at step 0.
+
+    Raises:
+        ValueError: Training resumes, but neither folder is a checkpoint of that step.
+    """
+    if state.global_step == 0:
+        return None
+    folders = [Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    for folder in folders:
+        file = folder / TRAINER_STATE_NAME
+        if file.is_file() and TrainerState.load_from_json(str(file)).global_step == state.global_step:
+            return folder
+    raise ValueError(
+        f"Training resumes at step {state.global_step}, but LoraGACallback finds no checkpoint of that step to take A₀ "
+        f"and B₀ from; it looked in {', '.join(map(str, folders))}. Set TrainingArguments.resume_from_checkpoint to "
+        "the folder that train(resume_from_checkpoint=...) is given."
     )
 
 
-def _check_trainer(trainer: Trainer, uses_its_data: bool) -> None:
-    """Refuse a trainer whose model or data the callback cannot handle.
+def _check_sharding(trainer: Trainer) -> None:
+    """Refuse a trainer that shards the model by FSDP 1.
 
     Raises:
-        ValueError: It is one.
+        ValueError: It does.
     """
     if trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
         raise ValueError(
             "LoraGACallback does not fill adapters in FSDP 1, which flattens parameters into one. Set fsdp_version: 2 "
             "in the Accelerate configuration, or call lora_ga.initialize before the trainer is made."
         )
-    data = trainer.train_dataset
-    if not uses_its_data or data is None:
-        return
-    name = type(trainer).__name__
-    if hasattr(data, "__len__") and len(data) == 0:
+
+
+def _check_training_data(trainer: Trainer) -> None:
+    """Refuse training data from which no batches for the estimate can be taken.
+
+    Raises:
+        ValueError: The data is empty, an iterable that may not restart, or streamed to a trainer that groups answers.
+    """
+    data, name = trainer.train_dataset, type(trainer).__name__
+    if data is not None and hasattr(data, "__len__") and len(data) == 0:
         raise ValueError(f"The training data of the {name} is empty; the gradient needs at least one example.")
-    if isinstance(data, TorchIterableDataset) and not _streams(data):
+    if not isinstance(data, TorchIterableDataset):
+        return
+    if not _restarts(data):
         raise ValueError(
-            f"The training data is a {type(data).__name__}, an iterable that may not begin anew, so taking from it "
-            "could move the training. Pass LoraGACallback(batches=...)."
+            f"The training data is a {type(data).__name__}, an iterable that may not restart, so batches taken from "
+            "it could be missing in training. Pass LoraGACallback(batches=...)."
         )
-    if isinstance(data, TorchIterableDataset) and hasattr(trainer, "num_generations_eval"):
+    if hasattr(trainer, "num_generations_eval"):
         raise ValueError(
-            f"A {name} groups its generations by prompt, which cannot be done here with streamed data. Pass "
+            f"A {name} groups its generations by prompt, which LoraGACallback cannot do with streamed data. Pass "
             "LoraGACallback(batches=...), each batch with every prompt num_generations_eval times."
         )
 
 
-def _streams(data: Any) -> bool:
-    """Whether iterable data begins anew with every iteration, as a data set of the datasets library does."""
-    import datasets
+def _restarts(data: Any) -> bool:
+    """Whether iterable data restarts with every iteration, as the streams of the `datasets` library do."""
+    # Without an import: a stream of `datasets` exists only if somebody has imported the library.
+    library = sys.modules.get("datasets")
+    return library is not None and isinstance(data, library.IterableDataset)
 
-    return isinstance(data, datasets.IterableDataset)
 
+def _batches_for_estimate(trainer: Trainer, loader: Any, config: LoraGAConfig) -> Iterable[Any]:
+    """Take batches of the training data for the estimate, without changing the order of training.
 
-def _batches(trainer: Trainer, loader: Any, config: LoraGAConfig) -> Iterable[Any]:
-    """This process's share of the training data, by a loader of its own; shuffled where data has a length.
+    All processes choose the same batches. Process `i` of `n` takes the batches `i`, `i + n`, `i + 2n`, …
 
     Args:
-        trainer: Gives the batch size, and which process this is.
-        loader: The trainer's own loader, which has the data set without unused columns, and the collator.
-        config: The seed of the choice, and how many batches are wanted at most.
+        trainer: The trainer.
+        loader: The trainer's loader, which has the data set without unused columns, and the collator.
+        config: The seed of the choice, and the number of batches.
 
     Returns:
-        Every so-many-th batch of the choice, which is the same in all processes.
+        This process's batches: from the beginning of streamed data, else a random choice.
     """
     args, data = trainer.args, loader.dataset
-    rank, size, count = args.process_index, args.world_size, args.per_device_train_batch_size
+    first, step = args.process_index, args.world_size
     generator = torch.Generator().manual_seed(config.seed)
     if isinstance(data, TorchIterableDataset):
-        stream = DataLoader(data, batch_size=count, collate_fn=loader.collate_fn, generator=generator)
-        return itertools.islice(stream, rank, None, size)
-    sampler: Any = RandomSampler(data, generator=generator)
-    group = getattr(trainer, "num_generations_eval", None)
-    if group is not None:  # GRPO and its kin compare several answers to one prompt, which their sampler repeats
-        count, sampler = group * max(1, args.generation_batch_size // group), trainer._get_eval_sampler(data)
-    most = None if config.max_batches is None else config.max_batches + size
-    chosen = list(itertools.islice(BatchSampler(sampler, count, drop_last=False), rank, most, size))
+        batch_size = args.per_device_train_batch_size
+        stream = DataLoader(data, batch_size=batch_size, collate_fn=loader.collate_fn, generator=generator)
+        return itertools.islice(stream, first, None, step)
+    # `max_batches` counts the batches of all processes. One more round, so that every process has a last one to read.
+    most = None if config.max_batches is None else config.max_batches + step
+    chosen = list(itertools.islice(_batch_sampler(trainer, data, generator), first, most, step))
     return DataLoader(data, batch_sampler=chosen, collate_fn=loader.collate_fn, generator=generator)
+
+
+def _batch_sampler(trainer: Trainer, data: Any, generator: torch.Generator) -> BatchSampler:
+    """Random batches of data that has a length."""
+    # GRPO and RLOO compare several answers to one prompt. Their sampler for evaluation repeats each prompt that many
+    # times, and a batch must hold whole groups.
+    group: int | None = getattr(trainer, "num_generations_eval", None)
+    if group is not None:
+        batch_size = group * max(1, trainer.args.generation_batch_size // group)
+        return BatchSampler(trainer._get_eval_sampler(data), batch_size, drop_last=False)
+    sampler: Sampler[int] = RandomSampler(data, generator=generator)
+    return BatchSampler(sampler, trainer.args.per_device_train_batch_size, drop_last=False)
+
+
+def _trackers(trainer: Trainer, args: TrainingArguments) -> list[TrainerCallback]:
+    """The trainer's callbacks that write to the trackers of `report_to`."""
+    # `Trainer.log` would call them too, but also add the numbers to the log history, which every checkpoint contains.
+    kinds: tuple[type, ...] = tuple(get_reporting_integration_callbacks(args.report_to))
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kinds)]
