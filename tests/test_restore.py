@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
 import lora_ga
 from lora_ga import LoraGAConfig
@@ -266,6 +268,46 @@ def test_a_lora_ga_optimizer_state_does_not_get_into_a_plain_structure(tmp_path:
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(ValueError, match="(?s)lora_ga.safetensors is missing.*optimizer state.*has other shapes"):
         lora_ga.load(llama(), tmp_path, is_trainable=True)
+
+
+def loaded_as_plain(folder: Path) -> PeftModel:
+    trained(folder)
+    (folder / FILE).unlink()
+    with pytest.warns(UserWarning, match="trains on as plain LoRA"):
+        return lora_ga.load(llama(), folder, is_trainable=True)
+
+
+def with_state_of_half_the_size(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer with states like those of a LoRA-GA run, in which A and B are half as large."""
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.state[parameter]["exp_avg"] = torch.zeros(len(parameter) // 2, *parameter.shape[1:])
+    return optimizer
+
+
+def test_the_first_step_of_a_plain_adapters_optimizer_is_checked(tmp_path: Path) -> None:
+    model = loaded_as_plain(tmp_path)
+    optimizer = with_state_of_half_the_size(p for p in model.parameters() if p.requires_grad)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the state of a LoRA-GA run .* does not fit a plain rank-2r adapter"):
+            optimizer.step()
+
+
+def test_the_optimizers_of_other_models_are_not_checked(tmp_path: Path) -> None:
+    model = loaded_as_plain(tmp_path)
+    with_state_of_half_the_size(nn.Linear(4, 4).parameters()).step()
+    model.base_model.model.lm_head.requires_grad_(True)  # nor other parameters of this one
+    with_state_of_half_the_size(model.base_model.model.lm_head.parameters()).step()
+
+
+def test_the_check_ends_with_the_model(tmp_path: Path) -> None:
+    before = len(hooks)
+    model = loaded_as_plain(tmp_path)
+    assert len(hooks) == before + 1
+    del model
+    gc.collect()
+    assert len(hooks) == before
 
 
 def test_an_adapter_of_another_rank_does_not_load_into_an_aligned_one(tmp_path: Path) -> None:

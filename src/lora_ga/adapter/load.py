@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,9 @@ def _check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose state was saved for other shapes; stepping with it can end the process without a word.
+    """Refuse an optimizer whose loaded state has other shapes than its parameters.
+
+    Some optimizers end the process without an error message when they step with such a state.
 
     Args:
         optimizer: An optimizer (or Accelerate's wrapper of one) after its state has been loaded.
@@ -92,14 +94,22 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            for key in SAME_SHAPE:
-                if key in state and state[key].shape != parameter.shape:
-                    raise ValueError(
-                        f"The optimizer's {key} is {tuple(state[key].shape)}, its parameter {tuple(parameter.shape)}: "
-                        "the state of a LoRA-GA run (rank r) does not fit a plain rank-2r adapter. Load the checkpoint "
-                        "with lora_ga.load(base, checkpoint, is_trainable=True), which restores the structure."
-                    )
+            _check_state(optimizer.state.get(parameter, {}), parameter)
+
+
+def _check_state(state: Mapping[str, Any], parameter: Tensor) -> None:
+    """Refuse an optimizer state whose tensors have other shapes than the parameter.
+
+    Raises:
+        ValueError: There is such a tensor.
+    """
+    for key in SAME_SHAPE:
+        if key in state and state[key].shape != parameter.shape:
+            raise ValueError(
+                f"The optimizer's {key} is {tuple(state[key].shape)}, its parameter {tuple(parameter.shape)}: the "
+                "state of a LoRA-GA run (rank r) does not fit a plain rank-2r adapter. Load the checkpoint with "
+                "lora_ga.load(base, checkpoint, is_trainable=True), which restores the structure."
+            )
 
 
 def _train_as_plain(model: PeftModel, path: Path) -> None:
@@ -123,22 +133,28 @@ def _train_as_plain(model: PeftModel, path: Path) -> None:
         UserWarning,
         stacklevel=3,
     )
-    _check_first_steps()
+    _check_first_steps(model)
 
 
-_checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+def _check_first_steps(model: PeftModel) -> None:
+    """Check the optimizer states of a plain adapter's A and B at the first step of each optimizer that has them.
 
+    An optimizer's state may be loaded after the adapter, and torch calls the hooks of all optimizers. This hook holds
+    the model weakly, looks at the states of its A and B alone, and is removed with the model.
+    """
+    checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+    reference = weakref.ref(model)
 
-@functools.cache
-def _check_first_steps() -> None:
-    """From now on check every optimizer's state at its first step: a wrong one could end the process without a word."""
-    register_optimizer_step_pre_hook(_check_first_step)
+    def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        loaded = reference()
+        if loaded is None or optimizer in checked:
+            return
+        layers = [module for module in loaded.modules() if isinstance(module, LoraLayer) and "default" in module.r]
+        for parameter in (weight_of(entry) for layer in layers for entry in entries(layer, "default")):
+            _check_state(optimizer.state.get(parameter, {}), parameter)
+        checked.add(optimizer)
 
-
-def _check_first_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if optimizer not in _checked:
-        check_optimizer_state(optimizer)
-        _checked.add(optimizer)
+    weakref.finalize(model, register_optimizer_step_pre_hook(check).remove)
 
 
 def _restore_pair(
