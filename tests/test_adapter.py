@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
 import math
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +20,8 @@ from torch import Tensor, nn
 
 import lora_ga
 from lora_ga import LoraGAConfig
+from lora_ga.adapter.alignment import factors_of
+from lora_ga.adapter.structure import copy_structure
 from lora_ga.config import CHOICES
 from lora_ga.layers.factors import FACTORS, Delta, Factor
 from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified, llama, logits, t5, train, translated
@@ -276,6 +284,63 @@ def test_a_deep_copy_is_an_aligned_model_of_its_own() -> None:
         id(factor) in modules for pair in twin.peft_config["default"].alignment.factors.values() for factor in pair
     )
     assert torch.equal(logits(model, causal(1)[0]), logits(llama(), causal(1)[0]))
+
+
+def pickled(model: PeftModel) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_of_the_model_saves_its_own_factors_and_gives_its_own_structure(
+    duplicate: Callable[[PeftModel], Any], tmp_path: Path
+) -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    other = duplicate(model)
+    train(other, causal())
+    other.add_adapter("ref", other.peft_config["default"])
+    assert list(model.peft_config) == ["default"]
+    assert set(factors_of(other, "ref")) == set(factors_of(model, "default"))
+    other.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("ref", tmp_path / "ref")):
+        other.set_adapter(name)
+        again = lora_ga.load(llama(), folder, is_trainable=True)
+        expected = logits(other.eval(), causal(1)[0])
+        torch.testing.assert_close(logits(again.eval(), causal(1)[0]), expected, rtol=0, atol=1e-6)
+
+
+def test_a_copy_of_the_configuration_is_of_the_same_model_and_a_replaced_one_of_none() -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    config = model.peft_config["default"]
+    copied = copy.deepcopy(config)
+    assert copied.alignment is not config.alignment
+    assert copied.alignment.model() is model
+    assert dataclasses.replace(config, r=2).alignment is None
+
+
+def test_a_deleted_model_is_gone_without_the_garbage_collector() -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    reference = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_only_an_aligned_adapters_structure_can_be_copied() -> None:
+    model = adapted(llama())
+    model.add_adapter("second", LoraConfig(r=8, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="Adapter 'default' has no structure to copy"):
+        copy_structure(model, "default", "second")
+    lora_ga.initialize(model, causal())
+    copy_structure(model, "default", "second")
+    assert len(factors_of(model, "second")) == 2
+    assert all(not b.weight[:, 4:].any() and b.weight[:, :4].any() for _, b in factors_of(model, "second").values())
 
 
 def test_every_offset_of_the_configuration_has_its_factors() -> None:

@@ -24,7 +24,7 @@ import lora_ga
 import lora_ga.integrations.trainer
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.save import FILE
-from lora_ga.adapter.write import give_structure
+from lora_ga.adapter.structure import give_structure
 from toys import adapted, causal, gpt2, llama, logits
 from trainers import (
     TARGETS,

@@ -14,7 +14,7 @@ from torch import nn
 import lora_ga
 from cases import LAYERS, Case, mixtral, nf4, seeded
 from lora_ga import LoraGAConfig
-from lora_ga.adapter.write import give_structure
+from lora_ga.adapter.structure import give_structure
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import find_targets
 from toys import adapted, causal, llama, logits, train

@@ -22,7 +22,7 @@ import lora_ga
 from cases import Convolutions, Twisted, mixtral, seeded
 from fused import ALL, FusedLlama, fused_llama
 from lora_ga import GradientEstimate, LoraGAConfig
-from lora_ga.adapter.write import give_structure
+from lora_ga.adapter.structure import give_structure
 from lora_ga.gradients.probe import _random
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import find_targets

@@ -15,6 +15,7 @@ from torch import nn
 import lora_ga
 import processes
 import workers
+from lora_ga.adapter import save as sidecar
 from lora_ga.distributed.sharding import unwrapped
 from lora_ga.layers.factors import Delta
 from toys import adapted, causal, llama, logits, train
@@ -139,14 +140,14 @@ def test_a_file_gathered_by_the_parameters_names_is_made_plain(tmp_path: Path) -
     other = {key: value + 1 for key, value in plain.items()}
     save_file(other, tmp_path / "plain" / "adapter_model.safetensors")
     with pytest.warns(UserWarning, match="no lora_ga.safetensors was written"):
-        model.peft_config["default"].alignment.write(tmp_path / "plain")
+        sidecar.save(model, "default", tmp_path / "plain")
 
 
 def test_parameters_that_zero_has_taken_apart_get_no_structure() -> None:
     model = adapted(llama())
     weight: Any = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
     weight.ds_numel = 2 * weight.numel()
-    with pytest.raises(ValueError, match="taken apart by DeepSpeed ZeRO-3.*Use LoraGACallback, or call lora_ga.init"):
+    with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3.*Use LoraGACallback, or call lora_ga.init"):
         lora_ga.initialize(model, causal(1))
 
 

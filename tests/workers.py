@@ -31,7 +31,7 @@ import bench_alignment
 import lora_ga
 from fused import fused_llama
 from lora_ga import GradientEstimate, LoraGAConfig
-from lora_ga.adapter.write import give_structure
+from lora_ga.adapter.structure import give_structure
 from lora_ga.layers.factors import Factor
 from toys import adapted, causal, data_folder, llama, logits
 

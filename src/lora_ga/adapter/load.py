@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga.adapter import save as sidecar
-from lora_ga.adapter.save import AlignedLoraConfig, Alignment
-from lora_ga.adapter.write import make_factors, place, set_rank, shift_base
+from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
+from lora_ga.adapter.save import AlignedLoraConfig
+from lora_ga.adapter.structure import follow_added_adapters, make_factors, place, set_rank
+from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
 from lora_ga.files import fingerprint
@@ -158,7 +160,7 @@ def _check_first_steps(model: PeftModel) -> None:
 
 
 def _restore_pair(
-    name: str, layer: LoraLayer, tensors: dict[str, Tensor], offset: str, configs: dict[str, Any], where: str
+    name: str, layer: LoraLayer, tensors: dict[str, Tensor], offset: str, where: str
 ) -> tuple[Factor, Factor]:
     """Put factors with the sidecar's starts in the place of a layer's plain rank-2r ones.
 
@@ -183,7 +185,7 @@ def _restore_pair(
                 "may be left from before the adapter was trained as plain LoRA. Remove it to load the adapter as "
                 "plain LoRA, or put the right one back."
             )
-    place(layer, "default", pair, name, configs)
+    place(layer, "default", pair)
     return pair
 
 
@@ -210,14 +212,16 @@ def restore_starts(model: PeftModel, path: Path, adapter_name: str = "default") 
             "Put it back, resume without LoraGACallback, or start anew."
         )
     tensors, record = beside
-    alignment: Alignment = model.peft_config[adapter_name].alignment
-    different = sorted(set(record["scaling"]) ^ set(alignment.factors))
+    alignment = alignment_of(model, adapter_name)
+    assert alignment is not None, "the adapter has the structure"
+    factors = alignment.factors
+    different = sorted(set(record["scaling"]) ^ set(factors))
     if different:
         raise ValueError(
             f"{folder}: {sidecar.FILE} is of an adapter with other layers; the first of {len(different)} that only one "
             f"of the two has is {different[0]}. Give the adapter the settings of the run that is resumed."
         )
-    for name, pair in alignment.factors.items():
+    for name, pair in factors.items():
         for letter, factor in zip("AB", pair, strict=True):
             loaded, given = factor.joined(), factor.start
             factor.start = tensors[f"{name}.{letter}0"].to(factor.trainable.device, factor.trainable.dtype)
@@ -234,17 +238,25 @@ def restore_starts(model: PeftModel, path: Path, adapter_name: str = "default") 
 @torch.no_grad()
 def _restore(model: PeftModel, tensors: dict[str, Tensor], record: dict[str, Any], *, where: str) -> None:
     """Give a plain rank-2r adapter the structure its sidecar describes."""
-    config = LoraGAConfig.from_dict(record["config"])
+    config, peft_config = LoraGAConfig.from_dict(record["config"]), model.peft_config["default"]
     layers = {path.removeprefix(PREFIX): module for path, module in model.named_modules()}
-    plain = {name: (rank, alpha) for name, (rank, alpha) in record["plain"].items()}
-    alignment = Alignment({}, record["scaling"], config, record["fingerprint"], plain, record["original"])
-    alignment.summary = record.get("summary", "")
-    for name in record["scaling"]:
-        alignment.factors[name] = _restore_pair(name, layers[name], tensors, config.offset, model.peft_config, where)
+    alignment = Alignment(
+        model=ModelReference(model),
+        adapter_name="default",
+        scaling=record["scaling"],
+        config=config,
+        fingerprint=record["fingerprint"],
+        plain={name: (rank, alpha) for name, (rank, alpha) in record["plain"].items()},
+        original=record["original"],
+        summary=record.get("summary", ""),
+    )
+    factors = {name: _restore_pair(name, layers[name], tensors, config.offset, where) for name in alignment.scaling}
     changes: dict[str, Any] = {}
     if config.offset == "base":
-        changes = record["original"]
-        for name, (a, b) in alignment.factors.items():
+        changes = alignment.original
+        alignment.saved = {field: getattr(peft_config, field) for field in RANK_FIELDS}
+        for name, (a, b) in factors.items():
             set_rank(layers[name], "default", a.rank)
             shift_base(layers[name], a.start, b.start, alignment.scaling[name])
-    model.peft_config["default"] = AlignedLoraConfig.of(model.peft_config["default"], alignment, **changes)
+    model.peft_config["default"] = AlignedLoraConfig.of(peft_config, alignment, **changes)
+    follow_added_adapters(model)

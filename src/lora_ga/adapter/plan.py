@@ -13,8 +13,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.directions import Layer, split
-from lora_ga.adapter.save import Alignment
+from lora_ga.adapter.structure import on_meta
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded, whole
 from lora_ga.files import fingerprint
@@ -62,7 +63,7 @@ def make_plan(
         ValueError: As `apply_estimate`.
     """
     targets = find_targets(model, adapter_name)
-    alignment: Alignment | None = getattr(model.peft_config[adapter_name], "alignment", None)
+    alignment = alignment_of(model, adapter_name)
     if alignment is not None and alignment.config.offset != config.offset:
         raise ValueError(
             f'Adapter {adapter_name!r} was prepared for offset="{alignment.config.offset}", but the settings say '
@@ -144,11 +145,6 @@ def _starts(
             starts.append((a.float(), a.new_zeros(target.outputs, target.rank, dtype=torch.float32)))
     a_PrI, b_POr = (torch.stack([start[side].cpu() for start in starts]) for side in (0, 1))
     return a_PrI.flatten(0, 1).reshape(plain_A.shape), target.layout.stack_b(b_POr).reshape(plain_B.shape)
-
-
-def on_meta(target: Target, adapter_name: str) -> bool:
-    """Whether a layer's adapter has no values yet."""
-    return any(weight_of(entry).is_meta for entry in entries(target.layer, adapter_name))
 
 
 def _wide_weight(layer: LoraLayer, part: int) -> Tensor:

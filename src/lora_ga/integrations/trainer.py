@@ -20,11 +20,11 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lora_ga.adapter.alignment import Alignment
 from lora_ga.adapter.initialize import initialize
 from lora_ga.adapter.load import restore_starts
 from lora_ga.adapter.model_card import write_section
-from lora_ga.adapter.save import Alignment
-from lora_ga.adapter.write import give_structure
+from lora_ga.adapter.structure import give_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.gradients.isolation import put_aside
 from lora_ga.gradients.loss import LossFunction

@@ -1,0 +1,109 @@
+"""The record of an aligned adapter: plain values, and a reference to the model that holds its factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from lora_ga.config import LoraGAConfig
+from lora_ga.layers.factors import Factor
+from lora_ga.layers.kinds import entries
+from lora_ga.layers.targets import PREFIX
+
+# The fields of LoraConfig that PEFT takes rank and scaling from.
+RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+
+
+class ModelReference:
+    """A weak reference to a model; in a copy of the model (copy.deepcopy, pickle) it refers to the copy.
+
+    A strong reference from inside the model would be a cycle, so that a deleted model would keep its memory until the
+    garbage collector runs. An object that is copied without its model keeps its reference to the original model.
+    """
+
+    def __init__(self, model: PeftModel | None) -> None:
+        self._reference = None if model is None else weakref.ref(model)
+
+    def __call__(self) -> PeftModel | None:
+        """The model; None if it no longer exists."""
+        return None if self._reference is None else self._reference()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelReference:
+        model = self()
+        return ModelReference(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple[type[ModelReference], tuple[PeftModel | None]]:
+        return ModelReference, (self(),)
+
+
+@dataclasses.dataclass
+class Alignment:
+    """The record of an aligned adapter.
+
+    Attributes:
+        model: The model that holds the adapter.
+        adapter_name: The adapter.
+        scaling: Layer name → s, of the aligned layers.
+        config: The settings of the start.
+        fingerprint: The fingerprint of the base model.
+        plain: Layer name → (r, α), of the adapter's layers that are plain LoRA.
+        original: The rank fields of the user's LoraConfig, before they were doubled.
+        saved: Fields of LoraConfig that have another value in the saved configuration. With offset="base" these are the
+            rank fields: the model computes at rank r, the file has rank 2r.
+        summary: The section on the start for a model card, in Markdown; empty before the start.
+        ranks: Layer name (of experts and groups: part by part) → r, of those that started from an estimate.
+    """
+
+    model: ModelReference
+    adapter_name: str
+    scaling: dict[str, float]
+    config: LoraGAConfig
+    fingerprint: str
+    plain: dict[str, tuple[int, float]]
+    original: dict[str, Any]
+    saved: dict[str, Any] = dataclasses.field(default_factory=dict)
+    summary: str = ""
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def factors(self) -> dict[str, tuple[Factor, Factor]]:
+        """The factors of the aligned layers, found in the model: layer name → (A, B)."""
+        model = self.model()
+        return {} if model is None else factors_of(model, self.adapter_name)
+
+
+def alignment_of(model: Any, adapter_name: str = "default") -> Alignment | None:
+    """The record of an aligned adapter.
+
+    Args:
+        model: A model, `PeftModel` or not.
+        adapter_name: The adapter.
+
+    Returns:
+        The record; None if the model has no such adapter, or the adapter does not have LoRA-GA's structure.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    return getattr(config, "alignment", None)
+
+
+def factors_of(model: PeftModel, adapter_name: str) -> dict[str, tuple[Factor, Factor]]:
+    """The factors of an adapter's aligned layers.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+
+    Returns:
+        Layer name → (A, B), in the model's order.
+    """
+    found = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+            a, b = entries(layer, adapter_name)
+            if isinstance(a, Factor) and isinstance(b, Factor):
+                found[path.removeprefix(PREFIX)] = (a, b)
+    return found

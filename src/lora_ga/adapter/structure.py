@@ -1,0 +1,283 @@
+"""LoRA-GA's structure in an adapter: factors that train their difference from a start, in the place of PEFT's.
+
+An adapter with the structure and without an estimate is plain LoRA: its start A₀, B₀ is what PEFT drew, and one of the
+two is zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of, factors_of
+from lora_ga.adapter.save import AlignedLoraConfig
+from lora_ga.config import LoraGAConfig
+from lora_ga.distributed.sharding import adopt, partitioned, placed_like, whole
+from lora_ga.files import fingerprint
+from lora_ga.gradients.coverage import settle_missing
+from lora_ga.gradients.isolation import place_of
+from lora_ga.layers.embedding import FactorTable
+from lora_ga.layers.factors import FACTORS, Factor, follow
+from lora_ga.layers.kinds import entries, layout_of, weight_of
+from lora_ga.layers.targets import PREFIX, Target, find_targets
+
+
+def give_structure(model: PeftModel, config: LoraGAConfig, adapter_name: str) -> None:
+    """Give a fresh adapter the structure now, so that `apply_estimate` can give it its start in place later.
+
+    Trainers need this: an optimizer and wrappers take the parameters before the gradient can be estimated. Until its
+    start the adapter computes and trains as the plain LoRA it was, except that weight decay pulls A towards its initial
+    value instead of zero. Layers that are too small for their rank stay plain LoRA, if `on_missing` allows it. An
+    adapter that has the structure is left as it is.
+
+    Args:
+        model: A `PeftModel` with a fresh LoRA adapter.
+        config: The settings.
+        adapter_name: The adapter.
+
+    Raises:
+        TypeError: The model is not a `PeftModel`.
+        ValueError: The adapter cannot be aligned, or is on the meta device, so that it cannot compute until its start.
+    """
+    targets = find_targets(model, adapter_name)
+    if alignment_of(model, adapter_name) is not None:
+        return
+    for name, target in targets.items():
+        if on_meta(target, adapter_name):
+            raise ValueError(
+                f"{name}: its adapter is on the meta device and has no values to compute with until it is started. "
+                "Make the adapter without low_cpu_mem_usage, or start it at once with lora_ga.initialize."
+            )
+    too_small = {name: target.too_small for name, target in targets.items() if target.too_small}
+    if config.on_missing == "error" or len(too_small) == len(targets):
+        settle_missing(too_small, targets, config.on_missing)
+    aligned = {name: target for name, target in targets.items() if name not in too_small}
+    build_structure(model, aligned, {name: targets[name] for name in too_small}, config, adapter_name)
+
+
+def on_meta(target: Target, adapter_name: str) -> bool:
+    """Whether a layer's adapter is on the meta device, without values."""
+    return any(weight_of(entry).is_meta for entry in entries(target.layer, adapter_name))
+
+
+def build_structure(
+    model: PeftModel, targets: Mapping[str, Target], plain: Mapping[str, Target], config: LoraGAConfig, adapter: str
+) -> Alignment:
+    """Give layers the structure. The model's function and the trained parameters' identities do not change.
+
+    Args:
+        model: The model.
+        targets: The layers, fresh.
+        plain: The adapter's other layers, which stay plain LoRA.
+        config: The settings; only `offset` is used here.
+        adapter: The adapter's name.
+
+    Returns:
+        The adapter's record, which its configuration now holds.
+    """
+    peft_config = model.peft_config[adapter]
+    ranks = {name: target.layer.r[adapter] for name, target in targets.items()}
+    alignment = Alignment(
+        model=ModelReference(model),
+        adapter_name=adapter,
+        scaling={name: target.layer.scaling[adapter] for name, target in targets.items()},
+        config=config,
+        fingerprint=fingerprint(model),
+        plain={name: (target.layer.r[adapter], target.layer.lora_alpha[adapter]) for name, target in plain.items()},
+        original={field: getattr(peft_config, field) for field in RANK_FIELDS},
+    )
+    moved: dict[nn.Module, tuple[nn.Module, str]] = {}
+    for name, target in targets.items():
+        pair = make_factors(target.layer, adapter, config.offset, rank=ranks[name])
+        moved |= {
+            old: (factor, factor.trainable_name)
+            for old, factor in zip(entries(target.layer, adapter), pair, strict=True)
+            if isinstance(old, nn.Module)
+        }
+        place(target.layer, adapter, pair)
+        if config.offset == "adapter":
+            set_rank(target.layer, adapter, 2 * ranks[name])
+    adopt(model, moved)
+    doubled = doubled_rank_fields(peft_config, ranks, alignment.scaling, alignment.plain)
+    if config.offset == "base":
+        alignment.saved, doubled = doubled, {}
+    model.peft_config[adapter] = AlignedLoraConfig.of(peft_config, alignment, **doubled)
+    follow_added_adapters(model)
+    return alignment
+
+
+def make_factors(
+    layer: LoraLayer, adapter_name: str, offset: str, *, rank: int, starts: tuple[Tensor, Tensor] | None = None
+) -> tuple[Factor, Factor]:
+    """Make factors with deltas of zero, to put in the place of PEFT's.
+
+    Without `starts` the factors begin at PEFT's values, whose product is zero. They take over PEFT's parameters, which
+    an optimizer may hold, and change their values. Parameters on the meta device cannot be taken over: the factors get
+    new ones, and a start of zero.
+
+    Args:
+        layer: The layer.
+        adapter_name: The adapter.
+        offset: "adapter" or "base".
+        rank: PEFT's rank r of the adapter that trains.
+        starts: A₀ and B₀, in PEFT's layout; the factors then get new parameters.
+
+    Returns:
+        The factors of A and B.
+
+    Raises:
+        ValueError: DeepSpeed ZeRO-3 has partitioned the parameters already.
+    """
+    layout, made = layout_of(layer), []
+    for side, (entry, kind) in enumerate(zip(entries(layer, adapter_name), FACTORS[offset], strict=True)):
+        old: Any = weight_of(entry)
+        parameter, start = old, old
+        if starts is not None:
+            start = starts[side]
+        elif partitioned(old):
+            raise ValueError(
+                "The adapter's parameters are partitioned by DeepSpeed ZeRO-3, which does not follow a change of the "
+                "modules. Use LoraGACallback, or call lora_ga.initialize before DeepSpeed wraps the model."
+            )
+        elif old.is_meta:
+            start = torch.zeros_like(old, device=place_of(layer))
+        if start is not old:
+            zeros = torch.zeros(start.shape, dtype=old.dtype, device=start.device)
+            parameter = nn.Parameter(placed_like(zeros, old, start.device), old.requires_grad)
+        start = whole(start)
+        bias = getattr(entry, "bias", None)
+        factor = kind(start, parameter, bias, rank=rank, parts=layout.parts(layer), compute=layout.compute(entry))
+        follow(factor, layer.get_base_layer())
+        with torch.no_grad():
+            factor.set_delta(torch.zeros_like(factor.start))
+        made.append(factor.train(getattr(entry, "training", layer.training)))
+    return made[0], made[1]
+
+
+def place(layer: LoraLayer, adapter_name: str, pair: tuple[Factor, Factor]) -> None:
+    """Put factors in the place of PEFT's.
+
+    Args:
+        layer: The LoRA layer.
+        adapter_name: The adapter.
+        pair: The factors of A and B.
+    """
+    embedded = adapter_name in layer.lora_embedding_A
+    for letter, factor in zip("AB", pair, strict=True):
+        attribute = f"lora_embedding_{letter}" if embedded else f"lora_{letter}"
+        table: Any = getattr(layer, attribute)
+        if embedded and not isinstance(table, FactorTable):
+            table = FactorTable(table)
+            setattr(layer, attribute, table)
+        table[adapter_name] = factor
+
+
+def set_rank(layer: LoraLayer, adapter_name: str, rank: int) -> None:
+    """Set the rank that PEFT reads from a layer, and α with it, so that the scaling stays the same.
+
+    Args:
+        layer: The LoRA layer.
+        adapter_name: The adapter.
+        rank: The rank of the matrices the layer multiplies with.
+    """
+    root = math.sqrt(rank) if layer.use_rslora[adapter_name] else rank
+    layer.r[adapter_name] = rank
+    layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * root
+
+
+def doubled_rank_fields(
+    config: LoraConfig, ranks: Mapping[str, int], scaling: Mapping[str, float], plain: Mapping[str, tuple[int, float]]
+) -> dict[str, Any]:
+    """The rank fields of the rank-2r adapter's configuration, with the scaling of every layer unchanged.
+
+    If all layers are aligned, the user's patterns are doubled. Otherwise each layer that differs from the default gets
+    an entry with its full name: PEFT writes patterns sorted and takes the first that matches, so entries for single
+    layers cannot be mixed with the user's patterns.
+
+    Args:
+        config: The configuration of rank r.
+        ranks: Layer name → r, of the aligned layers.
+        scaling: Layer name → s, of the aligned layers.
+        plain: Layer name → (r, α), of the plain layers.
+
+    Returns:
+        Values of `RANK_FIELDS`.
+    """
+    root = math.sqrt(2) if config.use_rslora else 2
+    rank_pattern = {key: 2 * value for key, value in (config.rank_pattern or {}).items()}
+    alpha_pattern = {key: root * value for key, value in (config.alpha_pattern or {}).items()}
+    rank, alpha = 2 * config.r, root * config.lora_alpha
+    if plain:
+        layers = dict(plain)
+        for name in ranks:
+            full = 2 * ranks[name]
+            layers[name] = (full, scaling[name] * (math.sqrt(full) if config.use_rslora else full))
+        rank_pattern = {f"^{re.escape(name)}": own for name, (own, _) in layers.items() if own != rank}
+        alpha_pattern = {f"^{re.escape(name)}": own for name, (_, own) in layers.items() if own != alpha}
+    return {"r": rank, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+
+
+def copy_structure(model: PeftModel, source: str, target: str) -> None:
+    """Give a fresh adapter the structure and the start of an aligned one, with deltas of zero.
+
+    The parameters of the two then have the same names (up to the adapter's) and shapes, so values can be copied one by
+    one. Layers that are plain LoRA in the source stay so in the target.
+
+    Args:
+        model: The model.
+        source: An adapter aligned with offset="adapter".
+        target: An adapter that was made with the source's configuration, of rank 2r.
+
+    Raises:
+        ValueError: The source does not have the structure, or has it with offset="base".
+    """
+    alignment = alignment_of(model, source)
+    if alignment is None or alignment.config.offset == "base":
+        raise ValueError(f'Adapter {source!r} has no structure to copy; it needs LoRA-GA\'s, with offset="adapter".')
+    for name, (a, b) in factors_of(model, source).items():
+        layer: Any = model.get_submodule(f"{PREFIX}{name}")
+        if target in layer.r:
+            pair = make_factors(layer, target, "adapter", rank=a.rank, starts=(a.start, b.start))
+            place(layer, target, pair)
+    copied = dataclasses.replace(alignment, adapter_name=target)
+    model.peft_config[target] = AlignedLoraConfig.of(model.peft_config[target], copied)
+
+
+class AddAdapter:
+    """`add_adapter` of a model with an aligned adapter: adapters made with its configuration get its structure.
+
+    TRL's preference trainers make their reference adapter with `model.add_adapter("ref", model.peft_config["default"])`
+    and copy the parameters of "default" into it by name. PEFT has no event for this, so the method itself is replaced,
+    on the one model. It can be copied and pickled with the model. `load_adapter` also calls it, with a configuration
+    read from a file, which is nobody else's.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = ModelReference(model)
+
+    def __call__(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; arguments as PEFT's."""
+        model = self.model()
+        assert model is not None, "the model calls it"
+        source = next((name for name, config in model.peft_config.items() if config is peft_config), None)
+        type(model).add_adapter(model, adapter_name, peft_config, *args, **kwargs)
+        alignment = None if source is None else alignment_of(model, source)
+        if source is not None and alignment is not None and alignment.config.offset == "adapter":
+            copy_structure(model, source, adapter_name)
+
+
+def follow_added_adapters(model: PeftModel) -> None:
+    """From now on give the structure to adapters that are added with an aligned adapter's configuration.
+
+    Args:
+        model: The model.
+    """
+    model.add_adapter = AddAdapter(model)
