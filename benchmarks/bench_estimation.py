@@ -1,13 +1,13 @@
-"""What does the estimate cost? Time, memory, state and alignment beside a frozen pass, plain LoRA steps and PEFT.
+"""What does the estimate cost? Time, memory, state and alignment, beside a frozen pass, plain LoRA steps and PEFT.
 
     python benchmarks/bench_estimation.py                # about 30 minutes on two cores
-    LORA_GA_DATA=... python benchmarks/bench_estimation.py   # the early stop on a real model, too
+    LORA_GA_DATA=... python benchmarks/bench_estimation.py   # also the early stop on a pretrained model
 
-The model is a Llama of 158M parameters with random weights (width 1024, 12 layers, float32), the batches 16 sequences
-of 512 bytes of English text, four at a time; r = 8, all linear layers, default settings. Times alternate within one
-process, their ratios are taken run by run, and medians of five are told; peaks of memory are of fresh processes. The
-floor is computed from counts: multiplications of the frozen pass and of the streaming update's products, over the
-former.
+The model is a Llama of 158M parameters with random weights (width 1024, 12 layers, float32). The batches are 16
+sequences of 512 bytes of English text, four at a time; r = 8, all linear layers, default settings. The timed runs
+alternate within one process; their ratios are taken run by run, and the record has the median of five. Peaks of memory
+are measured in fresh processes. The floor is computed from counts of multiplications: those of the frozen pass and of
+the products of the streaming update, divided by those of the frozen pass.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REPEATS, LENGTH = 5, 512
 
 
 def llama(width: int = 1024, layers: int = 12, inner: int = 2816, vocabulary: int = 4096) -> LlamaForCausalLM:
-    """A Llama with random weights, the same ones every time."""
+    """A Llama with random weights; the same weights in every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -59,7 +59,7 @@ def llama(width: int = 1024, layers: int = 12, inner: int = 2816, vocabulary: in
 
 
 def sequences(count: int = 16, at_once: int = 4, *, random: bool = False) -> Batches:
-    """Micro-batches of bytes: of the Python manual, which every installation has, or random ones."""
+    """Micro-batches of bytes: from the Python manual, which is part of every installation, or random."""
     if random:
         ids = torch.randint(0, 256, (count, LENGTH), generator=torch.Generator().manual_seed(1))
     else:
@@ -69,7 +69,7 @@ def sequences(count: int = 16, at_once: int = 4, *, random: bool = False) -> Bat
 
 
 def peft(base: nn.Module, batches: Batches) -> None:
-    """The same by PEFT's own implementation."""
+    """PEFT's own LoRA-GA."""
     config = adapter(init_lora_weights="lora_ga", lora_ga_config=PeftLoraGAConfig())
     preprocess_loraga(base, config, lambda: bench_alignment.weigh_backward(base, batches))
     get_peft_model(base, config)
@@ -84,7 +84,7 @@ WAYS: dict[str, Callable[[nn.Module, Batches], None]] = {
 
 
 def seconds(way: str, base: nn.Module, batches: Batches) -> float:
-    """The time of one way on a copy of the model."""
+    """Time one workload on a copy of the model."""
     model = copy.deepcopy(base)
     start = time.perf_counter()
     WAYS[way](model, batches)
@@ -92,7 +92,7 @@ def seconds(way: str, base: nn.Module, batches: Batches) -> float:
 
 
 def times(base: nn.Module, batches: Batches, ways: list[str]) -> dict[str, Any]:
-    """Alternating runs, and the ratios of ours to each other way, run by run."""
+    """Time the workloads in alternating runs, and take the ratios of ours to each other one, run by run."""
     seconds(ways[0], base, batches[:1])
     runs: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(REPEATS):
@@ -112,7 +112,7 @@ def times(base: nn.Module, batches: Batches, ways: list[str]) -> dict[str, Any]:
 
 
 def peak(way: str) -> dict[str, float]:
-    """What a fresh process held at most while one way ran, in MB; called with --peak in it."""
+    """The peak memory of this process while one workload runs, in MB. Called in a fresh process, with --peak."""
     status = Path("/proc/self/status")
 
     def read(key: str) -> float:
@@ -120,14 +120,14 @@ def peak(way: str) -> dict[str, float]:
         return int(line.split()[1]) / 1024
 
     base, batches = llama(), sequences()[:2]
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins again here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present value
     before = read("VmRSS")
     WAYS[way](base, batches)
     return {"before": before, "peak": read("VmHWM")}
 
 
 def peaks(count: int = 1) -> dict[str, Any]:
-    """The median peak of each way, over fresh processes."""
+    """The median peak memory of each workload, over fresh processes."""
     found: dict[str, Any] = {}
     for way in WAYS:
         runs = []
@@ -143,17 +143,17 @@ def peaks(count: int = 1) -> dict[str, Any]:
 
 
 def floor(base: nn.Module) -> float:
-    """Multiplications of the frozen pass and of the warm update, over those of the frozen pass alone; a token each."""
+    """Multiplications a token of the frozen pass and the warm update, over those of the frozen pass alone."""
     layers = [m for name, m in base.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     kept = 2 * RANK + lora_ga.LoraGAConfig().oversample
     passed = sum(2 * m.in_features * m.out_features for m in layers)
-    passed += 2 * base.config.hidden_size * base.config.vocab_size  # the head; attention's own are 2 % and left out
+    passed += 2 * base.config.hidden_size * base.config.vocab_size  # the head; attention's are 2 % and left out
     added = sum((m.in_features + m.out_features) * (2 * (kept + FRESH) + PROBES) for m in layers)
     return 1 + added / passed
 
 
 def alignment(base: nn.Module, batches: Batches) -> dict[str, Any]:
-    """Alignment ratio of the timed estimate against the dense truth, and the size of its state."""
+    """The alignment ratio of the timed estimate against autograd's gradient, and the size of its state."""
     model = get_peft_model(copy.deepcopy(base), adapter())
     estimate = lora_ga.estimate_gradients(model, batches)
     truth = bench_alignment.gradients(copy.deepcopy(base), batches)
@@ -172,7 +172,7 @@ def alignment(base: nn.Module, batches: Batches) -> dict[str, Any]:
 
 
 def early_stop() -> dict[str, Any]:
-    """Alignment lost and batches saved by the tolerance, on a real model and text."""
+    """The alignment lost and the batches saved by the tolerance, on a pretrained model and a text."""
     folder = record.data("models", "babyllama105")
     text = record.data("data", "text", "tinyshakespeare.txt").read_text()
     batches = bench_alignment.causal_batches(folder, text, count=64, length=64)
@@ -197,7 +197,7 @@ def early_stop() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print the table, keep the record."""
+    """Measure, print the table and write the record."""
     base, batches = llama(), sequences()
     parameters = sum(p.numel() for p in base.parameters())
     timed = times(base, batches, ["frozen pass", "ours", "peft lora_ga"])
@@ -238,7 +238,7 @@ def main() -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peak", choices=WAYS, help="only measure one way's peak memory in this process")
+    parser.add_argument("--peak", choices=WAYS, help="only measure the peak memory of one workload in this process")
     options = parser.parse_args()
     if options.peak:
         print(json.dumps(peak(options.peak)))

@@ -1,12 +1,13 @@
-"""A Llama-2-7B-shaped model in bfloat16 on a GPU: seconds and peak memory of the estimate and of its neighbours.
+"""A Llama-2-7B-shaped model in bfloat16 on a GPU: seconds and peak memory of the estimate and of other workloads.
 
-    python benchmarks/bench_gpu.py         # one GPU of 40 GB or more; what does not fit is told
-    python benchmarks/bench_gpu.py --repeats 1 --ways "frozen pass" ours   # some of it, each once
+    python benchmarks/bench_gpu.py         # one GPU of 40 GB or more; reports what does not fit
+    python benchmarks/bench_gpu.py --repeats 1 --ways "frozen pass" ours   # some workloads, each once
     python benchmarks/bench_gpu.py --toy   # the same script on any machine, with a model of two small layers
 
 Random weights, 64 sequences of 1024 tokens, four at a time, gradient checkpointing, r = 8, all linear layers. Goals:
-the estimate under 20 GB, and within 1.2 of the frozen pass. Before the timing a run with CUDA's debug mode on, in which
-every wait of the host for the device is an error while a block is added.
+the estimate needs less than 20 GB, and at most 1.2 times as long as the frozen pass. Before the timing, the estimate
+runs once in CUDA's synchronisation debug mode: there, any synchronisation of the host with the device raises an error
+while a block is added.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def peft(base: nn.Module, batches: Batches) -> None:
 
 
 def eva(base: nn.Module, batches: Batches) -> None:
-    """PEFT's EVA, which looks at inputs only."""
+    """PEFT's EVA, which uses the inputs of the layers only."""
     model = get_peft_model(base, adapter(init_lora_weights="eva", eva_config=EvaConfig()))
     initialize_lora_eva_weights(model, [{"input_ids": batch["input_ids"]} for batch in batches])
 
@@ -63,7 +64,7 @@ WAYS: dict[str, Callable[[nn.Module, Batches], None]] = {
 
 
 def fresh(toy: bool, device: torch.device) -> LlamaForCausalLM:
-    """The model, the same one every time."""
+    """The model; the same weights in every call."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=256 if toy else 32000, **(TOY if toy else LARGE))
     with torch.device(device):
@@ -73,7 +74,7 @@ def fresh(toy: bool, device: torch.device) -> LlamaForCausalLM:
 
 
 def measured(way: str, toy: bool, device: torch.device, batches: Batches) -> dict[str, float]:
-    """Seconds and peak memory in GB of one way on a fresh model."""
+    """The seconds and the peak memory in GB of one workload on a fresh model."""
     base = fresh(toy, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -89,7 +90,7 @@ def measured(way: str, toy: bool, device: torch.device, batches: Batches) -> dic
 
 
 def runs(way: str, toy: bool, device: torch.device, batches: Batches, repeats: int) -> Iterator[dict[str, float]]:
-    """Runs of one way; what does not fit on the device is told, not left out."""
+    """Run one workload several times. Prints a message if it does not fit on the device."""
     for _ in range(repeats):
         try:
             yield measured(way, toy, device, batches)
@@ -103,11 +104,12 @@ def runs(way: str, toy: bool, device: torch.device, batches: Batches, repeats: i
 
 
 def check_waits(toy: bool, device: torch.device, batches: Batches) -> None:
-    """Run the estimate with CUDA's debug mode on wherever a block is added: a wait for the device raises."""
+    """Run the estimate; raises if adding a block synchronises with the device (CUDA's debug mode)."""
     plain = Streaming.add
 
     def watched(self: Streaming, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
-        torch.cuda.set_sync_debug_mode("error" if name in self.streams else "default")  # after what is made once
+        # Not for the first block of a layer, which makes random matrices.
+        torch.cuda.set_sync_debug_mode("error" if name in self.streams else "default")
         try:
             plain(self, name, x_TI, g_TO, weight)
         finally:
@@ -121,10 +123,10 @@ def check_waits(toy: bool, device: torch.device, batches: Batches) -> None:
 
 
 def main(toy: bool, repeats: int, ways: Sequence[str]) -> None:
-    """Measure these ways, print the table, keep the record."""
+    """Measure the workloads, print the table and write the record."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type != "cuda" and not toy:
-        raise SystemExit("This benchmark needs a CUDA device; --toy runs it on any machine, without a record.")
+        raise SystemExit("This benchmark needs a CUDA device. With --toy it runs on any machine, without a record.")
     length, count = (32, 8) if toy else (1024, 64)
     ids = torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(1)).to(device)
     batches = [{"input_ids": part, "labels": part} for part in ids.split(4)]
@@ -137,8 +139,8 @@ def main(toy: bool, repeats: int, ways: Sequence[str]) -> None:
         results[way] = {key: statistics.median(run[key] for run in each) for key in each[0]} if each else None
     floor = results["frozen pass"]["seconds"]
     for way, found in results.items():
-        told = "out of memory" if found is None else f"{found['seconds']:8.2f} s  {found['seconds'] / floor:5.2f}"
-        print(f"{way:14} {told}" + (f"  {found['GB']:6.1f} GB" if found and "GB" in found else ""))
+        shown = "out of memory" if found is None else f"{found['seconds']:8.2f} s  {found['seconds'] / floor:5.2f}"
+        print(f"{way:14} {shown}" + (f"  {found['GB']:6.1f} GB" if found and "GB" in found else ""))
     if not toy:
         record.finish("gpu", {"gpu": torch.cuda.get_device_name(), "repeats": repeats, "results": results})
 
@@ -146,10 +148,10 @@ def main(toy: bool, repeats: int, ways: Sequence[str]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toy", action="store_true", help="a model of two small layers, on any machine, no record")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each way (default: 3)")
+    parser.add_argument("--toy", action="store_true", help="a model of two small layers, on any machine; no record")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each workload (default: 3)")
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside the frozen pass, which is 1"
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="workloads to run, beside the frozen pass"
     )
     options = parser.parse_args()
     if options.repeats < 1:

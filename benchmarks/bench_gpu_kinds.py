@@ -1,12 +1,13 @@
-"""What LoRA-GA claims of 4-bit, 8-bit and compiled models, on a GPU: a Llama of 1B parameters with random weights.
+"""Checks our claims about 4-bit, 8-bit and compiled models on a GPU: a Llama of 1B parameters with random weights.
 
     python benchmarks/bench_gpu_kinds.py         # one GPU of 24 GB or more, and bitsandbytes
     python benchmarks/bench_gpu_kinds.py --toy   # the same script on any machine, with two small layers, no record
 
-For bfloat16, the same compiled, bitsandbytes nf4 and int8, all with sdpa (on a GPU by its FlashAttention kernel alone):
-the alignment ratio of the start against the gradient that plain hooks hear in that same model, the largest change of a
-logit at the start, the loss of one batch before and after five steps on it, and the largest difference of a logit once
-the adapter is saved and read by stock PEFT on the base. r = 8, 8 batches of 4 x 256 tokens.
+The models are in bfloat16, compiled bfloat16, bitsandbytes nf4 and int8, all with sdpa (on a GPU with the
+FlashAttention kernel only). Measured for each: the alignment ratio of the start against the gradient that independent
+hooks compute in the same model; the largest change of a logit at the start; the loss of one batch before and after five
+steps on it; and the largest difference of a logit after the adapter is saved and loaded by stock PEFT on the base.
+r = 8, 8 batches of 4 x 256 tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def load(folder: str, kind: str, device: torch.device) -> nn.Module:
-    """The saved model as one of the kinds."""
+    """Load the saved model as one of the kinds."""
     settings: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "device_map": device}
     if KINDS[kind]:
         settings["quantization_config"] = BitsAndBytesConfig(**KINDS[kind])
@@ -53,11 +54,11 @@ def load(folder: str, kind: str, device: torch.device) -> nn.Module:
 
 
 @contextlib.contextmanager
-def heard(model: PeftModel) -> Iterator[dict[str, Tensor]]:
-    """The oracle: G = Σ gᵀx of every adapted layer in float32, by hooks of torch's own on the base layers.
+def hooked_gradients(model: PeftModel) -> Iterator[dict[str, Tensor]]:
+    """Compute G = Σ gᵀx of every adapted layer in float32, with torch's hooks on the base layers.
 
     Yields:
-        Layer → G.
+        Layer → G, filled by the passes inside the context.
     """
     found: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
@@ -83,9 +84,9 @@ def heard(model: PeftModel) -> Iterator[dict[str, Tensor]]:
 
 
 def truth(model: PeftModel, batches: Batches) -> dict[str, Tensor]:
-    """Every layer's gradient; the adapter's B is zero, so it is in nobody's way."""
+    """The gradient of every layer. The adapter's B is zero, so it does not change the result."""
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
-    with torch.compiler.set_stance("force_eager"), heard(model) as found:
+    with torch.compiler.set_stance("force_eager"), hooked_gradients(model) as found:
         for batch in batches:
             model(**batch).loss.backward()
     hook.remove()
@@ -93,17 +94,17 @@ def truth(model: PeftModel, batches: Batches) -> dict[str, Tensor]:
     return found
 
 
-def still(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode, but for 4-bit layers: evaluated on some CPUs they pass no gradient on later."""
+def evaluating(model: nn.Module) -> nn.Module:
+    """Put the model in evaluation mode, except 4-bit layers: after evaluation on some CPUs they pass no gradient on."""
     for module in model.modules():
         module.training = type(module).__name__ == "Linear4bit"
     return model
 
 
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Of one batch."""
+    """The logits of one batch."""
     with torch.no_grad():
-        return still(model)(**batch).logits.float()
+        return evaluating(model)(**batch).logits.float()
 
 
 def steps(model: nn.Module, batch: dict[str, Tensor], count: int = 5) -> tuple[float, float]:
@@ -120,9 +121,9 @@ def steps(model: nn.Module, batch: dict[str, Tensor], count: int = 5) -> tuple[f
 
 
 def measured(folder: str, kind: str, device: torch.device, batches: Batches) -> dict[str, Any]:
-    """All claims of one kind."""
+    """Measure everything for one kind."""
     model = get_peft_model(load(folder, kind, device), adapter())
-    still(model)
+    evaluating(model)
     gradients = truth(model, batches)
     before = logits(model, batches[0])
     estimate = lora_ga.initialize(model, batches)
@@ -146,10 +147,10 @@ def measured(folder: str, kind: str, device: torch.device, batches: Batches) -> 
 
 
 def main(toy: bool) -> None:
-    """Measure every kind, print the table, keep the record."""
+    """Measure every kind, print the table and write the record."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type != "cuda" and not toy:
-        raise SystemExit("This benchmark needs a CUDA device; --toy runs it on any machine, without a record.")
+        raise SystemExit("This benchmark needs a CUDA device. With --toy it runs on any machine, without a record.")
     torch.manual_seed(0)
     length, rows = (32, 2) if toy else (256, 4)
     ids = torch.randint(0, 256, (8 * rows, length), generator=torch.Generator().manual_seed(1)).to(device)
@@ -171,5 +172,5 @@ def main(toy: bool) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toy", action="store_true", help="a model of two small layers, on any machine, no record")
+    parser.add_argument("--toy", action="store_true", help="a model of two small layers, on any machine; no record")
     main(parser.parse_args().toy)

@@ -1,12 +1,13 @@
-"""A QLoRA-style run: MiniLM with an nf4 base on CoLA, LoRA and LoRA-GA, each with its best learning rate.
+"""A run in the style of QLoRA: MiniLM with an nf4 base on CoLA, LoRA and LoRA-GA, each with its best learning rate.
 
     LORA_GA_DATA=... python benchmarks/bench_qlora.py
 
 4000 training rows, two passes over them in batches of 16 (500 steps); r = 8, s = α/√r, α = 16; AdamW without weight
-decay, linear warm-up (10%) and decay; the new classification head trains in all runs, at a rate of its own that is not
-swept. Each method's rate (of LoRA-GA also γ) is that with the lowest loss on 512 training rows that are held out, first
-seed; the best are then run with the other seeds, and scored once on the validation set (Matthews correlation). About
-half an hour on one core.
+decay, linear warm-up (10%) and decay. The new classification head trains in all runs, with a separate learning rate
+that is not swept. The first seed chooses each method's learning rate (and γ for LoRA-GA) by the loss on 512 held-out
+training rows. The best setting then runs with the other seeds, and is scored once on the validation set (Matthews
+correlation).
+About half an hour on one core.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import record
 from bench_quantised import in_training_layout, quantised
 
 ROWS, HELD_OUT, SIZE, LENGTH, PASSES, SEEDS, HEAD_RATE = 4000, 512, 16, 32, 2, (0, 1), 1e-3
-Choice = tuple[float | None, float]  # γ (None: plain LoRA) and the learning rate
+Choice = tuple[float | None, float]  # γ (None for plain LoRA) and the learning rate
 METHODS: dict[str, tuple[Choice, ...]] = {
     "LoRA": ((None, 1e-4), (None, 3e-4), (None, 5e-4), (None, 1e-3)),
     "LoRA-GA": ((16.0, 3e-5), (16.0, 1e-4), (1024.0, 1e-4), (1024.0, 3e-4), (1024.0, 1e-3)),
@@ -38,12 +39,12 @@ METHODS: dict[str, tuple[Choice, ...]] = {
 
 
 def rows(part: str) -> list[dict[str, Any]]:
-    """Sentences and labels of a part of CoLA."""
+    """The sentences and labels of a split of CoLA."""
     return [json.loads(line) for line in record.data("data", "glue", "cola", f"{part}.jsonl").read_text().splitlines()]
 
 
 def evaluate(model: nn.Module, batches: list[bench.Batch]) -> dict[str, float]:
-    """Mean loss and Matthews correlation; the latter is 0 where one class is answered throughout."""
+    """The mean loss and the Matthews correlation, which is 0 if the model always predicts one class."""
     model.eval()
     in_training_layout(model)
     losses, guesses, labels = [], [], []
@@ -57,7 +58,7 @@ def evaluate(model: nn.Module, batches: list[bench.Batch]) -> dict[str, float]:
 
 
 def train(gamma: float | None, rate: float, seed: int, batches: list[bench.Batch]) -> nn.Module:
-    """One run over the batches, in their order."""
+    """Train on the batches, in their order."""
     base = quantised(AutoModelForSequenceClassification, bench.minilm_folder(), ["classifier"], num_labels=2)
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "use_rslora": True, "modules_to_save": ["classifier"]}
@@ -84,7 +85,7 @@ def train(gamma: float | None, rate: float, seed: int, batches: list[bench.Batch
 
 
 class Runs:
-    """The data, and the cells run so far."""
+    """The data, and the cells that have run."""
 
     def __init__(self) -> None:
         everything = rows("train")
@@ -95,7 +96,7 @@ class Runs:
         self.cells: list[dict[str, Any]] = []
 
     def batches(self, seed: int) -> list[bench.Batch]:
-        """Both passes, each in an order of its own."""
+        """The batches of both passes, each pass in a different order."""
         made = []
         for turn in range(PASSES):
             order = random.Random(f"{seed} {turn}").sample(self.rows, len(self.rows))
@@ -103,7 +104,7 @@ class Runs:
         return made
 
     def cell(self, method: str, choice: Choice, seed: int) -> tuple[dict[str, Any], nn.Module]:
-        """Train and look at the held-out rows."""
+        """Train, and evaluate on the held-out rows."""
         (gamma, rate), began = choice, time.perf_counter()
         model = train(gamma, rate, seed, self.batches(seed))
         settings = {"method": method, "gamma": gamma, "rate": rate, "seed": seed}
@@ -114,7 +115,7 @@ class Runs:
 
 
 def best_of(runs: Runs, method: str) -> dict[str, Any]:
-    """Sweep with the first seed; score the best choice with every seed on the validation set."""
+    """Sweep with the first seed, and score the best choice with every seed on the validation set."""
     cells, models = zip(*(runs.cell(method, choice, SEEDS[0]) for choice in METHODS[method]), strict=True)
     index = min(range(len(cells)), key=lambda index: cells[index]["held out"]["loss"])
     gamma, rate = choice = METHODS[method][index]
@@ -128,7 +129,7 @@ def best_of(runs: Runs, method: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Sweep, choose, score, and keep the record."""
+    """Sweep, choose, score, and write the record."""
     logging.disable(logging.WARNING)
     runs = Runs()
     best = {method: best_of(runs, method) for method in METHODS}

@@ -1,12 +1,12 @@
-"""LoRA-GA on 4-bit bases (bitsandbytes nf4): whose gradient is it, does the function change, what is kept?
+"""LoRA-GA on 4-bit bases (bitsandbytes nf4): which gradient is estimated, and what does the start change?
 
     LORA_GA_DATA=... python benchmarks/bench_quantised.py
 
-Three pretrained models in nf4. One SGD step of what trains, on the batches the estimate saw: the alignment ratio (see
-bench_alignment.py) against the gradient of that same 4-bit model (autograd's, of the model with the same numbers in
-plain layers), and, layer by layer, against that of the full-precision model. The largest change of the logits at the
-start. What the backward pass of the estimate holds on to, against the full-precision model. r = 8, 16 batches of 8
-rows, s = α/√r. About 5 minutes on one core.
+Three pretrained models in nf4. Measured for each: the alignment ratio (see bench_alignment.py) of one SGD step against
+the gradient of the 4-bit model (by autograd, in a model with the same numbers in plain layers); by the formula, against
+the gradient of the full-precision model; the largest change of the logits at the start; and the bytes that the estimate
+keeps for its backward pass, beside those in full precision. r = 8, 16 batches of 8 rows, s = α/√r. About 5 minutes on
+one core.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Make = Callable[[], nn.Module]
 
 
 def quantised(kind: Any, folder: Any, skip: list[str], **settings: Any) -> nn.Module:
-    """A pretrained model in nf4; `skip` stays in full precision. The same new head every time, if there is one."""
+    """A pretrained model in nf4, except the modules in `skip`. A new head is the same in every call."""
     torch.manual_seed(0)
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=skip
@@ -48,28 +48,28 @@ def pretrained(folder: Any) -> nn.Module:
 
 
 def adapted(base: nn.Module, targets: list[str]) -> Any:
-    """The base with a fresh adapter."""
+    """Add a fresh adapter to the base."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"r": bench.RANK, "lora_alpha": 16, "use_rslora": True, "target_modules": targets}
     return get_peft_model(base, LoraConfig(**settings)).eval()
 
 
 def in_training_layout(model: nn.Module) -> None:
-    """4-bit layers in training mode: evaluated on some CPUs they are packed, and pass no gradient on."""
+    """Put 4-bit layers in training mode. In evaluation mode some CPUs pack them, and they pass no gradient on."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.training = True
 
 
 def dequantised(base: nn.Module, model: Any) -> nn.Module:
-    """A full-precision model with the numbers of a 4-bit one."""
+    """Copy the weights of a 4-bit model into a full-precision base."""
     for name, target in find_targets(model).items():
         base.get_submodule(name).weight.data = base_weights(target.layer)[0].detach().float()
     return base
 
 
 def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes the estimate's pass keeps for its backward pass, each storage once, without the model's own weights."""
+    """The bytes that the estimate keeps for its backward pass, each storage once, without the weights of the model."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -85,12 +85,12 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 
 def ratios(truth: dict[str, Tensor], estimate: lora_ga.GradientEstimate) -> dict[str, float]:
-    """Alignment ratio of the start against a gradient, by the formula cos(G AᵀA + B BᵀG, G) over its limit."""
+    """The alignment ratio of each layer, by the formula cos(G AᵀA + B BᵀG, G) over its limit."""
     return dict(zip(estimate, bench.by_formula(estimate, truth), strict=True))
 
 
 def measure(name: str, make: Make, make_4bit: Make, batches: list[bench.Batch], targets: list[str]) -> dict[str, Any]:
-    """All figures of one model."""
+    """Measure everything on one model."""
     model = adapted(make_4bit(), targets)
     in_training_layout(model)
     truth_4bit = bench.gradients(dequantised(make(), model), batches)
@@ -139,7 +139,7 @@ def measure(name: str, make: Make, make_4bit: Make, batches: list[bench.Batch], 
 
 
 def main() -> None:
-    """Measure the models and keep the record."""
+    """Measure the models and write the record."""
     logging.disable(logging.WARNING)
     rows = [json.loads(line) for line in record.data("data", "glue", "mrpc", "train.jsonl").read_text().splitlines()]
     text = record.data("data", "text", "tinyshakespeare.txt").read_text()

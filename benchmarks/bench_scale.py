@@ -1,11 +1,11 @@
-"""What several processes add to an estimate: bytes and merges, measured; larger models by the formulas.
+"""What do several processes add to the cost of an estimate? Bytes and merges, measured.
 
 python benchmarks/bench_scale.py
 
-A Llama of width 512 on random tokens in 1, 2 and 4 processes (gloo, one thread each, one machine); the directions
-that as many find on babyllama105 with tinyshakespeare, each with its share of the batches or, under a tensor-parallel
-plan, with its part of every layer (needs LORA_GA_DATA); and the merge of one layer at the sizes
-of published models. docs/scale.md is drawn from the record.
+Measured: a Llama of width 512 on random tokens in 1, 2 and 4 processes (gloo, one thread each, one machine); the
+directions that as many processes find on babyllama105 with tinyshakespeare, each with its share of the batches or,
+under a tensor-parallel plan, with its part of every layer (needs LORA_GA_DATA); and the merge of one layer of the sizes
+of published models. The tables of docs/scale.md are drawn from the record, those of larger models by formulas from it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from record import data, finish
 RANK, BATCHES, ROWS, LENGTH = 8, 16, 4, 128
 CONFIG = LoraGAConfig()
 HELD = 2 * RANK + CONFIG.oversample
-PART = 2 * RANK + 2 * CONFIG.oversample  # what one of several processes holds until all is merged
-# d_out x d_in of linear layers of Llama-2-7B, and of Llama-3.1-70B and 405B.
+PART = 2 * RANK + 2 * CONFIG.oversample  # directions that each of several processes keeps until all are merged
+# (d_out, d_in) of linear layers of Llama-2-7B, Llama-3.1-70B and Llama-3.1-405B.
 LAYERS = ((4096, 4096), (11008, 4096), (8192, 8192), (28672, 8192), (16384, 16384), (53248, 16384))
 
 
@@ -57,20 +57,20 @@ def model() -> Any:
 
 
 def batches() -> list[dict[str, Tensor]]:
-    """Random tokens, the same everywhere."""
+    """Batches of random tokens, the same in every process."""
     ids = torch.randint(512, (BATCHES, ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": each, "labels": each} for each in ids]
 
 
 def loopback() -> int:
-    """Bytes that this machine has sent to itself; 0 where the system does not tell."""
+    """The bytes that this machine has sent to itself; 0 if the system does not count them."""
     file = Path("/proc/net/dev")
     lines = [line for line in file.read_text().splitlines() if line.strip().startswith("lo:")] if file.exists() else []
     return int(lines[0].split(":")[1].split()[8]) if lines else 0
 
 
 def work(rank: int, size: int, folder: str) -> None:
-    """One process: its share, with the time and the bytes of every exchange."""
+    """Run one process on its share, and measure the time and the bytes of every exchange."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     spent, sent = {"merge": 0.0, "share": 0.0, "gather": 0.0}, {"factors": 0, "values": 0}
@@ -112,7 +112,7 @@ def work(rank: int, size: int, folder: str) -> None:
 
 
 def together(size: int) -> dict[str, Any]:
-    """What `size` processes took and sent."""
+    """The time that `size` processes need and the bytes that they send."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (size, folder), size)
         found = [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
@@ -132,7 +132,7 @@ def together(size: int) -> dict[str, Any]:
 
 
 def directions(rank: int, size: int, folder: str, plan: bool) -> None:
-    """One process of an estimate on a pretrained model, by both estimators; with one process there is no group."""
+    """Run one process of an estimate on a pretrained model, with both estimators. One process alone has no group."""
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
@@ -148,7 +148,7 @@ def directions(rank: int, size: int, folder: str, plan: bool) -> None:
 
 
 def pretrained(split: int = 1) -> tuple[Any, list[dict[str, Tensor]]]:
-    """babyllama105 with an adapter, split over so many processes, and 16 batches of its text."""
+    """babyllama105 with an adapter, split over `split` processes, and 16 batches of tinyshakespeare."""
     folder = data("models", "babyllama105")
     text = data("data", "text", "tinyshakespeare.txt").read_text()
     settings = {"distributed_config": DistributedConfig(tp_size=split)} if split > 1 else {}
@@ -186,12 +186,12 @@ def accuracy() -> dict[str, Any]:
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
-    """The lowest cosine of a principal angle between the spans of the first 2r columns."""
+    """The lowest cosine of the principal angles between the spans of the first 2r columns."""
     return torch.linalg.svdvals(one[:, : 2 * RANK].mT @ other[:, : 2 * RANK]).min().item()
 
 
 def ratio(part: tuple[Tensor, ...], gradient: Tensor) -> float:
-    """Alignment of the start over its limit."""
+    """The alignment ratio of a start."""
     a, b = part[2][:, :RANK].mT, part[0][:, RANK : 2 * RANK]
     step = gradient @ a.mT @ a + b @ b.mT @ gradient
     values = torch.linalg.svdvals(gradient)
@@ -200,12 +200,12 @@ def ratio(part: tuple[Tensor, ...], gradient: Tensor) -> float:
 
 
 def layers(adapted: Any) -> list[Any]:
-    """The LoRA layers."""
+    """The LoRA layers of a model."""
     return [module for module in adapted.modules() if hasattr(module, "lora_A")]
 
 
 def merge_seconds(outputs: int, inputs: int) -> float:
-    """Time of one merge of two parts of a layer, median of 3; one thread."""
+    """The seconds that merging two estimates of a layer takes on one thread, median of 3."""
     draw = torch.Generator().manual_seed(0)
 
     def part() -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +221,7 @@ def merge_seconds(outputs: int, inputs: int) -> float:
 
 
 def alone() -> Mapping[str, float]:
-    """The same estimate without a process group."""
+    """Time the same estimate without a process group."""
     adapted, mine = model(), batches()
     began = time.perf_counter()
     lora_ga.estimate_gradients(adapted, mine)

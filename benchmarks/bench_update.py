@@ -1,9 +1,9 @@
-"""What does one layer's streaming update cost, part by part, and how does it grow with tokens, width and rank?
+"""What does the streaming update of one layer cost, part by part, and how does it grow with tokens, width and rank?
 
     python benchmarks/bench_update.py      # a minute, in one thread; draws results/growth.png
 
-Square layers in float32, blocks of random numbers, process time; medians of eight after a first.
-`bench_estimation.py` measures the whole estimate.
+Square layers in float32, blocks of random numbers, process time. Each number is the median of eight runs after a first
+one. `bench_estimation.py` measures the whole estimate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RANK, OVERSAMPLE = 8, LoraGAConfig().oversample
 
 
 def accumulated(tokens: int, width: int, rank: int) -> tuple[float, int]:
-    """Process seconds and state bytes of four blocks through one square layer."""
+    """The process seconds of one warm block in one square layer, and the bytes of the state."""
     draw = torch.Generator().manual_seed(0)
     x, g = (torch.randn(tokens, width, generator=draw) for _ in range(2))
     accumulator = Streaming({"layer": Size(2 * rank + OVERSAMPLE, 2 * rank)}, 0, 0)
@@ -41,7 +41,7 @@ def accumulated(tokens: int, width: int, rank: int) -> tuple[float, int]:
 
 
 def growth() -> dict[str, Any]:
-    """A warm block's time and the state against tokens, width and rank, with fitted exponents; draws growth.png."""
+    """Measure a warm block's time and the state over tokens, width and rank; fit exponents and draw growth.png."""
     centre = {"tokens": 2048, "width": 1024, "rank": 16}
     axes_of = {"tokens": [1024, 2048, 4096, 8192], "width": [512, 1024, 2048, 4096], "rank": [8, 16, 32, 64]}
     result: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def growth() -> dict[str, Any]:
 
 
 def parts(*, tokens: int, width: int = 1024) -> dict[str, float]:
-    """Process milliseconds of what one square layer costs in one micro-batch, beside its two products in the pass."""
+    """The process milliseconds of each part of one layer's update, and of the two products of the frozen pass."""
     draw = torch.Generator().manual_seed(0)
     x, g, weight = (torch.randn(rows, width, generator=draw) for rows in (tokens, tokens, width))
     names = [str(index) for index in range(STACKED)]

@@ -1,9 +1,10 @@
-"""Why a start helps or does not: what full fine-tuning, LoRA and LoRA-GA do in their first steps under AdamW.
+"""Why does a start help or not? What full fine-tuning, LoRA and LoRA-GA do in their first steps under AdamW.
 
 LORA_GA_DATA=... python benchmarks/bench_why.py
 
-babyllama105 on tinyshakespeare as in the suite `stories-shakespeare`, each method at the best rate it has there, on the
-same batches. docs/evidence.md is drawn from the record: medians over the layers, means over the seeds.
+babyllama105 on tinyshakespeare as in the suite `stories-shakespeare`. Each method has its best rate of that suite, and
+all train on the same batches. The record has medians over the layers and means over the seeds. docs/evidence.md shows
+it.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from lora_ga.experiments.tasks import prepare
 from lora_ga.layers.factors import Factor
 from record import data, finish
 
-SEEDS, LOOKED_AT = 3, (2, 5, 10, 25, 50, 200)
-# Method → the rate that is best for it in the suite.
+SEEDS, MEASURED_AFTER = 3, (2, 5, 10, 25, 50, 200)
+# Method → its best learning rate in the suite.
 RATES = {"full": 3.16e-4, "lora": 3.16e-3, "lora-ga γ=16": 3.16e-4, "lora-ga γ=4096": 3.16e-3}
 Matrices = dict[str, Tensor]
 
 
 def gradients(cell: Cell) -> Matrices:
-    """The exact gradient of every adapted weight, from the rows that starts are made from."""
+    """The exact gradient of every adapted weight, on the rows that the suite uses for initialisation."""
     problem = prepare(cell, Sources.from_environment())
     config = LoraGAConfig(estimator="dense", oversample=10**4, max_batches=None)
     model = get_peft_model(problem.base, LoraConfig(r=8, target_modules=problem.targets()))
@@ -45,19 +46,19 @@ def gradients(cell: Cell) -> Matrices:
 
 
 def layers(model: Any) -> dict[str, Any]:
-    """The LoRA layers of a model, by their path in the base; none in full fine-tuning."""
+    """The LoRA layers of a model, by their path in the base. Full fine-tuning has none."""
     base = model.get_base_model() if hasattr(model, "peft_config") else None
     return {name: each for name, each in base.named_modules() if hasattr(each, "lora_A")} if base else {}
 
 
 def rows_of_a(layer: Any) -> Tensor:
-    """A itself, (r, I): of an aligned layer A₀ + dA."""
+    """The matrix A of a layer, (r, I). In an aligned layer it is A₀ + dA."""
     factor = layer.lora_A["default"]
     return (factor.start + factor.delta() if isinstance(factor, Factor) else factor.weight).detach().clone()
 
 
 def changes(model: Any, weights: Matrices) -> Matrices:
-    """ΔW of every layer."""
+    """The change ΔW of every layer."""
     found = layers(model)
     if found:
         return {name: layer.get_delta_weight("default").detach() for name, layer in found.items()}
@@ -65,20 +66,20 @@ def changes(model: Any, weights: Matrices) -> Matrices:
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
-    """Of two matrices."""
+    """The cosine between two matrices."""
     return float((one * other).sum() / (one.norm() * other.norm()).clamp_min(1e-30))
 
 
 def within(a_rI: Tensor, first_rI: Tensor) -> float:
-    """The share of ‖A‖² that lies in the span of the rows A began with."""
+    """The share of ‖A‖² that lies in the span of the initial rows of A."""
     return float((a_rI @ torch.linalg.qr(first_rI.mT).Q).norm() ** 2 / a_rI.norm() ** 2)
 
 
-def watched(cell: Cell, gradient: Matrices, full: Mapping[int, Matrices] | None) -> tuple[dict[int, Matrices], Any]:
-    """Trains a cell, looking at it after some steps.
+def trained(cell: Cell, gradient: Matrices, full: Mapping[int, Matrices] | None) -> tuple[dict[int, Matrices], Any]:
+    """Train a cell, and measure it after the steps in `MEASURED_AFTER`.
 
     Returns:
-        Step → ΔW of every layer, and step → figures, medians over the layers.
+        Step → ΔW of every layer, and step → measurements, medians over the layers.
     """
     problem, settings = prepare(cell, Sources.from_environment()), cell.settings
     weights = {name: problem.base.get_submodule(name).weight.detach().clone() for name in gradient}
@@ -88,8 +89,8 @@ def watched(cell: Cell, gradient: Matrices, full: Mapping[int, Matrices] | None)
     model = method.build(work)
     first, seen, figures = {name: rows_of_a(layer) for name, layer in layers(model).items()}, {}, {}
 
-    def look(model: Any, step: int) -> None:
-        if step not in LOOKED_AT:
+    def measure(model: Any, step: int) -> None:
+        if step not in MEASURED_AFTER:
             return
         seen[step] = changes(model, weights)
         others = full[step] if full else seen[step]
@@ -106,7 +107,7 @@ def watched(cell: Cell, gradient: Matrices, full: Mapping[int, Matrices] | None)
             )
 
     torch.manual_seed(cell.seed)
-    train(problem, dataclasses.replace(method, after_step=look), model, work, settings, "cpu", Curves())
+    train(problem, dataclasses.replace(method, after_step=measure), model, work, settings, "cpu", Curves())
     return seen, figures
 
 
@@ -115,14 +116,14 @@ def _median(values: Any) -> float:
 
 
 def mean(parts: list[Any]) -> Any:
-    """The mean of nested figures over the seeds."""
+    """The mean over the seeds of nested mappings of numbers."""
     if isinstance(parts[0], dict):
         return {key: mean([part[key] for part in parts]) for key in parts[0]}
     return statistics.fmean(parts)
 
 
 def main() -> None:
-    """Runs every method and keeps the record."""
+    """Run every method and write the record."""
     data("models", "babyllama105")
     torch.set_num_threads(1)
     suite = load_suite("stories-shakespeare")
@@ -131,7 +132,7 @@ def main() -> None:
         cells = {label: cell_of(suite, "babyllama105", label, rate, seed) for label, rate in RATES.items()}
         gradient, full = gradients(cells["full"]), None
         for label, cell in cells.items():
-            seen, figures = watched(cell, gradient, full)
+            seen, figures = trained(cell, gradient, full)
             full = full or seen
             found[label].append(figures)
             print(seed, label, {step: round(row["cosine with full"], 3) for step, row in figures.items()}, flush=True)

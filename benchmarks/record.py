@@ -1,4 +1,4 @@
-"""What every benchmark here shares: where its record goes and what it says about the machine."""
+"""What the benchmarks share: paths of the research data, and writing a record with versions and device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def about(also: Sequence[str] = ()) -> dict[str, Any]:
-    """The command, commit, versions (of the packages in `also` too) and device of a run."""
+    """The command, commit, versions and device of a run. `also` names further packages whose versions are recorded."""
     names = ("torch", "transformers", "peft", "lora-ga", *also)
     return {
         "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -31,7 +31,7 @@ def about(also: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def finish(name: str, record: dict[str, Any], also: Sequence[str] = ()) -> None:
-    """Keep the record in results/, with the versions of the packages in `also`, and print it as the last line."""
+    """Write the record to results/NAME.json, with what `about(also)` returns, and print it as the last line."""
     RESULTS.mkdir(exist_ok=True)
     whole = about(also) | record
     (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
@@ -39,11 +39,11 @@ def finish(name: str, record: dict[str, Any], also: Sequence[str] = ()) -> None:
 
 
 def data(*parts: str) -> Path:
-    """A path in the research data, or the end of the program with the reason."""
+    """A path in the research data. Exits with a message if it does not exist."""
     root = os.environ.get("LORA_GA_DATA")
     if not root:
         sys.exit("Set LORA_GA_DATA to the folder of the research data (data/, models/) to run this benchmark.")
     path = Path(root).joinpath(*parts)
     if not path.exists():
-        sys.exit(f"{path} is not there.")
+        sys.exit(f"{path} does not exist. Set LORA_GA_DATA to a folder that contains it.")
     return path

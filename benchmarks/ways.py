@@ -1,4 +1,4 @@
-"""What the cost benchmarks time side by side: the frozen pass, the estimate, plain LoRA steps."""
+"""The workloads that the cost benchmarks compare: the frozen pass, the estimate, plain LoRA steps."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import lora_ga
 from lora_ga.gradients.isolation import frozen
 
 RANK = 8
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # PEFT's knows no "all-linear"
+# PEFT's LoRA-GA does not support "all-linear".
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Batches = list[dict[str, Tensor]]
 
 
 def adapter(**settings: Any) -> LoraConfig:
-    """The adapter of every method."""
+    """The configuration of the adapter, the same for every workload."""
     return LoraConfig(r=RANK, lora_alpha=16, use_rslora=True, target_modules=LINEAR, **settings)
 
 
 def frozen_pass(base: nn.Module, batches: Batches) -> None:
-    """The floor: forward and backward with every weight frozen, down to the embeddings' output."""
+    """Forward and backward passes with every weight frozen, back to the output of the embeddings: the lower bound."""
     model = get_peft_model(base, adapter())
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
     with frozen(model, "default"):
@@ -32,12 +33,12 @@ def frozen_pass(base: nn.Module, batches: Batches) -> None:
 
 
 def ours(base: nn.Module, batches: Batches) -> None:
-    """Adapters, estimate and start."""
+    """LoRA-GA: add the adapter, estimate, initialise."""
     lora_ga.initialize(get_peft_model(base, adapter()), batches)
 
 
 def lora_steps(base: nn.Module, batches: Batches) -> None:
-    """Steps of plain LoRA with AdamW."""
+    """Training steps of plain LoRA with AdamW."""
     model = get_peft_model(base, adapter()).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     for batch in batches:
