@@ -1,4 +1,4 @@
-"""One small model for every row of the support matrix (docs/support.md)."""
+"""A small model for every row of the support matrix (docs/support.md)."""
 
 from __future__ import annotations
 
@@ -34,40 +34,40 @@ Batches = Callable[[], list[dict[str, Tensor]]]
 
 
 def clip_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The contrastive loss, computed outside the model."""
+    """CLIP's contrastive loss, computed outside the model."""
     scores = model(**batch).logits_per_text
-    own = torch.arange(len(scores))
-    return (nn.functional.cross_entropy(scores, own) + nn.functional.cross_entropy(scores.mT, own)) / 2
+    matching = torch.arange(len(scores))
+    return (nn.functional.cross_entropy(scores, matching) + nn.functional.cross_entropy(scores.mT, matching)) / 2
 
 
-def own_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def model_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return model(**batch).logits
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A base model made anew, its batches, and the adapter's settings."""
+    """How to make a base model and its batches, and the settings of the adapter."""
 
     make: Callable[[], Any]
     batches: Batches = causal
     settings: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"target_modules": "all-linear"})
     loss_fn: Callable[..., Any] | None = None
-    outputs: Callable[..., Tensor] = own_logits
+    outputs: Callable[..., Tensor] = model_logits
     needs: str | None = None
-    # The cosine that captured gradients have at least with autograd's of the model with its weights dequantised. Where
-    # activations are rounded too (8 bit), autograd sees another function.
+    # The least cosine between estimated gradients and those of autograd in the model with dequantised weights. It is
+    # lower if activations are rounded too (8 bit), because autograd then differentiates another function.
     cosine: float = 1 - 1e-6
     base_offset: bool = True
     reload_error: float = 1e-5
 
     def check_installed(self) -> None:
-        """Skip where the optional package is missing."""
+        """Skip the test if an optional package is missing."""
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             pytest.skip(f"{self.needs} is not installed")
 
 
 def wide_llama() -> Any:
-    """Sides that are multiples of the usual block of 64."""
+    """A Llama whose weights have sides that are multiples of 64, the usual block size of quantisation."""
     return llama(hidden_size=64, intermediate_size=128)
 
 
@@ -76,7 +76,7 @@ def bitsandbytes(**settings: Any) -> Any:
         wide_llama().save_pretrained(folder)
         config = BitsAndBytesConfig(**settings)
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu").eval()
-    for module in model.modules():  # on some CPUs an evaluated layer is packed, and can be trained no more
+    for module in model.modules():  # in evaluation mode some CPUs pack the layer, which then cannot be trained
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -113,7 +113,7 @@ def hqq() -> Any:
 
 
 def packed(module: str, name: str) -> Any:
-    """The decoder's layers packed by gptqmodel, 4 bit, rounded to the nearest; no calibration."""
+    """A Llama whose linear layers are packed by gptqmodel: 4 bit, rounded to nearest, without calibration."""
     kind = getattr(importlib.import_module(f"gptqmodel.nn_modules.qlinear.{module}"), name)
     model = wide_llama()
     for path, linear in list(model.model.named_modules()):
@@ -128,7 +128,7 @@ def packed(module: str, name: str) -> Any:
 
 
 class Convolutions(nn.Module):
-    """k x k with stride, 1 x 1, grouped, uneven padding, and a linear layer."""
+    """Convolutions with stride, of size 1 x 1, with groups, and with uneven padding; and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Convolutions(nn.Module):
 
 
 class Twisted(nn.Module):
-    """A layer called twice in a pass, and outputs changed in place."""
+    """A model that calls a layer twice in a pass and changes outputs in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ EXPERTS = {
 nf4 = functools.partial(bitsandbytes, load_in_4bit=True, bnb_4bit_quant_type="nf4")
 FOUR: dict[str, Any] = {"needs": "bitsandbytes", "base_offset": False}
 
-# Row of the matrix → case. The layer kinds.
+# Row of the matrix → case. First the layer kinds.
 LAYERS: Mapping[str, Case] = {
     "nn.Linear": Case(llama),
     "Conv1D (GPT-2)": Case(gpt2, settings={"target_modules": FAMILIES["gpt2"][2], "fan_in_fan_out": True}),
@@ -259,7 +259,7 @@ LAYERS: Mapping[str, Case] = {
     "fused experts (Mixtral)": Case(seeded(mixtral), settings=EXPERTS),
     "fused experts (Qwen3-MoE)": Case(seeded(qwen_moe), settings=EXPERTS),
 }
-# The model kinds.
+# The kinds of models.
 MODELS: Mapping[str, Case] = {
     "Llama (decoder)": Case(llama),
     "T5 (encoder-decoder)": Case(FAMILIES["t5"][0], FAMILIES["t5"][1]),
@@ -281,7 +281,7 @@ MODELS: Mapping[str, Case] = {
         seeded(Twisted), settings={"target_modules": ["first", "shared", "head"]}
     ),
 }
-# The adapter's own settings.
+# The settings of the adapter.
 ADAPTERS: Mapping[str, Case] = {
     "rsLoRA off": Case(llama, settings={"target_modules": "all-linear", "use_rslora": False}),
     "DoRA": Case(llama, settings={"target_modules": "all-linear", "use_dora": True}),

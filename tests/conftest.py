@@ -1,4 +1,4 @@
-"""Collects what the support matrix (docs/support.md) is drawn from: pytest --support-record FILE."""
+"""Write the record that the support matrix (docs/support.md) is drawn from: pytest --support-record FILE."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OUTCOMES = pytest.StashKey[dict[str, dict[str, dict[str, str]]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--support-record", type=Path, help="write the support matrix's record to this file")
+    parser.addoption("--support-record", type=Path, help="write the record of the support matrix to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _weight(outcome: str) -> int:
-    """Several tests may make one cell: a failure counts before a success, and that before what was not run."""
+    """The order of outcomes, if several tests belong to one cell: failed, passed, not run. The first one counts."""
     return ["failed", "passed"].index(outcome) if outcome in {"failed", "passed"} else 2
 
 

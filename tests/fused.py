@@ -1,4 +1,4 @@
-"""A small Llama whose layers are never called: kernels with a backward pass of their own read the factors."""
+"""A small Llama whose layers are never called: fused kernels, with their own backward pass, read the factors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toys import VOCABULARY, adapted
 
 
 class _Fused(torch.autograd.Function):
-    """A LoRA layer as one operation with a backward pass of its own, which has no gradient for the base weight."""
+    """A LoRA layer as one operation. Its backward pass computes no gradient of the base weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -32,7 +32,7 @@ class _Fused(torch.autograd.Function):
 
 
 def fused(layer: Any, x: Tensor) -> Tensor:
-    """What Unsloth's and Axolotl's kernels do with a layer: read its parameters, call nothing."""
+    """Compute a layer as Unsloth's and Axolotl's kernels do: read its parameters and call no module."""
     if not isinstance(layer, LoraLayer):
         return layer(x)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -40,7 +40,7 @@ def fused(layer: Any, x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention with one head, and a gated network."""
+    """Attention with one head, and a gated feed-forward network."""
 
     def __init__(self, width: int, inner: int, called: set[str]) -> None:
         super().__init__()
@@ -49,22 +49,22 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.called = called
 
-    def through(self, name: str, x: Tensor) -> Tensor:
+    def apply_layer(self, name: str, x: Tensor) -> Tensor:
         layer = getattr(self, name)
         return layer(x) if name in self.called else fused(layer, x)
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.rms_norm(x, x.shape[-1:])
-        q, k, v = (self.through(name, y) for name in ("q_proj", "k_proj", "v_proj"))
-        seen = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
-        x = x + self.through("o_proj", seen)
+        q, k, v = (self.apply_layer(name, y) for name in ("q_proj", "k_proj", "v_proj"))
+        attended = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
+        x = x + self.apply_layer("o_proj", attended)
         y = nn.functional.rms_norm(x, x.shape[-1:])
-        gated = nn.functional.silu(self.through("gate_proj", y)) * self.through("up_proj", y)
-        return x + self.through("down_proj", gated)
+        gated = nn.functional.silu(self.apply_layer("gate_proj", y)) * self.apply_layer("up_proj", y)
+        return x + self.apply_layer("down_proj", gated)
 
 
 class FusedLlama(nn.Module):
-    """A Llama in small whose layers' parameters are read by fused kernels; those named in `called` are called."""
+    """A small Llama. Fused kernels read the parameters of its layers, except of those in `called`, which are called."""
 
     def __init__(self, called: set[str] | None = None) -> None:
         super().__init__()
@@ -78,11 +78,11 @@ class FusedLlama(nn.Module):
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x)
-        found = self.head(x)
+        logits = self.head(x)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=found)
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
 
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

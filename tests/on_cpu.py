@@ -1,7 +1,7 @@
-"""Runs a script under Accelerate on the CPU, with FSDP or DeepSpeed: python on_cpu.py SCRIPT ARGUMENTS.
+"""Run a script under Accelerate on the CPU, with FSDP or DeepSpeed: python on_cpu.py SCRIPT ARGUMENTS.
 
-Accelerate gives both to accelerators only, though they run on CPUs too, over gloo; so the tests tell it that the CPU is
-an accelerator.
+FSDP and DeepSpeed also run on CPUs, over gloo, but Accelerate uses them on accelerators only. This script therefore
+makes Accelerate treat the CPU as an accelerator.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Several processes of a test: what each returns, in the order of their ranks."""
+"""Run a function of a test in several processes, and collect the results in the order of the ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def _process(rank: int, worker: Worker, size: int, folder: Path, timeout: int) -
 
 
 def run(worker: Worker, size: int, folder: Path, *, timeout: int = 120) -> list[Any]:
-    """Run `worker(rank, size, folder)` in processes of one gloo group; what each returned, None where it died."""
+    """Run `worker(rank, size, folder)` in `size` processes of a gloo group.
+
+    Returns the result of each process, None for a process that died. Fails if a worker raised an error.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("spawn")
     started = [context.Process(target=_process, args=(rank, worker, size, folder, timeout)) for rank in range(size)]
@@ -53,7 +56,7 @@ def run(worker: Worker, size: int, folder: Path, *, timeout: int = 120) -> list[
 
 
 def sums(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Sums of all, in all processes, of tensors that differ in dtype, shape and size; in buckets of 40 bytes."""
+    """Sum tensors of different dtypes, shapes and sizes over all processes, in buckets of 40 bytes."""
     processes.BUCKET = 40
     together = processes.processes()
     held = {"all.sum": torch.full((2, 3), 2.0**rank), f"own {rank}.x": torch.tensor(float(rank), dtype=torch.float64)}

@@ -1,4 +1,4 @@
-"""Records of runs that never took place, as `lora-ga train` writes them."""
+"""Invented records of runs, in the format that `lora-ga train` writes."""
 
 import copy
 from pathlib import Path

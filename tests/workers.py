@@ -1,4 +1,4 @@
-"""What the processes of the tests do; each returns plain values and tensors."""
+"""Functions that the tests run in several processes. They return plain values and tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ EXACT = LoraGAConfig(estimator="dense")
 
 
 def uneven(count: int = 8) -> list[dict[str, Tensor]]:
-    """Batches of one global set whose numbers of label tokens differ."""
+    """Batches with different numbers of label tokens; the same in every process."""
     batches = causal(count)
     for number, batch in enumerate(batches):
         batch["labels"][:, : number % 5 + 1] = -100
@@ -48,7 +48,7 @@ def uneven(count: int = 8) -> list[dict[str, Tensor]]:
 
 
 def numbers(estimate: GradientEstimate) -> dict[str, Any]:
-    """An estimate as plain values, which another process can compare bit for bit."""
+    """The values of an estimate, which another process can compare bit for bit."""
     return {
         "layers": {name: (each.U, each.S, each.V, each.norm, each.sketch) for name, each in estimate.items()},
         "about": (estimate.batches, estimate.weight, dict(estimate.missing), dict(estimate.settled_weight)),
@@ -60,14 +60,14 @@ def starts(model: nn.Module) -> list[Tensor]:
 
 
 def raised(call: Callable[[], Any]) -> str:
-    """The type and the text of what a call raises."""
+    """The type and the message of the error that a call raises."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 (the tests compare the text)
         call()
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
 def warned(call: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What a call returns, and the warnings of this library."""
+    """The result of a call, and the warnings of this library about processes and layers."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()
@@ -75,7 +75,7 @@ def warned(call: Callable[[], Any]) -> tuple[Any, list[str]]:
 
 
 class Traffic:
-    """Bytes that this process hands to torch.distributed, counted from outside of the library."""
+    """Counts the bytes that this process passes to torch.distributed, without using the library."""
 
     def __init__(self) -> None:
         self.factors = self.values = 0
@@ -103,7 +103,7 @@ class Traffic:
 
 
 def estimates(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Estimates of one global set of batches, each process reading its share."""
+    """Estimates on one set of batches; each process reads its share."""
     mine = uneven()[rank::size]
     found: dict[str, Any] = {}
     with Traffic() as traffic:
@@ -129,7 +129,7 @@ def estimates(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def bad_input(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Calls that are refused, or warned of."""
+    """Calls that raise an error or a warning."""
     mine = causal(4)[rank::size]
     found: dict[str, Any] = {}
     estimate = lora_ga.estimate_gradients
@@ -163,7 +163,7 @@ def bad_input(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def interrupted(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """An estimate that breaks off in one process, and goes on in both."""
+    """An estimate that fails in one process, and then continues from its checkpoints in both."""
     mine, file = causal(8)[rank::size], folder / "state.safetensors"
 
     def broken() -> Iterator[Any]:
@@ -187,7 +187,7 @@ def interrupted(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def real_llama() -> tuple[Any, list[dict[str, Tensor]]]:
-    """A small pretrained Llama with an adapter of rank 8, and 16 batches of a text."""
+    """A small pretrained Llama with an adapter of rank 8, and 16 batches of tinyshakespeare."""
     folder = data_folder("models", "babyllama105")
     text = data_folder("data", "text", "tinyshakespeare.txt").read_text()
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -205,7 +205,7 @@ def real(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def all_of(names: Sequence[str]) -> Callable[[int, int, Path], dict[str, Any]]:
-    """One worker that does what several do."""
+    """A worker that runs several others."""
     return functools.partial(_all_of, tuple(names))
 
 
@@ -217,7 +217,7 @@ def _all_of(names: tuple[str, ...], rank: int, size: int, folder: Path) -> dict[
 
 
 def curve(model: nn.Module, batches: list[dict[str, Tensor]], rank: int, size: int) -> list[float]:
-    """Losses of SGD with momentum on a share of each batch's rows; every process's loss is the mean over all."""
+    """Train by SGD with momentum on a share of each batch's rows; returns the losses averaged over the processes."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.9)
     losses = []
     for step in range(STEPS):
@@ -234,7 +234,7 @@ def curve(model: nn.Module, batches: list[dict[str, Tensor]], rank: int, size: i
 
 
 def sharded(model: Any, size: int, **settings: Any) -> Any:
-    """The model in FSDP2, layer by layer."""
+    """Shard the model by FSDP2, layer by layer."""
     mesh = init_device_mesh("cpu", (size,))
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh, **settings)
@@ -242,14 +242,14 @@ def sharded(model: Any, size: int, **settings: Any) -> Any:
 
 
 def save(model: Any, folder: Path, *, main: bool) -> None:
-    """Save through FSDP2's own full state dict."""
+    """Save through the full state dict of FSDP2."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
     model.save_pretrained(folder, state_dict=state, is_main_process=main)
 
 
 def wrapped(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Starts and training in DistributedDataParallel and FSDP2, wrapped before and after the start."""
+    """Initialisation and training with DistributedDataParallel and FSDP2, wrapped before and after initialisation."""
     batches = causal(4)
     found: dict[str, Any] = {}
     for name in ("ddp, before", "ddp, after", "fsdp, before", "fsdp, after"):
@@ -291,7 +291,7 @@ def wrapped(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def accelerated(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """A loop of Accelerate's, with accumulation, started after all is prepared; 4 rows a step in all processes."""
+    """An Accelerate loop with gradient accumulation, initialised after `prepare`; 4 rows a step over all processes."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     torch.manual_seed(0)
     model = adapted(llama())
@@ -317,7 +317,7 @@ def accelerated(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def parallel(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Estimates, a start, training and saving under a plan of Transformers; all processes read the same batches."""
+    """Estimate, initialise, train and save under a tensor-parallel plan; all processes read the same batches."""
     plain, batches = folder / "base", causal(4)
     found: dict[str, Any] = {}
     if rank == 0:
@@ -367,7 +367,7 @@ def parallel(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def dying(rank: int, size: int, folder: Path) -> Any:
-    """Process 1 ends in the middle of its batches; the others are to notice."""
+    """Process 1 ends in the middle of its batches; the others must notice it."""
     model, mine = adapted(llama()), causal(4)
 
     def data() -> Iterator[Any]:
