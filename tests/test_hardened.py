@@ -72,7 +72,7 @@ def test_a_checkpoint_of_another_start_does_not_load_onto_a_changed_base(tmp_pat
     other = adapted(llama())
     lora_ga.initialize(other, causal(1), BASE)
     before = logits(other, BATCH)
-    with pytest.raises(RuntimeError, match="the adapter in the file started elsewhere than this one"):
+    with pytest.raises(RuntimeError, match="the adapter in the file has another start than this one"):
         other.load_adapter(tmp_path, "default", is_trainable=True)
     assert torch.equal(logits(other, BATCH), before)
 

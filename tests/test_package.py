@@ -32,7 +32,12 @@ def test_the_public_list_is_short_and_every_name_is_there() -> None:
 
 def contracts(source: Path) -> subprocess.CompletedProcess[str]:
     """What import-linter says of the package in a folder, by the contracts of pyproject.toml."""
-    command = [str(Path(sys.executable).parent / "lint-imports"), "--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+    command = [
+        str(Path(sys.executable).parent / "lint-imports"),
+        "--config",
+        str(ROOT / "pyproject.toml"),
+        "--no-cache",
+    ]
     environment = os.environ | {"PYTHONPATH": str(source)}
     return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 import lora_ga
 import processes
 import workers
 from lora_ga.adapter import save as sidecar
-from lora_ga.distributed.sharding import unwrapped
+from lora_ga.distributed.sharding import register_moved, reshard, unwrapped
 from lora_ga.layers.factors import Delta
 from toys import adapted, causal, llama, logits, train
 
@@ -149,6 +151,44 @@ def test_parameters_that_zero_has_taken_apart_get_no_structure() -> None:
     weight.ds_numel = 2 * weight.numel()
     with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3.*Use LoraGACallback, or call lora_ga.init"):
         lora_ga.initialize(model, causal(1))
+
+
+def in_fsdp2(state: Any) -> nn.Module:
+    """A layer as FSDP2 leaves it, with a state of ours."""
+    layer = nn.Linear(2, 2)
+    layer.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {"_get_fsdp_state": lambda self: state})
+    return layer
+
+
+def state_of_fsdp2(**changes: Any) -> SimpleNamespace:
+    parameter = SimpleNamespace(_module_info=SimpleNamespace(module=nn.Linear(2, 2), param_name="weight"))
+    groups = [SimpleNamespace(fsdp_params=[parameter])]
+    return SimpleNamespace(**{"_is_root": True, "_lazy_init": lambda: None, "_fsdp_param_groups": groups} | changes)
+
+
+@pytest.mark.parametrize(
+    ("state", "version", "found"),
+    [
+        (SimpleNamespace(_is_root=True, _lazy_init=None, groups=[]), "2.13.0", "'_fsdp_param_groups'"),
+        (SimpleNamespace(_lazy_init=None, _fsdp_param_groups=[]), "2.13.0", "its state lacks _is_root"),
+        (state_of_fsdp2(_fsdp_param_groups=[SimpleNamespace(params=[])]), "2.13.0", "'fsdp_params'"),
+        (state_of_fsdp2(), "2.14.0a0", "the newest version tried is 2.13"),
+    ],
+)
+def test_a_state_of_fsdp2_in_another_layout_is_refused(
+    state: Any, version: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    for use in (reshard, lambda model: register_moved(model, {})):
+        with pytest.raises(ValueError, match=f"FSDP2 of torch {version} .*{found}.* before fully_shard"):
+            use(nn.Sequential(in_fsdp2(state)))
+
+
+def test_a_state_of_fsdp2_in_the_known_layout_gets_the_modules_that_hold_the_parameters_now() -> None:
+    state, new = state_of_fsdp2(), nn.Linear(2, 2)
+    info = state._fsdp_param_groups[0].fsdp_params[0]._module_info
+    register_moved(in_fsdp2(state), {info.module: (new, "delta_weight")})
+    assert (info.module, info.param_name) == (new, "delta_weight")
 
 
 def test_the_first_fsdp_is_refused() -> None:

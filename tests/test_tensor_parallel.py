@@ -54,7 +54,7 @@ def test_blocks_of_a_gradient_among_zeros_add_up_to_it(dim: int) -> None:
     total = torch.zeros(5, 5)
     for begin, count in ((0, 2), (2, 2), (4, 1)):
         split, cut = Split((5, 5), dim, begin, count), slice(begin, begin + count)
-        block = split.embedded(*((x, g[:, cut]) if dim == 0 else (x[:, cut], g)))
+        block = split.padded(*((x, g[:, cut]) if dim == 0 else (x[:, cut], g)))
         total += block[1].mT @ block[0]
     torch.testing.assert_close(total, g.mT @ x)
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of, factors_of
 from lora_ga.adapter.save import AlignedLoraConfig
 from lora_ga.config import LoraGAConfig
-from lora_ga.distributed.sharding import adopt, partitioned, placed_like, whole
+from lora_ga.distributed.sharding import partitioned, placed_like, register_moved, whole
 from lora_ga.files import fingerprint
 from lora_ga.gradients.coverage import settle_missing
 from lora_ga.gradients.isolation import place_of
 from lora_ga.layers.embedding import FactorTable
-from lora_ga.layers.factors import FACTORS, Factor, follow
+from lora_ga.layers.factors import FACTORS, Factor, follow_plan
 from lora_ga.layers.kinds import entries, layout_of, weight_of
 from lora_ga.layers.targets import PREFIX, Target, find_targets
 
@@ -105,7 +105,7 @@ def build_structure(
         place(target.layer, adapter, pair)
         if config.offset == "adapter":
             set_rank(target.layer, adapter, 2 * ranks[name])
-    adopt(model, moved)
+    register_moved(model, moved)
     doubled = doubled_rank_fields(peft_config, ranks, alignment.scaling, alignment.plain)
     if config.offset == "base":
         alignment.saved, doubled = doubled, {}
@@ -155,7 +155,7 @@ def make_factors(
         start = whole(start)
         bias = getattr(entry, "bias", None)
         factor = kind(start, parameter, bias, rank=rank, parts=layout.parts(layer), compute=layout.compute(entry))
-        follow(factor, layer.get_base_layer())
+        follow_plan(factor, layer.get_base_layer())
         with torch.no_grad():
             factor.set_delta(torch.zeros_like(factor.start))
         made.append(factor.train(getattr(entry, "training", layer.training)))

@@ -1,7 +1,7 @@
 """Wrapped models and sharded parameters: DistributedDataParallel, FSDP2 and DeepSpeed ZeRO-3.
 
-`whole` gathers a parameter's shards; `placed_like` cuts a tensor that all processes hold in the same way, without
-communication.
+First the models. Then the parameters: how one is stored (`Storage`), and functions of parameters and tensors that may
+or may not be sharded. The last part keeps FSDP2's private state in step with a model that this library has changed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of DistributedDataParallel or a DeepSpeed engine; another as it is (FSDP2 wraps nothing).
+    """The model inside DistributedDataParallel or a DeepSpeed engine; any other as it is (FSDP2 does not wrap).
 
     Args:
         model: A model.
 
     Returns:
-        The model that was wrapped: its parameters are the same objects.
+        The model that was wrapped; its parameters are the same objects.
 
     Raises:
-        TypeError: The model is wrapped by the first FSDP, which flattens parameters.
+        TypeError: The model is wrapped by FSDP 1, which flattens parameters.
     """
     if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
         return model.module
@@ -39,81 +39,125 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def partitioned(parameter: Any) -> bool:
-    """Whether DeepSpeed ZeRO-3 has taken a parameter's numbers away, until a layer that needs it runs."""
-    return hasattr(parameter, "ds_numel") and parameter.numel() != parameter.ds_numel
-
-
-def sharded(parameter: Any) -> bool:
-    """Whether a parameter's numbers are spread over processes, or may be."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-
-
-def shape_of(parameter: Any) -> tuple[int, ...]:
-    """The shape of a whole parameter, however it is sharded."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def in_step(model: nn.Module) -> bool:
-    """Whether a pass through the model communicates, so that all processes have to make it together."""
+    """Whether a forward pass through the model communicates, so that all processes have to run it together."""
     return any(sharded(each) for each in model.parameters())
 
 
+class Storage:
+    """How a parameter is stored. This class: all of it, as a plain tensor in every process.
+
+    A factor's start, and values to be written to its parameter, are plain tensors that every process has whole.
+    Subclasses determine which part of such a tensor belongs to the part of the parameter that this process has.
+
+    Attributes:
+        spread: Whether the parameter is spread over processes, or may be.
+    """
+
+    spread = False
+
+    def __init__(self, parameter: Any) -> None:
+        self.parameter = parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole parameter."""
+        return tuple(self.parameter.shape)
+
+    def part_of(self, whole: Tensor, device: torch.device | None = None) -> Tensor:
+        """The part of a whole tensor that belongs to this process's part of the parameter.
+
+        Args:
+            whole: A tensor of the parameter's whole shape, the same in all processes.
+            device: Where to; None for the parameter's device.
+
+        Returns:
+            The part, in the tensor's dtype.
+        """
+        return whole.to(device or self.parameter.device)
+
+    @torch.no_grad()
+    def write(self, whole: Tensor) -> None:
+        """Copy a whole tensor, the same in all processes, into the parameter."""
+        self.parameter.copy_(self.part_of(whole))
+
+
+class DTensorStorage(Storage):
+    """A DTensor, as FSDP2 and tensor-parallel plans make it. Taking a part of a whole tensor needs no communication."""
+
+    spread = True
+
+    def part_of(self, whole: Tensor, device: torch.device | None = None) -> Tensor:
+        """The whole tensor in the shards of the parameter; a DTensor is only moved."""
+        whole = whole.to(device or self.parameter.device)
+        if isinstance(whole, DTensor):
+            return whole
+        return distribute_tensor(whole, self.parameter.device_mesh, self.parameter.placements, src_data_rank=None)
+
+
+class Zero3Storage(Storage):
+    """A parameter of DeepSpeed ZeRO-3, which has values only while a layer that needs it runs, or in `gathered`."""
+
+    spread = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole parameter, which DeepSpeed keeps beside it."""
+        return tuple(self.parameter.ds_shape)
+
+    @torch.no_grad()
+    def write(self, whole: Tensor) -> None:
+        """Copy a whole tensor into the gathered parameter, unless it holds those values already.
+
+        DeepSpeed's optimizer has a copy of the parameter in float32, so nothing is written without need.
+        """
+        with gathered([self.parameter]):
+            if not torch.equal(self.parameter, whole.to(self.parameter)):
+                super().write(whole)
+
+
+def storage_of(parameter: Any) -> Storage:
+    """How a parameter is stored at this moment; wrappers may change that later."""
+    if hasattr(parameter, "ds_id"):
+        return Zero3Storage(parameter)
+    return DTensorStorage(parameter) if isinstance(parameter, DTensor) else Storage(parameter)
+
+
+def sharded(parameter: Any) -> bool:
+    """Whether a parameter is spread over processes, or may be."""
+    return storage_of(parameter).spread
+
+
+def partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 has partitioned a parameter, so that it has no values until a layer needs it."""
+    return hasattr(parameter, "ds_numel") and parameter.numel() != parameter.ds_numel
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, in all processes at once; another as it is."""
+    """A DTensor gathered, which all processes have to do together; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, parameter: Tensor, device: torch.device | None = None) -> Tensor:
-    """A plain tensor, the same in all processes, on a device (that of the parameter) and in a parameter's shards."""
-    device = device or parameter.device
-    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
-        return tensor.to(device)
-    return distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def _states(model: nn.Module) -> list[Any]:
-    """FSDP2's books of the modules it has sharded, outer ones first. It offers no public way to them.
-
-    Returns:
-        The books.
-
-    Raises:
-        ValueError: This version of torch keeps them otherwise.
-    """
-    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    for state in states:
-        if not (hasattr(state, "_lazy_init") and hasattr(state, "_is_root") and hasattr(state, "_fsdp_param_groups")):
-            raise ValueError(
-                f"torch {torch.__version__} keeps FSDP2's books otherwise than this library knows. Call "
-                "lora_ga.initialize before fully_shard."
-            )
-    return states
-
-
-def reshard(model: nn.Module) -> None:
-    """Put FSDP2's shards back in the place of gathered parameters, which a pass may leave there.
-
-    FSDP2 notes at the first pass which parameters train, and in which dtype to reduce their gradients. If that pass is
-    to be the estimate's, in which none does, it has to take its notes before.
+    """A whole tensor, the same in all processes, stored as a parameter is.
 
     Args:
-        model: The model.
+        tensor: The tensor.
+        parameter: The parameter.
+        device: Where to; None for the parameter's device.
+
+    Returns:
+        The tensor on that device, and in the parameter's shards if the parameter is a DTensor.
     """
-    for state in _states(model):
-        if state._is_root is None:
-            state._lazy_init()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return storage_of(parameter).part_of(tensor, device)
 
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """ZeRO-3's parameters whole for a while; what process 0 writes into them, all keep. Others are left alone.
+    """Gather ZeRO-3's parameters for the length of a block. What process 0 writes into them, all processes get.
 
     Args:
-        parameters: Parameters.
+        parameters: Parameters; those that ZeRO-3 has not partitioned are left alone.
 
     Yields:
         Nothing.
@@ -128,14 +172,71 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-def adopt(model: nn.Module, moved: Mapping[nn.Module, tuple[nn.Module, str]]) -> None:
-    """Tell FSDP2 that parameters have moved to other modules: it puts gathered and sharded ones there in turn.
+# The newest torch whose FSDP2 `_fsdp2_states` was tried with. Older versions are checked by their attributes alone.
+TRIED_TORCH = (2, 13)
+
+
+def _fsdp2_states(model: nn.Module) -> list[Any]:
+    """FSDP2's private state of each module that it shards, outer modules first. There is no public way to it.
+
+    The only function that reads this state. What `register_moved` and `reshard` use of it is checked here.
+
+    Returns:
+        The states.
+
+    Raises:
+        ValueError: This version of torch is newer than those tried, or keeps another state.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not modules:
+        return []
+    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    try:
+        states = [module._get_fsdp_state() for module in modules]
+        missing = [name for state in states for name in ("_is_root", "_lazy_init") if not hasattr(state, name)]
+        infos = [
+            each._module_info for state in states for group in state._fsdp_param_groups for each in group.fsdp_params
+        ]
+        missing += [name for info in infos for name in ("module", "param_name") if not hasattr(info, name)]
+    except AttributeError as error:
+        missing = [str(error)]
+    if missing or version > TRIED_TORCH:
+        tried = ".".join(str(number) for number in TRIED_TORCH)
+        found = f"its state lacks {missing[0]}" if missing else f"the newest version tried is {tried}"
+        raise ValueError(
+            f"FSDP2 of torch {torch.__version__} may keep its state in another way than this library knows ({found}). "
+            "Call lora_ga.initialize on the model before fully_shard (or accelerator.prepare), then shard it."
+        )
+    return states
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's shards back in the place of gathered parameters, which a forward pass may leave in the modules.
+
+    At a model's first forward pass FSDP2 records which parameters train, and the dtype in which it reduces their
+    gradients. The estimate's passes freeze all parameters, so this makes FSDP2 record both before them.
 
     Args:
         model: The model.
-        moved: The module that held a parameter named "weight" → the one that holds it now, and its name there.
     """
-    for state in _states(model):
-        for place in (each._module_info for group in state._fsdp_param_groups for each in group.fsdp_params):
-            if place.module in moved and place.param_name == "weight":
-                place.module, place.param_name = moved[place.module]
+    for state in _fsdp2_states(model):
+        if state._is_root is None:
+            state._lazy_init()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def register_moved(model: nn.Module, moved: Mapping[nn.Module, tuple[nn.Module, str]]) -> None:
+    """Make FSDP2 put gathered parameters and shards into the modules that hold them now.
+
+    FSDP2 remembers for each parameter the module and the name under which it found it.
+
+    Args:
+        model: The model.
+        moved: The module that held a parameter named "weight" → the module that holds it now, and its name there.
+    """
+    for state in _fsdp2_states(model):
+        for info in (each._module_info for group in state._fsdp_param_groups for each in group.fsdp_params):
+            if info.module in moved and info.param_name == "weight":
+                info.module, info.param_name = moved[info.module]

@@ -1,11 +1,11 @@
-"""Tensor-parallel plans: which part of a layer's inputs or outputs a process has.
+"""Tensor-parallel plans: which share of a layer's inputs or outputs a process has.
 
-A plan of Transformers splits a linear layer's weight W over processes that all see the same tokens: by outputs
-("colwise": a process has rows of W, all of x, and its part of ∂L/∂y) or by inputs ("rowwise": columns of W, its part of
-x, and all of ∂L/∂y). What a process hears is a block of the gradient G. G is the sum of the blocks, each with zeros
-around it, so blocks add up as batches do, and nothing of x or ∂L/∂y is gathered.
+A plan of Transformers splits a linear layer's weight W over processes that all see the same tokens. "colwise" splits
+the outputs: a process has rows of W, all of x, and its share of ∂L/∂y. "rowwise" splits the inputs: a process has
+columns of W, its share of x, and all of ∂L/∂y. The hooks of a process therefore see one block of the gradient G. G is
+the sum of the blocks, each padded with zeros, so blocks add up as batches do, and x and ∂L/∂y need not be gathered.
 
-Shapes: T tokens, I inputs, O outputs.
+Shapes: T tokens, I inputs, O outputs, r rank.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ import dataclasses
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-# The plans that PEFT's LoRA layers know, and the dimension of the weight (O, I) that each splits.
+from lora_ga.distributed.sharding import Storage
+
+# The plans that PEFT's LoRA layers support, and the dimension of the weight (O, I) that each splits.
 PLANS = {"colwise": 0, "rowwise": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """This process's part of a weight.
+    """This process's share of a weight.
 
     Attributes:
         shape: (O, I) of the whole weight.
-        dim: 0 if its outputs are split, 1 if its inputs are.
-        begin: The first that this process has.
-        count: How many it has.
+        dim: 0 if the outputs are split, 1 if the inputs are.
+        begin: The first output or input that this process has.
+        count: How many of them it has.
     """
 
     shape: tuple[int, int]
@@ -38,22 +41,44 @@ class Split:
     begin: int
     count: int
 
-    def embedded(self, x_TI: Tensor, g_TO: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's part of x or ∂L/∂y among zeros: (T, I) and (T, O), whose product is its block of G."""
-        return (x_TI, self._among_zeros(g_TO)) if self.dim == 0 else (self._among_zeros(x_TI), g_TO)
+    def padded(self, x_TI: Tensor, g_TO: Tensor) -> tuple[Tensor, Tensor]:
+        """Pad this process's share of x or ∂L/∂y with zeros, so that gᵀx is its padded block of G.
 
-    def _among_zeros(self, part: Tensor) -> Tensor:
+        Args:
+            x_TI: This process's inputs; of a layer split by inputs its share of them.
+            g_TO: The gradients at its outputs; of a layer split by outputs its share of them.
+
+        Returns:
+            x (T, I) and ∂L/∂y (T, O) with I and O of the whole weight.
+        """
+        return (x_TI, self._padded(g_TO)) if self.dim == 0 else (self._padded(x_TI), g_TO)
+
+    def _padded(self, part: Tensor) -> Tensor:
         whole = part.new_zeros(len(part), self.shape[self.dim])
         whole[:, self.begin : self.begin + self.count] = part
         return whole
 
     def cut(self, whole: Tensor) -> Tensor:
-        """This process's part of a factor: of B (O, r) where outputs are split, of A (r, I) where inputs are."""
+        """This process's share of a factor: of B (O, r) where outputs are split, of A (r, I) where inputs are."""
         return whole.narrow(self.dim, self.begin, self.count)
 
 
+class PlannedStorage(Storage):
+    """A parameter during a forward pass under a plan, which replaces the DTensor by this process's share, a tensor."""
+
+    spread = True
+
+    def __init__(self, parameter: Any, split: Split) -> None:
+        super().__init__(parameter)
+        self.split = split
+
+    def part_of(self, whole: Tensor, device: torch.device | None = None) -> Tensor:
+        """This process's share of a whole factor."""
+        return self.split.cut(super().part_of(whole, device))
+
+
 def _planned(parameter: Any, *, fsdp: bool) -> bool:
-    """Whether a plan has split a parameter; FSDP2's are DTensors too."""
+    """Whether a plan has split a parameter. Those of FSDP2 are DTensors too, so that a mesh's names decide."""
     if not isinstance(parameter, DTensor):
         return False
     return "tp" in (parameter.device_mesh.mesh_dim_names or ()) or not fsdp
@@ -65,13 +90,13 @@ def in_fsdp(model: nn.Module) -> bool:
 
 
 def plan_size(model: nn.Module) -> int:
-    """Over how many processes a tensor-parallel plan splits a model.
+    """The number of processes over which a tensor-parallel plan splits a model.
 
     Args:
         model: The model.
 
     Returns:
-        Their number; 1 where there is no plan.
+        The number; 1 if there is no plan.
 
     Raises:
         ValueError: FSDP2 shards the model too.
@@ -91,33 +116,33 @@ def plan_size(model: nn.Module) -> int:
 
 
 def check_together(model: nn.Module, size: int) -> bool:
-    """Whether a tensor-parallel plan splits a model; then exactly its processes have to work together.
+    """Check that the processes that make an estimate are those over which a tensor-parallel plan splits the model.
 
     Args:
         model: The model.
-        size: The number of processes that do.
+        size: The number of processes that make the estimate.
 
     Returns:
         Whether there is a plan.
 
     Raises:
-        ValueError: Others work together, or FSDP2 shards the model too.
+        ValueError: The plan has another number of processes, or FSDP2 shards the model too.
     """
     planned = plan_size(model)
     if planned not in (1, size):
         raise ValueError(
             f"A tensor-parallel plan splits the model over {planned} processes, but {size} work together here. Call "
             "this in the plan's processes and in no others (process_group=), each with the same batches; tensor "
-            "parallel beside data parallel is not supported."
+            "parallel together with data parallel is not supported."
         )
     return planned > 1
 
 
 def unfit(name: str, base: nn.Module, *, fsdp: bool) -> str | None:
-    """Why a plan keeps a layer from being adapted; None if it does not.
+    """Why a layer cannot be aligned because of a tensor-parallel plan; None if it can.
 
     Args:
-        name: The layer's.
+        name: The layer's name.
         base: Its base layer.
         fsdp: Whether FSDP2 shards the model.
 
@@ -137,13 +162,13 @@ def unfit(name: str, base: nn.Module, *, fsdp: bool) -> str | None:
 
 
 def split_of(base: Any) -> Split | None:
-    """This process's part of a linear layer's weight; None where no plan splits it.
+    """This process's share of a linear layer's weight; None if no plan splits it.
 
     Args:
         base: The base layer.
 
     Returns:
-        The part.
+        The share.
     """
     plan, weight = getattr(base, "_hf_tp_plan", None), getattr(base, "weight", None)
     if plan not in PLANS or not isinstance(weight, DTensor):
@@ -152,3 +177,15 @@ def split_of(base: Any) -> Split | None:
     outputs, inputs = weight.shape
     share = math.ceil(weight.shape[dim] / mesh.size())  # as torch.chunk: the last parts may be smaller
     return Split((outputs, inputs), dim, mesh.get_local_rank() * share, weight.to_local().shape[dim])
+
+
+def apply_plan(factor: nn.Module, base: Any) -> None:
+    """Make a factor communicate in its forward pass as the plan of its base layer demands.
+
+    Args:
+        factor: A factor whose parameter is a DTensor.
+        base: The base layer, which a plan splits.
+    """
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    ALL_PARALLEL_STYLES[base._hf_tp_plan].install_forward(factor, base._hf_device_mesh)

@@ -78,7 +78,7 @@ class FactorTable(nn.ParameterDict):
             self._parameters.pop(name, None)
         elif isinstance(held, Factor) and value.shape == held.joined().shape:
             held.to(value.device, value.dtype)  # PEFT puts back what it has read and moved
-            held.split(value.detach().to(held.trainable))
+            held.set_joined(value.detach().to(held.trainable))
             return
         super().__setitem__(name, value)
 

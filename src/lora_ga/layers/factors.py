@@ -1,15 +1,11 @@
 """The two factors of an aligned LoRA layer, as drop-in replacements of PEFT's `nn.Linear` modules.
 
-With `A = A₀ + dA`, `B = B₀ + dB` the layer adds `s·(B A − B₀ A₀) x`, which is a plain LoRA of rank 2r:
+`DeltaA` and `DeltaB` (offset="adapter") train dA and dB, from zero, and compute with the joined rank-2r matrices of
+`joined.py`, so the base stays as it is. `ShiftedA` and `ShiftedB` (offset="base") train A and B themselves and compute
+at rank r; the base weight has been changed. Both kinds save the joined matrices and take them apart on loading.
 
-    s·(B A − B₀ A₀)  =  s·[B₀, dB] · [dA ; A₀ + dA]
-
-`DeltaA`, `DeltaB` (offset="adapter") train dA and dB, from zero, and compute with the joined rank-2r matrices, so the
-base stays as it is. `ShiftedA`, `ShiftedB` (offset="base") train A and B themselves and compute at rank r; the base
-weight has been changed. Both kinds save the joined matrices, and split them again on loading.
-
-Shapes: r rank, I inputs, O outputs; a joined A is (2r, I), a joined B is (O, 2r). A convolution's have two dimensions
-more. Where a layer is a stack of parts (groups, experts) r counts all of them, and A's rows are joined part by part.
+A factor adds to that algebra a start, a trainable parameter, and what PEFT and state dicts expect of a module. How the
+parameter is stored (a plain tensor, shards, a partition) is the business of `Storage`.
 """
 
 from __future__ import annotations
@@ -21,24 +17,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_ga.distributed.sharding import gathered, partitioned, placed_like, shape_of, sharded, whole
-from lora_ga.distributed.tensor_parallel import split_of
+from lora_ga.distributed.sharding import Storage, partitioned, placed_like, sharded, storage_of, whole
+from lora_ga.distributed.tensor_parallel import PlannedStorage, Split, apply_plan, split_of
+from lora_ga.layers.joined import Joined, JoinedA, JoinedB
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Factor(nn.Linear):
-    """A LoRA factor that remembers its start.
+    """A LoRA factor that keeps its start, A₀ or B₀.
 
-    The start (A₀ or B₀) is neither a Parameter, which PEFT would unfreeze in `set_adapter`, nor a buffer, which DDP
-    would broadcast at every step; `_apply` moves it along with the parameters. Where the trainable part is sharded each
-    process holds the whole start, and cuts its shards of it where the two meet. A narrower dtype does not round it, as
-    PEFT narrows new adapters of a bfloat16 base before it widens them again.
+    The start is neither a Parameter, which PEFT would unfreeze in `set_adapter`, nor a buffer, which DDP would
+    broadcast at every step; `_apply` moves it along with the parameters. Every process has the whole start, also where
+    the trainable parameter is sharded. Casting to a narrower dtype does not round it: PEFT casts new adapters of a
+    bfloat16 base to bfloat16 and then back to float32.
+
+    Attributes:
+        start: A₀ (r, I) or B₀ (O, r).
+        rank: What PEFT calls r; of fused experts the rank of each.
+        parts: The number of parts of the layer's weight.
+        compute: The function of input, weight and bias by which PEFT's factor computes its output.
+        split: This process's share of the base weight, under a tensor-parallel plan.
+        joining: The algebra of the joined matrix, of factor A or B; a subclass names its class.
+        trainable_name: The name of the trainable parameter.
+        computes_joined: Whether `weight` is the joined matrix of rank 2r rather than the factor of rank r.
     """
 
     start: Tensor
-    joined_dim: int  # the dimension in which the start and the delta are joined: 0 for A, 1 for B
-    cut: Callable[[Tensor], Tensor] | None = None  # this process's part of the start, under a tensor-parallel plan
+    split: Split | None = None
+    joining_class: type[Joined]
+    trainable_name = "weight"
+    computes_joined = False
 
     def __init__(
         self,
@@ -51,24 +60,29 @@ class Factor(nn.Linear):
         compute: Compute = functional.linear,
     ) -> None:
         nn.Module.__init__(self)
-        self.rank = rank or start.shape[self.joined_dim]  # what PEFT calls r; of fused experts that of each
+        self.joining = self.joining_class(parts)
+        self.rank = rank or start.shape[self.joined_dim]
         self.parts, self.compute = parts, compute
-        if shape_of(trainable) != tuple(start.shape):
-            raise ValueError(f"The trainable part is {shape_of(trainable)}, its start {tuple(start.shape)}.")
+        shape = storage_of(trainable).shape
+        if shape != tuple(start.shape):
+            raise ValueError(f"The trainable part is {shape}, its start {tuple(start.shape)}.")
         self.start = start.detach().to(trainable.device, trainable.dtype).clone()
         self.register_parameter(self.trainable_name, trainable)
         self.register_parameter("bias", bias)
-        joined = 2 if isinstance(self, Delta) else 1  # of the matrix it computes with
-        rows, columns = start.shape[:2]
-        self.out_features = rows * (joined if self.joined_dim == 0 else 1)
-        self.in_features = columns * (joined if self.joined_dim == 1 else 1)
-
-    trainable_name = "weight"
+        sizes = list(self._joined_shape() if self.computes_joined else start.shape)
+        self.out_features, self.in_features = sizes[:2]
 
     @property
     def trainable(self) -> nn.Parameter:
         """The parameter that trains, the same object the plain LoRA factor had."""
         return self._parameters[self.trainable_name]  # type: ignore[return-value]
+
+    @property
+    def storage(self) -> Storage:
+        """How the trainable parameter is stored at this moment: wrappers and forward passes change that."""
+        if self.split is not None and self.trainable.shape != self.start.shape:
+            return PlannedStorage(self.trainable, self.split)
+        return storage_of(self.trainable)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the plain factor computes, with this weight."""
@@ -82,53 +96,47 @@ class Factor(nn.Linear):
         """Move the factor to `start + delta`, in place."""
         raise NotImplementedError
 
+    def set_joined(self, joined: Tensor) -> None:
+        """Take the values of a joined matrix, (2r, I) or (O, 2r), in place."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def begin_at(self, start: Tensor) -> None:
         """Start anew from `start`, with a delta of zero, in place."""
         self.start = start.detach().to(self.trainable.device, self.trainable.dtype).clone()
         self.set_delta(torch.zeros_like(self.start))
 
+    def start_as_trained(self) -> Tensor:
+        """The start in the dtype, on the device and in the shards of the trainable parameter."""
+        return self.storage.part_of(self.start.to(self.trainable.dtype))
+
+    @property
+    def joined_dim(self) -> int:
+        """The dimension in which the start and the delta are joined: 0 for A, 1 for B."""
+        return self.joining.dim
+
     def joined(self) -> Tensor:
         """The factor of the plain rank-2r adapter for the original base."""
-        start, delta = self.start_as_trained(), self.delta()
-        return self.join(delta, start + delta) if self.joined_dim == 0 else self.join(start, delta)
-
-    def start_as_trained(self) -> Tensor:
-        """The start in the dtype, on the device and in the shards of the trainable part."""
-        start = self.start.to(self.trainable.dtype)
-        if self.cut is not None and self.trainable.shape != start.shape:  # the plan computes with this process's part
-            return self.cut(start)
-        return placed_like(start, self.trainable)
+        return self.joining.joined(self.start_as_trained(), self.delta())
 
     def join(self, first: Tensor, second: Tensor) -> Tensor:
-        """Two factors of rank r as one of rank 2r: A's rows one below the other, part by part; B's side by side."""
-        if self.joined_dim == 1:
-            return torch.cat([first, second], dim=1)
-        rows = [half.unflatten(0, (self.parts, -1)) for half in (first, second)]
-        return torch.cat(rows, dim=1).flatten(0, 1)
+        """Two halves of rank r as one matrix of rank 2r."""
+        return self.joining.join(first, second)
 
     def halves(self, joined: Tensor) -> tuple[Tensor, Tensor]:
-        """What `join` joined."""
-        if self.joined_dim == 1:
-            first, second = joined.chunk(2, dim=1)
-            return first, second
-        first, second = joined.unflatten(0, (self.parts, -1)).chunk(2, dim=1)
-        return first.flatten(0, 1), second.flatten(0, 1)
+        """The two halves that `join` joined."""
+        return self.joining.halves(joined)
 
     def delta_in(self, joined: Tensor) -> Tensor:
         """The half of a joined matrix that is the delta: the first of A's, the second of B's."""
-        return self.halves(joined)[self.joined_dim]
+        return self.joining.delta_in(joined)
 
     def agrees(self, joined: Tensor) -> bool:
         """Whether a joined matrix of the same shape is this one, up to the rounding of the file it was stored in."""
-        low = any(torch.equal(joined, joined.to(kind).to(joined)) for kind in (torch.bfloat16, torch.float16))
-        own, delta = whole(self.joined()), whole(self.delta()).abs()
-        size = joined.abs() + own.abs() + self.join(delta, delta)
-        return bool(((own - joined).abs() <= (2.0**-7 if low else 1e-6) * size).all())
+        return self.joining.agree(whole(self.joined()), whole(self.delta()).abs(), joined)
 
-    def split(self, joined: Tensor) -> None:
-        """Take over a joined matrix, (2r, I) or (O, 2r), in place."""
-        raise NotImplementedError
+    def _joined_shape(self) -> tuple[int, ...]:
+        return tuple(2 * size if dim == self.joined_dim else size for dim, size in enumerate(self.start.shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
@@ -139,7 +147,7 @@ class Factor(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if partitioned(self.trainable):  # ZeRO-3 gathers parameters by their own names; see `sidecar`
+        if partitioned(self.trainable):  # DeepSpeed gathers parameters by their names; see `adapter/save.py`
             destination[prefix + self.trainable_name] = self.trainable if keep_vars else self.trainable.detach()
         else:
             joined = self.joined()
@@ -162,26 +170,25 @@ class Factor(nn.Linear):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys.extend(key for key in missing if key == prefix + "bias")
         joined = state_dict.get(prefix + "weight")
-        expected = tuple(2 * size if dim == self.joined_dim else size for dim, size in enumerate(self.start.shape))
         if joined is None:
             missing_keys.append(prefix + "weight")
-        elif tuple(joined.shape) != expected:
+        elif tuple(joined.shape) != self._joined_shape():
             error_msgs.append(
-                f"{prefix}weight is {tuple(joined.shape)}, but this layer is aligned by LoRA-GA and loads {expected}: "
-                f"rank {2 * self.rank}, twice the rank {self.rank} that trains. Load other adapters with stock PEFT, "
-                "under another adapter name."
+                f"{prefix}weight is {tuple(joined.shape)}, but this layer is aligned by LoRA-GA and loads "
+                f"{self._joined_shape()}: rank {2 * self.rank}, twice the rank {self.rank} that trains. Load other "
+                "adapters with stock PEFT, under another adapter name."
             )
         else:
             try:
                 values = whole(joined.detach())
                 if self.trainable.is_meta and not values.is_meta:
                     self._materialise(values.device)
-                self.split(values.to(self.trainable.device, self.trainable.dtype))
+                self.set_joined(values.to(self.trainable.device, self.trainable.dtype))
             except ValueError as error:
                 error_msgs.append(f"{prefix}weight: {error}")
 
     def _materialise(self, device: torch.device) -> None:
-        """Give the trained parameter values, zeros, in the shards it has: FSDP2 may have sharded it without any."""
+        """Replace a trainable parameter without values by one of zeros, in its shards if it was sharded without any."""
         old = self.trainable
         zeros = placed_like(torch.zeros(self.start.shape, dtype=old.dtype, device=device), old, device)
         self.register_parameter(self.trainable_name, nn.Parameter(zeros, old.requires_grad))
@@ -191,6 +198,7 @@ class Delta(Factor):
     """Trains the delta; `weight` is the joined matrix, as PEFT's merge, dtype probes and fused kernels read it."""
 
     trainable_name = "delta_weight"
+    computes_joined = True
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -202,20 +210,16 @@ class Delta(Factor):
         return self.trainable
 
     def set_delta(self, delta: Tensor) -> None:
-        """Copy into the trained parameter, unless it holds that: an optimizer of ZeRO-3's has a copy of its own."""
-        with gathered([self.trainable]):
-            if hasattr(self.trainable, "ds_id") and torch.equal(self.trainable, delta.to(self.trainable)):
-                return
-            self.trainable.copy_(placed_like(delta, self.trainable))
+        """Copy into the trained parameter."""
+        self.storage.write(delta)
 
     @torch.no_grad()
-    def split(self, joined: Tensor) -> None:
-        """Take over a joined matrix of any start. An exact start is kept, since A₀ + dA in the file is rounded."""
-        first, second = self.halves(joined)
-        if self.joined_dim == 1:
-            self.start = first.clone()
-        elif self.start.is_meta or not torch.equal(self.start.to(first) + first, second):
-            self.start = second - first
+    def set_joined(self, joined: Tensor) -> None:
+        """Take the values of a joined matrix of any start, in place.
+
+        The start is kept if the matrix agrees with it, since A₀ + dA in a file is rounded.
+        """
+        self.start = self.joining.start_in(joined, self.start)
         self.set_delta(self.delta_in(joined))
 
 
@@ -228,11 +232,11 @@ class Shifted(Factor):
 
     def set_delta(self, delta: Tensor) -> None:
         """Copy `start + delta` into the trained parameter."""
-        self.trainable.copy_(placed_like(self.start.to(delta) + delta, self.trainable))
+        self.storage.write(self.start.to(delta) + delta)
 
     @torch.no_grad()
-    def split(self, joined: Tensor) -> None:
-        """Take over a joined matrix of the same start; the base weight is shifted by that one.
+    def set_joined(self, joined: Tensor) -> None:
+        """Take the values of a joined matrix of the same start, in place: the base weight is shifted by that start.
 
         Args:
             joined: (2r, I) or (O, 2r).
@@ -240,14 +244,14 @@ class Shifted(Factor):
         Raises:
             ValueError: It has another start.
         """
-        if torch.equal(joined, whole(self.joined())):  # A = A₀ + dA is rounded: keep what is already held exactly
+        if torch.equal(joined, whole(self.joined())):  # A = A₀ + dA is rounded: keep the exact values
             return
-        held = self.trainable.clone()
+        before = self.trainable.clone()
         self.set_delta(self.delta_in(joined))
         if not self.agrees(joined):
-            self.trainable.copy_(held)
+            self.trainable.copy_(before)
             raise ValueError(
-                "the adapter in the file started elsewhere than this one, whose start has been taken out of the base "
+                "the adapter in the file has another start than this one, whose start has been taken out of the base "
                 'weight (offset="base"). Load it with lora_ga.load on the original base model.'
             )
 
@@ -255,25 +259,25 @@ class Shifted(Factor):
 class DeltaA(Delta):
     """[dA ; A₀ + dA], (2r, I), training dA (r, I)."""
 
-    joined_dim = 0
+    joining_class = JoinedA
 
 
 class DeltaB(Delta):
     """[B₀, dB], (O, 2r), training dB (O, r)."""
 
-    joined_dim = 1
+    joining_class = JoinedB
 
 
 class ShiftedA(Shifted):
     """A, (r, I), saved as [A − A₀ ; A]."""
 
-    joined_dim = 0
+    joining_class = JoinedA
 
 
 class ShiftedB(Shifted):
     """B, (O, r), saved as [B₀, B − B₀]."""
 
-    joined_dim = 1
+    joining_class = JoinedB
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         layer, _, own = prefix.removesuffix(".").rpartition("lora_B.")
@@ -282,29 +286,27 @@ class ShiftedB(Shifted):
         if others:
             raise ValueError(
                 f'{layer.removesuffix(".")}: offset="base" has changed the weight under adapter {own!r}, so the other '
-                f"adapters of the layer ({', '.join(others)}) would be saved or loaded for a base model that nobody "
-                'else has. Keep one adapter on this model, or use offset="adapter".'
+                f"adapters of the layer ({', '.join(others)}) would be saved or loaded for a base model that exists "
+                'only here. Keep one adapter on this model, or use offset="adapter".'
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
+# The classes of factors A and B for each `LoraGAConfig.offset`.
 FACTORS: Mapping[str, tuple[type[Factor], type[Factor]]] = {
     "adapter": (DeltaA, DeltaB),
     "base": (ShiftedA, ShiftedB),
 }
 
 
-def follow(factor: Factor, base: Any) -> None:
-    """Let a factor compute in the shards of the one whose place it takes.
+def follow_plan(factor: Factor, base: Any) -> None:
+    """Make a factor compute in the shards of a tensor-parallel plan, as the factor in whose place it is put did.
 
     Args:
         factor: The new factor.
-        base: The base layer it belongs to.
+        base: The base layer it belongs to; nothing happens if no plan splits it.
     """
     split = split_of(base)
-    if split is None or not sharded(factor.trainable):
-        return
-    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
-
-    factor.cut = split.cut
-    ALL_PARALLEL_STYLES[base._hf_tp_plan].install_forward(factor, base._hf_device_mesh)
+    if split is not None and sharded(factor.trainable):
+        factor.split = split
+        apply_plan(factor, base)

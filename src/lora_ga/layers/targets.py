@@ -65,7 +65,7 @@ class Target:
         """
         keys = self.keys
         for part, x_TI, g_TO in self.layout.rows(self.layer, x, g):
-            yield keys[part], *((x_TI, g_TO) if self.split is None else self.split.embedded(x_TI, g_TO))
+            yield keys[part], *((x_TI, g_TO) if self.split is None else self.split.padded(x_TI, g_TO))
 
     @property
     def too_small(self) -> str | None:

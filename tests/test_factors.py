@@ -1,0 +1,161 @@
+"""Factors: the algebra of joined matrices, and how a factor's parameter is stored."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_ga.distributed import sharding
+from lora_ga.distributed.sharding import Storage, Zero3Storage, storage_of
+from lora_ga.distributed.tensor_parallel import PlannedStorage, Split
+from lora_ga.layers.factors import FACTORS, Delta, DeltaA, DeltaB, Factor
+from lora_ga.layers.joined import Joined, JoinedA, JoinedB
+
+RANK, INPUTS, OUTPUTS = 4, 6, 5
+SHAPES: dict[type[Joined], tuple[int, int]] = {JoinedA: (RANK, INPUTS), JoinedB: (OUTPUTS, RANK)}
+KINDS = [kind for pair in FACTORS.values() for kind in pair]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("side", [JoinedA, JoinedB])
+def test_what_is_joined_comes_apart_again(side: type[Joined], parts: int) -> None:
+    algebra, start, delta = side(parts), drawn(*SHAPES[side]), drawn(*SHAPES[side], seed=1)
+    joined = algebra.joined(start, delta)
+    assert joined.shape[side.dim] == 2 * RANK
+    assert torch.equal(algebra.delta_in(joined), delta)
+    assert all(
+        torch.equal(*pair) for pair in zip(algebra.halves(algebra.join(start, delta)), (start, delta), strict=True)
+    )
+    assert torch.equal(algebra.start_in(joined, start), start)
+    torch.testing.assert_close(algebra.start_in(joined, torch.zeros_like(start)), start)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_product_of_joined_factors_is_the_change_of_the_product(parts: int) -> None:
+    """Part by part: B's columns and A's rows of a part are joined within the part."""
+    a0, da, b0, db = (drawn(*SHAPES[side], seed=seed) for seed, side in enumerate((JoinedA, JoinedA, JoinedB, JoinedB)))
+    a_P2I = JoinedA(parts).joined(a0, da).unflatten(0, (parts, -1))
+    for part in range(parts):
+        rows = slice(part * RANK // parts, (part + 1) * RANK // parts)
+        b_O2 = JoinedB().joined(b0[:, rows], db[:, rows])
+        expected = (b0 + db)[:, rows] @ (a0 + da)[rows] - b0[:, rows] @ a0[rows]
+        torch.testing.assert_close(b_O2 @ a_P2I[part], expected)
+
+
+def test_a_joined_matrix_agrees_up_to_the_rounding_of_its_file() -> None:
+    algebra, start, delta = JoinedA(), drawn(RANK, INPUTS), 1e-3 * drawn(RANK, INPUTS, seed=1)
+    joined = algebra.joined(start, delta)
+    assert algebra.agree(joined, delta.abs(), joined.bfloat16().float())
+    assert algebra.agree(joined, delta.abs(), joined * (1 + 1e-7))
+    assert not algebra.agree(joined, delta.abs(), joined * (1 + 1e-4))
+
+
+def factor(kind: type[Factor]) -> Factor:
+    shape = (RANK, INPUTS) if kind.joining_class is JoinedA else (OUTPUTS, RANK)
+    made = kind(drawn(*shape), nn.Parameter(torch.zeros(shape)))
+    made.set_delta(drawn(*shape, seed=1))
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factor_computes_with_the_matrix_whose_sizes_it_states(kind: type[Factor]) -> None:
+    made = factor(kind)
+    assert tuple(made.weight.shape) == (made.out_features, made.in_features)
+    assert torch.equal(made.weight, made.joined() if kind.computes_joined else made.trainable)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_state_dicts_hold_the_same_values(kind: type[Factor]) -> None:
+    made = factor(kind)
+    twin = copy.deepcopy(made)
+    assert twin.trainable is not made.trainable
+    assert twin.start is not made.start
+    assert list(made.state_dict()) == ["weight"]
+    twin.set_delta(torch.zeros_like(made.start))
+    twin.load_state_dict(made.state_dict())
+    assert torch.equal(twin.joined(), made.joined())
+    assert torch.equal(twin.start, made.start)
+
+
+def test_a_narrower_dtype_rounds_the_parameter_but_not_the_start() -> None:
+    made = factor(DeltaA)
+    exact = made.start.clone()
+    assert made.to(torch.bfloat16).trainable.dtype == torch.bfloat16
+    assert torch.equal(made.float().start, exact)
+
+
+def test_a_trainable_part_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"The trainable part is \(2, 6\), its start \(4, 6\)"):
+        DeltaA(drawn(RANK, INPUTS), nn.Parameter(torch.zeros(2, INPUTS)))
+
+
+def test_a_plain_parameter_gets_the_whole_tensor() -> None:
+    storage = storage_of(nn.Parameter(torch.zeros(3, 2)))
+    assert type(storage) is Storage
+    assert not storage.spread
+    assert torch.equal(storage.part_of(drawn(3, 2)), drawn(3, 2))
+
+
+@pytest.mark.parametrize(("kind", "dim"), [(DeltaA, 1), (DeltaB, 0)])
+def test_in_a_planned_forward_pass_a_factor_joins_this_processs_share_of_its_start(kind: type[Delta], dim: int) -> None:
+    made = factor(kind)
+    shape, width = tuple(made.start.shape), made.start.shape[dim]
+    made.split = Split((OUTPUTS, INPUTS), dim, 2, width - 2)
+    assert type(made.storage) is Storage  # outside a forward pass
+    share = made.trainable.detach().narrow(dim, 2, width - 2)
+    whole = made.joined()
+    made.register_parameter(made.trainable_name, nn.Parameter(share))  # as the plan's hook does
+    assert isinstance(made.storage, PlannedStorage)
+    assert made.storage.spread
+    assert torch.equal(made.joined(), whole.narrow(dim, 2, width - 2))
+    assert tuple(made.start.shape) == shape
+
+
+@pytest.fixture
+def partition(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A parameter as ZeRO-3 leaves it: without values, its shape kept aside, until it is gathered."""
+    values = torch.zeros(RANK, INPUTS)
+    parameter: Any = nn.Parameter(torch.empty(0))
+    parameter.ds_id, parameter.ds_shape, parameter.ds_numel = 0, values.shape, values.numel()
+    parameter.writes = 0
+
+    @contextlib.contextmanager
+    def gathered(parameters: Any) -> Iterator[None]:
+        (taken,) = parameters
+        taken.data = values
+        before = taken._version
+        yield
+        taken.writes += taken._version > before
+        taken.data = torch.empty(0)
+
+    monkeypatch.setattr(sharding, "gathered", gathered)
+    parameter.values = values
+    return parameter
+
+
+def test_a_partition_of_zero3_is_written_while_it_is_gathered_and_only_where_it_differs(partition: Any) -> None:
+    storage = storage_of(partition)
+    assert isinstance(storage, Zero3Storage)
+    assert storage.spread
+    made = DeltaA(drawn(RANK, INPUTS), partition)
+    made.set_delta(drawn(RANK, INPUTS, seed=1))
+    assert torch.equal(partition.values, drawn(RANK, INPUTS, seed=1))
+    assert partition.writes == 1
+    made.set_delta(drawn(RANK, INPUTS, seed=1))
+    assert partition.writes == 1
+    assert partition.numel() == 0
+
+
+def test_a_partition_is_saved_under_its_name_for_deepspeed_to_gather(partition: Any) -> None:
+    made = DeltaA(drawn(RANK, INPUTS), partition)
+    assert list(made.state_dict()) == ["delta_weight"]
