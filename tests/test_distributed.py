@@ -14,7 +14,7 @@ from torch import Tensor
 import lora_ga
 import processes
 import workers
-from lora_ga.distributed.processes import Held, Processes, buckets, device_for
+from lora_ga.distributed.processes import DeferredError, Processes, buckets, device_for
 from lora_ga.gradients.checkpoint import Progress, digest_of
 from toys import adapted, autograd_gradients, causal, llama, logits
 
@@ -287,10 +287,10 @@ def test_a_backend_without_a_device_here_is_refused() -> None:
 
 
 def test_an_error_waits_for_the_exchange_and_interrupts_do_not() -> None:
-    held, error = Held(), ValueError("found in a block")
-    with held:
+    deferred, error = DeferredError(), ValueError("found in a block")
+    with deferred:
         raise error
     with pytest.raises(ValueError, match="found in a block"):
-        Processes().exchange(held)
-    with pytest.raises(KeyboardInterrupt), held:
+        Processes().exchange(deferred)
+    with pytest.raises(KeyboardInterrupt), deferred:
         raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga import files as store_module
-from lora_ga.files import fingerprint, write_atomically, write_tensors
+from lora_ga.files import check_empty, fingerprint, new_folder, write_atomically, write_tensors
 from toys import adapted, causal, gpt2, llama
 
 
@@ -177,3 +177,22 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(OSError, match="No space left"), new_folder(tmp_path / "folder") as folder:
+        (folder / "inner").write_bytes(b"new")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_new_folder_appears_when_all_of_it_is_written(tmp_path: Path) -> None:
+    target = tmp_path / "made" / "folder"
+    with new_folder(target) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_bytes(b"content")
+        assert not target.exists()
+    assert (target / "deep" / "file").read_bytes() == b"content"
+    assert list(target.parent.iterdir()) == [target]
+    assert check_empty(tmp_path / "none") == tmp_path / "none"
+    with pytest.raises(ValueError, match="folder: not empty. Choose another output folder"):
+        check_empty(target)
+    with pytest.raises(RuntimeError, match="stopped"), new_folder(tmp_path / "other"):
+        raise RuntimeError("stopped")
+    assert not (tmp_path / "other").exists()

@@ -1,13 +1,17 @@
-"""Files: safetensors only, with a record of where they come from, written whole or not at all."""
+"""Files: what a model's files are recognised by, atomic writing, and safetensors files with a record.
+
+A file or folder is written complete or not at all. Tensors are read and written as safetensors only.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +20,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+# The version of the format that `write_tensors` writes.
 SCHEMA = 2
 
 
-def plain(model: Any) -> nn.Module:
+def base_model(model: Any) -> nn.Module:
     """The base model of a `PeftModel`, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of a base model's structure: its modules' paths and the shapes of their weights, not their values.
+    """A digest of a base model's structure: the paths of its modules and the shapes of their weights, not the values.
 
-    Adapters do not count, and linear layers count by their inputs and outputs, so that the plain, the wrapped and the
-    quantised form of a model share one fingerprint.
+    Adapters are left out, and linear layers count by their numbers of inputs and outputs. So a model has the same
+    fingerprint with and without an adapter, and plain or quantised.
 
     Args:
-        model: A base model, or a `PeftModel` round it.
+        model: A base model, or a `PeftModel` around it.
 
     Returns:
         16 hexadecimal digits.
     """
-    base = plain(model)
+    base = base_model(model)
     shapes: set[tuple[str, tuple[int, ...]]] = set()
     for name, module in base.named_modules():
         parts = name.split(".")
@@ -49,20 +54,20 @@ def fingerprint(model: nn.Module) -> str:
             shapes.add((path, (outputs, inputs)))
             continue
         for key, parameter in module.named_parameters(recurse=False):
-            # of ZeRO-3's parameters the shape is kept aside, and the numbers are elsewhere
+            # A parameter that ZeRO-3 has partitioned is empty; DeepSpeed keeps its shape in `ds_shape`.
             shapes.add((f"{path}.{key}", tuple(getattr(parameter, "ds_shape", parameter.shape))))
     return hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """In words, where two nested records of plain values differ; "" if they do not.
+    """Describe where two nested records of plain values differ.
 
     Args:
         found: One record.
         expected: The other.
 
     Returns:
-        The first three differences, and the number of the others.
+        The first three differences and the number of the others, for an error message; "" if there are none.
     """
     listed = []
 
@@ -78,26 +83,84 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return "; ".join(listed[:3]) + more
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file so that at every moment the old or the new one is there, whole.
+@contextlib.contextmanager
+def _replacing(target: Path, *, folder: bool) -> Iterator[Path]:
+    """A temporary file or folder beside `target`, which replaces it at the end of the block.
+
+    Everything is on the disk before the name appears. After an error the temporary one is removed and `target` is as it
+    was.
 
     Args:
-        path: Where to; the folder is made if need be.
-        content: The bytes.
+        target: The path to replace: a file, or a folder that is empty or does not exist.
+        folder: Whether it is a folder.
+
+    Yields:
+        The temporary path.
     """
-    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    if folder:
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    else:
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(descriptor)
+        temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
+        yield temporary
+        for written in temporary.rglob("*") if folder else [temporary]:
+            if written.is_file():
+                with written.open("rb+") as file:
+                    os.fsync(file.fileno())
+        temporary.chmod(0o755 if folder else 0o644)
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        if folder:
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file so that at every moment either the old or the new content is there, complete.
+
+    Args:
+        path: The file; its folder is made if it does not exist.
+        content: The new content.
+    """
+    with _replacing(Path(path), folder=False) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Write a folder that appears complete at the end of the block, or not at all.
+
+    Args:
+        path: The folder; empty, or it does not exist (see `check_empty`).
+
+    Yields:
+        A temporary folder to write into.
+    """
+    with _replacing(Path(path), folder=True) as temporary:
+        yield temporary
+
+
+def check_empty(folder: str | Path) -> Path:
+    """Refuse an output folder that has files in it.
+
+    Args:
+        folder: The folder; it need not exist.
+
+    Returns:
+        The folder as a path.
+
+    Raises:
+        ValueError: It is a file, or not empty.
+    """
+    path = Path(folder)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"{path}: not empty. Choose another output folder, or remove this one; nothing was written.")
+    return path
 
 
 def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -105,23 +168,23 @@ def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], re
 
     Args:
         path: The file.
-        kind: What it is, checked on reading.
-        tensors: Name → tensor, of any device.
-        record: Plain values, kept as JSON in the file's header.
+        kind: What the file is, for instance "a LoRA-GA gradient estimate"; checked on reading.
+        tensors: Name → tensor, on any device.
+        record: Plain values, stored as JSON in the file's header.
     """
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    saved = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {
         "format": "pt",
         "kind": kind,
         "schema": str(SCHEMA),
         "record": json.dumps(record),
-        "sha256": _digest(plain),
+        "sha256": _digest(saved),
     }
-    write_atomically(path, save(plain, metadata=header))
+    write_atomically(path, save(saved, metadata=header))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """A checksum of all values, whatever the order of the tensors in the file."""
+    """A checksum of all values, which does not depend on the order of the tensors in the file."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
@@ -134,14 +197,14 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 
     Args:
         path: The file.
-        kind: What it has to be.
+        kind: What the file has to be.
 
     Returns:
         The tensors, on the CPU, and the record.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, of another kind, or of a version this library does not know.
+        ValueError: The file is damaged, of another kind, or in another version of the format.
     """
     if Path(path).is_dir():
         raise FileNotFoundError(f"{path}: a folder; give the file itself (expected {kind}).")
@@ -165,40 +228,3 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         return tensors, json.loads(header["record"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: damaged, its record cannot be read ({error}). Write it anew.") from error
-
-
-def check_empty(folder: str | Path) -> Path:
-    """Refuse an output folder that holds something.
-
-    Args:
-        folder: The folder; it need not exist.
-
-    Returns:
-        The folder as a path.
-
-    Raises:
-        ValueError: It is a file, or not empty.
-    """
-    path = Path(folder)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"{path}: not empty. Choose another output folder, or remove this one; nothing was written.")
-    return path
-
-
-class whole_folder:  # noqa: N801 (a context manager)
-    """A temporary folder that becomes `target` when the block ends without an error, and vanishes otherwise."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=f".{self.target.name}."))
-        return self.folder
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder)
-            return
-        self.folder.chmod(0o755)
-        self.folder.replace(self.target)  # an empty target is replaced as well

@@ -15,7 +15,8 @@ from lora_ga.adapter.model_card import section
 from lora_ga.adapter.plan import make_plan
 from lora_ga.adapter.structure import build_structure
 from lora_ga.config import LoraGAConfig
-from lora_ga.distributed.processes import Held, check_same, processes
+from lora_ga.distributed.agreement import check_same
+from lora_ga.distributed.processes import DeferredError, processes
 from lora_ga.distributed.sharding import unwrapped
 from lora_ga.distributed.tensor_parallel import check_together
 from lora_ga.gradients.result import GradientEstimate
@@ -70,7 +71,7 @@ def write_starts(
     Raises:
         ValueError: As `apply_estimate`.
     """
-    together, held, plan = processes(process_group), Held(), None
+    together, held, plan = processes(process_group), DeferredError(), None
     with held:
         check_together(unwrapped(wrapped), together.size)
         plan = make_plan(unwrapped(wrapped), estimate, config, adapter_name, said)

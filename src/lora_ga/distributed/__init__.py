@@ -1,1 +1,1 @@
-"""Several processes: the only users of torch.distributed."""
+"""Several processes, sharded models and tensor-parallel plans: the only package that imports torch.distributed."""

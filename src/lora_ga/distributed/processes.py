@@ -1,4 +1,8 @@
-"""How tensors travel between processes: as bytes, in a few large messages, so no backend has to know their dtypes."""
+"""The processes that make one estimate together, and what they exchange: small values, and tensors of layers.
+
+In order: which processes there are; small values, gathered from all processes at once; tensors, merged pair by pair and
+shared again; how tensors travel. With one process nothing is communicated, by the same calls.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -16,55 +19,74 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_ga.files import differences
-
-# Bytes in one message at most, unless a single tensor is larger.
+# The largest message in bytes, unless a single tensor is larger.
 BUCKET = 64 * 2**20
-
-
-def of_layers(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of some layers."""
-    wanted = set(layers)
-    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in wanted}
-
-
-def buckets(lengths: list[int]) -> Iterator[list[int]]:
-    """Indices of tensors that travel in one message, in their order.
-
-    Args:
-        lengths: Bytes of each.
-
-    Yields:
-        Indices whose bytes together are within `BUCKET`, or one alone; those of no bytes are in one too.
-    """
-    bucket: list[int] = []
-    for index, length in enumerate(lengths):
-        if bucket and sum(lengths[each] for each in bucket) + length > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(index)
-    if bucket:
-        yield bucket
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """A tensor's numbers as a row of bytes."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
 
 Result = TypeVar("Result")
 
 
-class Held:
-    """Keeps the exception of a block until the processes next exchange values, where all of them learn of it.
+def processes(group: Any = None) -> Processes:
+    """The processes of a group, or of the default group if there is one; otherwise this process alone.
 
-    A process that raised at once would leave the others waiting for it.
+    Args:
+        group: A process group of torch.distributed.
+
+    Returns:
+        The processes.
+
+    Raises:
+        ValueError: This process is not in the group, or the group's backend supports no device that this machine has.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return Processes()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError(
+            "This process is not in the process_group it was given. Call this in the group's processes only, or pass a "
+            "group that this process is in."
+        )
+    if size == 1:
+        return Processes()
+    return Processes(rank, size, group, device_for(dist.get_backend_config(group)))
+
+
+def device_for(backends: str) -> str:
+    """The device that tensors are sent from: the accelerator, unless gloo is its backend, else the CPU.
+
+    Args:
+        backends: What `torch.distributed.get_backend_config` returns, for instance "cpu:gloo,cuda:nccl".
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: No backend supports a device that this machine has.
+    """
+    served = dict(pair.split(":") for pair in backends.split(","))
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and served.get(accelerator.type, "gloo") != "gloo":
+        return f"{accelerator.type}:{torch.accelerator.current_device_index()}"
+    if "cpu" in served:
+        return "cpu"
+    raise ValueError(
+        f"The process group's backend ({backends}) serves neither the CPU nor a device that this machine has, so "
+        'estimates cannot be merged. Make the group with "gloo", or "cpu:gloo,cuda:nccl", or pass process_group=.'
+    )
+
+
+class DeferredError:
+    """Keeps the exception of a block until the processes next exchange values, when it is raised in all of them.
+
+    If a process raised at once, the others would wait for it forever.
+
+    Attributes:
+        error: The exception; None if there was none.
     """
 
     def __init__(self) -> None:
         self.error: Exception | None = None
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> DeferredError:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
@@ -73,8 +95,8 @@ class Held:
         return isinstance(error, Exception)
 
 
-def _named(exchange: Callable[..., Result]) -> Callable[..., Result]:
-    """Say in the backend's errors (a closed connection, a time-out) who was talking."""
+def _with_rank_in_errors(exchange: Callable[..., Result]) -> Callable[..., Result]:
+    """Add to the backend's errors (a closed connection, a time-out) which process raised them."""
 
     @functools.wraps(exchange)
     def wrapped(self: Processes, *args: Any, **kwargs: Any) -> Result:
@@ -83,7 +105,7 @@ def _named(exchange: Callable[..., Result]) -> Callable[..., Result]:
         except RuntimeError as error:
             raise RuntimeError(
                 f"Process {self.rank} of {self.size}: an exchange with the other processes failed ({error}). One of "
-                "them may have died; its own output says why. The model is unchanged."
+                "them may have died; its output says why. The model is unchanged."
             ) from error
 
     return wrapped
@@ -91,13 +113,13 @@ def _named(exchange: Callable[..., Result]) -> Callable[..., Result]:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes that make one estimate together.
+    """The processes that make one estimate together, seen from one of them.
 
     Attributes:
-        rank: This process, from 0, in the group.
-        size: How many there are; with 1 nothing is communicated.
+        rank: The rank of this process in the group, from 0.
+        size: The number of processes; with 1 nothing is communicated.
         group: The process group; None for the default one.
-        device: Where tensors have to be to be sent.
+        device: The device that tensors are sent from and received on.
     """
 
     rank: int = 0
@@ -107,44 +129,46 @@ class Processes:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a file of one of several processes belongs to; nothing in one process."""
+        """What a file of one process records, so that another process does not read it; empty with one process."""
         return {"process": [self.rank, self.size]} if self.size > 1 else {}
 
     def own_file(self, path: Path) -> Path:
-        """A path of this process's own, beside the one given: `state-1-of-4.safetensors`; in one process that one."""
+        """The path of this process's file: `state-1-of-4.safetensors` for `state.safetensors`, if there are several."""
         return path if self.size == 1 else path.with_name(f"{path.stem}-{self.rank}-of-{self.size}{path.suffix}")
 
     def share_of(self, count: int | None) -> int | None:
-        """How many of `count` batches each process reads: ⌈count/size⌉; None for all."""
+        """The largest number of batches that each process reads, of `count` in all: ⌈count/size⌉; None for no limit."""
         return None if count is None else math.ceil(count / self.size)
 
-    @_named
+    # Small values
+
+    @_with_rank_in_errors
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order; values are small, and can be pickled."""
+        """The values of all processes, by rank. Values are small and can be pickled."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def exchange(self, held: Held, value: Any = None) -> list[Any]:
-        """The values of all processes, unless one of them holds an error.
+    def exchange(self, deferred: DeferredError, value: Any = None) -> list[Any]:
+        """Gather the values of all processes, or raise in all of them if one has a deferred error.
 
         Args:
-            held: What has been raised in this process, if anything.
+            deferred: The error of this process, if there was one.
             value: Its value.
 
         Returns:
-            The values in the processes' order.
+            The values by rank.
 
         Raises:
-            Exception: What this process holds.
-            RuntimeError: Another process holds an error; all others raise this one, which names it.
+            Exception: The deferred error of this process.
+            RuntimeError: Another process has an error; the message names the process and repeats the error.
         """
-        said = None if held.error is None else f"{type(held.error).__name__}: {held.error}"
-        reports = self.gather((said, None if said else value))
-        if held.error is not None:
-            raise held.error
+        message = None if deferred.error is None else f"{type(deferred.error).__name__}: {deferred.error}"
+        reports = self.gather((message, None if message else value))
+        if deferred.error is not None:
+            raise deferred.error
         for rank, (error, _) in enumerate(reports):
             if error is not None:
                 raise RuntimeError(
@@ -153,16 +177,18 @@ class Processes:
                 )
         return [each for _, each in reports]
 
+    # Tensors of layers, merged and shared
+
     @property
     def _paired(self) -> int:
-        """The largest power of two of processes: those beyond it hand all they hold to one of these."""
+        """The largest power of two up to `size`. Processes of this rank or above send all they have to a lower one."""
         return 1 << (self.size.bit_length() - 1)
 
     def _levels(self, keys: Collection[str]) -> Iterator[tuple[int, list[str], list[str]]]:
-        """How layers are shared out, level by level.
+        """How layers are divided among the processes, level by level.
 
         Yields:
-            The process to exchange with, and the layers that this one keeps and gives.
+            The rank of the process to exchange with, the layers that this process keeps, and those that it sends.
         """
         mine, distance = list(keys), self._paired // 2
         while distance:
@@ -172,7 +198,14 @@ class Processes:
             mine, distance = keeps, distance // 2
 
     def own(self, keys: Collection[str]) -> list[str]:
-        """The layers that this process does the work of, of those that all have; in one process all of them."""
+        """The layers that this process works on, of those that all processes have. With one process all layers.
+
+        Args:
+            keys: Names of layers, the same in all processes.
+
+        Returns:
+            This process's share of the names. Each name is in the share of exactly one process.
+        """
         if self.rank >= self._paired:
             return []
         mine = list(keys)
@@ -186,18 +219,18 @@ class Processes:
         state: Callable[[], Mapping[str, Tensor]],
         absorb: Callable[[dict[str, Tensor]], None],
     ) -> list[str]:
-        """Add up what the processes hold, pair by pair: each gives half of the layers, and takes the other half.
+        """Add up what the processes have, pair by pair: each sends half of its layers, and receives the other half.
 
-        After log₂ size exchanges of 1/2, 1/4, 1/8 … of all layers each process has merged a share of them with what
-        all others held (recursive halving). It has sent, and merged, less than all layers once.
+        After log₂ size exchanges of 1/2, 1/4, 1/8, … of all layers, each process has the sums of all processes for its
+        own share of the layers (recursive halving). It has sent, and merged, less than all layers once.
 
         Args:
             keys: Names of layers, the same in all processes.
-            state: What this process holds, by names that are a layer's and a part's after a dot.
-            absorb: Adds what another process held to it.
+            state: Returns what this process has, as "layer.part" → tensor.
+            absorb: Adds what another process had to it.
 
         Returns:
-            The layers whose sums are whole in this process: `own(keys)`.
+            The layers whose sums are complete in this process: `own(keys)`.
         """
         beyond = self._paired
         if self.rank >= beyond:
@@ -206,17 +239,17 @@ class Processes:
         if self.rank + beyond < self.size:
             absorb(self._receive(self.rank + beyond))
         for other, _, gives in self._levels(keys):
-            absorb(self._swap(of_layers(state(), gives), other))
+            absorb(self._swap(_of_layers(state(), gives), other))
         return self.own(keys)
 
     def share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What all processes hold, bit for bit the same in each: the way of `merge` back (recursive doubling).
+        """Give all processes the tensors of all, bit for bit the same: `merge` in reverse (recursive doubling).
 
         Args:
-            tensors: What this process adds, by names that are its alone.
+            tensors: What this process adds; no other process uses the same names.
 
         Returns:
-            The tensors of all; those received are on the device of the messages.
+            The tensors of all processes. Those received are on `device`.
         """
         shared, beyond, distance = dict(tensors), self._paired, 1
         if self.rank >= beyond:
@@ -228,8 +261,10 @@ class Processes:
             self._send(shared, self.rank + beyond)
         return shared
 
+    # How tensors travel: as bytes, in few large messages, so that a backend need not support their dtypes
+
     def _swap(self, tensors: Mapping[str, Tensor], other: int) -> dict[str, Tensor]:
-        """Give tensors to another process, which gives its own."""
+        """Send tensors to another process, and receive those that it sends."""
         if self.rank < other:
             self._send(tensors, other)
             return self._receive(other)
@@ -237,9 +272,9 @@ class Processes:
         self._send(tensors, other)
         return received
 
-    @_named
+    @_with_rank_in_errors
     def _send(self, tensors: Mapping[str, Tensor], to: int) -> None:
-        """Send tensors: the length of a table, the table, and the bytes in buckets."""
+        """Send tensors: the length of a table of names, dtypes and shapes; the table; and the bytes in buckets."""
         table = [
             (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in tensors.items()
         ]
@@ -248,10 +283,10 @@ class Processes:
             dist.send(message.to(self.device), group=self.group, group_dst=to)
         names = list(tensors)
         for bucket in buckets([tensor.nbytes for tensor in tensors.values()]):
-            parts = [as_bytes(tensors[names[index]].to(self.device)) for index in bucket]
+            parts = [_as_bytes(tensors[names[index]].to(self.device)) for index in bucket]
             dist.send(torch.cat(parts), group=self.group, group_dst=to)
 
-    @_named
+    @_with_rank_in_errors
     def _receive(self, source: int) -> dict[str, Tensor]:
         """Receive what `_send` sends."""
 
@@ -273,118 +308,31 @@ class Processes:
         return tensors
 
 
-def processes(group: Any = None) -> Processes:
-    """The processes of a group, or of the default one if there is one; otherwise this process alone.
+def _of_layers(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of some layers, by names "layer.part"."""
+    wanted = set(layers)
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in wanted}
+
+
+def buckets(lengths: list[int]) -> Iterator[list[int]]:
+    """Divide tensors, in their order, into messages of at most `BUCKET` bytes.
 
     Args:
-        group: A process group of torch.distributed.
+        lengths: The number of bytes of each tensor.
 
-    Returns:
-        The processes.
-
-    Raises:
-        ValueError: This process is not in the group, or its backend serves no device that this machine has.
+    Yields:
+        The indices of the tensors of one message. A tensor above `BUCKET` bytes gets a message to itself.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return Processes()
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise ValueError(
-            "This process is not in the process_group it was given. Call this in the group's processes only, or pass a "
-            "group that this process is in."
-        )
-    if size == 1:
-        return Processes()
-    return Processes(rank, size, group, device_for(dist.get_backend_config(group)))
+    bucket: list[int] = []
+    for index, length in enumerate(lengths):
+        if bucket and sum(lengths[each] for each in bucket) + length > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(index)
+    if bucket:
+        yield bucket
 
 
-def device_for(backends: str) -> str:
-    """Where tensors have to be for a group's backends: the accelerator, unless gloo serves it, else the CPU.
-
-    Args:
-        backends: As `torch.distributed.get_backend_config` says: "cpu:gloo,cuda:nccl".
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: No backend serves a device that this machine has.
-    """
-    served = dict(pair.split(":") for pair in backends.split(","))
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None and served.get(accelerator.type, "gloo") != "gloo":
-        return f"{accelerator.type}:{torch.accelerator.current_device_index()}"
-    if "cpu" in served:
-        return "cpu"
-    raise ValueError(
-        f"The process group's backend ({backends}) serves neither the CPU nor a device that this machine has, so "
-        'estimates cannot be merged. Make the group with "gloo", or "cpu:gloo,cuda:nccl", or pass process_group=.'
-    )
-
-
-def check_same(records: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse processes that were given different things; all of them raise the same.
-
-    Args:
-        records: What each process was given, in their order.
-
-    Raises:
-        ValueError: Two differ, with the first differences.
-    """
-    for rank, record in enumerate(records):
-        if found := differences(records[0], record):
-            raise ValueError(
-                f"Processes 0 and {rank} of {len(records)} differ: {found}. Give all processes the same model, adapter "
-                "and settings, or pass process_group= to those that work together."
-            )
-
-
-def check_same_data(digests: Sequence[str]) -> None:
-    """Refuse different batches in processes that hold parts of one model; all of them raise the same.
-
-    Args:
-        digests: Of each process's batch; "" where there is none, or none that can be read.
-
-    Raises:
-        ValueError: Two differ.
-    """
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
-            raise ValueError(
-                f"Processes 0 and {rank} of {len(digests)} were given different batches, but a tensor-parallel plan "
-                "splits the model's layers between them, so that each batch passes through all of them at once. Give "
-                "all of them the same batches, in the same order."
-            )
-
-
-def warn_same_data(digests: Sequence[str]) -> None:
-    """Warn if the first batches of all processes are one and the same.
-
-    Args:
-        digests: Of each process's first batch; "" where there is none, or none that can be read.
-    """
-    seen = [digest for digest in digests if digest]
-    if len(seen) > 1 and len(set(seen)) == 1:
-        warnings.warn(
-            f"All {len(seen)} processes begin with the same batch: each seems to read all of the data, not a share of "
-            "its own, so they do one process's work over again. Give each its share (accelerator.prepare, or a "
-            "DistributedSampler).",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-def warn_idle(batches: Sequence[int]) -> None:
-    """Warn of processes without a batch, if others have some.
-
-    Args:
-        batches: Batches that each process has read.
-    """
-    idle = [str(rank) for rank, count in enumerate(batches) if count == 0]
-    if idle and len(idle) < len(batches):
-        warnings.warn(
-            f"{len(idle)} of {len(batches)} processes had no batch (the first is process {idle[0]}); the estimate is "
-            f"that of the others' {sum(batches)}.",
-            UserWarning,
-            stacklevel=3,
-        )
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's values as a vector of bytes."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

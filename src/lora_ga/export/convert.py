@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_ga.adapter import save as sidecar
-from lora_ga.files import check_empty, whole_folder
+from lora_ga.files import check_empty, new_folder
 
 # The factors of linear and convolution layers, and of embeddings: letter → the dimension of the rank.
 FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<letter>[AB])(?P<weight>\.weight)?")
@@ -80,7 +80,7 @@ def convert_run(init: str | Path, final: str | Path, out: str | Path) -> dict[st
         a_0, b_0 = tensors_0[a].float(), tensors_0[b].float()
         joined[a] = torch.cat([tensors[a].float() - a_0, tensors[a].float()], dim=JOINED_DIM["A"])
         joined[b] = torch.cat([b_0, tensors[b].float() - b_0], dim=JOINED_DIM["B"])
-    with whole_folder(target) as folder:
+    with new_folder(target) as folder:
         contiguous = {key: tensor.contiguous() for key, tensor in joined.items()}
         save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(_doubled(config), indent=2, sort_keys=True))

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_ga.export.saved_adapter import read_adapter
-from lora_ga.files import check_empty, whole_folder
+from lora_ga.files import check_empty, new_folder
 from lora_ga.layers.targets import PREFIX
 
 
@@ -49,5 +49,5 @@ def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None
                     "all. Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
                 )
     merged = model.merge_and_unload(safe_merge=True)
-    with whole_folder(target) as folder:
+    with new_folder(target) as folder:
         merged.save_pretrained(folder)

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 
 from lora_ga.config import LoraGAConfig
-from lora_ga.distributed.processes import Held, Processes, check_same, processes
+from lora_ga.distributed.agreement import check_same
+from lora_ga.distributed.processes import DeferredError, Processes, processes
 from lora_ga.distributed.sharding import in_step, unwrapped
 from lora_ga.distributed.tensor_parallel import check_together
 from lora_ga.files import fingerprint
@@ -79,7 +80,7 @@ def estimate_gradients(
             of another model, configuration, rank or other batches; processes differ in model, adapter or settings.
         OSError: The checkpoint cannot be written; the one before is intact.
     """
-    together, held, prepared = processes(process_group), Held(), None
+    together, held, prepared = processes(process_group), DeferredError(), None
     with held:
         prepared = _prepared(unwrapped(model), config, loss_fn, adapter_name, checkpoint, every, together)
     check_same(together.exchange(held, None if prepared is None else prepared[2]))

@@ -15,7 +15,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_ga.config import LoraGAConfig
-from lora_ga.distributed.processes import Held, Processes, check_same_data, warn_idle, warn_same_data
+from lora_ga.distributed.agreement import check_same_data, warn_idle, warn_same_data
+from lora_ga.distributed.processes import DeferredError, Processes
 from lora_ga.distributed.sharding import in_step
 from lora_ga.gradients.batch import Pass, numbered
 from lora_ga.gradients.checkpoint import Checkpoint, Progress, digest_of
@@ -65,7 +66,7 @@ class Run:
         The processes go in rounds of one batch each. Where a pass communicates (sharded parameters) one that has no
         batch left takes part with a batch it has had, or one that is lent to it, and does not listen.
         """
-        processes, held, last = self.processes, Held(), ABSENT
+        processes, held, last = self.processes, DeferredError(), ABSENT
         together = processes.size > 1 and in_step(self.model)
         batches = self._unread(self._kept(self._share(data)))
         with self._listening(self._sink) as heard:
@@ -102,7 +103,7 @@ class Run:
         lent = self.processes.gather(send_to_device(batch, "cpu") if lends else None)[having.index(True)]
         return lent if batch is ABSENT else batch
 
-    def _pass(self, batch: Any, held: Held, heard: Heard | None, *, together: bool) -> None:
+    def _pass(self, batch: Any, held: DeferredError, heard: Heard | None, *, together: bool) -> None:
         """One batch forward and backward, keeping an error until the processes meet.
 
         Args:
@@ -161,7 +162,7 @@ class Run:
 
     def keep(self, data: Iterable[Any]) -> None:
         """Keep this process's share of the batches for the probe, without a pass of its own."""
-        held, first = Held(), ""
+        held, first = DeferredError(), ""
         with held:
             self.batches.extend(self._share(data))
             first = digest_of(self.batches[0]) if self.batches and self.processes.size > 1 else ""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ga.files import plain
+from lora_ga.files import base_model
 
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, float]]
 
@@ -27,7 +27,7 @@ class BatchError(ValueError):
 
 def _shifts(model: nn.Module) -> bool:
     """Whether the model's own loss shifts labels: decoders do, encoder-decoders and classifiers do not."""
-    base = plain(model)
+    base = base_model(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return False
     kind, name = getattr(base, "loss_type", None), type(base).__name__

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ga.distributed.processes import Held, Processes
+from lora_ga.distributed.processes import DeferredError, Processes
 from lora_ga.gradients.batch import Pass, numbered
 from lora_ga.gradients.isolation import place_of
 from lora_ga.layers.kinds import entries, weight_of
@@ -156,7 +156,7 @@ def _listen_together(
     Returns:
         The layers of which they are in this process, and the sum of this process's batches' weights.
     """
-    held, weight = Held(), 0.0
+    held, weight = DeferredError(), 0.0
     with held:
         weight = _listen(run, targets, adapter_name, heard, batches)
     processes.exchange(held)
