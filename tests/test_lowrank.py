@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_ga.linalg.low_rank import LowRank, estimated_norm, generator, merge, merge_factors, probes, truncated_svd
-from lora_ga.linalg.streaming import orthonormal, project, truncate, turned
+from lora_ga.linalg.streaming import direction_change, orthonormal, project, truncate
 
 
 def known(outputs: int = 30, inputs: int = 40, decay: float = 0.7, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -172,17 +172,17 @@ def test_turning_counts_angles_by_energy_and_not_mixtures_of_equals() -> None:
     u = torch.eye(6, dtype=torch.float64)[:, :4]
     s = torch.tensor([2.0, 1.0, 1.0, 0.5], dtype=torch.float64)
     before = (u[:, :3], u[:, :3])
-    assert turned(before, (u, s, u)).item() == pytest.approx(0)
+    assert direction_change(before, (u, s, u)).item() == pytest.approx(0)
     angle = 0.3
     rotated = u.clone()
     rotated[:, 1], rotated[:, 2] = (u[:, 1] + u[:, 2]) / 2**0.5, (u[:, 1] - u[:, 2]) / 2**0.5
-    assert turned(before, (rotated, s, rotated)).item() == pytest.approx(0)
+    assert direction_change(before, (rotated, s, rotated)).item() == pytest.approx(0)
     tilted = u.clone()
     tilted[:, 0] = math.cos(angle) * u[:, 0]
     tilted[5, 0] = math.sin(angle)
     share = 4 / (4 + 1 + 1)
-    assert turned(before, (tilted, s, tilted)).item() == pytest.approx(share * math.sin(angle) ** 2)
-    assert turned(before, (tilted, s, u)).item() == pytest.approx(share * math.sin(angle) ** 2 / 2)
+    assert direction_change(before, (tilted, s, tilted)).item() == pytest.approx(share * math.sin(angle) ** 2)
+    assert direction_change(before, (tilted, s, u)).item() == pytest.approx(share * math.sin(angle) ** 2 / 2)
 
 
 @pytest.mark.parametrize("kept", [4, 12, 30])

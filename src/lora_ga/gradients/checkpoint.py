@@ -45,7 +45,7 @@ class Progress:
     def settle(self, changes: Mapping[str, float], tolerance: float) -> list[str]:
         """Note how far the last batch has turned the layers' leading directions.
 
-        A change ε (the mean squared sine, see `lowrank.turned`) made by the n-th of n equal batches means that the
+        A change ε (see `streaming.direction_change`) made by the n-th of n equal batches means that the
         directions are still n·ε from where they are going: the error of a mean over n batches falls as v/n, and the
         step from n − 1 to n is v/n². A layer has settled when n·ε is within the tolerance twice in a row.
 

@@ -1,1 +1,1 @@
-"""Linear algebra of gradients: torch only."""
+"""Linear algebra of gradients. Imports torch and nothing else of third parties."""

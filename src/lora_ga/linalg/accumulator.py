@@ -1,6 +1,6 @@
-"""What both estimators have in common: the interface, the sizes, the dtype of sums, the check that they are finite.
+"""What the dense and the streaming estimator share: their interface, and the dtype and the check of sums.
 
-Shapes: T tokens, I inputs, O outputs.
+Shapes: T tokens, I inputs, O outputs, K kept directions.
 """
 
 from __future__ import annotations
@@ -11,57 +11,58 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lora_ga.linalg.low_rank import (
-    LowRank,
-)
+from lora_ga.linalg.low_rank import LowRank
 
 
 class Size(NamedTuple):
-    """What an accumulator has to know of a layer: the directions K to keep, and how many of them, 2r, a start uses."""
+    """How many directions of a layer's gradient to keep, K, and how many of them a start uses, 2r."""
 
     kept: int
     used: int
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float64 for a float64 model, float32 for every other."""
+    """The dtype of sums: float64 for a float64 model, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Accumulator(Protocol):
-    """Running sums of `weight · gᵀ x` over blocks of tokens, by layer."""
+    """Running sums of `weight · gᵀ x` over blocks of tokens, one for each layer."""
 
     def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
         """Add a block to a layer: inputs (T, I) and output gradients (T, O), of any floating dtype."""
 
     def flush(self) -> None:
-        """Settle what has been added, once a batch.
+        """Finish the blocks that were added since the last call; called once after each batch.
 
         Raises:
-            FloatingPointError: A number in a block was not finite.
+            FloatingPointError: A value in a block was not finite.
         """
 
     def changes(self) -> dict[str, float]:
-        """How far the last batch has turned the leading directions (`lowrank.turned`), of layers seen before it."""
+        """How far the last batch has moved each layer's leading directions (see `streaming.direction_change`)."""
 
     def factors(self, name: str) -> LowRank | None:
-        """The leading directions of a layer's sum; None if no token has been seen."""
+        """The leading directions of a layer's sum; None if nothing was added to it."""
 
     def state(self) -> dict[str, Tensor]:
-        """All that is held, by a name that begins with the layer's; after a `flush`."""
+        """The whole state after a `flush`, as "layer.part" → tensor."""
 
     def restore(self, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:
-        """Take up what `state` gave."""
+        """Go on from a state that `state` returned, each layer on its device."""
 
     def absorb(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add what another process's `state` gave, of other batches."""
+        """Add the state of another process, which has read other batches."""
 
 
 def refuse_infinite(sums: Mapping[str, Tensor]) -> None:
-    """Refuse sums that are not finite; the one moment in a batch at which the host waits for the device.
+    """Refuse sums that are not finite. This is the only time in a batch that the host waits for the device.
+
+    Args:
+        sums: Layer → a tensor that is not finite if the layer's sum is not.
 
     Raises:
-        FloatingPointError: There are such, with the layers' names.
+        FloatingPointError: A sum is not finite; the message names the first layer.
     """
     if not sums:
         return

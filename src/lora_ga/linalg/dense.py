@@ -1,6 +1,6 @@
-"""The dense estimator: whole gradients, exact.
+"""The dense estimator: sums whole gradients, exactly.
 
-Shapes: T tokens, I inputs, O outputs.
+Shapes: T tokens, I inputs, O outputs, P probes.
 """
 
 from __future__ import annotations
@@ -11,24 +11,22 @@ import torch
 from torch import Tensor
 
 from lora_ga.linalg.accumulator import Size, refuse_infinite, sum_dtype
-from lora_ga.linalg.low_rank import (
-    LowRank,
-    probes,
-    truncated_svd,
-    wide,
-)
+from lora_ga.linalg.low_rank import LowRank, probes, truncated_svd, wide
 
 
 class Dense:
-    """Keeps whole gradients, (O, I). Exact: the oracle of the tests, and fine for small models."""
+    """Sums whole gradients, (O, I) numbers for each layer. The oracle of the tests, and fine for small models.
+
+    The parameters `power_steps` and `watched` are those of `Streaming`, and have no effect.
+    """
 
     def __init__(self, sizes: Mapping[str, Size], power_steps: int, seed: int, *, watched: bool = False) -> None:
-        del power_steps, watched  # of the streaming one
+        del power_steps, watched
         self.sizes, self.seed = sizes, seed
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
-        """Add a block of tokens."""
+        """Add a block of tokens to a layer's sum."""
         dtype = sum_dtype(g_TO.dtype)
         added_OI = (g_TO.to(dtype).mT @ x_TI.to(dtype)).mul_(weight)
         self.sums[name] = self.sums[name].add_(added_OI) if name in self.sums else added_OI
@@ -37,12 +35,12 @@ class Dense:
         """Check that all sums are finite.
 
         Raises:
-            FloatingPointError: One is not.
+            FloatingPointError: A sum is not finite.
         """
         refuse_infinite(self.sums)
 
     def changes(self) -> dict[str, float]:
-        """Nothing: sums have no directions."""
+        """Nothing: the dense estimator follows no directions."""
         return {}
 
     def factors(self, name: str) -> LowRank | None:
@@ -59,11 +57,11 @@ class Dense:
         return {f"{name}.G": total for name, total in self.sums.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:
-        """Take up what `state` gave."""
+        """Go on from a state that `state` returned."""
         self.sums = {(name := key.removesuffix(".G")): tensor.to(devices[name]) for key, tensor in tensors.items()}
 
     def absorb(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add another's sums: exact."""
+        """Add the sums of another process."""
         for key, tensor in tensors.items():
             name = key.removesuffix(".G")
             self.sums[name] = self.sums[name].add_(tensor.to(self.sums[name])) if name in self.sums else tensor

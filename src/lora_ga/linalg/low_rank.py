@@ -1,4 +1,4 @@
-"""Low-rank factorisations of gradients: the merge, the sketch and the norm. Pure functions of tensors.
+"""Low-rank factorisations of gradients: how they are made, merged and sent, and how the gradient's norm is estimated.
 
 Shapes: I inputs, O outputs, K kept directions, Q directions before truncation, P probes.
 """
@@ -13,26 +13,26 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-# Columns of the linear sketch from which the norm is estimated.
+# The number of columns of the linear sketch from which the norm is estimated.
 PROBES = 8
 
 
 def generator(seed: int, *address: str) -> torch.Generator:
-    """A CPU generator that depends on nothing but its address.
+    """A CPU generator that depends on the seed and an address only.
 
     Args:
         seed: The configuration's seed.
-        *address: What the draw is for, for instance the layer's name and a purpose.
+        *address: What the numbers are for, for instance a layer's name and a purpose.
 
     Returns:
-        A generator: equal addresses draw equal numbers in every process, on every machine.
+        A generator. The same seed and address give the same numbers in every process and on every machine.
     """
     digest = hashlib.sha256("\x1f".join([str(seed), *address]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def wide(x: Tensor) -> Tensor:
-    """The tensor in float64; on the CPU if its device has no float64 (Apple's)."""
+    """The tensor in float64, moved to the CPU if its device has no float64 (Apple's)."""
     return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
@@ -44,10 +44,10 @@ class LowRank:
         U: (O, K), orthonormal columns.
         S: (K,), descending, not negative.
         V: (I, K), orthonormal columns.
-        norm: Frobenius norm of all of G, not only of the part held. Exact from the dense estimator, estimated from
-            `sketch` by the streaming one.
-        sketch: (O, P), `G Ω` for the fixed Gaussian probes `probes(...)` of this layer, a linear function of G: it
-            adds up over batches and machines, and gives the norm of a merged estimate. None where it was not kept.
+        norm: Frobenius norm of all of G, not only of the leading part. The dense estimator computes it exactly, the
+            streaming one estimates it from `sketch`.
+        sketch: (O, P), `G Ω` for the fixed Gaussian matrix Ω = `probes(...)`. It is linear in G, so sketches add up
+            over batches and machines, and give the norm of a merged estimate. None if it was not kept.
     """
 
     U: Tensor
@@ -57,7 +57,7 @@ class LowRank:
     sketch: Tensor | None = None
 
     def limit(self, rank: int) -> float:
-        """The largest alignment any LoRA of rank `rank` can have with G at its first step: √(Σ_{i≤2r} σᵢ²)/‖G‖.
+        """The largest alignment with G that the first step of a LoRA of rank r can have: √(Σ_{i≤2r} σᵢ²)/‖G‖.
 
         Args:
             rank: The adapter's rank r.
@@ -72,9 +72,9 @@ class LowRank:
 
     @property
     def held(self) -> float:
-        """The share of ‖G‖² that the directions held carry, Σσᵢ²/‖G‖²: as exact as the norm is.
+        """The share of ‖G‖² that the factorisation holds, Σσᵢ²/‖G‖², as exact as the norm; 1 if G is zero.
 
-        What is not held is `√(1 − held)·‖G‖`. 1 for a gradient of zeros.
+        The Frobenius norm of the rest is `√(1 − held)·‖G‖`.
         """
         return min(1.0, self.S.double().square().sum().item() / self.norm**2) if self.norm else 1.0
 
@@ -85,7 +85,7 @@ class LowRank:
 
 
 def packed(factors: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    """Factorisations as tensors, for other processes; `unpacked` reads them."""
+    """Factorisations with a sketch as "layer.part" → tensor, to be sent to other processes."""
     tensors: dict[str, Tensor] = {}
     for name, factor in factors.items():
         assert factor.sketch is not None
@@ -100,7 +100,15 @@ def packed(factors: Mapping[str, LowRank]) -> dict[str, Tensor]:
 
 
 def unpacked(tensors: Mapping[str, Tensor], places: Mapping[str, torch.device]) -> dict[str, LowRank]:
-    """The factorisations among `tensors` of the layers in `places`, each on its device."""
+    """Read what `packed` made.
+
+    Args:
+        tensors: "layer.part" → tensor.
+        places: Layer → the device for its factorisation.
+
+    Returns:
+        The factorisations of the layers in `places` that `tensors` contains.
+    """
     factors = {}
     for name, place in places.items():
         if f"{name}.norm" in tensors:
@@ -110,7 +118,7 @@ def unpacked(tensors: Mapping[str, Tensor], places: Mapping[str, torch.device]) 
 
 
 def fix_signs(u_OK: Tensor, v_IK: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the largest entry of each column of U positive, so that the factors of one G are one pair; batches too."""
+    """Make the largest entry of each column of U positive: solvers return either sign. Takes batches."""
     rows = u_OK.abs().argmax(dim=-2, keepdim=True)
     signs = torch.where(u_OK.gather(-2, rows) < 0, -1.0, 1.0).to(u_OK.dtype)
     return u_OK * signs, v_IK * signs
@@ -132,31 +140,39 @@ def _compressed(q_OQ: Tensor, z_IQ: Tensor, kept: int) -> tuple[Tensor, Tensor, 
 
 
 def merge_factors(parts: Sequence[tuple[Tensor, Tensor, Tensor]], kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading triplets of a sum of factorisations, by concatenating them: U (O, K), S (K,), V (I, K)."""
+    """The leading singular triplets of a sum of factorisations, from their concatenated factors.
+
+    Args:
+        parts: U (O, ·), S and V (I, ·) of each.
+        kept: K.
+
+    Returns:
+        U (O, K), S (K,), V (I, K).
+    """
     left = torch.cat([u * s for u, s, _ in parts], dim=1)
     right = torch.cat([v for _, _, v in parts], dim=1)
     smaller = min(left.shape[0], right.shape[0])
-    if left.shape[1] > smaller:  # more columns than rows: the product itself is the smaller thing to decompose
+    if left.shape[1] > smaller:  # more columns than rows: the product itself is the smaller matrix
         return truncated_svd(left @ right.mT, kept)
     q_OQ, r_QQ = torch.linalg.qr(left)
     return _compressed(q_OQ, right @ r_QQ.mT, kept)
 
 
 def gaussian(inputs: int, columns: int, seed: int, purpose: str) -> Tensor:
-    """Standard normal numbers, (inputs, columns), on the CPU: the same for all layers with as many inputs."""
+    """Standard normal numbers, (inputs, columns), on the CPU; the same for all layers with this number of inputs."""
     return torch.randn(inputs, columns, generator=generator(seed, purpose, str(inputs)))
 
 
 def probes(inputs: int, seed: int) -> Tensor:
-    """The fixed Gaussian probes Ω of the sketch, (I, P); independent of all directions that an update starts from."""
+    """The fixed Gaussian matrix Ω of the sketch, (I, P), independent of the random directions of the updates."""
     return gaussian(inputs, PROBES, seed, "norm")
 
 
 def estimated_norm(held: tuple[Tensor, Tensor, Tensor], sketch_OP: Tensor, omega_IP: Tensor) -> float:
-    """‖G‖ from what is held of G and its linear sketch `G Ω`.
+    """Estimate ‖G‖ from a factorisation of its leading part and its linear sketch `G Ω`.
 
-    `E‖G ω‖² = ‖G‖²` for Gaussian ω. The part held is known exactly, so only what is left is left to chance:
-    `‖G‖² = ‖S‖² + E[2⟨Hω, Rω⟩ + ‖Rω‖²]` with `H = U S Vᵀ` and `R = G − H`.
+    `E‖G ω‖² = ‖G‖²` for Gaussian ω. The norm of `H = U S Vᵀ` is known exactly, so only the rest `R = G − H` is
+    estimated: `‖G‖² = ‖S‖² + E[2⟨Hω, Rω⟩ + ‖Rω‖²]`.
 
     Args:
         held: U (O, K), S (K,), V (I, K).
@@ -164,7 +180,7 @@ def estimated_norm(held: tuple[Tensor, Tensor, Tensor], sketch_OP: Tensor, omega
         omega_IP: The same Ω, on any device.
 
     Returns:
-        The estimate, never below the norm of the part held.
+        The estimate, at least ‖S‖.
     """
     u_OK, s_K, v_IK = (wide(part) for part in held)
     held_OP = (u_OK * s_K) @ (v_IK.mT @ wide(omega_IP.to(v_IK.device)))
@@ -179,13 +195,13 @@ def merge(parts: Sequence[tuple[LowRank, float]], kept: int, omega_IP: Tensor) -
     Args:
         parts: Factorisations with a sketch, and their weights.
         kept: Directions to keep.
-        omega_IP: The layer's probes, the same for all parts.
+        omega_IP: The Ω of the sketches, the same for all parts.
 
     Returns:
         The merged factorisation; its norm is estimated from the summed sketches.
 
     Raises:
-        ValueError: A part carries no sketch.
+        ValueError: A part has no sketch.
     """
     sketches = [part.sketch * weight for part, weight in parts if part.sketch is not None]
     if len(sketches) < len(parts):

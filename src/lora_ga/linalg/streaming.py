@@ -1,6 +1,7 @@
-"""The streaming estimator: a low-rank factorisation updated block by block, by warm-started subspace iteration.
+"""The streaming estimator: a low-rank factorisation, updated block by block by warm-started subspace iteration.
 
-Shapes: T tokens, I inputs, O outputs, K kept directions, Q test directions (a few more than K), P probes, J leading.
+Shapes: T tokens, I inputs, O outputs, K kept directions, Q test directions (a few more than K), P probes, J leading
+directions.
 """
 
 from __future__ import annotations
@@ -14,33 +15,27 @@ import torch
 from torch import Tensor
 
 from lora_ga.linalg.accumulator import Size, refuse_infinite, sum_dtype
-from lora_ga.linalg.low_rank import (
-    PROBES,
-    LowRank,
-    estimated_norm,
-    gaussian,
-    merge_factors,
-    probes,
-    wide,
-)
+from lora_ga.linalg.low_rank import PROBES, LowRank, estimated_norm, gaussian, merge_factors, probes, wide
 
-# Random columns added to the warm start of each block, so that directions that only appear late are found.
+# The number of random columns added to the warm start of each block, to find directions that only appear late.
 FRESH = 12
-# A layer's first look takes one token in so many, if enough of them are left.
+# `first_directions` reads one token in so many, if enough tokens are left.
 STRIDE = 4
-# Of the columns of Q (in units of their lengths before), and of the singular values (of the first): what is below is
-# rounding noise of float32, and is left out.
+# Columns of Q below this share of their length before, and singular values below this share of the largest, are
+# rounding noise of float32, and are replaced by zeros.
 SPURIOUS = 1e-2
 NOISE = 1e-7
+# The number of layers truncated at once: enough to keep a device busy, few enough that their float64 copies stay small.
+STACKED = 8
 
 
 def orthonormal(y: Tensor) -> Tensor:
-    """Columns that span what those of `y` span, orthonormal up to rounding.
+    """Columns with the span of those of `y`, orthonormal up to rounding.
 
-    By the Cholesky factor of their Gram matrix, in float64: a few thin products instead of Householder's many small
-    steps, and nothing that makes the host wait for the device. Where columns depend on one another the surplus ones
-    come out short, or as zeros where rounding noise is all that is left of them. The method is the shifted one of
-    Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices" (2020).
+    Uses the Cholesky factor of the Gram matrix, in float64: a few thin products instead of the many small steps of
+    Householder's method, and no step at which the host waits for the device. If columns are linearly dependent, the
+    surplus ones come out short, or as zeros if only rounding noise is left of them. The method is the shifted Cholesky
+    QR of Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices" (2020).
 
     Args:
         y: (rows, columns), columns ≤ rows.
@@ -57,6 +52,23 @@ def orthonormal(y: Tensor) -> Tensor:
     return torch.where(q64.norm(dim=0) > SPURIOUS, q64, 0.0).to(y)
 
 
+def first_directions(x_TI: Tensor, g_TO: Tensor, omega_IQ: Tensor) -> Tensor:
+    """The directions from which a layer's first block starts: one power iteration on some of its tokens.
+
+    Args:
+        x_TI: Inputs of the layer, in the dtype of the sums.
+        g_TO: Gradients of the loss at the layer's outputs.
+        omega_IQ: Random directions.
+
+    Returns:
+        (I, Q), nearly orthonormal. Directions that those tokens do not have are random.
+    """
+    if len(x_TI) >= 2 * STRIDE * omega_IQ.shape[1]:
+        x_TI, g_TO = x_TI[::STRIDE], g_TO[::STRIDE]
+    p_IQ = orthonormal(x_TI.mT @ (g_TO @ orthonormal(g_TO.mT @ (x_TI @ omega_IQ))))
+    return torch.where(p_IQ.norm(dim=0) > 0, p_IQ, omega_IQ)
+
+
 def project(
     held: tuple[Tensor, Tensor, Tensor] | None,
     x_TI: Tensor,
@@ -66,23 +78,23 @@ def project(
     omega_IP: Tensor,
     power_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add one block of tokens to what is held: `M = U S Vᵀ + weight·gᵀx ≈ Q Zᵀ`, M itself never being formed.
+    """Add one block of tokens to a factorisation: `M = U S Vᵀ + weight·gᵀx ≈ Q Zᵀ`, without forming M.
 
-    `Q = orth(M start)`; for every power step `P = orth(Mᵀ Q)`, `Q = orth(M P)`; then `Z = Mᵀ Q`. The scheme is that of
-    Halko, Martinsson and Tropp, "Finding structure with randomness" (2011), Algorithm 4.4; with the directions held
-    as its start it is one step of subspace iteration a block.
+    `Q = orth(M start)`; for each power step `P = orth(Mᵀ Q)`, `Q = orth(M P)`; then `Z = Mᵀ Q`. This is Algorithm 4.4
+    of Halko, Martinsson and Tropp, "Finding structure with randomness" (2011). With the directions found so far as its
+    start it is one step of subspace iteration for each block.
 
     Args:
-        held: U (O, K), S (K,), V (I, K) so far; None for the first block.
+        held: The factorisation so far, U (O, K), S (K,), V (I, K); None for the first block.
         x_TI: Inputs of the layer, in the dtype of the sums.
         g_TO: Gradients of the loss at the layer's outputs.
-        weight: What the block counts.
+        weight: The weight of the block in the sum.
         start_IQ: The directions to start from.
-        omega_IP: The probes of the sketch.
-        power_steps: Power steps for this block.
+        omega_IP: The matrix Ω of the sketch.
+        power_steps: The number of power steps for this block.
 
     Returns:
-        Q (O, Q), nearly orthonormal, Z (I, Q), and the block's part of the sketch, (O, P).
+        Q (O, Q), nearly orthonormal, Z (I, Q), and the block's term of the sketch, (O, P).
     """
 
     def with_held(y_OQ: Tensor, w_IQ: Tensor) -> Tensor:
@@ -101,28 +113,13 @@ def project(
     return q_OQ, adjoint(q_OQ), sketch_OP.clone()
 
 
-def first_look(x_TI: Tensor, g_TO: Tensor, omega_IQ: Tensor) -> Tensor:
-    """Directions to start a layer's first block from: one power iteration on a part of its tokens.
-
-    Args:
-        x_TI: Inputs of the layer, in the dtype of the sums.
-        g_TO: Gradients of the loss at the layer's outputs.
-        omega_IQ: Random directions.
-
-    Returns:
-        (I, Q), nearly orthonormal; where those tokens have fewer directions, random ones.
-    """
-    if len(x_TI) >= 2 * STRIDE * omega_IQ.shape[1]:
-        x_TI, g_TO = x_TI[::STRIDE], g_TO[::STRIDE]
-    p_IQ = orthonormal(x_TI.mT @ (g_TO @ orthonormal(g_TO.mT @ (x_TI @ omega_IQ))))
-    return torch.where(p_IQ.norm(dim=0) > 0, p_IQ, omega_IQ)
-
-
 def _whitening(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """The map W of columns C with Gram matrix `CᵀC`, to `C W` with orthonormal columns; short directions go to zero.
+    """For columns C with Gram matrix `CᵀC`, the W for which `C W` has orthonormal columns, or zeros for short ones.
+
+    Takes batches.
 
     Returns:
-        W, its columns in descending order of the lengths of the directions, and those lengths; of batches too.
+        W, its columns in descending order of the lengths of the directions, and those lengths.
     """
     values, vectors = torch.linalg.eigh(gram)
     lengths = values.clamp_min(0).sqrt().flip(-1)
@@ -134,8 +131,8 @@ def _whitening(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
 def truncate(q_OQ: Tensor, z_IQ: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triplets of the projection of M on the columns of Q, from Q and `Z = Mᵀ Q`.
 
-    `M ≈ Q (QᵀQ)⁻¹ Zᵀ`, so Q need not be quite orthonormal. All that is decomposed are Gram matrices of Q × Q numbers,
-    in float64. Takes batches: leading dimensions are those of a stack of layers.
+    `M ≈ Q (QᵀQ)⁻¹ Zᵀ`, so Q need not be exactly orthonormal. Only Gram matrices, Q × Q, are decomposed, in float64.
+    Takes batches: leading dimensions are those of a stack of layers.
 
     Args:
         q_OQ: (…, O, Q).
@@ -143,9 +140,9 @@ def truncate(q_OQ: Tensor, z_IQ: Tensor, kept: int) -> tuple[Tensor, Tensor, Ten
         kept: K.
 
     Returns:
-        U (…, O, K), S (…, K), V (…, I, K); directions that M does not have are columns of zeros.
+        U (…, O, K), S (…, K), V (…, I, K). Directions that M does not have are columns of zeros.
     """
-    z64 = wide(z_IQ)  # its columns are as long as singular values: their squares need more than float32
+    z64 = wide(z_IQ)  # its columns have the lengths of singular values, whose squares need more than float32
     whitening, _ = _whitening(wide(q_OQ.mT @ q_OQ), SPURIOUS)
     rotation, lengths = _whitening(whitening.mT @ (z64.mT @ z64) @ whitening, NOISE)
     right = (whitening @ rotation)[..., :kept]
@@ -153,15 +150,15 @@ def truncate(q_OQ: Tensor, z_IQ: Tensor, kept: int) -> tuple[Tensor, Tensor, Ten
     return q_OQ @ (right * lengths[..., None, :]).to(q_OQ), lengths.to(q_OQ), z_IQ @ right.to(z_IQ)
 
 
-def turned(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """How far the leading directions have turned: a mean squared sine of principal angles, between 0 and 1.
+def direction_change(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """How far the leading directions have moved: the mean squared sine of principal angles, between 0 and 1.
 
-    Each direction counts by its σ², left and right ones alike: `1 − Σ σᵢ²(‖U₀ᵀuᵢ‖² + ‖V₀ᵀvᵢ‖²) / (2 Σ σᵢ²)`. So
-    directions of nearly equal σ may mix, and one at the edge may be exchanged for another as strong, without counting.
+    The mean is over left and right directions, weighted by σ²: `1 − Σ σᵢ²(‖U₀ᵀuᵢ‖² + ‖V₀ᵀvᵢ‖²) / (2 Σ σᵢ²)`. It stays
+    0 if directions mix within the leading J, and is small if only a weak one is exchanged for another.
 
     Args:
         before: The leading U₀ (O, J) and V₀ (I, J).
-        after: U (O, K), S (K,), V (I, K), of which the first J count; K ≥ J.
+        after: U (O, K), S (K,), V (I, K) with K ≥ J; the first J are compared.
 
     Returns:
         The mean, a scalar on the device.
@@ -174,13 +171,17 @@ def turned(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor, Tensor]) 
     return 1 - (energy * (left + right)).sum() / (2 * energy.sum()).clamp_min(torch.finfo(energy.dtype).tiny)
 
 
-# Layers truncated at once: enough that a device is busy, few enough that their float64 copies stay small.
-STACKED = 8
-
-
 @dataclasses.dataclass
 class _Stream:
-    """One layer's stream: what is held, or (between its block and the flush) its untruncated Q and Z."""
+    """The state of one layer.
+
+    Attributes:
+        held: The factorisation U, S, V; None before the first block, and between a block and the flush.
+        pending: Q and Z of a block that is not truncated yet.
+        before: The leading U and V before the last batch, where changes are compared.
+        sketch: The sum of the sketches.
+        blocks: The number of blocks added.
+    """
 
     held: tuple[Tensor, Tensor, Tensor] | None = None
     pending: tuple[Tensor, Tensor] | None = None
@@ -192,8 +193,15 @@ class _Stream:
 class Streaming:
     """Keeps K directions of each gradient, (O + I)·K numbers, by warm-started subspace iteration; G is never formed.
 
-    What a block costs in the backward pass are two thin products there and two back, and one Cholesky QR. The small
-    decompositions wait for the flush, where layers of one shape go together; nothing before it makes the host wait.
+    A block costs two thin products to multiply by gᵀx, two for its transpose, and one Cholesky QR. The small
+    decompositions are done in `flush`, for layers of one shape together. The host does not wait for the device before
+    `flush`.
+
+    Args:
+        sizes: Layer → how many directions to keep.
+        power_steps: The number of power steps for each block.
+        seed: The seed of the random directions.
+        watched: Whether to keep what `changes` compares with.
     """
 
     def __init__(self, sizes: Mapping[str, Size], power_steps: int, seed: int, *, watched: bool = False) -> None:
@@ -202,7 +210,7 @@ class Streaming:
         self._random: dict[tuple[str, int, int, torch.device], Tensor] = {}
 
     def _gaussian(self, like: Tensor, columns: int, purpose: str) -> Tensor:
-        """Gaussian numbers shared by the layers with as many inputs, made once on each device."""
+        """Gaussian numbers for all layers with this number of inputs, drawn once and kept on each device."""
         key = (purpose, like.shape[1], columns, like.device)
         if key not in self._random:
             drawn = gaussian(like.shape[1], columns, self.seed, purpose)
@@ -210,11 +218,11 @@ class Streaming:
         return self._random[key]
 
     def _start(self, name: str, stream: _Stream, x_TI: Tensor, g_TO: Tensor, columns: int) -> Tensor:
-        """Where the block's iteration starts: the directions held, and a few that are new with each block."""
+        """The directions from which a block's iteration starts: those held, and a few random ones, new each time."""
         random_IQ = self._gaussian(x_TI, columns, "test")
         if stream.held is None:
-            return first_look(x_TI, g_TO, random_IQ)
-        # A roll is as good as a draw, and needs no numbers from the host.
+            return first_directions(x_TI, g_TO, random_IQ)
+        # Rolled rows are as random as new numbers, and need no transfer from the host.
         digest = hashlib.sha256(f"{self.seed}\x1f{name}\x1f{stream.blocks}".encode()).digest()
         random_IQ = random_IQ.roll(int.from_bytes(digest[:6], "big") % len(random_IQ), dims=0)
         _, s_K, v_IK = stream.held
@@ -223,9 +231,9 @@ class Streaming:
         return torch.cat([started_IK, random_IQ[:, known:]], dim=1)
 
     def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
-        """Add a block of tokens."""
+        """Add a block of tokens to a layer's sum."""
         stream = self.streams.setdefault(name, _Stream())
-        if stream.pending is not None:  # a layer that runs twice in a pass
+        if stream.pending is not None:  # the layer ran twice in this batch
             self._truncate([name])
         dtype = sum_dtype(g_TO.dtype)
         x_TI, g_TO = x_TI.to(dtype), g_TO.to(dtype)
@@ -241,10 +249,10 @@ class Streaming:
         stream.blocks += 1
 
     def flush(self) -> None:
-        """Truncate what the batch has added to K directions.
+        """Truncate the layers that the batch has reached to K directions.
 
         Raises:
-            FloatingPointError: A number in it was not finite.
+            FloatingPointError: A value in a block was not finite.
         """
         waiting = {name: stream for name, stream in self.streams.items() if stream.pending is not None}
         refuse_infinite({name: stream.sketch for name, stream in waiting.items() if stream.sketch is not None})
@@ -258,26 +266,26 @@ class Streaming:
                 self._truncate(names[first : first + STACKED])
 
     def _truncate(self, names: Sequence[str]) -> None:
-        """Truncate layers of one shape together."""
+        """Truncate layers of one shape in one stack."""
         pending = [each for name in names if (each := self.streams[name].pending) is not None]
         q_NOQ, z_NIQ = (torch.stack(parts) for parts in zip(*pending, strict=True))
         u_NOK, s_NK, v_NIK = truncate(q_NOQ, z_NIQ, self.sizes[names[0]].kept)
         for index, name in enumerate(names):
             self.streams[name].pending = None
-            # Copies, so that no layer keeps the whole stack alive.
+            # Copies, since views would keep the whole stack in memory.
             self.streams[name].held = (u_NOK[index].clone(), s_NK[index].clone(), v_NIK[index].clone())
 
     def changes(self) -> dict[str, float]:
-        """Compare with the directions before the last batch, which are kept for it where `watched` is set."""
+        """How far the last batch has moved each layer's leading directions, if `watched`; see `direction_change`."""
         found = {}
         for name, stream in self.streams.items():
             if stream.before is not None and stream.held is not None:
-                found[name] = turned(stream.before, stream.held)
+                found[name] = direction_change(stream.before, stream.held)
                 stream.before = None
         return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
     def factors(self, name: str) -> LowRank | None:
-        """The directions held, and the norm estimated from the sketch."""
+        """The leading directions of a layer's sum, and the norm estimated from its sketch."""
         stream = self.streams.get(name)
         if stream is None or stream.held is None or stream.sketch is None:
             return None
@@ -298,7 +306,7 @@ class Streaming:
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:
-        """Take up what `state` gave."""
+        """Go on from a state that `state` returned."""
         for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
             parts = (tensors[f"{name}.{part}"].to(devices[name]) for part in ("U", "S", "V", "sketch"))
             u_OK, s_K, v_IK, sketch_OP = parts
@@ -306,7 +314,7 @@ class Streaming:
             self.streams[name] = _Stream(held=(u_OK, s_K, v_IK), sketch=sketch_OP, blocks=blocks)
 
     def absorb(self, tensors: Mapping[str, Tensor]) -> None:
-        """Merge another's directions into those held, layer by layer; sketches add up."""
+        """Merge the directions of another process into those held, layer by layer, and add up the sketches."""
         places = {key.removesuffix(".U"): tensor.device for key, tensor in tensors.items() if key.endswith(".U")}
         places |= {name: mine.sketch.device for name, mine in self.streams.items() if mine.sketch is not None}
         other = Streaming(self.sizes, self.power_steps, self.seed)
