@@ -131,10 +131,14 @@ def _prepared(
         refuse_unprobed(fitting, checkpoint, sharded=in_step(model))
     ranks = {name: target.rank for name, target in fitting.items()}
     identity = {"fingerprint": fingerprint(model), "config": config.to_dict(), "ranks": ranks}
-    used = {key: 2 * target.rank for target in fitting.values() for key in target.keys}
-    # What a part of the batches shows less clearly is not to be cut off before the parts are added up.
-    spare = config.oversample * (1 if together.size == 1 else 2)
-    sizes = {key: Size(kept=count + spare, used=count) for key, count in used.items()}
+    # A process that reads a part of the batches sees the weaker directions less clearly: it keeps more of them until all
+    # parts are added up.
+    extra = config.oversample if together.size > 1 else 0
+    sizes = {
+        key: Size(kept=config.directions(target.rank) + extra, used=2 * target.rank)
+        for target in fitting.values()
+        for key in target.keys
+    }
     # With the probe nothing is accumulated from layers that are called.
     accumulator: Accumulator = ESTIMATORS["streaming" if config.estimator == "probe" else config.estimator](
         sizes, config.power_steps, config.seed, watched=config.tolerance is not None

@@ -180,7 +180,7 @@ class Run:
         unseen = self._unseen(set().union(*seen))
         if not unseen or not any(counts):
             return
-        kept = {name: 2 * target.rank + self.config.oversample for name, target in unseen.items()}
+        kept = {name: self.config.directions(target.rank) for name, target in unseen.items()}
         self.probed, weight = probe(
             self.passes, self.processes, unseen, adapter_name, kept, self.config.seed, self.batches
         )
@@ -279,7 +279,7 @@ class Run:
         factors = {}
         for key in keys:
             if (factor := self.accumulator.factors(key)) is not None:
-                kept = 2 * ranks[key] + self.config.oversample
+                kept = self.config.directions(ranks[key])
                 u, s, v = factor.U[:, :kept], factor.S[:kept], factor.V[:, :kept]
                 factors[key] = dataclasses.replace(factor, U=u, S=s, V=v)
         return factors
