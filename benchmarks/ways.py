@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import lora_ga
-from lora_ga.gradients.isolation import frozen
+from lora_ga.gradients.isolation import isolated
 
 RANK = 8
 # PEFT's LoRA-GA does not support "all-linear".
@@ -26,7 +26,7 @@ def frozen_pass(base: nn.Module, batches: Batches) -> None:
     """Forward and backward passes with every weight frozen, back to the output of the embeddings: the lower bound."""
     model = get_peft_model(base, adapter())
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
-    with frozen(model, "default"):
+    with isolated(model, "default"):
         for batch in batches:
             model(**batch).loss.backward()
     hook.remove()

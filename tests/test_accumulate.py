@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from lora_ga.config import CHOICES
-from lora_ga.gradients.estimate import ESTIMATORS
+from lora_ga.gradients.setup import ESTIMATORS
 from lora_ga.linalg.accumulator import Accumulator, Size, sum_dtype
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import merge, probes

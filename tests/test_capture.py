@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ga.gradients.hooks import record
-from lora_ga.gradients.isolation import frozen
+from lora_ga.gradients.hooks import record_layers
+from lora_ga.gradients.isolation import isolated
 from lora_ga.layers.targets import find_targets
 from toys import FAMILIES, adapted, autograd_gradients
 
@@ -34,7 +34,7 @@ def test_captured_gradients_equal_autograds_in_every_layer(family: str) -> None:
     truth = autograd_gradients(copy.deepcopy(base), lambda model: model(**batch).loss)
     model, sink = adapted(base, targets), Summed()
     found = find_targets(model)
-    with frozen(model, "default"), record({n: t.layer for n, t in found.items()}, sink):
+    with isolated(model, "default"), record_layers({n: t.layer for n, t in found.items()}, sink):
         model(**batch).loss.backward()
     assert set(sink.sums) == set(found)
     for name, captured in sink.sums.items():
@@ -76,7 +76,7 @@ def test_in_place_changes_shared_layers_and_checkpointing_are_heard_exactly(way:
         parameter.grad = None
         parameter.requires_grad_(trainable)
     sink = Summed()
-    with record(dict(block.named_children()), sink) as heard:
+    with record_layers(dict(block.named_children()), sink) as heard:
         run(block, x.clone(), way).square().sum().backward()
     assert heard.ran == heard.got_gradient == {"first", "shared", "last"}
     for name, true in truth.items():
@@ -88,7 +88,7 @@ def test_listening_does_not_change_the_models_output_or_gradients() -> None:
     x = torch.randn(2, 3, 6, requires_grad=True)
     plain = block(x)
     (expected,) = torch.autograd.grad(plain.square().sum(), x)
-    with record(dict(block.named_children()), Summed()):
+    with record_layers(dict(block.named_children()), Summed()):
         heard = block(x)
         (found,) = torch.autograd.grad(heard.square().sum(), x)
     assert torch.equal(plain, heard)
@@ -99,7 +99,7 @@ def test_hooks_are_gone_when_the_loss_raises() -> None:
     block = Block()
 
     def broken() -> None:
-        with record(dict(block.named_children()), Summed()):
+        with record_layers(dict(block.named_children()), Summed()):
             block(torch.randn(2, 3, 6))
             raise RuntimeError("the loss broke")
 
@@ -119,7 +119,7 @@ def test_layers_that_ran_without_a_gradient_are_told_from_those_that_never_ran()
             return self.used(x)
 
     model = Forked()
-    with record(dict(model.named_children()), Summed()) as heard:
+    with record_layers(dict(model.named_children()), Summed()) as heard:
         model(torch.randn(3, 4)).sum().backward()
     assert heard.ran == {"used", "unused"}
     assert heard.got_gradient == {"used"}
@@ -128,7 +128,7 @@ def test_layers_that_ran_without_a_gradient_are_told_from_those_that_never_ran()
 def test_a_layer_that_saw_no_token_hands_nothing_over() -> None:
     calls: list[Any] = []
     layer = nn.Linear(4, 4)
-    with record({"layer": layer}, lambda *call: calls.append(call)) as heard:
+    with record_layers({"layer": layer}, lambda *call: calls.append(call)) as heard:
         layer(torch.randn(0, 4)).sum().backward()
     assert heard.got_gradient == {"layer"}
     assert calls == []

@@ -43,7 +43,8 @@ def test_what_is_joined_comes_apart_again(side: type[Joined], parts: int) -> Non
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_product_of_joined_factors_is_the_change_of_the_product(parts: int) -> None:
     """Part by part: B's columns and A's rows of a part are joined within the part."""
-    a0, da, b0, db = (drawn(*SHAPES[side], seed=seed) for seed, side in enumerate((JoinedA, JoinedA, JoinedB, JoinedB)))
+    a0, da = (drawn(*SHAPES[JoinedA], seed=seed) for seed in (0, 1))
+    b0, db = (drawn(*SHAPES[JoinedB], seed=seed) for seed in (2, 3))
     a_P2I = JoinedA(parts).joined(a0, da).unflatten(0, (parts, -1))
     for part in range(parts):
         rows = slice(part * RANK // parts, (part + 1) * RANK // parts)

@@ -107,7 +107,7 @@ def test_experts_without_a_token_start_as_plain_lora_with_one_warning_that_count
         estimate = lora_ga.initialize(one_silent, causal())
     texts = [str(warning.message) for warning in said if "experts" in str(warning.message)]
     assert len(texts) == 1
-    assert texts[0].startswith("4 of 16 experts (or groups) got no gradient, as model.layers.0.mlp.experts")
+    assert texts[0].startswith("4 of 16 experts (or groups) got no gradient, for example model.layers.0.mlp.experts")
     assert torch.equal(logits(one_silent, causal(1)[0]), expected)
     for name, target in targets.items():
         a, b = target.layer.lora_A["default"], target.layer.lora_B["default"]

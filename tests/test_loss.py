@@ -96,5 +96,5 @@ def test_rows_are_counted_where_labels_have_other_names() -> None:
 
 
 def test_a_second_value_that_is_no_weight_is_named() -> None:
-    with pytest.raises(ValueError, match=r"loss_fn returned \(loss, dict\); the second is to be the weight, a number"):
+    with pytest.raises(ValueError, match=r"loss_fn returned \(loss, dict\); the second must be the weight, a number"):
         weighed_loss(llama(), causal(1)[0], lambda model, batch: (model(**batch).loss, {"logits": 1}))  # type: ignore[arg-type,return-value]

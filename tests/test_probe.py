@@ -23,7 +23,7 @@ from cases import Convolutions, Twisted, mixtral, seeded
 from fused import ALL, FusedLlama, fused_llama
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.adapter.structure import give_structure
-from lora_ga.gradients.probe import _random
+from lora_ga.gradients.probe import random_probe
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import find_targets
 from lora_ga.linalg.low_rank import LowRank
@@ -261,7 +261,7 @@ def test_the_probes_directions_depend_on_the_seed_and_the_layer_alone() -> None:
     assert not any(torch.equal(product(first[name]), product(other[name])) for name in first)
     assert all(torch.allclose(product(first[name]), product(few[name]), atol=1e-6) for name in few)
     target = find_targets(fused_llama())["blocks.0.q_proj"]
-    one, two = (_random(name, target, 4, 0, torch.float32) for name in ("blocks.0.q_proj", "blocks.0.k_proj"))
+    one, two = (random_probe(name, target, 4, 0, torch.float32) for name in ("blocks.0.q_proj", "blocks.0.k_proj"))
     assert not torch.equal(one.omega, two.omega)
     assert not torch.equal(one.psi, two.psi)
 

@@ -56,7 +56,7 @@ def test_a_layer_has_settled_when_batches_times_change_is_small_twice_in_a_row()
     found = []
     for index, change in enumerate([0.5, 0.004, 0.02, 0.002, 0.002, 0.0], start=1):
         progress.batches, progress.weight = index, 10.0 * index
-        found.append(progress.settle({"a": change}, 0.01))
+        found.append(progress.update_converged({"a": change}, 0.01))
     # n · change: 0.5, 0.008, 0.06, 0.008, 0.01, 0
     assert found[:5] == [[], [], [], [], ["a"]]
     assert (progress.settled, progress.settled_weight) == ({"a": 6}, {"a": 60.0})  # the loop would have let it go at 5
@@ -187,8 +187,8 @@ OTHERS: dict[str, tuple[Callable[[], Any], list[Any], dict[str, Any], str]] = {
     "seed": (lambda: adapted(llama()), BATCHES, {"seed": 1}, r"config\.seed is 0 in one, 1 in the other"),
     "settings": (lambda: adapted(llama()), BATCHES, {"oversample": 2}, r"config\.oversample is 16 in one, 2 in"),
     "rank": (lambda: adapted(llama(), r=2), BATCHES, {}, r"q_proj is 4 in one, 2 in the other; .* and \d+ more"),
-    "order": (lambda: adapted(llama()), swapped(BATCHES), {}, "made from other batches: it has seen 4"),
-    "fewer": (lambda: adapted(llama()), BATCHES[:3], {}, "made from other batches: it has seen 4"),
+    "order": (lambda: adapted(llama()), swapped(BATCHES), {}, "made from other batches: it has read 4"),
+    "fewer": (lambda: adapted(llama()), BATCHES[:3], {}, "made from other batches: it has read 4"),
 }
 
 

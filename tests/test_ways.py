@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import lora_ga
 from lora_ga import LoraGAConfig
-from lora_ga.gradients.hooks import record
-from lora_ga.gradients.isolation import frozen
+from lora_ga.gradients.hooks import record_layers
+from lora_ga.gradients.isolation import isolated
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import find_targets
 from toys import adapted, causal, llama, logits, tokens, train
@@ -171,7 +171,7 @@ def test_tokens_under_padding_have_no_output_gradient_and_do_not_count(side: str
     model = adapted(llama())
     heard: dict[str, Tensor] = {}
     layers = {name: target.layer for name, target in find_targets(model).items()}
-    with frozen(model, "default"), record(layers, lambda name, x, g: heard.__setitem__(name, g)):
+    with isolated(model, "default"), record_layers(layers, lambda name, x, g: heard.__setitem__(name, g)):
         model(**wide).loss.backward()
     blank = wide["attention_mask"].flatten() == 0
     assert set(heard) == set(layers)

@@ -19,7 +19,7 @@ from lora_ga.adapter.structure import on_meta
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded, whole
 from lora_ga.files import fingerprint
-from lora_ga.gradients.coverage import settle_missing, warn_silent
+from lora_ga.gradients.coverage import report_missing, warn_parts
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import base_weights, entries, kind_of, weight_of
@@ -83,8 +83,8 @@ def make_plan(
                 "without low_cpu_mem_usage, or leave the layer out of target_modules."
             )
     if config.on_missing == "error" or len(reasons) == len(targets):
-        settle_missing(reasons, targets, config.on_missing)
-    settle_missing({name: why for name, why in reasons.items() if name not in said}, targets, config.on_missing)
+        report_missing(reasons, targets, config.on_missing)
+    report_missing({name: why for name, why in reasons.items() if name not in said}, targets, config.on_missing)
     aligned = {name: target for name, target in targets.items() if name not in reasons}
     _check_shapes(estimate, aligned)
     if config.offset == "base":
@@ -156,7 +156,7 @@ def _warn_silent_parts(estimate: GradientEstimate, targets: dict[str, Target], s
     parts = [key for target in targets.values() if target.parts > 1 for key in target.keys]
     silent = [key for key in parts if key not in estimate]
     if any(key not in said for key in silent):
-        warn_silent(len(silent), len(parts), silent[0])
+        warn_parts(len(silent), len(parts), silent[0])
 
 
 def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> None:

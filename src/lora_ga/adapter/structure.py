@@ -22,8 +22,8 @@ from lora_ga.adapter.save import AlignedLoraConfig
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import partitioned, placed_like, register_moved, whole
 from lora_ga.files import fingerprint
-from lora_ga.gradients.coverage import settle_missing
-from lora_ga.gradients.isolation import place_of
+from lora_ga.gradients.coverage import report_missing
+from lora_ga.gradients.isolation import compute_device
 from lora_ga.layers.embedding import FactorTable
 from lora_ga.layers.factors import FACTORS, Factor, follow_plan
 from lora_ga.layers.kinds import entries, layout_of, weight_of
@@ -58,7 +58,7 @@ def give_structure(model: PeftModel, config: LoraGAConfig, adapter_name: str) ->
             )
     too_small = {name: target.too_small for name, target in targets.items() if target.too_small}
     if config.on_missing == "error" or len(too_small) == len(targets):
-        settle_missing(too_small, targets, config.on_missing)
+        report_missing(too_small, targets, config.on_missing)
     aligned = {name: target for name, target in targets.items() if name not in too_small}
     build_structure(model, aligned, {name: targets[name] for name in too_small}, config, adapter_name)
 
@@ -148,7 +148,7 @@ def make_factors(
                 "modules. Use LoraGACallback, or call lora_ga.initialize before DeepSpeed wraps the model."
             )
         elif old.is_meta:
-            start = torch.zeros_like(old, device=place_of(layer))
+            start = torch.zeros_like(old, device=compute_device(layer))
         if start is not old:
             zeros = torch.zeros(start.shape, dtype=old.dtype, device=start.device)
             parameter = nn.Parameter(placed_like(zeros, old, start.device), old.requires_grad)

@@ -1,4 +1,4 @@
-"""One batch through the model: its loss, its backward pass, and what its gradient counts for."""
+"""One batch through the model: its loss, its backward pass, and the scale of its gradients."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from lora_ga.gradients.isolation import device_of, in_half
+from lora_ga.gradients.isolation import computes_in_float16, input_device
 from lora_ga.gradients.loss import BatchError, LossFunction, weighed_loss
 
 
 @contextlib.contextmanager
-def numbered(index: int) -> Iterator[None]:
-    """Say of which batch an error is.
+def batch_in_errors(number: int) -> Iterator[None]:
+    """Name the batch in the errors of the block.
 
     Args:
-        index: The batch's number, from 1.
+        number: The batch's number, from 1.
 
     Yields:
         Nothing.
@@ -30,41 +30,36 @@ def numbered(index: int) -> Iterator[None]:
     try:
         yield
     except BatchError as error:
-        raise ValueError(f"batch {index}: {error}.") from error
+        raise ValueError(f"batch {number}: {error}.") from error
     except FloatingPointError as error:
         raise ValueError(
-            f"batch {index}: {error}. Check that batch, or compute in float32 or bfloat16 (float16 overflows)."
+            f"batch {number}: {error}. Check that batch, or compute in float32 or bfloat16 (float16 overflows)."
         ) from error
 
 
-class Pass:
-    """Passes batches through a model, one at a time.
-
-    Attributes:
-        scale: What the gradients of the backward pass under way are to be multiplied with: the batch's weight over
-            what its loss was multiplied with; 0 while nothing is listened to.
-    """
+class BatchPass:
+    """The forward and backward pass of one batch."""
 
     def __init__(self, model: Any, loss_fn: LossFunction | None) -> None:
+        """Pass batches through `model` with `loss_fn`, or with the model's own loss."""
         self.model, self.loss_fn = model, loss_fn
-        self.device = device_of(model)
-        self.half = in_half(model, self.device)
-        self.scale = 1.0
+        self.device = input_device(model)
+        self.float16 = computes_in_float16(model, self.device)
 
     def forward(self, batch: Any) -> tuple[Tensor, float]:
-        """The loss of a batch and the batch's weight."""
+        """The loss of a batch, and the batch's weight in the mean of all."""
         return weighed_loss(self.model, send_to_device(batch, self.device), self.loss_fn)
 
-    def backward(self, loss: Tensor, weight: float, *, heard: bool = True) -> None:
-        """The backward pass of a batch.
+    def backward(self, loss: Tensor, weight: float) -> None:
+        """The backward pass of a batch, given its loss and its weight."""
+        if loss.requires_grad:  # otherwise no layer of the adapter ran; these are named after the pass
+            (loss * self._magnification(weight) if self.float16 else loss).backward()
 
-        Args:
-            loss: Its loss.
-            weight: Its weight.
-            heard: Whether it counts; else the pass is made for other processes' sake.
-        """
-        # A mean over many tokens would vanish in float16: pass the power of two next to the sum back.
-        magnified = 2.0 ** round(math.log2(weight)) if self.half else 1.0
-        self.scale = weight / magnified if heard else 0.0
-        if loss.requires_grad:  # else no target ran; said with their names once the pass is over
-            (loss * magnified if self.half else loss).backward()
+    def scale(self, weight: float) -> float:
+        """The factor that turns the gradients of `backward` into those of the batch's share in the sum of all."""
+        return weight / self._magnification(weight)
+
+    def _magnification(self, weight: float) -> float:
+        """The factor of the loss in the backward pass: 1, or in float16 the power of two nearest to the weight."""
+        # In float16 the gradients of a mean over many tokens would vanish. Multiplying by a power of two is exact.
+        return 2.0 ** round(math.log2(weight)) if self.float16 else 1.0

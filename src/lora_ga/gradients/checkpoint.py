@@ -1,4 +1,4 @@
-"""How far an estimate has come: what it has read, which layers have settled, and the file it goes on from."""
+"""The progress of an estimate: what it has read, which layers have converged, and the file that keeps both."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch import Tensor
 from lora_ga.files import differences, read_tensors, write_tensors
 
 FILE_KIND = "the running state of a LoRA-GA gradient estimate"
-# Batches in a row after which a layer has to look settled: one may look so by chance.
-CALM = 2
+# A layer has converged after so many batches in a row with a small change: one alone may be small by chance.
+SMALL_CHANGES = 2
+# Fields of `Progress` → their names in the file, where they differ.
+FILE_KEYS = {"small_changes": "calm"}
 
 
 @dataclasses.dataclass
@@ -24,12 +26,12 @@ class Progress:
 
     Attributes:
         batches: Micro-batches read.
-        weight: Label tokens seen.
+        weight: Label tokens read.
         ran: Layers that ran.
         got_gradient: Layers whose output got a gradient.
-        calm: Layer → batches in a row that moved its directions by less than the tolerance.
-        settled: Layer → batches after which it had settled and was listened to no more.
-        settled_weight: Layer → label tokens seen until then.
+        small_changes: Layer → batches in a row that changed its directions by less than the tolerance.
+        settled: Layer that has converged → batches read until then. Later ones are not recorded.
+        settled_weight: Layer that has converged → label tokens read until then.
         digest: Of the batches read, where a checkpoint is kept; "" before the first.
     """
 
@@ -37,41 +39,42 @@ class Progress:
     weight: float = 0.0
     ran: set[str] = dataclasses.field(default_factory=set)
     got_gradient: set[str] = dataclasses.field(default_factory=set)
-    calm: dict[str, int] = dataclasses.field(default_factory=dict)
+    small_changes: dict[str, int] = dataclasses.field(default_factory=dict)
     settled: dict[str, int] = dataclasses.field(default_factory=dict)
     settled_weight: dict[str, float] = dataclasses.field(default_factory=dict)
     digest: str = ""
 
-    def settle(self, changes: Mapping[str, float], tolerance: float) -> list[str]:
-        """Note how far the last batch has turned the layers' leading directions.
+    def update_converged(self, changes: Mapping[str, float], tolerance: float) -> list[str]:
+        """Find the layers that have converged, from how far the last batch has turned their leading directions.
 
-        A change ε (see `streaming.direction_change`) made by the n-th of n equal batches means that the
-        directions are still n·ε from where they are going: the error of a mean over n batches falls as v/n, and the
-        step from n − 1 to n is v/n². A layer has settled when n·ε is within the tolerance twice in a row.
+        A change ε (the mean squared sine, see `low_rank.turned`) made by the n-th of n equal batches means that the
+        directions are still n·ε from their limit: the error of a mean over n batches falls as v/n, and the step from
+        n − 1 to n is v/n². A layer has converged when n·ε is within the tolerance twice in a row.
 
         Args:
             changes: Layer → ε, for the layers that the last batch reached.
             tolerance: The largest n·ε.
 
         Returns:
-            The layers that have now settled.
+            The layers that have now converged.
         """
         for name, change in changes.items():
-            self.calm[name] = self.calm.get(name, 0) + 1 if self.batches * change <= tolerance else 0
-        done = [name for name in changes if self.calm[name] >= CALM]
-        for name in done:
+            small = self.batches * change <= tolerance
+            self.small_changes[name] = self.small_changes.get(name, 0) + 1 if small else 0
+        converged = [name for name in changes if self.small_changes[name] >= SMALL_CHANGES]
+        for name in converged:
             self.settled[name], self.settled_weight[name] = self.batches, self.weight
-        return done
+        return converged
 
     @classmethod
     def sum(cls, parts: Sequence[Progress]) -> Progress:
-        """What several processes have read together. A layer seen by one of them is seen.
+        """The progress of several processes together. A layer that ran in one of them ran.
 
         Args:
             parts: The progress of each.
 
         Returns:
-            Their sum; a layer that settled in some of them counts in the others to their end.
+            Their sum. A layer that converged in some of them counts all batches of the others.
         """
         total = cls(sum(part.batches for part in parts), sum(part.weight for part in parts))
         total.ran, total.got_gradient = (
@@ -82,30 +85,30 @@ class Progress:
             total.settled_weight[name] = sum(part.settled_weight.get(name, part.weight) for part in parts)
         return total
 
-    def read(self, batch: Any) -> None:
-        """Take a batch into the digest."""
+    def update_digest(self, batch: Any) -> None:
+        """Add a batch to the digest."""
         total = hashlib.sha256(self.digest.encode())
-        _take_in(total, batch)
+        _hash(total, batch)
         self.digest = total.hexdigest()
 
 
 def digest_of(batch: Any) -> str:
-    """A digest of a batch's numbers and words; "" of one that has none this library can read."""
+    """A digest of a batch's numbers and strings; "" if it has none that this library can read."""
     total = hashlib.sha256()
-    _take_in(total, batch)
+    _hash(total, batch)
     found = total.hexdigest()
     return "" if found == hashlib.sha256().hexdigest() else found
 
 
-def _take_in(total: Any, value: Any) -> None:
-    """Feed the numbers and words of a nested value to a hash."""
+def _hash(total: Any, value: Any) -> None:
+    """Update a hash with the numbers and strings of a nested value."""
     if isinstance(value, Mapping):
         for key in value:
             total.update(str(key).encode())
-            _take_in(total, value[key])
+            _hash(total, value[key])
     elif isinstance(value, (tuple, list)):
         for each in value:
-            _take_in(total, each)
+            _hash(total, each)
     elif isinstance(value, Tensor):
         total.update(f"{value.dtype} {tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -115,7 +118,7 @@ def _take_in(total: Any, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The file an interrupted estimate goes on from.
+    """The file from which an interrupted estimate continues.
 
     Attributes:
         path: The file.
@@ -134,17 +137,24 @@ class Checkpoint:
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         """Write the state, atomically.
 
+        Args:
+            progress: The progress.
+            tensors: What the accumulator holds.
+
         Raises:
             OSError: It could not be written, for instance because the disk is full; an earlier state is intact.
         """
-        values = {key: sorted(value) if isinstance(value, set) else value for key, value in vars(progress).items()}
+        values = {
+            FILE_KEYS.get(field, field): sorted(value) if isinstance(value, set) else value
+            for field, value in vars(progress).items()
+        }
         try:
             write_tensors(self.path, FILE_KIND, tensors, {"identity": self.identity, "progress": values})
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"the checkpoint could not be written after batch {progress.batches} ({error.strerror}); the state "
-                "saved before, if there is one, is intact. Make room and call again: it goes on from there",
+                "saved before, if there is one, is intact. Make room and call again: the estimate continues from there",
                 str(self.path),
             ) from error
 
@@ -161,13 +171,15 @@ class Checkpoint:
             return Progress(), {}
         tensors, about = read_tensors(self.path, FILE_KIND)
         try:
-            identity, values = about["identity"], about["progress"]
+            identity = about["identity"]
+            fields = {key: field for field, key in FILE_KEYS.items()}
+            values = {fields.get(key, key): value for key, value in about["progress"].items()}
             progress = Progress(**values | {key: set(values[key]) for key in ("ran", "got_gradient")})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: damaged, its record lacks {error}. Remove it to start anew.") from error
+            raise ValueError(f"{self.path}: damaged, its record lacks {error}. Remove it to start again.") from error
         if found := differences(identity, self.identity):
             raise ValueError(
-                f"{self.path} belongs to another estimate: {found}. Give this one a checkpoint of its own, or remove "
-                "the file to start anew."
+                f"{self.path} belongs to another estimate: {found}. Give each estimate its own checkpoint, or remove "
+                "the file to start again."
             )
         return progress, tensors

@@ -1,4 +1,4 @@
-"""Layers and parts of layers that the gradient does not reach: why, and what is said of them."""
+"""Layers, and parts of layers, without a usable gradient: the reasons, and the errors and warnings about them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lora_ga.linalg.low_rank import LowRank
 
 
 def missing(targets: Mapping[str, Target], progress: Progress, factors: Mapping[str, LowRank | None]) -> dict[str, str]:
-    """Why layers cannot be aligned.
+    """Find the layers that cannot be aligned.
 
     Args:
         targets: All layers of the adapter.
-        progress: What ran, and what got a gradient.
+        progress: Which layers ran, and which got a gradient.
         factors: Part → the directions found.
 
     Returns:
@@ -38,32 +38,32 @@ def missing(targets: Mapping[str, Target], progress: Progress, factors: Mapping[
     return reasons
 
 
-def warn_thin(layers: Mapping[str, LowRank], targets: Mapping[str, Target]) -> None:
-    """Say which layers take rounding noise for directions, because their gradient has fewer than 2r of them.
+def warn_few_directions(layers: Mapping[str, LowRank], targets: Mapping[str, Target]) -> None:
+    """Warn of layers whose gradient has fewer than 2r directions, so that the others are rounding noise.
 
     Args:
         layers: Part → the directions found.
         targets: Part → its layer.
     """
-    thin = []
+    few = []
     for name, layer in layers.items():
         wanted = 2 * targets[name].rank
         floor = torch.finfo(layer.S.dtype).eps * max(targets[name].inputs, targets[name].outputs) * layer.S[0]
         found = int((layer.S[:wanted] > floor).sum())
         if found < wanted:
-            thin.append(f"  {name}: {found} directions, rank {targets[name].rank} uses {wanted}")
-    if thin:
-        listed = "\n".join(thin)
+            few.append(f"  {name}: {found} directions, rank {targets[name].rank} uses {wanted}")
+    if few:
+        listed = "\n".join(few)
         warnings.warn(
-            f"Fewer gradient directions than the start uses, in {len(thin)} of {len(layers)} layers:\n{listed}\nThe "
-            "rest is arbitrary. Use more or larger batches, or a smaller rank.",
+            f"Fewer gradient directions than the start uses, in {len(few)} of {len(layers)} layers:\n{listed}\nThe "
+            "other directions are arbitrary. Use more or larger batches, or a smaller rank.",
             UserWarning,
             stacklevel=3,
         )
 
 
 def warn_probed(probed: Sequence[str], layers: int) -> None:
-    """Say which layers ran without being seen.
+    """Warn that layers ran without being called, and were probed.
 
     Args:
         probed: The layers.
@@ -72,19 +72,19 @@ def warn_probed(probed: Sequence[str], layers: int) -> None:
     more = f" and {len(probed) - 3} more" if len(probed) > 3 else ""
     warnings.warn(
         f"{len(probed)} of {layers} layers ran without being called, as under fused kernels that read their weights: "
-        f"{', '.join(probed[:3])}{more}. Their gradients were heard through a probe adapter, in two more passes over "
-        'the batches. If that is all layers, LoraGAConfig(estimator="probe") saves the pass before.',
+        f"{', '.join(probed[:3])}{more}. Their gradients were found with a probe adapter, in two more passes over "
+        'the batches. If these are all layers, LoraGAConfig(estimator="probe") saves the first pass.',
         UserWarning,
         stacklevel=5,
     )
 
 
-def refuse_unprobed(targets: Mapping[str, Target], checkpoint: object, *, sharded: bool) -> None:
-    """Refuse what `estimator="probe"` cannot do.
+def refuse_probe(targets: Mapping[str, Target], checkpoint: object, *, sharded: bool) -> None:
+    """Refuse `estimator="probe"` where it does not work.
 
     Args:
         targets: The layers.
-        checkpoint: The checkpoint asked for, if one is.
+        checkpoint: The file of a checkpoint; None without one.
         sharded: Whether the model's parameters are spread over processes.
 
     Raises:
@@ -92,13 +92,13 @@ def refuse_unprobed(targets: Mapping[str, Target], checkpoint: object, *, sharde
     """
     if sharded:
         raise ValueError(
-            'estimator="probe" puts factors of its own into the layers, which a sharded model cannot take. Call this '
+            'estimator="probe" puts other factors into the layers, which is not possible in a sharded model. Call this '
             'before the model is sharded, or use estimator="streaming".'
         )
     if checkpoint is not None:
         raise ValueError(
-            f'estimator="probe" keeps no running state, but a checkpoint was asked for ({checkpoint}). Leave it out, '
-            'or use estimator="streaming", which probes the layers that it cannot hear otherwise.'
+            f'estimator="probe" keeps no running state, but a checkpoint was given ({checkpoint}). Leave it out, or '
+            'use estimator="streaming", which probes the layers that are never called.'
         )
     others = [name for name, target in targets.items() if not target.layout.probed]
     if others:
@@ -106,50 +106,50 @@ def refuse_unprobed(targets: Mapping[str, Target], checkpoint: object, *, sharde
         more = f" ({len(others) - 1} more layers like this)" if len(others) > 1 else ""
         raise ValueError(
             f'{others[0]} is a {kind}, and estimator="probe" works on linear layers only{more}. Use '
-            'estimator="streaming", which probes the linear layers that it cannot hear otherwise, or leave it out.'
+            'estimator="streaming", which probes the linear layers that are never called, or leave the layer out.'
         )
 
 
-def silent_parts(targets: Mapping[str, Target], factors: Mapping[str, LowRank | None]) -> dict[str, str]:
-    """The parts (experts, groups) without a gradient of layers that have one, with a warning that counts them.
+def parts_without_gradient(targets: Mapping[str, Target], factors: Mapping[str, LowRank | None]) -> dict[str, str]:
+    """Find the parts (experts, groups) without a gradient, in layers whose other parts have one, and warn of them.
 
     Args:
-        targets: The layers that have one.
+        targets: The layers that have a gradient.
         factors: Part → the directions found.
 
     Returns:
         Part → why it starts as plain LoRA.
     """
     parts = [key for target in targets.values() if target.parts > 1 for key in target.keys]
-    silent = [key for key in parts if (factor := factors.get(key)) is None or factor.norm == 0]
-    if silent:
-        warn_silent(len(silent), len(parts), silent[0])
-    return dict.fromkeys(silent, "got no token")
+    empty = [key for key in parts if (factor := factors.get(key)) is None or factor.norm == 0]
+    if empty:
+        warn_parts(len(empty), len(parts), empty[0])
+    return dict.fromkeys(empty, "got no token")
 
 
-def warn_silent(silent: int, parts: int, first: str) -> None:
-    """Say how many parts start as plain LoRA.
+def warn_parts(empty: int, parts: int, first: str) -> None:
+    """Warn of parts that start as plain LoRA, because no token reached them.
 
     Args:
-        silent: Their number.
+        empty: Their number.
         parts: The number of all parts.
         first: The name of one of them.
     """
     warnings.warn(
-        f"{silent} of {parts} experts (or groups) got no gradient, as {first}: no token reached them. They start as "
-        "plain LoRA; use more batches to reach them.",
+        f"{empty} of {parts} experts (or groups) got no gradient, for example {first}: no token reached them. They "
+        "start as plain LoRA. Use more batches to reach them.",
         UserWarning,
         stacklevel=4,
     )
 
 
-def settle_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on_missing: str) -> None:
-    """Raise or warn about layers that cannot be aligned.
+def report_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on_missing: str) -> None:
+    """Raise an error, or warn, where layers cannot be aligned.
 
     Args:
         reasons: Layer name → why.
         targets: All layers of the adapter.
-        on_missing: The configuration's choice.
+        on_missing: `LoraGAConfig.on_missing`: "error" or "lora".
 
     Raises:
         ValueError: There are such layers and `on_missing` is "error", or all layers are.

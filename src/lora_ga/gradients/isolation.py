@@ -1,4 +1,8 @@
-"""A model as the estimate needs it, and afterwards exactly as it was."""
+"""The model as an estimate needs it, and afterwards exactly as it was.
+
+This is the only file of the package that assigns to attributes of other people's modules. Each function here either
+restores what it changed, or names the function that does.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,14 @@ import contextlib
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ga.distributed.sharding import reshard
@@ -22,7 +26,7 @@ from lora_ga.layers.kinds import packs, unpack
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Leave the global generators (torch on all devices, numpy, random) as they were found."""
+    """Restore the global random generators (torch on all devices, numpy, random) on leaving."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -33,11 +37,158 @@ def random_state_kept() -> Iterator[None]:
         random.setstate(python_state)
 
 
+@contextlib.contextmanager
+def isolated(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Prepare the model for an estimate, and restore it exactly on leaving, also after an error.
+
+    Meanwhile no parameter requires a gradient, so no `.grad` changes. The adapter `adapter_name` is inactive; other
+    active adapters stay active. All modules are in evaluation mode, so there is no dropout. Layers that checkpoint
+    their activations in training mode do so here too. No key-value cache is filled.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter to deactivate.
+
+    Yields:
+        Nothing.
+    """
+    # FSDP2 may have left gathered copies in place of its shards; `requires_grad` has to be set on the shards.
+    reshard(model)
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules = [(module, module.training) for module in model.modules()]
+    adapters = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in _lora_layers(model)]
+    config: Any = getattr(model.get_base_model(), "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    with contextlib.ExitStack() as stack:
+        try:
+            deactivate_adapter(model, adapter_name)
+            for module, _ in modules:
+                # A layer that packs its weight in evaluation mode passes no gradient afterwards; it has no dropout.
+                module.training = packs(module)
+                unpack(module)
+                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                    stack.enter_context(_checkpointed_in_evaluation(module))
+            if use_cache:
+                config.use_cache = False
+            yield
+        finally:
+            reshard(model)
+            for layer, active, disabled in adapters:
+                _set_active(layer, active, enabled=not disabled)
+            for parameter, required in parameters:
+                parameter.requires_grad_(required)
+            for module, training in modules:
+                module.training = training
+            if use_cache:
+                config.use_cache = use_cache
+
+
+def deactivate_adapter(model: PeftModel, adapter_name: str) -> None:
+    """Deactivate an adapter, and let no parameter require a gradient. `isolated` restores both.
+
+    Call it again after a loss that disables adapters or switches between them, as preference losses do for their
+    reference model: switching back activates the adapter and lets its parameters require gradients.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in _lora_layers(model):
+        active = [name for name in layer.active_adapters if name != adapter_name]
+        layer.set_adapter(active, inference_mode=True)
+
+
+def activate_adapter(layer: LoraLayer, adapter_name: str) -> None:
+    """Activate an adapter in one layer, frozen, beside those that take part in the pass. `isolated` restores them.
+
+    Args:
+        layer: The layer.
+        adapter_name: The adapter.
+    """
+    others = [] if layer.disable_adapters else [name for name in layer.active_adapters if name != adapter_name]
+    _set_active(layer, [*others, adapter_name], enabled=True)
+
+
+def _set_active(layer: LoraLayer, names: Sequence[str], *, enabled: bool) -> None:
+    """Activate exactly these adapters of a layer, and freeze the parameters of all of them."""
+    if enabled != (not layer.disable_adapters):
+        layer.enable_adapters(enabled)  # with True, PEFT also unfreezes the active ones
+    layer.set_adapter(list(names), inference_mode=True)
+
+
+def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+@contextlib.contextmanager
+def factors_replaced(layer: Any, adapter_name: str, a: nn.Module, b: nn.Module) -> Iterator[None]:
+    """Put two modules in the place of an adapter's A and B in one linear layer, and put A and B back on leaving.
+
+    Args:
+        layer: PEFT's layer.
+        adapter_name: The adapter.
+        a: In the place of `layer.lora_A[adapter_name]`.
+        b: In the place of `layer.lora_B[adapter_name]`.
+
+    Yields:
+        Nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        for table, factor in ((layer.lora_A, a), (layer.lora_B, b)):
+            # `table[name] = factor` would give the factor LoRA-GA's structure where the adapter has it.
+            stack.callback(table.add_module, adapter_name, table[adapter_name])
+            table.add_module(adapter_name, factor.train(layer.training))
+        yield
+
+
+def shadow_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let `module.<name>` return a tensor in place of the parameter, until `unshadow_parameter`.
+
+    Python finds an entry in the module's `__dict__` before torch finds the parameter.
+
+    Args:
+        module: The module.
+        name: The parameter's name.
+        tensor: What to return.
+    """
+    module.__dict__[name] = tensor
+
+
+def unshadow_parameter(module: nn.Module, name: str) -> None:
+    """Let `module.<name>` return the parameter again; no error if it does already."""
+    module.__dict__.pop(name, None)
+
+
+@contextlib.contextmanager
+def _checkpointed_in_evaluation(layer: GradientCheckpointingLayer) -> Iterator[None]:
+    """Let a layer checkpoint its activations in evaluation mode; Transformers does so in training mode only.
+
+    Transformers has no setting for this, and training mode would switch on the dropout of the layer. So the layer's
+    `forward` is replaced for the time of the estimate.
+
+    Args:
+        layer: The layer.
+
+    Yields:
+        Nothing.
+    """
+    original = layer.__dict__.get("forward")  # set where Accelerate has hooked the layer; otherwise the class has it
+    layer.__dict__["forward"] = _checkpointed(layer, layer.forward)
+    try:
+        yield
+    finally:
+        del layer.__dict__["forward"]
+        if original is not None:
+            layer.__dict__["forward"] = original
+
+
 def _checkpointed(layer: GradientCheckpointingLayer, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's forward with its activations checkpointed, which Transformers does in training mode only."""
+    """A layer's forward with its activations checkpointed."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        # A cache would be filled a second time when the activations are computed again.
+        # Computing the activations a second time would also fill a cache a second time.
         for key in ("past_key_values", "past_key_value", "layer_past"):
             if kwargs.get(key) is not None:
                 kwargs[key] = None
@@ -46,92 +197,18 @@ def _checkpointed(layer: GradientCheckpointingLayer, forward: Callable[..., Any]
     return wrapped
 
 
-@contextlib.contextmanager
-def frozen(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """The model as the estimate needs it, and on leaving exactly as it was.
-
-    No parameter asks for a gradient (so no `.grad` is touched); the adapter `adapter_name` is out of the pass while
-    other active ones stay in it; all modules are in evaluation mode, so that there is no dropout, and those that would
-    checkpoint activations in training do so here too; no key-value cache is filled.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter to leave out.
-
-    Yields:
-        Nothing.
-    """
-    reshard(model)  # else these would be gathered copies, and the shards keep what they are set to here
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modules = [(module, module.training) for module in model.modules()]
-    active = [(module, module._active_adapter) for module in model.modules() if isinstance(module, LoraLayer)]
-    config: Any = getattr(model.get_base_model(), "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    with contextlib.ExitStack() as stack:
-        try:
-            put_aside(model, adapter_name)
-            for module, _ in modules:
-                module.training = packs(module)  # these know no dropout, and pass no gradient once they were evaluated
-                unpack(module)
-                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                    stack.enter_context(_replaced(module, "forward", _checkpointed(module, module.forward)))
-            if use_cache:
-                config.use_cache = False
-            yield
-        finally:
-            reshard(model)
-            for parameter, required in parameters:
-                parameter.requires_grad_(required)
-            for module, training in modules:
-                module.training = training
-            for module, names in active:
-                module._active_adapter = names
-            if use_cache:
-                config.use_cache = use_cache
-
-
-def put_aside(model: PeftModel, adapter_name: str) -> None:
-    """Take an adapter out of the pass and ask no parameter for a gradient.
-
-    Also for a loss that has switched adapters off or over, as preference losses do for their reference: switching back
-    undoes both.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter.
-    """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module._active_adapter = [name for name in module.active_adapters if name != adapter_name]
-
-
-@contextlib.contextmanager
-def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """An attribute of a module for a while; one that the module only had from its class is removed again."""
-    own = module.__dict__.get(name)
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        del module.__dict__[name]
-        if own is not None:
-            module.__dict__[name] = own
-
-
-def device_of(model: Any) -> torch.device:
-    """Where batches go: the device of the input embeddings, or of the first parameter."""
+def input_device(model: Any) -> torch.device:
+    """Where batches have to be: the device of the input embeddings, or of the first parameter."""
     try:
         embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # not a Transformers model, or one of sounds or pictures
+    except (AttributeError, NotImplementedError):  # not a Transformers model, or one for audio or images
         embeddings = None
     parameter = next((embeddings or model).parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def place_of(layer: nn.Module) -> torch.device:
-    """Where a layer computes: the device Accelerate moves its offloaded weights to, or that of its parameters."""
+def compute_device(layer: nn.Module) -> torch.device:
+    """Where a layer computes: the device to which Accelerate moves offloaded weights, or that of its parameters."""
     hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
     given = next((device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None), None)
     if given is not None:
@@ -140,7 +217,7 @@ def place_of(layer: nn.Module) -> torch.device:
     return next(held, torch.device("cpu"))
 
 
-def in_half(model: nn.Module, device: torch.device) -> bool:
-    """Whether gradients pass through float16: the weights are of it, or autocast is on with it."""
+def computes_in_float16(model: nn.Module, device: torch.device) -> bool:
+    """Whether gradients pass through float16: the model has float16 weights, or autocast to float16 is on."""
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
     return autocast or any(parameter.dtype == torch.float16 for parameter in model.parameters())

@@ -1,7 +1,7 @@
-"""From a batch to a loss and its weight.
+"""The loss of a batch, and its weight.
 
-A loss is a mean over label tokens, so the gradient of the whole is the mean of the micro-batches' gradients weighted by
-their numbers of label tokens. Unweighted they add up to another gradient.
+A loss is a mean over label tokens. So the gradient of the mean loss over all batches is the mean of their gradients,
+weighted by their numbers of label tokens; the unweighted mean is another gradient.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ SHIFTING = {"ForCausalLM", "ForConditionalGeneration"}
 
 
 class BatchError(ValueError):
-    """A batch whose loss cannot be used; the caller adds its number."""
+    """The loss of a batch cannot be used. `batch_in_errors` adds the number of the batch."""
 
 
 def _shifts(model: nn.Module) -> bool:
-    """Whether the model's own loss shifts labels: decoders do, encoder-decoders and classifiers do not."""
+    """Whether the loss of the model shifts labels: decoders do, encoder-decoders and classifiers do not."""
     base = base_model(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return False
     kind, name = getattr(base, "loss_type", None), type(base).__name__
-    # GPT2LMHeadModel and its kin declare no loss type; XLMWithLMHeadModel and its kin do not shift.
+    # Older decoders (GPT2LMHeadModel) declare no loss type. Models named like XLMWithLMHeadModel do not shift.
     return kind in SHIFTING or (kind is None and name.endswith("LMHeadModel") and not name.endswith("WithLMHeadModel"))
 
 
@@ -39,13 +39,13 @@ def label_tokens(model: nn.Module, batch: Any) -> float | None:
     """How many terms a batch's mean loss is a mean over.
 
     Args:
-        model: The model, whose class says whether labels are shifted.
+        model: The model; its class determines whether labels are shifted.
         batch: A batch.
 
     Returns:
-        What `num_items_in_batch` says where the batch sets it; the number of integer labels other than -100, of tokens
-        or rows; the number of rows where there are other labels or none (`start_positions`, a tuple); None if the
-        batch shows no rows either.
+        `num_items_in_batch`, if the batch has it. Otherwise the number of integer labels other than -100 (one a token
+        or one a row). Where there are no integer labels (`start_positions`, a tuple), the number of rows. None if
+        the batch has no tensor with rows either.
     """
     if not isinstance(batch, Mapping):
         return _rows(batch if isinstance(batch, (tuple, list)) else [batch])
@@ -67,7 +67,7 @@ def _rows(values: Iterable[Any]) -> float | None:
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The default loss: what the model itself computes from a batch with labels.
+    """The default loss: the one that the model computes from a batch with labels.
 
     Args:
         model: A model whose output has a `loss`.
@@ -97,7 +97,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def counted_labels(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> float | None:
-    """The label tokens of a batch, which must have some if its loss is to be the model's own.
+    """The label tokens of a batch; the model's own loss needs at least one.
 
     Args:
         model: The model.
@@ -117,7 +117,7 @@ def counted_labels(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -
 
 
 def weighed_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> tuple[Tensor, float]:
-    """The loss of one micro-batch and its weight in the whole.
+    """The loss of one micro-batch, and its weight in the mean of all.
 
     Args:
         model: The model.
@@ -125,11 +125,12 @@ def weighed_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> 
         loss_fn: The caller's loss, `(model, batch) → loss` or `→ (loss, weight)`; None for the model's own.
 
     Returns:
-        The loss and its weight: what `loss_fn` says; otherwise the number of label tokens or rows, or 1 where none are
-        seen.
+        The loss and its weight. The weight is the one that `loss_fn` returns; otherwise the number of label tokens or
+        rows, or 1 where the batch shows neither.
 
     Raises:
-        BatchError: The batch has no label at all, the loss is not a finite scalar, or the weight not a number above 0.
+        BatchError: The batch has no label at all, the loss is not a finite scalar, or the weight is not a finite
+            number above 0.
     """
     counted = counted_labels(model, batch, loss_fn)
     result = model_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
@@ -141,8 +142,8 @@ def weighed_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> 
         raise BatchError(f"its loss is {loss.item()}. Check the data, or compute the loss in float32")
     if not (isinstance(weight, (int, float)) or (isinstance(weight, Tensor) and weight.numel() == 1)):
         raise BatchError(
-            f"loss_fn returned (loss, {type(weight).__name__}); the second is to be the weight, a number: return the "
-            "loss alone, or (loss, number of terms it is a mean over)"
+            f"loss_fn returned (loss, {type(weight).__name__}); the second must be the weight, a number. Return the "
+            "loss alone, or (loss, number of terms that it is a mean over)"
         )
     if not (0 < float(weight) < float("inf")):
         raise BatchError(f"its weight is {float(weight)}; it must be a finite number above 0")

@@ -1,4 +1,4 @@
-"""The gradient estimate as an object: a mapping of layers to low-rank factors, with its file and its sum."""
+"""`GradientEstimate`: the low-rank gradients of all layers, its file, the sum of several, and its numbers by layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.files import differences, read_tensors, write_tensors
-from lora_ga.linalg import low_rank as lowrank
+from lora_ga.linalg import low_rank
 from lora_ga.linalg.low_rank import LowRank
 from lora_ga.version import __version__
 
@@ -26,14 +26,14 @@ class GradientEstimate(Mapping[str, LowRank]):
     """The leading directions of the loss gradient of every adapted weight, as a mapping layer name → `LowRank`.
 
     Attributes:
-        layers: Layer name → factorisation of the gradient of the mean loss over all label tokens seen.
-        config: The settings it was made with.
-        fingerprint: Of the base model it was made on.
-        weight: Label tokens seen (or the sum of what `loss_fn` said).
-        batches: Micro-batches seen.
-        missing: Layers without a usable gradient → the reason; empty unless `on_missing="lora"`.
-        settled: Layers that settled before the end (see `LoraGAConfig.tolerance`) → batches after which they had.
-        settled_weight: The same layers → label tokens seen until then.
+        layers: Layer name → factorisation of the gradient of the mean loss over all label tokens read.
+        config: The settings of the estimate.
+        fingerprint: Of the base model.
+        weight: Label tokens read (or the sum of the weights that `loss_fn` returned).
+        batches: Micro-batches read.
+        missing: Layer without a usable gradient → the reason; empty unless `on_missing="lora"`.
+        settled: Layer that converged before the end (see `LoraGAConfig.tolerance`) → batches read until then.
+        settled_weight: The same layers → label tokens read until then.
     """
 
     layers: Mapping[str, LowRank]
@@ -55,18 +55,20 @@ class GradientEstimate(Mapping[str, LowRank]):
         return len(self.layers)
 
     def limit(self, rank: int) -> dict[str, float]:
-        """The alignment limit of every layer: the largest share of its gradient a LoRA of rank `rank` can follow.
+        """The alignment limit of every layer: the largest cosine between its gradient and a first step of LoRA.
+
+        This is `√(Σ_{i≤2r} σᵢ² / Σ σᵢ²)` with the singular values σᵢ of the gradient (Eckart-Young).
 
         Args:
             rank: r; the first step spans 2r directions.
 
         Returns:
-            Layer name → number between 0 and 1; NaN where fewer than 2r directions are held.
+            Layer name → number between 0 and 1; NaN where the estimate keeps fewer than 2r directions.
         """
         return {name: layer.limit(rank) for name, layer in self.layers.items()}
 
     def spectrum(self) -> dict[str, Tensor]:
-        """The singular values held, layer name → (K,), descending."""
+        """The singular values that the estimate keeps, layer name → (K,), descending."""
         return {name: layer.S for name, layer in self.layers.items()}
 
     def save(self, path: str | Path) -> None:
@@ -123,31 +125,31 @@ class GradientEstimate(Mapping[str, LowRank]):
             config = LoraGAConfig.from_dict(about["config"])
             rest = {key: about[key] for key in ABOUT}
         except KeyError as error:
-            raise ValueError(f"{path}: damaged, {error} is missing. Write it anew.") from error
+            raise ValueError(f"{path}: damaged, {error} is missing. Make the estimate again.") from error
         return cls(layers, config, **rest)
 
     def merge(self, *others: GradientEstimate) -> GradientEstimate:
-        """Add up estimates made on different batches of one model, weighted by their label tokens.
+        """Add up estimates of one model on different batches, weighted by their label tokens.
 
         Args:
             *others: Estimates of the same model with the same settings.
 
         Returns:
-            The estimate over all batches. What no part holds is lost, so it is that of one run up to truncation.
+            The estimate over all batches. It differs from that of one run by the directions that no part keeps.
 
         Raises:
             ValueError: The estimates differ in model, settings or layers.
         """
         for index, other in enumerate(others, start=2):
-            self._check_adds_up(other, index)
+            self._check_same_kind(other, index)
         every = (self, *others)
         layers, settled, settled_weight = {}, {}, {}
         for name in dict.fromkeys(name for estimate in every for name in estimate):
             having = [estimate for estimate in every if name in estimate]
             total = sum(estimate.weight_of(name) for estimate in having)
             parts = [(estimate[name], estimate.weight_of(name) / total) for estimate in having]
-            omega = lowrank.probes(parts[0][0].V.shape[0], self.config.seed)
-            layers[name] = lowrank.merge(parts, parts[0][0].S.numel(), omega)
+            omega = low_rank.probes(parts[0][0].V.shape[0], self.config.seed)
+            layers[name] = low_rank.merge(parts, parts[0][0].S.numel(), omega)
             if any(name in estimate.settled for estimate in having):
                 settled[name] = sum(estimate.settled.get(name, estimate.batches) for estimate in having)
                 settled_weight[name] = total
@@ -163,18 +165,18 @@ class GradientEstimate(Mapping[str, LowRank]):
         )
 
     def weight_of(self, name: str) -> float:
-        """Label tokens that a layer's gradient is the mean over: all, or those until it settled."""
+        """Label tokens that a layer's gradient is the mean over: all, or those read until it converged."""
         return self.settled_weight.get(name, self.weight)
 
     def held(self) -> dict[str, float]:
-        """The share of ‖G‖² that is held, layer → number between 0 and 1 (see `LowRank.held`)."""
+        """The share of ‖G‖² that the estimate keeps, layer → number between 0 and 1 (see `LowRank.held`)."""
         return {name: layer.held for name, layer in self.layers.items()}
 
-    def _check_adds_up(self, other: GradientEstimate, index: int) -> None:
-        """Refuse the `index`-th estimate of a sum if it is of another model or made otherwise.
+    def _check_same_kind(self, other: GradientEstimate, index: int) -> None:
+        """Refuse the `index`-th estimate of a sum if it has another model, other settings, layers or ranks.
 
         Raises:
-            ValueError: It is, with the first differences.
+            ValueError: It has, with the first differences; or both are the same estimate.
         """
         pair = f"Estimates 1 and {index}"
         mine, theirs = ({"fingerprint": each.fingerprint, "config": each.config.to_dict()} for each in (self, other))
@@ -189,19 +191,19 @@ class GradientEstimate(Mapping[str, LowRank]):
             if held != others:
                 raise ValueError(f"{pair} hold {held} and {others} directions of {name}; make both with one rank.")
         if common and all(torch.equal(self[name].S, other[name].S) for name in common):
-            raise ValueError(f"{pair} are one and the same; it would count twice. Leave one out.")
+            raise ValueError(f"{pair} are one and the same, which would count twice. Leave one out.")
 
 
 def measures(estimate: GradientEstimate, ranks: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """The numbers of every layer.
+    """The numbers of every layer, for model cards and experiment trackers.
 
     Args:
         estimate: The estimate.
-        ranks: Layer name → r, of the layers that start from it.
+        ranks: Layer name → r, of the layers that start from the estimate.
 
     Returns:
-        Layer name → "gradient_norm" ‖G‖ (Frobenius), "alignment_limit" (of the layer's rank) and "settled_after"
-        (batches until the directions no longer changed); what is not known is absent.
+        Layer name → "gradient_norm" (‖G‖, Frobenius), "alignment_limit" (at the layer's rank) and "settled_after"
+        (batches until the layer converged). Numbers that are not known are left out.
     """
     found = {}
     for name, rank in ranks.items():
@@ -214,7 +216,7 @@ def measures(estimate: GradientEstimate, ranks: Mapping[str, int]) -> dict[str, 
 
 
 def scalars(estimate: GradientEstimate, ranks: Mapping[str, int]) -> dict[str, float]:
-    """The same as flat names, `lora_ga/<measure>/<layer>`, which every tracker groups in its own way."""
+    """The numbers of the estimate and of every layer by flat names, `lora_ga/<measure>/<layer>`, for trackers."""
     flat = {"lora_ga/batches": float(estimate.batches), "lora_ga/label_tokens": float(estimate.weight)}
     for name, values in measures(estimate, ranks).items():
         flat |= {f"lora_ga/{measure}/{name}": value for measure, value in values.items()}

@@ -2,8 +2,8 @@
 
     from lora_ga.compat import LoraConfig, LoraGAConfig, get_peft_model, preprocess_loraga
 
-`preprocess_loraga` runs the script's `train_step` under our capture, and `get_peft_model` writes the start. The formula
-is the paper's (PEFT multiplies B by the singular values and scales B only), and the base model is not changed.
+`preprocess_loraga` runs the script's `train_step` and records the gradients; `get_peft_model` writes the start. The
+formula is the paper's (PEFT multiplies B by the singular values and scales B only). The base model does not change.
 """
 
 from __future__ import annotations
@@ -15,31 +15,41 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 from peft import LoraConfig, LoraGAConfig, PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from lora_ga.adapter.write import apply_estimate
 from lora_ga.config import LoraGAConfig as Settings
 from lora_ga.files import fingerprint
-from lora_ga.gradients.estimate import estimate_gradients
 from lora_ga.gradients.isolation import random_state_kept
+from lora_ga.gradients.recording import recording
 from lora_ga.gradients.result import GradientEstimate
 
 __all__ = ["LoraConfig", "LoraGAConfig", "get_peft_model", "preprocess_loraga"]
 
 INIT = "lora_ga"
-# Written into a preprocessed configuration: PEFT's own get_peft_model refuses it by name, where it would make a plain
-# LoRA of "lora_ga" without a word.
-PREPROCESSED = "lora_ga (preprocessed by lora_ga.compat: call lora_ga.compat.get_peft_model)"
-# PEFT's names of the scales that this library calls otherwise.
+
+
+class _Preprocessed(str):
+    """The mark that `preprocess_loraga` leaves in a configuration, for `get_peft_model` here.
+
+    With "lora_ga", PEFT's own get_peft_model would make a plain LoRA of the configuration without an error. It refuses
+    every value of `init_lora_weights` that it does not know, and shows its `repr`, which therefore says what to call.
+    """
+
+    def __repr__(self) -> str:
+        return f"{str(self)!r} (preprocessed by lora_ga.compat: call lora_ga.compat.get_peft_model)"
+
+
+PREPROCESSED = _Preprocessed("lora_ga_preprocessed")
+# PEFT's names of scales → the names that this library uses.
 SCALES = {"weight_svd": "weight", "gd_scale": "gd"}
 
 _estimates: weakref.WeakKeyDictionary[nn.Module, GradientEstimate] = weakref.WeakKeyDictionary()
 
 
 def settings_of(lora_config: LoraConfig, config: Settings) -> Settings:
-    """This library's settings for PEFT's sub-configuration.
+    """This library's settings for those in PEFT's configuration.
 
     Args:
         lora_config: PEFT's configuration, with a `lora_ga_config`.
@@ -54,9 +64,8 @@ def settings_of(lora_config: LoraConfig, config: Settings) -> Settings:
     theirs = lora_config.lora_ga_config
     if theirs is None:
         raise ValueError(
-            "LoraConfig.lora_ga_config is None; lora_ga_config must be provided, since direction, scale and gamma come "
-            f'from there. If you want to use LoRA-GA: LoraConfig(init_lora_weights="{INIT}", '
-            "lora_ga_config=LoraGAConfig())."
+            "LoraConfig.lora_ga_config is None, but it holds the direction, the scale and gamma. Use "
+            f'LoraConfig(init_lora_weights="{INIT}", lora_ga_config=LoraGAConfig()).'
         )
     scale = SCALES.get(theirs.scale, theirs.scale)
     return dataclasses.replace(config, direction=theirs.direction, scale=scale, stable_gamma=theirs.stable_gamma)
@@ -70,25 +79,25 @@ def preprocess_loraga(
     *,
     config: Settings = Settings(),  # noqa: B008 (frozen)
 ) -> GradientEstimate:
-    """Estimate the gradients that `get_peft_model` will start from, by running the script's own backward passes.
+    """Estimate the gradients that `get_peft_model` starts from, by running the script's backward passes.
 
-    Unlike PEFT's function of this name, no weight is asked for a gradient and none is kept whole, `zero_grad()` between
-    the passes loses nothing, dropout is off, and only inputs and output gradients of the layers are read.
+    In PEFT's function of this name the weights get gradients, which stay in memory. Here they get none: the inputs and
+    output gradients of the layers are recorded. So `zero_grad()` between the passes loses nothing. Dropout is off.
 
     Args:
         model: The bare base model that `train_step` calls; afterwards exactly as it was.
-        lora_config: The adapter to be made. Its `init_lora_weights` is replaced by a note for `get_peft_model`.
-        train_step: Runs forward and backward passes, as many as the estimate is to see; their gradients add up.
-        cache_file: Where the estimate is kept, as a safetensors file; one that is there is read, and `train_step` does
-            not run.
+        lora_config: The adapter to be made. Its `init_lora_weights` becomes a mark for `get_peft_model`.
+        train_step: Runs all forward and backward passes of the estimate. Their gradients add up. If layers ran without
+            being called, as under fused kernels, it is called twice more.
+        cache_file: A safetensors file for the estimate. If it exists, it is read and `train_step` does not run.
         config: Settings that PEFT does not have: `estimator`, `oversample`, `power_steps`, `on_missing`, `seed`.
 
     Returns:
-        The estimate, which `get_peft_model` will also find by itself.
+        The estimate, which `get_peft_model` also finds by itself.
 
     Raises:
         ValueError: There is no `lora_ga_config`, the adapter cannot be aligned, `train_step` gives layers no gradient,
-            or the cache belongs to another model.
+            or the cached estimate belongs to another model.
     """
     settings = settings_of(lora_config, config)
     cache = None if cache_file is None else Path(cache_file)
@@ -111,33 +120,32 @@ def preprocess_loraga(
 def _estimated(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], settings: Settings
 ) -> GradientEstimate:
-    """Run `train_step` on the model with a plain adapter put in for the while, and take it out again."""
-
-    def script(_: nn.Module, __: Any) -> tuple[Tensor, float]:
-        train_step()
-        return torch.zeros(()), 1.0  # its backward passes are done: nothing is left to differentiate
-
+    """Run `train_step` on the model with a plain adapter in it, and remove the adapter again."""
     plain = dataclasses.replace(
-        _fresh(lora_config), task_type=None, modules_to_save=None, trainable_token_indices=None, bias="none"
+        _plain(lora_config), task_type=None, modules_to_save=None, trainable_token_indices=None, bias="none"
     )
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with random_state_kept():
-        probe = peft.get_peft_model(model, plain)
+        adapted = peft.get_peft_model(model, plain)
     try:
-        return estimate_gradients(probe, [None], settings, loss_fn=script)
+        with recording(adapted, settings) as recorded:
+            if settings.estimator != "probe":
+                train_step()
+            recorded.probe(train_step)
+        return recorded.estimate()
     finally:
-        probe.unload()
+        adapted.unload()
         for parameter, needed in required:
             parameter.requires_grad_(needed)
 
 
-def _fresh(lora_config: LoraConfig) -> LoraConfig:
-    """A copy that makes a plain adapter."""
+def _plain(lora_config: LoraConfig) -> LoraConfig:
+    """A copy of the configuration that makes a plain adapter."""
     return dataclasses.replace(lora_config, init_lora_weights=True, lora_ga_config=None)
 
 
 def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
-    """`peft.get_peft_model`; a configuration for LoRA-GA gets the start that `preprocess_loraga` estimated.
+    """`peft.get_peft_model`, with the start that `preprocess_loraga` estimated for a configuration for LoRA-GA.
 
     Args:
         model: The base model.
@@ -146,8 +154,8 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = "defa
         **kwargs: As PEFT's.
 
     Returns:
-        The adapted model. Its function is the base's, and `save_pretrained` writes a plain rank-2r adapter for the
-        original base. If the start is refused, the base model is given back without LoRA layers.
+        The adapted model. It computes what the base computes, and `save_pretrained` writes a plain adapter of rank 2r
+        for the original base. After an error the base model is without LoRA layers again.
 
     Raises:
         ValueError: `preprocess_loraga` has not been called for this model, there is no `lora_ga_config`, or the
@@ -163,7 +171,7 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = "defa
         )
     settings = settings_of(peft_config, estimate.config)
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapted = peft.get_peft_model(model, _fresh(peft_config), adapter_name, **kwargs)
+    adapted = peft.get_peft_model(model, _plain(peft_config), adapter_name, **kwargs)
     try:
         apply_estimate(adapted, estimate, settings, adapter_name=adapter_name)
     except BaseException:

@@ -26,7 +26,7 @@ from lora_ga.adapter.load import restore_starts
 from lora_ga.adapter.model_card import write_section
 from lora_ga.adapter.structure import give_structure
 from lora_ga.config import LoraGAConfig
-from lora_ga.gradients.isolation import put_aside
+from lora_ga.gradients.isolation import deactivate_adapter
 from lora_ga.gradients.loss import LossFunction
 from lora_ga.gradients.result import GradientEstimate, scalars
 
@@ -231,7 +231,9 @@ class LoraGACallback(TrainerCallback):
             inputs = twin._prepare_inputs(batch)
             with twin.compute_loss_context_manager():
                 loss = twin.compute_loss(model, inputs) if self.loss_fn is None else self.loss_fn(adapted, inputs)
-            put_aside(model, self.adapter_name)  # a preference loss switches adapters for its reference and back
+            deactivate_adapter(
+                model, self.adapter_name
+            )  # a preference loss switches adapters for its reference and back
             return loss
 
         return loss_function

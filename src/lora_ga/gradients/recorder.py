@@ -1,0 +1,108 @@
+"""The recorder: hooks on layers feed an accumulator, until the directions of a layer have converged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lora_ga.gradients.checkpoint import Progress
+from lora_ga.gradients.hooks import Coverage, record_layers, record_parameters
+from lora_ga.layers.targets import Target
+from lora_ga.linalg.accumulator import Accumulator
+
+
+class Recorder:
+    """Records the gradients of layers during backward passes.
+
+    Convergence is judged per part (expert or group); a layer keeps its hooks until all its parts have converged.
+
+    Attributes:
+        accumulator: The sums of the gradients.
+        progress: The batches read, the layers that ran, and those that have converged.
+        scale: The factor of the gradients of the backward pass under way; 0 for a pass that is not recorded.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        accumulator: Accumulator,
+        progress: Progress,
+        *,
+        tolerance: float | None,
+        device: torch.device,
+    ) -> None:
+        """Record the layers `targets`.
+
+        Args:
+            targets: Layer name → the layer.
+            accumulator: Where the gradients are added up.
+            progress: Where the recorder starts; updated after every batch.
+            tolerance: When a layer has converged (see `LoraGAConfig.tolerance`); None to record all batches.
+            device: Where the model's inputs are.
+        """
+        self.targets, self.accumulator, self.progress = targets, accumulator, progress
+        self.tolerance, self.device = tolerance, device
+        self.scale = 1.0
+        self._coverage = Coverage()
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Put hooks on the layers that have not converged; remove them on leaving."""
+        waiting = {name: target for name, target in self.targets.items() if not self._converged(target)}
+        rows = {name: target.rows for name, target in waiting.items()}
+        layers = {name: target.layer for name, target in waiting.items() if not target.layout.gradient_from_parameter}
+        owners = {
+            name: (target.layer.get_base_layer(), target.layout.parameter_name(target.layer))
+            for name, target in waiting.items()
+            if target.layout.gradient_from_parameter
+        }
+        with (
+            record_layers(layers, self._add, rows) as self._coverage,
+            record_parameters(owners, self._add, rows, self._coverage),
+        ):
+            yield
+
+    def finish_batch(self, weight: float) -> None:
+        """Finish a batch whose backward pass is done.
+
+        Args:
+            weight: The batch's weight in the mean of all.
+
+        Raises:
+            FloatingPointError: A gradient was not finite.
+        """
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            self.accumulator.flush()
+        self.progress.batches += 1
+        self.progress.weight += weight
+        self.progress.ran |= self._coverage.ran
+        self.progress.got_gradient |= self._coverage.got_gradient
+        if self.tolerance is not None:
+            self._remove_converged(self.tolerance)
+
+    @property
+    def all_converged(self) -> bool:
+        """Whether every layer has converged, so that nothing is left to record."""
+        return self.tolerance is not None and all(self._converged(target) for target in self.targets.values())
+
+    def _add(self, name: str, x_TI: Tensor, g_TO: Tensor) -> None:
+        """Add the rows of a layer's part, unless the part has converged or the pass is not recorded."""
+        if self.scale and name not in self.progress.settled:
+            with torch.autocast(g_TO.device.type, enabled=False):
+                self.accumulator.add(name, x_TI, g_TO, self.scale)
+
+    def _remove_converged(self, tolerance: float) -> None:
+        """Remove the hooks of the layers that the last batch has made converge."""
+        with torch.no_grad():
+            changes = self.accumulator.changes()
+        converged = set(self.progress.update_converged(changes, tolerance))
+        for name, target in self.targets.items():
+            if converged.intersection(target.keys) and self._converged(target):
+                self._coverage.remove_hooks[name]()
+
+    def _converged(self, target: Target) -> bool:
+        """Whether all parts of a layer have converged."""
+        return all(key in self.progress.settled for key in target.keys)
