@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_ga.adapter.directions import DIRECTIONS, SCALES, Layer, leading_singular_values, split
+from lora_ga.adapter.directions import DIRECTIONS, SCALES, LayerSpec, leading_singular_values, split
 from lora_ga.config import CHOICES, LoraGAConfig
 from lora_ga.linalg.low_rank import LowRank, truncated_svd
 
@@ -23,8 +23,8 @@ def part(kept: int = 10) -> LowRank:
     return LowRank(*truncated_svd(G, kept), norm=G.norm().item())
 
 
-def layer(**settings: Any) -> Layer:
-    return Layer("layer", OUTPUTS, RANK, 2.5, LoraGAConfig(**settings), lambda: W)
+def layer(**settings: Any) -> LayerSpec:
+    return LayerSpec("layer", OUTPUTS, RANK, 2.5, LoraGAConfig(**settings), lambda: W)
 
 
 def alignment_ratio(a: Tensor, b: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""From the leading singular directions of a gradient to A and B. Pure; two tables that compose.
+"""Splitting the leading singular directions of a gradient into A and B. Pure functions; two tables that compose.
 
 All formulas are those of "LoRA-GA: Low-Rank Adaptation with Gradient Approximation" (Wang, Yu, Li, NeurIPS 2024, arXiv
-2407.05000). Singular values enter nowhere, so the start does not depend on the size of the loss.
+2407.05000). None uses the gradient's singular values, so the start does not depend on the size of the loss.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lora_ga.linalg.low_rank import LowRank, generator
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class LayerSpec:
     """What a direction or scale may depend on.
 
     Attributes:
-        name: The layer's name, the address of random draws.
+        name: The layer's name, which seeds the random draws together with `config.seed`.
         outputs: d_out.
         rank: r.
         scaling: s, the factor LoRA multiplies B A by.
         config: The settings.
-        weight: Reads the base weight as (d_out, d_in), float32; only called by the scale "weight".
+        read_weight: Reads the base weight as (d_out, d_in), float32. Only the scale "weight" calls it.
     """
 
     name: str
@@ -36,70 +36,10 @@ class Layer:
     rank: int
     scaling: float
     config: LoraGAConfig
-    weight: Callable[[], Tensor]
+    read_weight: Callable[[], Tensor]
 
 
-def _random_halves(layer: Layer) -> tuple[Tensor, Tensor]:
-    order = torch.randperm(2 * layer.rank, generator=generator(layer.config.seed, layer.name, "direction"))
-    return order[: layer.rank], order[layer.rank :]
-
-
-def _range(start: int, stop: int, step: int = 1) -> Tensor:
-    return torch.arange(start, stop, step)
-
-
-# Which of the first 2r singular directions (counted from 0) give A its rows and B its columns. Theorem 3.1: the first
-# step is the best rank-2r approximation of full fine-tuning's for any two disjoint halves.
-DIRECTIONS: Mapping[str, Callable[[Layer], tuple[Tensor, Tensor]]] = {
-    "ArB2r": lambda layer: (_range(0, layer.rank), _range(layer.rank, 2 * layer.rank)),  # the paper's choice
-    "A2rBr": lambda layer: (_range(layer.rank, 2 * layer.rank), _range(0, layer.rank)),
-    "ArBr": lambda layer: (_range(1, 2 * layer.rank, 2), _range(0, 2 * layer.rank, 2)),
-    "random": _random_halves,
-}
-
-
-def leading_singular_values(w_OI: Tensor, count: int, seed: int, name: str) -> Tensor:
-    """The `count` largest singular values of a weight, (count,), by four power steps on 4·count test directions."""
-    width = min(4 * count, *w_OI.shape)
-    omega = torch.randn(w_OI.shape[1], width, generator=generator(seed, name, "weight")).to(w_OI)
-    q = torch.linalg.qr(w_OI @ omega).Q
-    for _ in range(4):
-        q = torch.linalg.qr(w_OI @ torch.linalg.qr(w_OI.mT @ q).Q).Q
-    return torch.linalg.svdvals(q.mT @ w_OI)[:count]
-
-
-def _weight_scale(layer: Layer) -> float:
-    values = leading_singular_values(layer.weight(), layer.rank, layer.config.seed, layer.name)
-    return (values / layer.scaling).sqrt().mean().item()
-
-
-def _over_scaling(reach: float, layer: Layer) -> float:
-    if not layer.scaling > 0:
-        raise ValueError(
-            f"{layer.name}: the LoRA scaling is {layer.scaling}, by which the size of the start would be divided. Give "
-            "a lora_alpha above 0, or set stable_gamma."
-        )
-    return reach / layer.scaling
-
-
-def _stable_scale(layer: Layer) -> float:
-    gamma = layer.config.stable_gamma
-    return _over_scaling(layer.config.reach, layer) if gamma is None else layer.outputs**0.25 / math.sqrt(gamma)
-
-
-# The factor by which both A and B are multiplied. "stable" is Theorem 3.2, d_out^(1/4)/√γ, with the paper's
-# γ or one that makes s times this factor the same in every layer (docs/evidence.md); "gd" divides by s, so that
-# one step of gradient descent on the product is one of full fine-tuning; "unit" and "weight" are the alternatives of
-# the authors' code.
-SCALES: Mapping[str, Callable[[Layer], float]] = {
-    "stable": _stable_scale,
-    "gd": functools.partial(_over_scaling, 1.0),
-    "unit": lambda layer: 1.0,
-    "weight": _weight_scale,
-}
-
-
-def split(low_rank: LowRank, layer: Layer) -> tuple[Tensor, Tensor]:
+def split(low_rank: LowRank, layer: LayerSpec) -> tuple[Tensor, Tensor]:
     """A₀ (r, d_in) and B₀ (d_out, r) of one layer.
 
     Args:
@@ -110,7 +50,7 @@ def split(low_rank: LowRank, layer: Layer) -> tuple[Tensor, Tensor]:
         A₀ and B₀, in the dtype of the factorisation.
 
     Raises:
-        ValueError: Fewer than 2r directions are held.
+        ValueError: The factorisation holds fewer than 2r directions, or the scale divides by a scaling of zero.
     """
     if low_rank.S.numel() < 2 * layer.rank:
         raise ValueError(
@@ -121,3 +61,60 @@ def split(low_rank: LowRank, layer: Layer) -> tuple[Tensor, Tensor]:
     rows, columns = DIRECTIONS[layer.config.direction](layer)
     factor = SCALES[layer.config.scale](layer)
     return factor * low_rank.V[:, rows].mT, factor * low_rank.U[:, columns]
+
+
+def _random_halves(layer: LayerSpec) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(2 * layer.rank, generator=generator(layer.config.seed, layer.name, "direction"))
+    return order[: layer.rank], order[layer.rank :]
+
+
+# Which of the first 2r singular directions (counted from 0) become the rows of A and the columns of B. Theorem 3.1: for
+# any two disjoint halves the first step is the best rank-2r approximation of full fine-tuning's.
+DIRECTIONS: Mapping[str, Callable[[LayerSpec], tuple[Tensor, Tensor]]] = {
+    "ArB2r": lambda layer: (torch.arange(layer.rank), torch.arange(layer.rank, 2 * layer.rank)),  # the paper's choice
+    "A2rBr": lambda layer: (torch.arange(layer.rank, 2 * layer.rank), torch.arange(layer.rank)),
+    "ArBr": lambda layer: (torch.arange(1, 2 * layer.rank, 2), torch.arange(0, 2 * layer.rank, 2)),
+    "random": _random_halves,
+}
+
+
+def leading_singular_values(w_OI: Tensor, count: int, seed: int, name: str) -> Tensor:
+    """The `count` largest singular values of a weight, (count,), by four power steps on 4·count random directions."""
+    width = min(4 * count, *w_OI.shape)
+    omega = torch.randn(w_OI.shape[1], width, generator=generator(seed, name, "weight")).to(w_OI)
+    q = torch.linalg.qr(w_OI @ omega).Q
+    for _ in range(4):
+        q = torch.linalg.qr(w_OI @ torch.linalg.qr(w_OI.mT @ q).Q).Q
+    return torch.linalg.svdvals(q.mT @ w_OI)[:count]
+
+
+def _weight_scale(layer: LayerSpec) -> float:
+    values = leading_singular_values(layer.read_weight(), layer.rank, layer.config.seed, layer.name)
+    return (values / layer.scaling).sqrt().mean().item()
+
+
+def _over_scaling(reach: float, layer: LayerSpec) -> float:
+    """`reach` / s: A and B of a size at which s times the size is `reach`."""
+    if not layer.scaling > 0:
+        raise ValueError(
+            f"{layer.name}: the LoRA scaling is {layer.scaling}, and the size of the start is divided by it. Use a "
+            "lora_alpha above 0, or set stable_gamma."
+        )
+    return reach / layer.scaling
+
+
+def _stable_scale(layer: LayerSpec) -> float:
+    gamma = layer.config.stable_gamma
+    return _over_scaling(layer.config.reach, layer) if gamma is None else layer.outputs**0.25 / math.sqrt(gamma)
+
+
+# The factor by which both A and B are multiplied. "stable" is Theorem 3.2, d_out^(1/4)/√γ, with the γ of the settings,
+# or with a γ for each layer that makes s times this factor the same in all layers (docs/evidence.md). "gd" divides by
+# s, so that one step of gradient descent on the product is one of full fine-tuning. "unit" and "weight" are the
+# alternatives in the authors' code.
+SCALES: Mapping[str, Callable[[LayerSpec], float]] = {
+    "stable": _stable_scale,
+    "gd": functools.partial(_over_scaling, 1.0),
+    "unit": lambda layer: 1.0,
+    "weight": _weight_scale,
+}

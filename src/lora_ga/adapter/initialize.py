@@ -1,4 +1,4 @@
-"""One call that estimates and applies."""
+"""`initialize`: estimate the gradients and apply the estimate, in one call."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def initialize(
     2407.05000): the first step of the product s·B A is the best rank-2r approximation of full fine-tuning's step
     (Theorem 3.1). The model's function does not change.
 
-    Under an initialised process group of torch.distributed all its processes have to call this, each with its own share
-    of the batches; all end with the same adapter, bit for bit.
+    With torch.distributed all processes of the group have to call this, each with its share of the batches. All get the
+    same adapter, bit for bit.
 
     Args:
         model: A `PeftModel` with a fresh LoRA adapter, plain, in DistributedDataParallel, or sharded by FSDP2.
-            Optimizers that hold its parameters already stay valid.
+            Optimizers that hold its parameters stay valid.
         data: Batches (see `estimate_gradients`), or an estimate made before.
         config: The settings.
         loss_fn: `(model, batch) → loss` or `→ (loss, weight)`; by default `model(**batch).loss`.
@@ -48,15 +48,15 @@ def initialize(
     Raises:
         TypeError: The model is not a `PeftModel`, or wrapped by FSDP 1.
         RuntimeError: Another process failed, or can no longer be reached.
-        ValueError: What `estimate_gradients` and `apply_estimate` refuse. Nothing has been changed then.
+        ValueError: What `estimate_gradients` and `apply_estimate` refuse. The model is then unchanged.
     """
     if isinstance(data, GradientEstimate):
-        write_starts(model, data, config, adapter_name, process_group, said=())
+        write_starts(model, data, config, adapter_name, process_group, already_warned=())
         return data
     estimate = estimate_gradients(
         model, data, config, loss_fn=loss_fn, adapter_name=adapter_name, process_group=process_group
     )
-    write_starts(model, estimate, config, adapter_name, process_group, said=estimate.missing)
+    write_starts(model, estimate, config, adapter_name, process_group, already_warned=estimate.missing)
     return estimate
 
 
@@ -80,10 +80,10 @@ def get_lora_ga_model(
         process_group: As in `estimate_gradients`.
 
     Returns:
-        The adapted model. If the start is refused, the base model is given back without LoRA layers.
+        The adapted model.
 
     Raises:
-        ValueError: What `initialize` refuses.
+        ValueError: What `initialize` refuses. The base model then has no LoRA layers, as before.
     """
     required = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     model = get_peft_model(base, peft_config)

@@ -1,4 +1,4 @@
-"""The section of a model card that says how the adapter was started."""
+"""The section of a model card on how the adapter was started."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from lora_ga.files import write_atomically
 from lora_ga.gradients.result import GradientEstimate, measures
 
 CARD = "README.md"
-# Our section of a model card lies between these, so that writing it again replaces it.
+# The section lies between these two lines, so that writing it again replaces it.
 OPENING, CLOSING = "<!-- lora-ga -->", "<!-- /lora-ga -->"
 
 
-def section(estimate: GradientEstimate, ranks: Mapping[str, int]) -> str:
-    """The section of a model card that says how the adapter was started, in Markdown."""
+def start_section(estimate: GradientEstimate, ranks: Mapping[str, int]) -> str:
+    """Describe the start of an adapter.
+
+    Args:
+        estimate: The estimate it was started from.
+        ranks: Layer name (of experts and groups: part by part) → rank r.
+
+    Returns:
+        The section, in Markdown.
+    """
     config, table = estimate.config, measures(estimate, ranks)
     limits = [values["alignment_limit"] for values in table.values() if "alignment_limit" in values]
     middle = f"; its rank can follow {statistics.median(limits):.3f} of the gradient (median)" if limits else ""
     rows = [
         f"| `{name}` | {ranks[name]} | {values['gradient_norm']:.3e} | "
-        f"{_shown(values, 'alignment_limit', '.3f')} | {_shown(values, 'settled_after', '.0f')} |"
+        f"{_formatted(values, 'alignment_limit', '.3f')} | {_formatted(values, 'settled_after', '.0f')} |"
         for name, values in table.items()
     ]
     head = (
@@ -33,16 +41,16 @@ def section(estimate: GradientEstimate, ranks: Mapping[str, int]) -> str:
     return "\n".join(["## LoRA-GA start", "", head, "", columns, "|---|---|---|---|---|", *rows])
 
 
-def _shown(values: Mapping[str, float], key: str, form: str) -> str:
+def _formatted(values: Mapping[str, float], key: str, form: str) -> str:
     return format(values[key], form) if key in values else "–"
 
 
 def write_section(folder: Path, text: str) -> None:
-    """Put our section into the model card of a folder, in the place of an earlier one; does nothing without a card.
+    """Write the section into the model card of a folder, replacing an earlier one. Without a card it does nothing.
 
     Args:
         folder: The folder with the card.
-        text: The section.
+        text: The section; an empty one is not written.
     """
     card = folder / CARD
     if not text or not card.is_file():

@@ -1,4 +1,4 @@
-"""What is to be written into an adapter: every check, and the starts. Reads the model, changes nothing."""
+"""The plan of a start: every check, and A₀ and B₀ of every layer. Reads the model and changes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
-from lora_ga.adapter.directions import Layer, split
+from lora_ga.adapter.directions import LayerSpec, split
 from lora_ga.adapter.structure import on_meta
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded, whole
@@ -28,15 +28,15 @@ from lora_ga.layers.targets import PREFIX, Target, find_targets
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be written, once everything is checked.
+    """What is to be written into an adapter, after every check.
 
     Attributes:
         model: The model.
         aligned: The layers that get a start.
-        plain: The others.
+        plain: The adapter's other layers.
         starts: Layer name → A₀ and B₀.
-        alignment: Of an adapter that has its structure already.
-        identity: What has to be the same in all processes.
+        alignment: The record of an adapter that has the structure already, else None.
+        identity: The values that have to be equal in all processes.
     """
 
     model: PeftModel
@@ -47,14 +47,25 @@ class Plan:
     identity: dict[str, Any]
 
     def tensors(self) -> Iterator[tuple[str, int, Tensor]]:
-        """The starts one by one, with their side."""
+        """The starts one by one: layer name, 0 for A or 1 for B, tensor."""
         return ((name, side, pair[side]) for name, pair in self.starts.items() for side in (0, 1))
 
 
 def make_plan(
-    model: PeftModel, estimate: GradientEstimate, config: LoraGAConfig, adapter_name: str, said: Container[str]
+    model: PeftModel,
+    estimate: GradientEstimate,
+    config: LoraGAConfig,
+    adapter_name: str,
+    already_warned: Container[str],
 ) -> Plan:
     """Check everything, and compute the starts.
+
+    Args:
+        model: The model, without wrappers.
+        estimate: The estimate.
+        config: The settings.
+        adapter_name: The adapter.
+        already_warned: Layers, experts and groups that the estimate has warned about, to be left out of warnings.
 
     Returns:
         What is to be written.
@@ -64,40 +75,32 @@ def make_plan(
     """
     targets = find_targets(model, adapter_name)
     alignment = alignment_of(model, adapter_name)
-    if alignment is not None and alignment.config.offset != config.offset:
-        raise ValueError(
-            f'Adapter {adapter_name!r} was prepared for offset="{alignment.config.offset}", but the settings say '
-            f'"{config.offset}". Give the same settings to both.'
-        )
     found = fingerprint(model)
-    if found != estimate.fingerprint:
-        raise ValueError(
-            f"The estimate belongs to another model: its fingerprint is {estimate.fingerprint}, this model's {found} "
-            "(module names and weight shapes). Estimate the gradients of this model."
-        )
-    reasons = {name: reason for name, target in targets.items() if (reason := _unusable(target, estimate))}
+    _check_belongs_together(alignment, estimate, config, adapter_name, found)
+    reasons = {name: reason for name, target in targets.items() if (reason := _why_plain(target, estimate))}
     for name in reasons:
         if on_meta(targets[name], adapter_name):
             raise ValueError(
-                f"{name} is on the meta device and has to start as plain LoRA, but has no values; make the adapter "
+                f"{name} is on the meta device and has to start as plain LoRA, but has no values. Make the adapter "
                 "without low_cpu_mem_usage, or leave the layer out of target_modules."
             )
     if config.on_missing == "error" or len(reasons) == len(targets):
         report_missing(reasons, targets, config.on_missing)
-    report_missing({name: why for name, why in reasons.items() if name not in said}, targets, config.on_missing)
+    unmentioned = {name: reason for name, reason in reasons.items() if name not in already_warned}
+    report_missing(unmentioned, targets, config.on_missing)
     aligned = {name: target for name, target in targets.items() if name not in reasons}
     _check_shapes(estimate, aligned)
     if config.offset == "base":
         _check_base_can_change(model, aligned, adapter_name)
-    _warn_silent_parts(estimate, aligned, said)
+    _warn_parts_without_gradient(estimate, aligned, already_warned)
     if model.peft_config[adapter_name].inference_mode:
         warnings.warn(
-            f"Adapter {adapter_name!r} was made for inference (LoraConfig.inference_mode is True), so nothing of it "
-            f"trains. Call model.set_adapter({adapter_name!r}), or make it with inference_mode=False.",
+            f"Adapter {adapter_name!r} was made for inference (LoraConfig.inference_mode is True), so none of its "
+            f"parameters trains. Call model.set_adapter({adapter_name!r}), or make it with inference_mode=False.",
             UserWarning,
             stacklevel=4,
         )
-    starts = {name: _starts(target, estimate, config, adapter_name) for name, target in aligned.items()}
+    starts = {name: _start(target, estimate, config, adapter_name) for name, target in aligned.items()}
     plain = {name: target for name, target in targets.items() if name in reasons}
     identity = {
         "fingerprint": found,
@@ -108,8 +111,28 @@ def make_plan(
     return Plan(model, aligned, plain, starts, alignment, identity)
 
 
-def _unusable(target: Target, estimate: GradientEstimate) -> str | None:
-    """Why a layer cannot start from the estimate; None if it can."""
+def _check_belongs_together(
+    alignment: Alignment | None, estimate: GradientEstimate, config: LoraGAConfig, adapter_name: str, found: str
+) -> None:
+    """Refuse settings for another offset than the structure's, and an estimate of another model.
+
+    Raises:
+        ValueError: It is one of these.
+    """
+    if alignment is not None and alignment.config.offset != config.offset:
+        raise ValueError(
+            f'Adapter {adapter_name!r} was prepared for offset="{alignment.config.offset}", but the settings say '
+            f'"{config.offset}". Give the same settings to both.'
+        )
+    if found != estimate.fingerprint:
+        raise ValueError(
+            f"The estimate belongs to another model: its fingerprint is {estimate.fingerprint}, this model's {found} "
+            "(module names and weight shapes). Estimate the gradients of this model."
+        )
+
+
+def _why_plain(target: Target, estimate: GradientEstimate) -> str | None:
+    """Why a layer cannot start from the estimate and stays plain LoRA; None if it can."""
     if target.too_small:
         return target.too_small
     held = [estimate[key] for key in target.keys if key in estimate]
@@ -119,27 +142,33 @@ def _unusable(target: Target, estimate: GradientEstimate) -> str | None:
     return "its gradient is exactly zero" if all(part.norm == 0 for part in held) else None
 
 
-def _starts(
+def _start(
     target: Target, estimate: GradientEstimate, config: LoraGAConfig, adapter_name: str
 ) -> tuple[Tensor, Tensor]:
-    """A₀ and B₀ of a layer as PEFT lays them out; of a part without an estimate PEFT's own A and B = 0: plain LoRA."""
+    """A₀ and B₀ of a layer, in PEFT's layout.
+
+    A part (expert, group) without a gradient starts as plain LoRA: with the A that PEFT drew, and B = 0.
+
+    Returns:
+        A₀ and B₀.
+    """
     layer = target.layer
-    # Of a structure without a start, the start is what PEFT drew.
+    # In an adapter that has the structure already, PEFT's A and B are the factors' starts.
     plain_A, plain_B = (
         entry.start if isinstance(entry, Factor) else weight_of(entry) for entry in entries(layer, adapter_name)
     )
     starts = []
     for part, key in enumerate(target.keys):
         if key in estimate and estimate[key].norm > 0:
-            described = Layer(
-                key,
-                target.outputs,
-                target.rank,
-                layer.scaling[adapter_name],
-                config,
-                functools.partial(_wide_weight, layer, part),
+            spec = LayerSpec(
+                name=key,
+                outputs=target.outputs,
+                rank=target.rank,
+                scaling=layer.scaling[adapter_name],
+                config=config,
+                read_weight=functools.partial(_float32_weight, layer, part),
             )
-            starts.append(split(estimate[key], described))
+            starts.append(split(estimate[key], spec))
         else:
             a = target.layout.unstack_a(whole(plain_A.detach()), target.parts)[part]
             starts.append((a.float(), a.new_zeros(target.outputs, target.rank, dtype=torch.float32)))
@@ -147,23 +176,26 @@ def _starts(
     return a_PrI.flatten(0, 1).reshape(plain_A.shape), target.layout.stack_b(b_POr).reshape(plain_B.shape)
 
 
-def _wide_weight(layer: LoraLayer, part: int) -> Tensor:
+def _float32_weight(layer: LoraLayer, part: int) -> Tensor:
+    """The base weight of one part of a layer, (d_out, d_in)."""
     return whole(base_weights(layer)[part]).detach().float()
 
 
-def _warn_silent_parts(estimate: GradientEstimate, targets: dict[str, Target], said: Container[str]) -> None:
-    """Say how many experts or groups start as plain LoRA, unless the estimate has said so just now."""
+def _warn_parts_without_gradient(
+    estimate: GradientEstimate, targets: dict[str, Target], already_warned: Container[str]
+) -> None:
+    """Warn how many experts or groups start as plain LoRA, unless the estimate has just done so."""
     parts = [key for target in targets.values() if target.parts > 1 for key in target.keys]
     silent = [key for key in parts if key not in estimate]
-    if any(key not in said for key in silent):
+    if any(key not in already_warned for key in silent):
         warn_parts(len(silent), len(parts), silent[0])
 
 
 def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> None:
-    """Refuse an estimate whose factors do not fit the layers they are named after.
+    """Refuse an estimate whose directions do not have the shapes of the layers.
 
     Raises:
-        ValueError: There is such a layer.
+        ValueError: A layer has another shape.
     """
     by_key = {key: target for target in targets.values() for key in target.keys if key in estimate}
     for key, target in by_key.items():
@@ -176,7 +208,7 @@ def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> Non
 
 
 def _check_base_can_change(model: PeftModel, targets: dict[str, Target], adapter_name: str) -> None:
-    """Refuse `offset="base"` where a weight is not plain numbers, or matters to other modules or adapters too.
+    """Refuse `offset="base"` for weights that cannot be changed, or that other modules or adapters use too.
 
     Raises:
         ValueError: There is such a weight.

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from lora_ga.adapter.alignment import Alignment
-from lora_ga.adapter.model_card import section
+from lora_ga.adapter.model_card import start_section
 from lora_ga.adapter.plan import make_plan
 from lora_ga.adapter.structure import build_structure
 from lora_ga.config import LoraGAConfig
@@ -34,19 +34,20 @@ def apply_estimate(
 ) -> None:
     """Write the start that an estimate gives into a fresh adapter. Everything is checked before anything is written.
 
-    Parameters stay the objects they were (an optimizer may hold them) and keep rank r. With `offset="adapter"` the
-    adapter computes at rank 2r, the base is not touched and the model's function stays exactly what it was. With
-    `offset="base"` the base weight becomes `W − s·B₀A₀`, rounded to its dtype, as in the paper; `disable_adapter()`
-    then shows the changed base. Either way `save_pretrained` writes a plain rank-2r adapter for the original base.
-    After `offset="base"` the model is for this one adapter: `unload()` gives the changed base, and saving or loading
-    others beside it is refused.
+    The trained parameters have rank r and stay the same objects, which an optimizer may hold already. In both cases
+    `save_pretrained` writes a plain rank-2r adapter for the original base.
+
+    - `offset="adapter"`: the adapter computes at rank 2r. The base does not change, nor does the model's function.
+    - `offset="base"`: the base weight becomes `W − s·B₀A₀`, rounded to its dtype, as in the paper. The model can then
+      be used with this adapter only: `disable_adapter()` and `unload()` give the changed base, and saving or loading
+      other adapters is refused.
 
     Args:
         model: A `PeftModel` with a fresh LoRA adapter.
         estimate: The estimate, of this base model.
         config: The settings; `direction`, `scale`, `stable_gamma`, `reach`, `offset`, `on_missing`, `seed` count here.
         adapter_name: The adapter.
-        process_group: As in `estimate_gradients`: all processes call this, and end with the starts of the first.
+        process_group: As in `estimate_gradients`: all its processes call this, and get the same start.
 
     Raises:
         TypeError: The model is not a `PeftModel`, or wrapped by FSDP 1.
@@ -55,7 +56,7 @@ def apply_estimate(
             layers are missing from it (see `on_missing`); `offset="base"` on weights that cannot be changed; the
             processes were given different models, estimates or settings.
     """
-    write_starts(model, estimate, config, adapter_name, process_group, said=())
+    write_starts(model, estimate, config, adapter_name, process_group, already_warned=())
 
 
 def write_starts(
@@ -64,9 +65,17 @@ def write_starts(
     config: LoraGAConfig,
     adapter_name: str,
     process_group: Any,
-    said: Container[str],
+    already_warned: Container[str],
 ) -> None:
-    """`apply_estimate`, without repeating the warning about the layers in `said`.
+    """`apply_estimate`, for a caller that has just made the estimate.
+
+    Args:
+        wrapped: The model.
+        estimate: The estimate.
+        config: The settings.
+        adapter_name: The adapter.
+        process_group: As in `apply_estimate`.
+        already_warned: Layers, experts and groups that the estimate has warned about, to be left out of warnings.
 
     Raises:
         ValueError: As `apply_estimate`.
@@ -74,7 +83,7 @@ def write_starts(
     together, held, plan = processes(process_group), DeferredError(), None
     with held:
         check_together(unwrapped(wrapped), together.size)
-        plan = make_plan(unwrapped(wrapped), estimate, config, adapter_name, said)
+        plan = make_plan(unwrapped(wrapped), estimate, config, adapter_name, already_warned)
     check_same(together.exchange(held, None if plan is None else plan.identity))
     assert plan is not None
     own = set(together.own(plan.starts))
@@ -87,7 +96,7 @@ def write_starts(
     alignment.config = config
     by_key = {key: target for target in plan.aligned.values() for key in target.keys}
     alignment.ranks = {key: target.rank for key, target in by_key.items() if key in estimate}
-    alignment.summary = section(estimate, alignment.ranks)
+    alignment.summary = start_section(estimate, alignment.ranks)
 
 
 def _fill(alignment: Alignment, starts: Mapping[str, tuple[Tensor, Tensor]], targets: Mapping[str, Target]) -> None:
