@@ -142,7 +142,7 @@ def changed_config(folder: Path, **changes: Any) -> None:
         ({"target_modules": ["q_proj"]}, r"target modules .* and \['q_proj'\]"),
         ({"peft_type": "IA3"}, "an adapter of type IA3; only LoRA can be converted"),
         ({"layer_replication": [[0, 2]]}, "layer_replication makes several layers share one base weight"),
-        ({"target_parameters": ["experts.w"]}, r"adapts parameters without a layer of their own \(experts.w\)"),
+        ({"target_parameters": ["experts.w"]}, r"adapts parameters by target_parameters \(experts.w\)"),
     ],
 )
 def test_adapters_that_do_not_belong_together_or_cannot_be_converted_are_refused(
@@ -190,7 +190,7 @@ def test_an_adapter_that_needs_no_conversion_is_refused(run: OldRun, tmp_path: P
         convert_run(run.init, tmp_path / "converted", tmp_path / "out")
     shutil.copytree(run.final, tmp_path / "ours")
     (tmp_path / "ours" / "lora_ga.safetensors").touch()
-    with pytest.raises(ValueError, match="it was trained by this library and is for the original base as it is"):
+    with pytest.raises(ValueError, match="it was trained with this library and needs no conversion"):
         convert_run(run.init, tmp_path / "ours", tmp_path / "out")
     plain = adapted(llama(), ["q_proj"])
     plain.save_pretrained(tmp_path / "plain")

@@ -284,7 +284,7 @@ def test_the_sidecar_is_not_written_beside_another_adapter(saved: Path, tmp_path
     """PEFT takes the configuration of an aligned adapter for a new adapter on another model."""
     model = lora_ga.load(llama(), saved, is_trainable=True)
     other = get_peft_model(llama(), model.peft_config["default"])
-    with pytest.warns(UserWarning, match=r"no lora_ga\.safetensors was written, since the adapter"):
+    with pytest.warns(UserWarning, match=r"no lora_ga\.safetensors was written, because the adapter"):
         other.save_pretrained(tmp_path)
     assert not (tmp_path / FILE).exists()
 
@@ -339,7 +339,9 @@ def test_merging_into_a_tied_head_is_refused_and_nothing_written(tmp_path: Path)
     model = adapted(llama(tie_word_embeddings=True), ["lm_head", "q_proj"])
     lora_ga.initialize(model, causal())
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"lm_head: its weight is shared .*so merging would change all\. Untie them"):
+    with pytest.raises(
+        ValueError, match=r"lm_head: its weight is shared .*so merging would change all of them\. Untie them"
+    ):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=llama(tie_word_embeddings=True))
     with pytest.raises(TypeError, match="The base is a Nested without save_pretrained"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=Nested())

@@ -213,17 +213,17 @@ def test_another_base_model_is_refused_and_given_back_as_it_was(tmp_path: Path) 
 def test_an_adapter_that_is_nowhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it tries for half a minute
     base = llama()
-    with pytest.raises(FileNotFoundError, match=f"{name}: not a local folder, and not to be had from the hub"):
+    with pytest.raises(FileNotFoundError, match=f"{name}: not a local folder, and the hub does not give it"):
         lora_ga.load(base, name)
     assert not any("lora" in path for path, _ in base.named_modules())
 
 
-def test_the_hubs_word_that_an_adapter_has_no_sidecar_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_on_the_hub_without_a_sidecar(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: object) -> str:
         raise EntryNotFoundError("404")
 
     monkeypatch.setattr(sidecar, "hf_hub_download", absent)
-    assert sidecar.read("owner/adapter") is None
+    assert sidecar.read_sidecar("owner/adapter") is None
 
 
 def test_a_damaged_sidecar_is_refused(tmp_path: Path) -> None:

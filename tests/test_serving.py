@@ -1,4 +1,4 @@
-"""Where adapters are used: stock PEFT, Transformers' own loader, and what vLLM takes."""
+"""Where adapters are used: stock PEFT, Transformers' loader, and vLLM."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_stock_peft_reads_an_adapter_directory_beside_another(tmp_path: Path) ->
 def test_a_plain_adapter_is_served_as_it_is(use_rslora: bool, tmp_path: Path) -> None:
     model = saved(tmp_path, use_rslora=use_rslora)
     verdict = check_served(tmp_path, "vllm")
-    assert (verdict.refused, verdict.mendable, verdict.rank) == ((), (), 8)
+    assert (verdict.refused, verdict.fixable, verdict.rank) == ((), (), 8)
     served = logits(as_vllm_computes(tmp_path), causal(1)[0])
     torch.testing.assert_close(served, logits(model, causal(1)[0]), rtol=0, atol=1e-5)
 
@@ -59,12 +59,12 @@ def test_a_plain_adapter_is_served_as_it_is(use_rslora: bool, tmp_path: Path) ->
 def test_patterns_would_be_scaled_wrongly_and_are_written_anew_without_loss(tmp_path: Path) -> None:
     model = saved(tmp_path / "a", rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 64})
     verdict = check_served(tmp_path / "a", "vllm")
-    assert "rank_pattern, alpha_pattern: vLLM scales every layer by r" in verdict.mendable[0]
+    assert "rank_pattern, alpha_pattern: vLLM scales every layer by r" in verdict.fixable[0]
     wanted = logits(model, causal(1)[0])
     assert (logits(as_vllm_computes(tmp_path / "a"), causal(1)[0]) - wanted).abs().max() > 1e-2
     errors = write_served(tmp_path / "a", tmp_path / "b", "vllm")
     assert set(errors.values()) == {0.0}
-    assert check_served(tmp_path / "b", "vllm").mendable == ()
+    assert check_served(tmp_path / "b", "vllm").fixable == ()
     torch.testing.assert_close(logits(as_vllm_computes(tmp_path / "b"), causal(1)[0]), wanted, rtol=0, atol=1e-5)
     stock = PeftModel.from_pretrained(llama(), tmp_path / "b")
     torch.testing.assert_close(logits(stock, causal(1)[0]), wanted, rtol=0, atol=1e-5)
@@ -85,21 +85,24 @@ def test_a_rank_above_all_that_are_allowed_is_said(tmp_path: Path) -> None:
     saved(tmp_path / "a", targets=["q_proj"])
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))
-    assert "rank 1024: the largest --max-lora-rank is 512; give --rank" in check_served(tmp_path / "a", "vllm").mendable
+    assert "rank 1024: the largest --max-lora-rank is 512; give --rank" in check_served(tmp_path / "a", "vllm").fixable
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "use_dora: DoRA is not supported"),
-    ({"modules_to_save": ["lm_head"], "targets": ["q_proj"]}, "modules_to_save: modules trained in full are not taken"),
-    ({"trainable_token_indices": [1, 2], "targets": ["q_proj"]}, "trainable_token_indices: single trained tokens"),
+    (
+        {"modules_to_save": ["lm_head"], "targets": ["q_proj"]},
+        "modules_to_save: modules trained in full are not",
+    ),
+    ({"trainable_token_indices": [1, 2], "targets": ["q_proj"]}, "trainable_token_indices: trained tokens need"),
 ]
 
 
 @pytest.mark.parametrize(("lora", "message"), REFUSED)
-def test_what_no_other_file_can_mend_is_refused(lora: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_no_other_form_can_fix_is_refused(lora: dict[str, Any], message: str, tmp_path: Path) -> None:
     saved(tmp_path / "a", **lora)
     assert message in check_served(tmp_path / "a", "vllm").refused[0]
-    with pytest.raises(ValueError, match=f"vllm does not take it, whatever its rank. {message}"):
+    with pytest.raises(ValueError, match=f"vllm does not accept it, whatever its rank. {message}"):
         write_served(tmp_path / "a", tmp_path / "b", "vllm")
     assert not (tmp_path / "b").exists()
 
@@ -136,7 +139,7 @@ def test_the_command_says_what_is_in_the_way_and_writes_what_is_served(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--for", "tgi"], "--for tgi: not a server whose rules are known; known are vllm."),
+        (["--for", "tgi"], "--for tgi: the rules of this server are not known; known are vllm."),
         (["--for", "vllm", "--merge"], "--for checks adapters, and --merge makes a full model"),
         (["--for", "vllm", "--rank", "8"], "--rank was given with --for, but no --output to write to"),
         (

@@ -142,7 +142,7 @@ def test_a_file_gathered_by_the_parameters_names_is_made_plain(tmp_path: Path) -
     other = {key: value + 1 for key, value in plain.items()}
     save_file(other, tmp_path / "plain" / "adapter_model.safetensors")
     with pytest.warns(UserWarning, match="no lora_ga.safetensors was written"):
-        sidecar.save(model, "default", tmp_path / "plain")
+        sidecar.save_sidecar(model, "default", tmp_path / "plain")
 
 
 def test_parameters_that_zero_has_taken_apart_get_no_structure() -> None:

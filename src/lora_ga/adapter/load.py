@@ -1,4 +1,4 @@
-"""Loading a saved adapter in the structure it was trained in."""
+"""Loading a saved adapter, with LoRA-GA's structure if it is to train."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lora_ga.adapter import save as sidecar
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
-from lora_ga.adapter.save import AlignedLoraConfig
+from lora_ga.adapter.save import FILE, AlignedLoraConfig, read_sidecar
 from lora_ga.adapter.structure import follow_added_adapters, make_factors, place, set_rank
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
@@ -26,12 +25,15 @@ from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, weight_of
 from lora_ga.layers.targets import PREFIX, SHIFTED_BASES
 
-# Optimizer states that have the shape of their parameter, in AdamW, Adam, SGD and their relatives.
+# The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
 SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
-    """Load a saved adapter with the structure it was trained in, to train on or to use.
+    """Load a saved adapter, to use it or to go on training.
+
+    To use, it is a plain LoRA of rank 2r on the unchanged base. To train, it gets LoRA-GA's structure of rank r from
+    its sidecar; without a sidecar it is a plain LoRA of rank 2r, with a warning.
 
     Args:
         base: The original base model.
@@ -39,30 +41,29 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> Pe
         is_trainable: Whether the adapter's parameters are to train.
 
     Returns:
-        The adapted model: to train on, in LoRA-GA's structure of rank r, or without a sidecar as a plain LoRA of rank
-        2r, with a warning; to use, in the plain rank-2r form, which computes the same and leaves the base as it is.
+        The adapted model.
 
     Raises:
         FileNotFoundError: There is no such adapter.
         TypeError: The base has LoRA layers already.
-        ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none and the
-            folder holds the optimizer state of LoRA-GA training. The base is given back without LoRA layers.
+        ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none, and the folder
+            holds the optimizer state of LoRA-GA training. The base then has no LoRA layers, as before.
     """
     if isinstance(base, PeftModel) or any(isinstance(module, LoraLayer) for module in base.modules()):
         raise TypeError("The base has LoRA layers already; give the original base model, or call its load_adapter.")
     if any(module in SHIFTED_BASES for module in base.modules()):
-        raise ValueError('The base was changed by offset="base"; load the original base model anew.')
-    beside = sidecar.read(path)
-    if beside is not None and not PeftConfig.from_pretrained(str(path)).layer_replication:
-        _check_base(base, beside[1]["fingerprint"], path)
+        raise ValueError('The base was changed by offset="base"; load the original base model again.')
+    sidecar = read_sidecar(path)
+    if sidecar is not None and not PeftConfig.from_pretrained(str(path)).layer_replication:
+        _check_base(base, sidecar[1]["fingerprint"], path)
     model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
     try:
-        if beside is not None:
-            _check_base(model, beside[1]["fingerprint"], path)
+        if sidecar is not None:
+            _check_base(model, sidecar[1]["fingerprint"], path)
             if is_trainable:
-                _restore(model, *beside, where=str(path))
+                _restore_structure(model, *sidecar, where=str(path))
         elif is_trainable:
-            _train_as_plain(model, Path(path))
+            _prepare_plain_training(model, Path(path))
     except BaseException:
         model.unload()
         raise
@@ -79,8 +80,134 @@ def _check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
     if found != trained_on:
         raise ValueError(
             f"{path}: trained on another base model: its fingerprint is {trained_on}, this model's {found} (module "
-            "names and weight shapes)."
+            "names and weight shapes). Give the base model it was trained on."
         )
+
+
+@torch.no_grad()
+def _restore_structure(model: PeftModel, tensors: dict[str, Tensor], record: dict[str, Any], *, where: str) -> None:
+    """Give a plain rank-2r adapter the structure its sidecar describes."""
+    config, peft_config = LoraGAConfig.from_dict(record["config"]), model.peft_config["default"]
+    layers = {path.removeprefix(PREFIX): module for path, module in model.named_modules()}
+    alignment = Alignment(
+        model=ModelReference(model),
+        adapter_name="default",
+        scaling=record["scaling"],
+        config=config,
+        fingerprint=record["fingerprint"],
+        plain={name: (rank, alpha) for name, (rank, alpha) in record["plain"].items()},
+        original=record["original"],
+        summary=record.get("summary", ""),
+    )
+    factors = {name: _restore_pair(name, layers[name], tensors, config.offset, where) for name in alignment.scaling}
+    changes: dict[str, Any] = {}
+    if config.offset == "base":
+        changes = alignment.original
+        alignment.saved = {field: getattr(peft_config, field) for field in RANK_FIELDS}
+        for name, (a, b) in factors.items():
+            set_rank(layers[name], "default", a.rank)
+            shift_base(layers[name], a.start, b.start, alignment.scaling[name])
+    model.peft_config["default"] = AlignedLoraConfig.of(peft_config, alignment, **changes)
+    follow_added_adapters(model)
+
+
+def _restore_pair(
+    name: str, layer: LoraLayer, tensors: dict[str, Tensor], offset: str, where: str
+) -> tuple[Factor, Factor]:
+    """Replace a layer's plain rank-2r factors by factors with the sidecar's starts.
+
+    Returns:
+        The factors.
+
+    Raises:
+        ValueError: The sidecar does not belong to the adapter.
+    """
+    plain = [whole(weight_of(entry)) for entry in entries(layer, "default")]
+    a, b = (tensors[f"{name}.{letter}0"].to(old) for letter, old in zip("AB", plain, strict=True))
+    pair = make_factors(layer, "default", offset, rank=layer.r["default"] // 2, starts=(a, b))
+    for letter, old, factor in zip("AB", plain, pair, strict=True):
+        fits = factor.joined().shape == old.shape
+        if fits:
+            factor.set_delta(factor.delta_in(old))
+            if f"{name}.{letter}" in tensors:  # offset="base": B₀ + dB is rounded, so B itself is kept
+                factor.trainable.copy_(tensors[f"{name}.{letter}"])
+        if not fits or not factor.agrees(old):
+            raise ValueError(
+                f"{where}: {FILE} does not belong to this adapter: {letter} of {name} has another start. It may be "
+                "from before the adapter was trained as plain LoRA. Remove it to load the adapter as plain LoRA, or "
+                "put the right one back."
+            )
+    place(layer, "default", pair)
+    return pair
+
+
+@torch.no_grad()
+def restore_starts(model: PeftModel, path: Path, adapter_name: str = "default") -> None:
+    """Give an adapter with the structure the exact starts of the checkpoint whose adapter file it has loaded.
+
+    The adapter file holds A₀ + dA, which is rounded. Training continues bit for bit only from the sidecar's A₀ and B₀.
+
+    Args:
+        model: The model, its adapter loaded by PEFT's `load_adapter`.
+        path: The checkpoint.
+        adapter_name: The adapter.
+
+    Raises:
+        ValueError: The checkpoint has no sidecar, or that of another adapter. The starts are then as loaded.
+    """
+    folder = path if adapter_name == "default" else path / adapter_name
+    sidecar = read_sidecar(folder)
+    if sidecar is None:
+        raise ValueError(
+            f"{folder}: there is no {FILE}, so this is not a checkpoint of a LoRA-GA run, or the file is lost. Put it "
+            "back, resume without LoraGACallback, or start from the beginning."
+        )
+    tensors, record = sidecar
+    alignment = alignment_of(model, adapter_name)
+    assert alignment is not None, "the adapter has the structure"
+    factors = alignment.factors
+    different = sorted(set(record["scaling"]) ^ set(factors))
+    if different:
+        raise ValueError(
+            f"{folder}: {FILE} belongs to an adapter with other layers: {len(different)} layers are in only one of the "
+            f"two, as {different[0]}. Give the adapter the settings of the run that is resumed."
+        )
+    for name, pair in factors.items():
+        for letter, factor in zip("AB", pair, strict=True):
+            loaded, given = factor.joined(), factor.start
+            factor.start = tensors[f"{name}.{letter}0"].to(factor.trainable.device, factor.trainable.dtype)
+            if not factor.agrees(loaded):
+                factor.start = given
+                raise ValueError(
+                    f"{folder}: {FILE} does not belong to the adapter that was loaded: {letter} of {name} has "
+                    "another start. Put the right one back."
+                )
+    alignment.config = LoraGAConfig.from_dict(record["config"])
+    alignment.summary = record.get("summary", "")
+
+
+def _prepare_plain_training(model: PeftModel, path: Path) -> None:
+    """Warn that every row of the adapter trains, and refuse optimizer states that do not fit it, now and later.
+
+    Raises:
+        ValueError: The folder is a checkpoint whose optimizer state belongs to LoRA-GA's structure.
+    """
+    if (path / "optimizer.pt").is_file():
+        states = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")["state"].values()
+        shapes = {tuple(state[key].shape) for state in states for key in SAME_SHAPE if key in state}
+        trained = {tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad}
+        if not shapes <= trained:
+            raise ValueError(
+                f"{path}: {FILE} is missing, so the adapter would train as a plain LoRA, every row of its full rank; "
+                f"but the optimizer state beside it has other shapes ({min(shapes - trained)}): it belongs to "
+                "LoRA-GA's structure. Put the sidecar back, or remove optimizer.pt to train as plain LoRA."
+            )
+    warnings.warn(
+        f"{path} has no {FILE}: it trains on as plain LoRA, every row of its full rank.",
+        UserWarning,
+        stacklevel=3,
+    )
+    _check_first_steps(model)
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
@@ -114,30 +241,6 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor) -> None:
             )
 
 
-def _train_as_plain(model: PeftModel, path: Path) -> None:
-    """Say that every row of a plain adapter trains, and refuse an optimizer state that does not fit it.
-
-    Raises:
-        ValueError: The folder is a checkpoint whose optimizer state belongs to LoRA-GA's structure.
-    """
-    if (path / "optimizer.pt").is_file():
-        states = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")["state"].values()
-        shapes = {tuple(state[key].shape) for state in states for key in SAME_SHAPE if key in state}
-        trained = {tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad}
-        if not shapes <= trained:
-            raise ValueError(
-                f"{path}: {sidecar.FILE} is missing, so the adapter would train on as a plain LoRA, every row of its "
-                f"full rank; but the optimizer state beside it has other shapes ({min(shapes - trained)}): it belongs "
-                "to LoRA-GA's structure. Put the sidecar back, or remove optimizer.pt to train on as plain LoRA."
-            )
-    warnings.warn(
-        f"{path} has no {sidecar.FILE}: it trains on as plain LoRA, every row of its full rank.",
-        UserWarning,
-        stacklevel=3,
-    )
-    _check_first_steps(model)
-
-
 def _check_first_steps(model: PeftModel) -> None:
     """Check the optimizer states of a plain adapter's A and B at the first step of each optimizer that has them.
 
@@ -157,106 +260,3 @@ def _check_first_steps(model: PeftModel) -> None:
         checked.add(optimizer)
 
     weakref.finalize(model, register_optimizer_step_pre_hook(check).remove)
-
-
-def _restore_pair(
-    name: str, layer: LoraLayer, tensors: dict[str, Tensor], offset: str, where: str
-) -> tuple[Factor, Factor]:
-    """Put factors with the sidecar's starts in the place of a layer's plain rank-2r ones.
-
-    Returns:
-        The factors.
-
-    Raises:
-        ValueError: The sidecar does not belong to the adapter.
-    """
-    plain = [whole(weight_of(entry)) for entry in entries(layer, "default")]
-    a, b = (tensors[f"{name}.{letter}0"].to(old) for letter, old in zip("AB", plain, strict=True))
-    pair = make_factors(layer, "default", offset, rank=layer.r["default"] // 2, starts=(a, b))
-    for letter, old, factor in zip("AB", plain, pair, strict=True):
-        fits = factor.joined().shape == old.shape
-        if fits:
-            factor.set_delta(factor.delta_in(old))
-            if f"{name}.{letter}" in tensors:  # offset="base": B₀ + dB is rounded, so B itself is kept
-                factor.trainable.copy_(tensors[f"{name}.{letter}"])
-        if not fits or not factor.agrees(old):
-            raise ValueError(
-                f"{where}: {sidecar.FILE} does not belong to this adapter: {letter} of {name} has another start. It "
-                "may be left from before the adapter was trained as plain LoRA. Remove it to load the adapter as "
-                "plain LoRA, or put the right one back."
-            )
-    place(layer, "default", pair)
-    return pair
-
-
-@torch.no_grad()
-def restore_starts(model: PeftModel, path: Path, adapter_name: str = "default") -> None:
-    """Give an adapter in LoRA-GA's structure the exact starts of a checkpoint whose adapter file it has loaded.
-
-    The file holds A₀ + dA, which is rounded; training goes on bit for bit only from the sidecar's A₀ and B₀.
-
-    Args:
-        model: The model, its adapter loaded by PEFT's `load_adapter`.
-        path: The checkpoint.
-        adapter_name: The adapter.
-
-    Raises:
-        ValueError: The checkpoint has no sidecar, or it belongs to another adapter. The starts are then those that the
-            file gives.
-    """
-    folder = path if adapter_name == "default" else path / adapter_name
-    beside = sidecar.read(folder)
-    if beside is None:
-        raise ValueError(
-            f"{folder}: there is no {sidecar.FILE}, so this is not a checkpoint of a LoRA-GA run, or the file is lost. "
-            "Put it back, resume without LoraGACallback, or start anew."
-        )
-    tensors, record = beside
-    alignment = alignment_of(model, adapter_name)
-    assert alignment is not None, "the adapter has the structure"
-    factors = alignment.factors
-    different = sorted(set(record["scaling"]) ^ set(factors))
-    if different:
-        raise ValueError(
-            f"{folder}: {sidecar.FILE} is of an adapter with other layers; the first of {len(different)} that only one "
-            f"of the two has is {different[0]}. Give the adapter the settings of the run that is resumed."
-        )
-    for name, pair in factors.items():
-        for letter, factor in zip("AB", pair, strict=True):
-            loaded, given = factor.joined(), factor.start
-            factor.start = tensors[f"{name}.{letter}0"].to(factor.trainable.device, factor.trainable.dtype)
-            if not factor.agrees(loaded):
-                factor.start = given
-                raise ValueError(
-                    f"{folder}: {sidecar.FILE} does not belong to the adapter that was loaded: {letter} of {name} has "
-                    "another start. Put the right one back."
-                )
-    alignment.config = LoraGAConfig.from_dict(record["config"])
-    alignment.summary = record.get("summary", "")
-
-
-@torch.no_grad()
-def _restore(model: PeftModel, tensors: dict[str, Tensor], record: dict[str, Any], *, where: str) -> None:
-    """Give a plain rank-2r adapter the structure its sidecar describes."""
-    config, peft_config = LoraGAConfig.from_dict(record["config"]), model.peft_config["default"]
-    layers = {path.removeprefix(PREFIX): module for path, module in model.named_modules()}
-    alignment = Alignment(
-        model=ModelReference(model),
-        adapter_name="default",
-        scaling=record["scaling"],
-        config=config,
-        fingerprint=record["fingerprint"],
-        plain={name: (rank, alpha) for name, (rank, alpha) in record["plain"].items()},
-        original=record["original"],
-        summary=record.get("summary", ""),
-    )
-    factors = {name: _restore_pair(name, layers[name], tensors, config.offset, where) for name in alignment.scaling}
-    changes: dict[str, Any] = {}
-    if config.offset == "base":
-        changes = alignment.original
-        alignment.saved = {field: getattr(peft_config, field) for field in RANK_FIELDS}
-        for name, (a, b) in factors.items():
-            set_rank(layers[name], "default", a.rank)
-            shift_base(layers[name], a.start, b.start, alignment.scaling[name])
-    model.peft_config["default"] = AlignedLoraConfig.of(peft_config, alignment, **changes)
-    follow_added_adapters(model)

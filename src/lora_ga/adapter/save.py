@@ -1,7 +1,7 @@
-"""The small file beside a saved adapter that lets training go on as LoRA-GA, and PEFT's configuration that writes it.
+"""The sidecar: a small file beside a saved adapter, from which training can go on in LoRA-GA's structure.
 
-The adapter file itself is a plain LoRA of rank 2r. The sidecar holds what that form rounds or forgets: the exact A₀ and
-B₀ of every aligned layer (and A and B where offset="base"), the scaling, the settings, the base's fingerprint.
+The adapter file itself is a plain LoRA of rank 2r. The sidecar holds what cannot be read from it exactly: A₀ and B₀ of
+every aligned layer (with offset="base" also A and B), the scaling, the settings and the base model's fingerprint.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ Factors = Mapping[str, tuple[Factor, Factor]]
 
 
 class AlignedLoraConfig(LoraConfig):
-    """The LoraConfig of an aligned adapter. PEFT calls its `save_pretrained` after it has written the adapter file.
+    """The LoraConfig of an aligned adapter; saving it also writes the sidecar.
 
-    The model does not save its adapters itself: trainers call `PeftModel.save_pretrained`, and this is the one step of
-    it that belongs to a single adapter and can be replaced without changing PEFT. Copies made by `dataclasses.replace`,
-    as PEFT makes them for combined adapters, have no alignment and are saved like any LoraConfig.
+    PEFT has no event for saving. Trainers call `PeftModel.save_pretrained`, which for each adapter writes the adapter
+    file and then calls this configuration's `save_pretrained`. Copies made by `dataclasses.replace`, as PEFT makes them
+    for combined adapters, have no alignment and are saved like any LoraConfig.
     """
 
     alignment: Alignment | None = None
 
     @classmethod
     def of(cls, config: LoraConfig, alignment: Alignment, **changes: Any) -> AlignedLoraConfig:
-        """A copy of `config` with `changes` to its fields, and the record `alignment`."""
-        # Calling the class would repeat PEFT's warnings and lose what PEFT keeps beside the fields (_custom_modules).
+        """A copy of `config` that holds the record `alignment`, with `changes` to its fields."""
+        # A call of the class would repeat PEFT's warnings, and lose what PEFT has set beside the fields.
         made: Any = copy.copy(config)
         made.__class__ = cls
         vars(made).update(changes, alignment=alignment)
@@ -65,14 +65,14 @@ class AlignedLoraConfig(LoraConfig):
             vars(saved).update(self.alignment.saved)
         LoraConfig.save_pretrained(saved, save_directory, **kwargs)
         if self.alignment is not None:
-            save(self.alignment.model(), self.alignment.adapter_name, Path(save_directory))
+            save_sidecar(self.alignment.model(), self.alignment.adapter_name, Path(save_directory))
 
 
-def save(model: PeftModel | None, adapter_name: str, folder: Path) -> None:
+def save_sidecar(model: PeftModel | None, adapter_name: str, folder: Path) -> None:
     """Write the sidecar of an aligned adapter, and the section of its model card, into the folder PEFT saved it in.
 
-    If the adapter file in the folder holds another adapter, a warning says so and nothing is written. That happens when
-    PEFT was given this adapter's configuration for another adapter or model.
+    If the adapter file in the folder holds another adapter, nothing is written, with a warning. That happens if this
+    adapter's configuration was given to PEFT for another adapter or model.
 
     Args:
         model: The model; None if it no longer exists.
@@ -85,8 +85,8 @@ def save(model: PeftModel | None, adapter_name: str, folder: Path) -> None:
         _join_halves(weights, factors)
     if alignment is None or not factors or (weights.is_file() and not _is_saved(weights, factors)):
         warnings.warn(
-            f"{folder}: no {FILE} was written, since the adapter in this folder is not the one that was aligned; it "
-            "trains on as plain LoRA.",
+            f"{folder}: no {FILE} was written, because the adapter in this folder is not the aligned one. Loaded "
+            "again, it trains as plain LoRA.",
             UserWarning,
             stacklevel=2,
         )
@@ -110,9 +110,9 @@ def save(model: PeftModel | None, adapter_name: str, folder: Path) -> None:
 
 
 def _join_halves(weights: Path, factors: Factors) -> None:
-    """Rewrite an adapter file that holds the trained halves of the factors, so that it holds the rank-2r matrices.
+    """Replace the trained halves of the factors in an adapter file by the joined rank-2r matrices.
 
-    DeepSpeed ZeRO-3 gathers the parameters by name, so files saved under it hold the trained halves alone.
+    DeepSpeed ZeRO-3 gathers parameters by their names, so files saved under it hold only the trained halves.
     """
     names = {
         f"{PREFIX}{name}.lora_{letter}.{factor.trainable_name}": (f"{PREFIX}{name}.lora_{letter}.weight", factor)
@@ -146,7 +146,7 @@ def _is_saved(weights: Path, factors: Factors) -> bool:
     return saved.shape == b.joined().shape and torch.equal(saved, b.joined().detach().to(saved))
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def read_sidecar(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Read the sidecar of a saved adapter.
 
     Args:
@@ -156,25 +156,25 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         Tensors and record; None if the adapter has no sidecar.
 
     Raises:
-        FileNotFoundError: There is no such folder, and the hub has no such adapter or cannot be asked.
+        FileNotFoundError: There is no such folder, and the hub has no such adapter or cannot be reached.
         ValueError: The sidecar is damaged.
     """
     if Path(path).is_dir():
         file = Path(path) / FILE
-        return _checked(file) if file.exists() else None
+        return _read_complete(file) if file.exists() else None
     try:
-        return _checked(hf_hub_download(str(path), FILE))
+        return _read_complete(hf_hub_download(str(path), FILE))
     except EntryNotFoundError as error:
-        if not isinstance(error, LocalEntryNotFoundError):  # the hub was asked: the adapter has no sidecar
+        if not isinstance(error, LocalEntryNotFoundError):  # the hub answered: the adapter has no sidecar
             return None
         reason: Exception = error
     except (OSError, HFValidationError) as error:  # no such name, no access, no network
         reason = error
-    raise FileNotFoundError(f"{path}: not a local folder, and not to be had from the hub ({reason}).") from reason
+    raise FileNotFoundError(f"{path}: not a local folder, and the hub does not give it ({reason}).") from reason
 
 
-def _checked(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a sidecar file.
+def _read_complete(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a sidecar file, and check that no part is missing.
 
     Returns:
         Tensors and record.
@@ -184,8 +184,8 @@ def _checked(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     tensors, record = read_tensors(file, FILE_KIND)
     missing = [key for key in ("config", "fingerprint", "scaling", "plain", "original") if key not in record]
-    missing += [f"{name}.{part}" for name in record.get("scaling", ()) for part in ("A0", "B0")]
-    missing = [key for key in missing if key not in tensors]
+    parts = (f"{name}.{part}" for name in record.get("scaling", ()) for part in ("A0", "B0"))
+    missing += [key for key in parts if key not in tensors]
     if missing:
-        raise ValueError(f"{file}: damaged, it holds no {missing[0]}. Put the whole file back, or remove it.")
+        raise ValueError(f"{file}: damaged, it holds no {missing[0]}. Put the complete file back, or remove it.")
     return tensors, record

@@ -124,9 +124,9 @@ def serve(adapter: Path, options: ExportOptions, server: str) -> int:
         return serve(Path(options.output), ExportOptions(), server)
     if options.rank is not None:
         raise ValueError("--rank was given with --for, but no --output to write to. Give both, or neither.")
-    for reason in (*verdict.refused, *verdict.mendable):
+    for reason in (*verdict.refused, *verdict.fixable):
         print(f"in the way: {reason}")
-    if verdict.refused or verdict.mendable:
+    if verdict.refused or verdict.fixable:
         cure = "" if verdict.refused else f" Write one that is: lora-ga export {adapter} --for {server} --output FOLDER"
         print(f"{adapter}: not served by {server} as it is.{cure}")
         return 2

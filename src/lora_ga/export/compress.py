@@ -1,9 +1,10 @@
-"""Compressing a finished adapter to a lower rank."""
+"""Writing a finished adapter with another rank: compressed to a lower one, or padded with zeros to a higher one."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +17,6 @@ from torch import Tensor, nn
 from lora_ga.export.saved_adapter import read_adapter, scaling_of
 from lora_ga.files import check_empty, new_folder
 from lora_ga.layers.targets import PREFIX
-
-
-def _pairs(tensors: dict[str, Tensor], config: LoraConfig, path: Path) -> list[str]:
-    """The layers of an adapter file that hold an A and a B of a linear layer.
-
-    Returns:
-        Their paths in the file.
-
-    Raises:
-        ValueError: The adapter holds something else of LoRA.
-    """
-    if config.target_parameters:
-        raise ValueError(
-            f"{path}: adapts parameters without a layer of their own ({config.target_parameters[0]}); merge it."
-        )
-    if config.use_dora:
-        raise ValueError(f"{path}: a DoRA adapter; its product has magnitudes that a lower rank cannot keep. Merge it.")
-    names = []
-    for key, tensor in tensors.items():
-        if ".lora_" not in key or key.endswith(".lora_B.bias"):
-            continue
-        match = re.fullmatch(r"(.+)\.lora_[AB]\.weight", key)
-        if match is None or tensor.dim() != 2:
-            raise ValueError(f"{path}: {key} is not a factor of a linear layer; only those can be compressed.")
-        if key.endswith(".lora_A.weight"):
-            names.append(match[1])
-    if not names:
-        raise ValueError(f"{path}: holds no LoRA layers.")
-    return names
-
-
-def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The same product with zero rows and columns up to `rank`, exactly."""
-    missing = rank - len(a)
-    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing)), 0.0
-
-
-def _compress(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best rank-`rank` factors of b a, evenly balanced, and the relative error of the product (Frobenius)."""
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().mT)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
-    root = s[:rank].sqrt()
-    left, right = (q_b @ u[:, :rank]) * root, (root[:, None] * vh[:rank]) @ q_a.mT
-    total = s.norm()
-    lost = s[rank:].norm() / total if total > 0 else total
-    missing = rank - len(root)  # only where the layer is smaller than the rank: zero rows and columns
-    if missing > 0:
-        left = torch.cat([left, left.new_zeros(len(left), missing)], dim=1)
-        right = torch.cat([right, right.new_zeros(missing, right.shape[1])])
-    return right.to(a.dtype).contiguous(), left.to(b.dtype).contiguous(), lost.item()
 
 
 def compress_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, float]:
@@ -88,7 +38,7 @@ def compress_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, 
     source = Path(path)
     check_empty(out)
     config, tensors = read_adapter(source)
-    names = _pairs(tensors, config, source)
+    names = _linear_layers(tensors, config, source)
     largest = max(tensors[f"{name}.lora_A.weight"].shape[0] for name in names)
     if not 1 <= rank < largest:
         raise ValueError(f"rank {rank}: the adapter has rank {largest}; compress to a rank from 1 to {largest - 1}.")
@@ -96,7 +46,9 @@ def compress_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, 
 
 
 def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, float]:
-    """Write an adapter of one rank and s = 1 in every layer: larger layers compressed, smaller ones padded with zeros.
+    """Write an adapter that has one rank and s = 1 in every layer.
+
+    Layers of a higher rank are compressed, those of a lower rank padded with zeros.
 
     Args:
         path: The folder of a LoRA adapter.
@@ -104,7 +56,7 @@ def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, fl
         rank: The rank of every layer.
 
     Returns:
-        Layer name → ‖ΔW − ΔW_k‖ / ‖ΔW‖; zero for layers that were not larger.
+        Layer name → ‖ΔW − ΔW_k‖ / ‖ΔW‖; zero for layers that were not compressed.
 
     Raises:
         FileNotFoundError: There is no adapter in `path`.
@@ -113,11 +65,11 @@ def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, fl
     source, target = Path(path), check_empty(out)
     config, tensors = read_adapter(source)
     errors = {}
-    for name in _pairs(tensors, config, source):
+    for name in _linear_layers(tensors, config, source):
         layer = name.removeprefix(PREFIX)
         scaling = scaling_of(config, layer)
         a, b = (f"{name}.lora_{letter}.weight" for letter in "AB")
-        change = _padded if len(tensors[a]) <= rank else _compress
+        change = _padded if len(tensors[a]) <= rank else _truncated
         tensors[a], tensors[b], errors[layer] = change(tensors[a], scaling * tensors[b], rank)
         bias = f"{name}.lora_B.bias"
         if bias in tensors:
@@ -128,3 +80,57 @@ def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, fl
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True))
     return errors
+
+
+def _linear_layers(tensors: Mapping[str, Tensor], config: LoraConfig, path: Path) -> list[str]:
+    """The layers in an adapter file, which all have to be linear.
+
+    Returns:
+        Their paths in the file.
+
+    Raises:
+        ValueError: The adapter holds other LoRA parameters too.
+    """
+    if config.target_parameters:
+        raise ValueError(
+            f"{path}: adapts parameters by target_parameters ({config.target_parameters[0]}), whose rank cannot be "
+            "changed. Merge it."
+        )
+    if config.use_dora:
+        raise ValueError(f"{path}: a DoRA adapter; its magnitudes do not fit a product of lower rank. Merge it.")
+    names = []
+    for key, tensor in tensors.items():
+        if ".lora_" not in key or key.endswith(".lora_B.bias"):
+            continue
+        match = re.fullmatch(r"(.+)\.lora_[AB]\.weight", key)
+        if match is None or tensor.dim() != 2:
+            raise ValueError(
+                f"{path}: {key} is not a factor of a linear layer; only linear layers can be compressed. Merge it."
+            )
+        if key.endswith(".lora_A.weight"):
+            names.append(match[1])
+    if not names:
+        raise ValueError(f"{path}: holds no LoRA layers. Give the folder of a LoRA adapter.")
+    return names
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """A and B with zero rows and columns up to `rank`, and the relative error of their product, which is 0."""
+    missing = rank - len(a)
+    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing)), 0.0
+
+
+def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best A and B of `rank` for the product b a, of equal norms, and the relative error (Frobenius)."""
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+    root = s[:rank].sqrt()
+    left, right = (q_b @ u[:, :rank]) * root, (root[:, None] * vh[:rank]) @ q_a.mT
+    total = s.norm()
+    lost = s[rank:].norm() / total if total > 0 else total
+    missing = rank - len(root)  # if the layer is smaller than the rank: zero rows and columns
+    if missing > 0:
+        left = torch.cat([left, left.new_zeros(len(left), missing)], dim=1)
+        right = torch.cat([right, right.new_zeros(missing, right.shape[1])])
+    return right.to(a.dtype).contiguous(), left.to(b.dtype).contiguous(), lost.item()

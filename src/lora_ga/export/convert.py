@@ -1,13 +1,13 @@
-"""An old LoRA-GA run as an adapter for the original base.
+"""Converting a run of another LoRA-GA implementation into an adapter for the original base.
 
 The authors' fork and PEFT's `init_lora_weights="lora_ga"` train A and B on the changed base W − s·B₀A₀, so the trained
-adapter is wrong on the original W. With the initial adapter at hand the change is known:
+adapter is wrong on the original W. The initial adapter gives the change:
 
     W − s·B₀A₀ + s·B A  =  W + s·(B A − B₀A₀)  =  W + s·[B₀, B − B₀]·[A − A₀ ; A],
 
-a plain LoRA of rank 2r and the same s. This form and [B, −B₀]·[A ; A₀] are one product; this one
-does not take the difference of two large products when it is read in low precision. DoRA's magnitudes, biases and
-modules trained in full act on the same weight as before, and are taken from the final adapter as they are.
+a plain LoRA of rank 2r and the same s. The form [B, −B₀]·[A ; A₀] is the same product, but a difference of two large
+products, which loses digits in low precision. DoRA's magnitudes, biases and modules trained in full act on the same
+weight as before, and are copied from the final adapter.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_ga.adapter import save as sidecar
+from lora_ga.adapter.save import FILE as SIDECAR
 from lora_ga.files import check_empty, new_folder
 
 # The factors of linear and convolution layers, and of embeddings: letter → the dimension of the rank.
 FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<letter>[AB])(?P<weight>\.weight)?")
 JOINED_DIM = {"A": 0, "B": 1}
-# What both adapters must agree in, and what to call it.
-SAME = {
+# Fields of the configuration that must be equal in both adapters, and their names in messages.
+MUST_AGREE = {
     "r": "rank",
     "lora_alpha": "alpha",
     "use_rslora": "rank-stabilised scaling",
@@ -46,7 +46,7 @@ SAME = {
     "target_modules": "target modules",
     "fan_in_fan_out": "storage of the weights",
 }
-# Below this cosine between A and A₀ (median over layers) two adapters are hardly one run.
+# Below this cosine between A and A₀ (median over layers) two adapters are probably of two runs.
 UNRELATED = 0.1
 
 Config = dict[str, Any]
@@ -54,7 +54,7 @@ Tensors = dict[str, Tensor]
 
 
 def convert_run(init: str | Path, final: str | Path, out: str | Path) -> dict[str, float]:
-    """Write what a run trained as an adapter for the original base, from its initial and its final adapter.
+    """Write an adapter for the original base, from the initial and the final adapter of a run on a changed base.
 
     Args:
         init: The folder of the adapter as it was before training.
@@ -73,7 +73,7 @@ def convert_run(init: str | Path, final: str | Path, out: str | Path) -> dict[st
     (config_0, tensors_0), (config, tensors) = _read(first), _read(last)
     _check_convertible(config, tensors, last)
     _check_same_run(config_0, config, first, last)
-    pairs = _pairs(tensors, last)
+    pairs = _factor_keys(tensors, last)
     _check_tensors(tensors_0, tensors, pairs, first, last)
     joined = dict(tensors)
     for a, b in pairs.values():
@@ -83,15 +83,15 @@ def convert_run(init: str | Path, final: str | Path, out: str | Path) -> dict[st
     with new_folder(target) as folder:
         contiguous = {key: tensor.contiguous() for key, tensor in joined.items()}
         save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        (folder / CONFIG_NAME).write_text(json.dumps(_doubled(config), indent=2, sort_keys=True))
-        return _verified(folder, pairs, tensors_0, tensors)
+        (folder / CONFIG_NAME).write_text(json.dumps(_rank_2r_config(config), indent=2, sort_keys=True))
+        return _check_written(folder, pairs, tensors_0, tensors)
 
 
 def _read(folder: Path) -> tuple[Config, Tensors]:
-    """An adapter's configuration and tensors, as they are in the files: old forks write fields PEFT does not know.
+    """Read an adapter's configuration and tensors. The configuration may have fields that PEFT does not know.
 
     Returns:
-        Both.
+        The configuration and the tensors.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -111,37 +111,38 @@ def _read(folder: Path) -> tuple[Config, Tensors]:
 
 
 def _check_convertible(config: Config, tensors: Tensors, path: Path) -> None:
-    """Refuse a final adapter that needs no conversion, or whose base was changed in a way an adapter cannot undo.
+    """Refuse a final adapter that needs no conversion, or whose change of the base no adapter can undo.
 
     Raises:
-        ValueError: It is such a one.
+        ValueError: The adapter is one of these.
     """
-    if (path / sidecar.FILE).is_file():
+    if (path / SIDECAR).is_file():
         raise ValueError(
-            f"{path}: holds {sidecar.FILE}, so it was trained by this library and is for the original base as it is."
+            f"{path}: holds {SIDECAR}, so it was trained with this library and needs no conversion: it is for the "
+            "original base."
         )
     if config.get("layer_replication"):
         raise ValueError(
-            f"{path}: layer_replication makes several layers share one base weight, which each of them has changed; no "
-            "adapter of one layer can take that back. Merge it on the base it was trained on."
+            f"{path}: layer_replication makes several layers share one base weight, which each of them has changed; "
+            "the adapter of one layer cannot undo that. Merge it on the base it was trained on."
         )
     if config.get("target_parameters"):
         raise ValueError(
-            f"{path}: adapts parameters without a layer of their own ({config['target_parameters'][0]}), whose factors "
-            "cannot be joined. Merge it on the base it was trained on."
+            f"{path}: adapts parameters by target_parameters ({config['target_parameters'][0]}), whose factors cannot "
+            "be joined. Merge it on the base it was trained on."
         )
-    strange = [
+    infinite = [
         key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
     ]
-    if strange:
-        raise ValueError(f"{path}: {strange[0]} holds numbers that are not finite. Take an earlier checkpoint.")
+    if infinite:
+        raise ValueError(f"{path}: {infinite[0]} holds numbers that are not finite. Take an earlier checkpoint.")
 
 
 def _check_same_run(config_0: Config, config: Config, first: Path, last: Path) -> None:
     """Refuse two adapters whose configurations cannot be of one run.
 
     Raises:
-        ValueError: They cannot, with the first difference.
+        ValueError: They differ; the message names the first difference.
     """
     bases = [each.get("base_model_name_or_path") for each in (config_0, config)]
     if all(bases) and bases[0] != bases[1]:
@@ -149,8 +150,8 @@ def _check_same_run(config_0: Config, config: Config, first: Path, last: Path) -
             f"{first} and {last} do not belong together: their base models are {bases[0]} and {bases[1]}. Give the "
             "initial and the final adapter of one run."
         )
-    for field, words in SAME.items():
-        one, other = (_plain(each.get(field)) for each in (config_0, config))
+    for field, words in MUST_AGREE.items():
+        one, other = (_normalised(each.get(field)) for each in (config_0, config))
         if one != other:
             raise ValueError(
                 f"{first} and {last} do not belong together: their {words} ({field}) is {one} and {other}. Give the "
@@ -158,16 +159,16 @@ def _check_same_run(config_0: Config, config: Config, first: Path, last: Path) -
             )
 
 
-def _plain(value: Any) -> Any:
-    """A field's value, a list in any order and nothing in any form being the same."""
+def _normalised(value: Any) -> Any:
+    """A field's value for comparison: lists sorted, and None for every empty value."""
     return sorted(value) if isinstance(value, list) else value or None
 
 
-def _pairs(tensors: Tensors, path: Path) -> dict[str, tuple[str, str]]:
-    """The factors in an adapter file: layer → keys of A and B.
+def _factor_keys(tensors: Tensors, path: Path) -> dict[str, tuple[str, str]]:
+    """Find the factors in an adapter file.
 
     Returns:
-        The pairs.
+        Layer → keys of A and B.
 
     Raises:
         ValueError: There are none, or one is incomplete.
@@ -193,7 +194,7 @@ def _check_tensors(
     Raises:
         ValueError: They differ in layers or shapes, nothing moved, or the initial product is zero everywhere.
     """
-    others = {key for pair in _pairs(tensors_0, first).values() for key in pair} ^ {
+    others = {key for pair in _factor_keys(tensors_0, first).values() for key in pair} ^ {
         key for pair in pairs.values() for key in pair
     }
     if others:
@@ -213,10 +214,10 @@ def _check_tensors(
             f"{first}: every product B₀A₀ is zero, as plain LoRA starts: its base was not changed, and {last} is for "
             "the original base as it is."
         )
-    likeness = [_cosine(tensors_0[a], tensors[a]) for a, _ in pairs.values()]
-    if median(likeness) < UNRELATED:
+    cosines = [_cosine(tensors_0[a], tensors[a]) for a, _ in pairs.values()]
+    if median(cosines) < UNRELATED:
         warnings.warn(
-            f"{first} and {last} may not be of one run: the cosine between their A is {median(likeness):.2f} (median "
+            f"{first} and {last} may not be of one run: the cosine between their A is {median(cosines):.2f} (median "
             "over layers). If the initial adapter is another run's, the result is wrong.",
             UserWarning,
             stacklevel=3,
@@ -229,12 +230,12 @@ def _cosine(one: Tensor, other: Tensor) -> float:
     return (one @ other).item() / size if size else 1.0
 
 
-def _doubled(config: Config) -> Config:
-    """The configuration of the rank-2r adapter, the scaling of every layer being what it was."""
+def _rank_2r_config(config: Config) -> Config:
+    """The configuration of the rank-2r adapter, with the scaling of every layer unchanged."""
     root = math.sqrt(2) if config.get("use_rslora") else 2
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    # A layer with one pattern only takes the other number from the defaults, so both are doubled everywhere.
-    known = {field.name for field in dataclasses.fields(LoraConfig)}  # the authors' fork writes others too
+    # A layer with one of the two patterns takes the other number from the defaults, so both are doubled everywhere.
+    known = {field.name for field in dataclasses.fields(LoraConfig)}  # the authors' fork writes more
     return {field: value for field, value in config.items() if field in known} | {
         "peft_type": "LORA",
         "r": 2 * config["r"],
@@ -246,16 +247,16 @@ def _doubled(config: Config) -> Config:
     }
 
 
-def _verified(
+def _check_written(
     folder: Path, pairs: Mapping[str, tuple[str, str]], tensors_0: Tensors, tensors: Tensors
 ) -> dict[str, float]:
-    """Read the written file again and compare every product.
+    """Read the written file, and compare every product with B A − B₀A₀ in float64.
 
     Returns:
         Layer → relative error.
 
     Raises:
-        ValueError: A product is not what it should be.
+        ValueError: A product differs.
     """
     written = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     errors = {}
@@ -269,5 +270,5 @@ def _verified(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """B A of one layer in float64; the kernel of a convolution counts as inputs."""
+    """B A of one layer, (outputs, inputs), in float64. A convolution has inputs times height times width inputs."""
     return b.double().flatten(1) @ a.double().flatten(1)

@@ -1,4 +1,4 @@
-"""Merging a finished adapter into its base model, as a full checkpoint."""
+"""Merging a finished adapter into its base model, and writing the model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lora_ga.layers.targets import PREFIX
 
 
 def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None:
-    """Write the base model with an adapter merged into its weights, as a full checkpoint.
+    """Write the base model with an adapter merged into its weights.
 
-    The merged model, written and read again, is what the adapted one computes up to the rounding of the weights' dtype.
+    The written model computes what the adapted one does, up to the rounding of the weights' dtype.
 
     Args:
         path: The adapter's folder.
         out: A new or empty folder.
-        base: The original base model, without LoRA layers; it is changed in place.
+        base: The original base model, without LoRA layers; its weights are changed in place.
 
     Raises:
         FileNotFoundError: There is no adapter in `path`.
-        TypeError: The base model cannot be saved.
+        TypeError: The base model has no `save_pretrained`.
         ValueError: `out` is not empty, the base is quantised, an adapted weight is shared with other modules, the
             adapter is damaged, or the merged weights are not finite.
     """
@@ -36,6 +36,22 @@ def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None
         raise ValueError("The base model is quantised; load it in full precision to merge an adapter into it.")
     read_adapter(Path(path))
     model = PeftModel.from_pretrained(base, str(path))
+    try:
+        _check_not_shared(model)
+    except ValueError:
+        model.unload()
+        raise
+    merged = model.merge_and_unload(safe_merge=True)
+    with new_folder(target) as folder:
+        merged.save_pretrained(folder)
+
+
+def _check_not_shared(model: PeftModel) -> None:
+    """Refuse adapted weights that other modules use too.
+
+    Raises:
+        ValueError: There is such a weight.
+    """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.removeprefix(PREFIX))
@@ -43,11 +59,7 @@ def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None
         if isinstance(layer, LoraLayer):
             shared = owners.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
             if len(shared) > 1:
-                model.unload()
                 raise ValueError(
                     f"{name.removeprefix(PREFIX)}: its weight is shared ({', '.join(shared)}), so merging would change "
-                    "all. Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
+                    "all of them. Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
                 )
-    merged = model.merge_and_unload(safe_merge=True)
-    with new_folder(target) as folder:
-        merged.save_pretrained(folder)

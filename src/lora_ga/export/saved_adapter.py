@@ -1,4 +1,4 @@
-"""Reading a saved adapter: its configuration, its weights, and the scaling of each layer."""
+"""Reading a saved adapter without a model: its configuration, its tensors, and the scaling of each layer."""
 
 from __future__ import annotations
 
@@ -13,22 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def scaling_of(config: LoraConfig, name: str) -> float:
-    """The scaling s PEFT gives a layer: α/r, or α/√r with rsLoRA, after the patterns.
-
-    Args:
-        config: The adapter's configuration.
-        name: The layer's path in the base model.
-
-    Returns:
-        s.
-    """
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-    return alpha / rank**0.5 if config.use_rslora else alpha / rank
-
-
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Read a saved adapter.
 
@@ -36,7 +20,7 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         folder: Its folder.
 
     Returns:
-        Its configuration and its weights.
+        Its configuration and its tensors.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -49,4 +33,20 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         return PeftConfig.from_pretrained(str(folder)), load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     except (SafetensorError, json.JSONDecodeError) as error:
         files = f"{CONFIG_NAME} or {SAFETENSORS_WEIGHTS_NAME}"
-        raise ValueError(f"{folder}: damaged, {files} cannot be read ({error}). Save the adapter anew.") from error
+        raise ValueError(f"{folder}: damaged, {files} cannot be read ({error}). Save the adapter again.") from error
+
+
+def scaling_of(config: LoraConfig, name: str) -> float:
+    """The scaling s that PEFT gives a layer: α/r, or α/√r with rsLoRA, with the r and α of the patterns.
+
+    Args:
+        config: The adapter's configuration.
+        name: The layer's path in the base model.
+
+    Returns:
+        s.
+    """
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    return alpha / rank**0.5 if config.use_rslora else alpha / rank
