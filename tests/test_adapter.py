@@ -332,6 +332,17 @@ def test_a_deleted_model_is_gone_without_the_garbage_collector() -> None:
         gc.enable()
 
 
+def test_the_configuration_of_a_deleted_model_writes_no_sidecar(tmp_path: Path) -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    config = model.peft_config["default"]
+    del model
+    assert config.alignment.model() is None
+    with pytest.warns(UserWarning, match=r"no lora_ga\.safetensors was written, because the adapter"):
+        get_peft_model(llama(), config).save_pretrained(tmp_path)
+    assert not (tmp_path / "lora_ga.safetensors").exists()
+
+
 def test_only_an_aligned_adapters_structure_can_be_copied() -> None:
     model = adapted(llama())
     model.add_adapter("second", LoraConfig(r=8, target_modules=["q_proj"]))
@@ -358,7 +369,7 @@ def test_layers_that_cannot_be_aligned_stay_plain_lora_at_their_rank() -> None:
     config = LoraGAConfig(on_missing="lora")
     with pytest.warns(UserWarning, match="20 of 32 layers cannot be aligned") as caught:
         lora_ga.initialize(model, translated(), config, loss_fn=encoder_only)
-    assert len([w for w in caught if "cannot be aligned" in str(w.message)]) == 1  # said once, not by both halves
+    assert len([w for w in caught if "cannot be aligned" in str(w.message)]) == 1  # once, not by both functions
     assert torch.equal(logits(model, translated(1)[0]), before)
     plain = model.base_model.model.decoder.block[0].layer[0].SelfAttention.q
     assert (plain.r["default"], plain.scaling["default"]) == (4, 2.0)

@@ -265,9 +265,7 @@ def test_a_sidecar_from_before_plain_training_is_refused(saved: Path) -> None:
     stock = PeftModel.from_pretrained(llama(), saved, is_trainable=True)
     train(stock, causal(), steps=3, lr=1e-4)
     stock.save_pretrained(saved)
-    with pytest.raises(
-        ValueError, match="has another start. It may be left from before the adapter was trained as plain"
-    ):
+    with pytest.raises(ValueError, match="has another start. It may be from before the adapter was trained as plain"):
         lora_ga.load(llama(), saved, is_trainable=True)
     torch.testing.assert_close(logits(lora_ga.load(llama(), saved), BATCH), logits(stock.eval(), BATCH))
 

@@ -26,7 +26,7 @@ RANK = 8
 
 
 class Case(NamedTuple):
-    """A real model, how to make it anew, its batches and its linear layers."""
+    """A real model: a function that makes it, its batches and its linear layers."""
 
     make: Callable[[], Any]
     batches: list[dict[str, Tensor]]
@@ -72,7 +72,7 @@ def test_captured_gradients_are_autograds(case: Case, truth: dict[str, Tensor]) 
     estimate = lora_ga.estimate_gradients(fresh(case, torch.float64), case.batches, config)
     for name, part in estimate.items():
         found = (part.U * part.S) @ part.V.mT
-        # Llama's norms compute in float32 whatever the dtype; the benchmark's scaled losses round them anew.
+        # Llama's norms compute in float32 whatever the dtype; the scaled losses of the benchmark round them again.
         tolerance = 1e-9 if "bert" in name else 1e-6
         assert (found - truth[name]).norm() <= tolerance * truth[name].norm(), name
 
