@@ -1,4 +1,4 @@
-"""LoraGACallback: what it estimates, that it leaves the trainer as it was, what it refuses."""
+"""LoraGACallback: its estimate, the trainer it uses, its effects on the trainer, the errors it raises."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def assert_same_trained(one: Trainer, other: Trainer) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- what it does ----------------------------------------------------------------------------------------------------
+# --- effects ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_start_is_that_of_initialize_on_the_same_batches(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_start_is_that_of_initialize_on_the_same_batches(tmp_path: Path) -> 
     assert late.estimate.weight == estimate.weight
 
 
-def test_a_loss_function_replaces_the_trainers(tmp_path: Path) -> None:
+def test_a_loss_function_replaces_that_of_the_trainer(tmp_path: Path) -> None:
     def halved(model: Any, batch: Any) -> tuple[torch.Tensor, float]:
         return model(**batch).loss, 1.0
 
@@ -110,7 +110,7 @@ def test_the_structure_alone_trains_as_plain_lora() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
-def test_a_second_call_of_train_goes_on(tmp_path: Path) -> None:
+def test_a_second_call_of_train_continues_without_a_new_estimate(tmp_path: Path) -> None:
     late = callback()
     trainer = transformers_trainer([late], tmp_path)
     trainer.train()
@@ -130,7 +130,7 @@ def test_a_callback_added_after_the_trainer_was_made_gives_the_same_start(tmp_pa
     assert_same_trained(early, late)
 
 
-def test_a_model_made_anew_by_model_init_is_started(tmp_path: Path) -> None:
+def test_a_new_model_of_model_init_gets_a_new_estimate(tmp_path: Path) -> None:
     late = callback()
     trainer = Trainer(
         model_init=lambda: adapted(llama(), TARGETS),
@@ -145,7 +145,7 @@ def test_a_model_made_anew_by_model_init_is_started(tmp_path: Path) -> None:
     assert all(bool(factor.start.any()) for factor in factors(trainer.model))
 
 
-def test_layers_without_a_gradient_stay_plain_lora_in_the_structure(tmp_path: Path) -> None:
+def test_layers_without_a_gradient_remain_plain_lora(tmp_path: Path) -> None:
     model = adapted(llama(), TARGETS)
     drawn = model.base_model.model.model.layers[1].mlp.up_proj.lora_A["default"].weight.clone()
 
@@ -248,7 +248,7 @@ def test_an_attached_callback_that_finds_no_checkpoint_says_what_to_set(tmp_path
         again.train(resume_from_checkpoint=checkpoints[0])
 
 
-def test_attaching_twice_or_to_a_trainer_that_has_the_callback_changes_nothing(tmp_path: Path) -> None:
+def test_attach_has_no_effect_on_a_trainer_that_has_the_callback(tmp_path: Path) -> None:
     late = callback()
     trainer = transformers_trainer([late], tmp_path)
     parameters = [factor.trainable for factor in factors(trainer.model)]
@@ -268,7 +268,7 @@ def test_a_callback_attached_to_one_trainer_is_not_used_by_another(tmp_path: Pat
         transformers_trainer([late], tmp_path)
 
 
-def test_attaching_refuses_what_the_trainers_making_would(tmp_path: Path) -> None:
+def test_attach_refuses_what_on_init_end_refuses(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="The model is a LlamaForCausalLM, not a PeftModel"):
         callback().attach(transformers_trainer([], tmp_path, model=llama()))
     trainer = transformers_trainer([], tmp_path)
@@ -278,7 +278,7 @@ def test_attaching_refuses_what_the_trainers_making_would(tmp_path: Path) -> Non
     callback(batches=causal(), trainer=trainer)
 
 
-def test_the_reference_adapter_that_trl_has_copied_before_the_callback_is_attached(tmp_path: Path) -> None:
+def test_attach_after_trl_has_copied_the_adapter_to_a_reference(tmp_path: Path) -> None:
     trainer = attached(ready(preferences("DPO")), tmp_path, max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
@@ -329,7 +329,7 @@ def test_the_installed_transformers_calls_its_events_as_the_fallback_expects(
     assert checkpoints[0] == (None if expected is None else str(tmp_path / expected))
 
 
-def test_a_callback_in_the_fallback_knows_the_checkpoint_from_the_call_of_train(tmp_path: Path) -> None:
+def test_the_fallback_reads_the_checkpoint_from_the_call_of_train(tmp_path: Path) -> None:
     """Nothing but the argument of `train` names the checkpoint here."""
     whole = passed(transformers_trainer, tmp_path / "whole")
     whole.train()
@@ -342,17 +342,17 @@ def test_a_callback_in_the_fallback_knows_the_checkpoint_from_the_call_of_train(
 
 
 class LogCounts(TrainerCallback):
-    """Keeps what is logged."""
+    """Keeps the logs."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Copy."""
+        """Keep a copy."""
         self.seen.append(dict(logs))
 
 
-def test_evaluations_do_not_average_the_estimates_losses_in(tmp_path: Path) -> None:
+def test_the_losses_of_the_estimate_are_not_in_what_the_trainer_logs(tmp_path: Path) -> None:
     logs = []
     for name, callbacks in (("with", [callback()]), ("without", [])):
         counts = LogCounts()
@@ -370,7 +370,7 @@ def test_evaluations_do_not_average_the_estimates_losses_in(tmp_path: Path) -> N
 def test_the_best_checkpoint_is_loaded_at_the_end_and_others_are_removed(tmp_path: Path) -> None:
     model = adapted(llama(), TARGETS)
     arguments = settings(tmp_path, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True, save_total_limit=1)
-    arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the worst: not the last
+    arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # so that it is not the last
     data = tokenised()
     trainer = Trainer(
         model, TrainingArguments(**arguments), train_dataset=data, eval_dataset=data, callbacks=[callback()]
@@ -389,7 +389,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end_and_others_are_removed(tmp_pat
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_streams_of_the_datasets_library_begin_anew(tmp_path: Path) -> None:
+def test_streams_of_the_datasets_library_restart_for_training(tmp_path: Path) -> None:
     orders: list[list[list[int]]] = []
     for name, callbacks in (("with", [callback()]), ("without", [])):
         stream = tokenised().to_iterable_dataset().shuffle(seed=3, buffer_size=8)
@@ -414,7 +414,7 @@ def test_streams_of_the_datasets_library_begin_anew(tmp_path: Path) -> None:
 
 
 class Once(IterableDataset[Any]):
-    """Cannot begin anew."""
+    """An iterable that may not restart."""
 
     def __iter__(self) -> Any:
         yield from ()
@@ -429,12 +429,12 @@ def made(tmp_path: Path, model: Any, data: Any = None, **changes: Any) -> Traine
     )
 
 
-def test_iterables_that_may_not_begin_anew(tmp_path: Path) -> None:
+def test_iterables_that_may_not_restart_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a Once, an iterable that may not restart.*LoraGACallback\(batches="):
         made(tmp_path, adapted(llama(), TARGETS), Once())
 
 
-def test_empty_training_data(tmp_path: Path) -> None:
+def test_empty_training_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="The training data of the Trainer is empty"):
         made(tmp_path, adapted(llama(), TARGETS), Dataset.from_list([]))
     stream = datasets.IterableDataset.from_generator(lambda: iter(()))
@@ -479,22 +479,22 @@ def test_the_datasets_library_is_not_needed(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
-# --- what it refuses -------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_without_lora_layers(tmp_path: Path) -> None:
+def test_a_model_without_lora_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"The model is a LlamaForCausalLM, not a PeftModel.*get_peft_model"):
         made(tmp_path, llama())
 
 
-def test_an_adapter_that_is_aligned_already(tmp_path: Path) -> None:
+def test_an_adapter_that_is_aligned_already_is_refused(tmp_path: Path) -> None:
     model = adapted(llama(), TARGETS)
     lora_ga.initialize(model, causal())
     with pytest.raises(ValueError, match="'default' is already aligned: it comes from lora_ga.initialize or a che"):
         made(tmp_path, model)
 
 
-def test_a_trainer_that_has_trained_without_it(tmp_path: Path) -> None:
+def test_an_adapter_that_has_trained_without_the_callback_is_refused(tmp_path: Path) -> None:
     trainer = transformers_trainer([], tmp_path)
     trainer.train()
     trainer.add_callback(callback())
@@ -502,24 +502,24 @@ def test_a_trainer_that_has_trained_without_it(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_the_base_offset() -> None:
+def test_offset_base_is_refused() -> None:
     with pytest.raises(ValueError, match='LoraGAConfig.offset is "base". Use offset="adapter", or call lora_ga'):
         LoraGACallback(LoraGAConfig(offset="base"))
 
 
-def test_a_caller_that_is_no_trainer() -> None:
+def test_a_caller_that_is_no_trainer_is_refused() -> None:
     with pytest.raises(RuntimeError, match="was not called by a transformers.Trainer that has it among its callbacks"):
         callback().on_init_end(None, None, None, model=adapted(llama(), TARGETS))
 
 
-def test_flattened_parameters(tmp_path: Path) -> None:
+def test_fsdp_1_is_refused(tmp_path: Path) -> None:
     trainer = transformers_trainer([], tmp_path)
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="does not fill adapters in FSDP 1, .*Set fsdp_version: 2 in the Accelerate"):
         callback().attach(trainer)
 
 
-def test_a_checkpoint_of_plain_lora(tmp_path: Path) -> None:
+def test_a_checkpoint_of_plain_lora_is_refused(tmp_path: Path) -> None:
     transformers_trainer([callback()], tmp_path).train()
     (tmp_path / "checkpoint-4" / FILE).unlink()
     with pytest.raises(
@@ -528,7 +528,7 @@ def test_a_checkpoint_of_plain_lora(tmp_path: Path) -> None:
         transformers_trainer([callback()], tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
-def test_a_checkpoint_with_the_sidecar_of_another_run(tmp_path: Path) -> None:
+def test_a_checkpoint_with_the_sidecar_of_another_run_is_refused(tmp_path: Path) -> None:
     for name, batches in (("a", causal()), ("b", causal(5)[3:])):
         transformers_trainer([callback(batches=batches)], tmp_path / name).train()
     (tmp_path / "b" / "checkpoint-4" / FILE).replace(tmp_path / "a" / "checkpoint-4" / FILE)
@@ -556,7 +556,7 @@ torch.save([type(trainer.model_wrapped).__name__, tensors], Path(sys.argv[1]) / 
 
 
 @pytest.mark.slow
-def test_processes_estimate_on_shares_and_start_as_one(tmp_path: Path) -> None:
+def test_processes_estimate_on_their_shares_and_get_one_start(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     run = [

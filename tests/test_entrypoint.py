@@ -1,4 +1,4 @@
-"""The package that ms-swift imports, called the way ms-swift calls it; and ms-swift itself where it is installed."""
+"""The functions that ms-swift imports, called as ms-swift calls them, and by ms-swift itself where it is installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def as_ms_swift_does(model: nn.Module, dataset: Any = EXAMPLES, lora: Any = None, **changes: Any) -> Any:
-    """A caller with the user's flags in a LoraConfig that it does not pass on."""
+    """Calls as `swift.pipelines.train.tuner.prepare_adapter` of ms-swift 3 and 4 does.
+
+    It makes `lora_config` of the user's flags, and passes the arguments below, among which the configuration is not.
+    """
     lora_config = lora or LoraConfig(
         task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights="lora-ga"
     )
@@ -53,7 +56,7 @@ def starts(model: Any) -> list[torch.Tensor]:
     return [module.start for module in model.modules() if hasattr(module, "start")]
 
 
-def test_the_start_comes_from_the_first_examples_cut_to_the_length() -> None:
+def test_the_estimate_uses_the_first_examples_cut_to_the_length() -> None:
     model = as_ms_swift_does(llama(), iter(EXAMPLES))
     own = lora_ga.get_lora_ga_model(
         llama(),
@@ -74,16 +77,39 @@ def test_ms_swifts_scales_and_dtypes_are_known(scale: str) -> None:
     assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("target", "changes", "part"),
+    [
+        ("q_proj", {"use_dora": True}, "lora_magnitude_vector"),
+        ("q_proj", {"lora_bias": True}, "lora_B.default.bias"),
+        ("embed_tokens", {}, "lora_embedding_A"),
+    ],
+)
+def test_all_parameters_of_an_adapter_are_cast(target: str, changes: dict[str, Any], part: str) -> None:
+    lora = LoraConfig(r=3, target_modules=[target], **changes)
+    model = get_lora_ga_model(llama(), collate, EXAMPLES, dtype="float16", peft_config=lora)
+    cast = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16}
+    assert cast == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert any(part in name for name in cast)
+
+
 def test_a_caller_without_a_configuration_is_refused() -> None:
     lora_config = None
     with pytest.raises(ValueError, match="found no LoraConfig named lora_config in the calling function"):
         get_lora_ga_model(llama(), collate, EXAMPLES)
     assert lora_config is None
-    model = get_lora_ga_model(llama(), collate, EXAMPLES, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def test_the_configuration_that_is_passed_counts_before_the_callers() -> None:
+    lora_config = LoraConfig(r=3, target_modules=["down_proj"])
+    passed = LoraConfig(r=2, target_modules=["q_proj"])
+    model = get_lora_ga_model(llama(), collate, EXAMPLES, peft_config=passed)
     assert model.peft_config["default"].r == 4
+    found = get_lora_ga_model(llama(), collate, EXAMPLES)
+    assert found.peft_config["default"].target_modules == lora_config.target_modules == {"down_proj"}
 
 
-def test_what_cannot_be_started_is_refused_and_the_model_given_back() -> None:
+def test_a_refused_call_leaves_the_base_model_as_it_was() -> None:
     model = llama()
     with pytest.raises(ValueError, match="The data set holds no example"):
         as_ms_swift_does(model, [])
@@ -102,17 +128,31 @@ def test_inside_the_context_saving_converts_nothing(tmp_path: Path) -> None:
     train(model, causal(), lr=1e-3)
     with LoraGAContext(model):
         model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path / "initial_model"))
+    with pytest.raises(ZeroDivisionError), LoraGAContext(model):
+        raise ZeroDivisionError
     assert "save_pretrained" not in vars(model)
     stock = PeftModel.from_pretrained(llama(), tmp_path)
     assert stock.peft_config["default"].r == 6
     torch.testing.assert_close(logits(stock, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
 
 
-def test_ms_swift_itself_makes_the_model(tmp_path: Path) -> None:
+def prepare_adapter_of_ms_swift() -> Any:
+    """The function of ms-swift that calls `get_lora_ga_model`."""
     try:
-        prepare_adapter = importlib.import_module("swift.pipelines.train.tuner").prepare_adapter
+        return importlib.import_module("swift.pipelines.train.tuner").prepare_adapter
     except ImportError as error:
-        pytest.skip(f"ms-swift is not installed, or not whole ({error})")
+        pytest.skip(f"ms-swift or one of its requirements is not installed ({error})")
+
+
+def test_the_installed_ms_swift_calls_as_the_fallback_expects() -> None:
+    """`_lora_config_from_call_stack` reads this variable, which ms-swift does not document."""
+    prepare_adapter = prepare_adapter_of_ms_swift()
+    assert "lora_config" in prepare_adapter.__code__.co_varnames
+    assert "get_lora_ga_model" in prepare_adapter.__code__.co_names
+
+
+def test_ms_swift_makes_the_model(tmp_path: Path) -> None:
+    prepare_adapter = prepare_adapter_of_ms_swift()
     flags = SimpleNamespace(
         task_type="causal_lm", target_modules=["q_proj", "v_proj"], modules_to_save=[], lora_rank=2, lora_alpha=6
     )

@@ -1,4 +1,4 @@
-"""Axolotl and LLaMA-Factory: against their interfaces, and against the packages themselves where they are installed."""
+"""Axolotl and LLaMA-Factory: with stand-ins for their interfaces, and with the packages where they are installed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from toys import llama
 
 
 class FakePlugin:
-    """Stands for axolotl.integrations.base.BasePlugin, all of whose methods do nothing."""
+    """A stand-in for axolotl.integrations.base.BasePlugin, whose methods do nothing."""
 
 
 @pytest.fixture
 def axolotl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Our module, on a stand-in for Axolotl."""
+    """`lora_ga.integrations.axolotl`, imported with a stand-in for Axolotl."""
     base = ModuleType("axolotl.integrations.base")
     base.BasePlugin = FakePlugin  # type: ignore[attr-defined]
     for name in ("axolotl", "axolotl.integrations"):
@@ -51,7 +51,7 @@ def test_axolotls_plugin_declares_its_settings_and_checks_them(axolotl: Any) -> 
         arguments(lora_ga={"scale": "big"})
 
 
-def test_the_pages_lines_for_axolotl_are_read(axolotl: Any) -> None:
+def test_the_documented_lines_for_axolotl_configure_the_callback(axolotl: Any) -> None:
     configuration = yaml.safe_load(block("Axolotl"))
     (path,) = configuration["plugins"]
     module, _, name = path.rpartition(".")
@@ -62,7 +62,9 @@ def test_the_pages_lines_for_axolotl_are_read(axolotl: Any) -> None:
     assert callback.config == lora_ga.LoraGAConfig(**configuration["lora_ga"])
 
 
-def test_the_pages_line_for_llamafactory_runs(llamafactory: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_line_for_llamafactory_adds_the_callback(
+    llamafactory: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = block("LLaMA-Factory").partition("#")[0].split()
     assert words[:2] == ["python", "-m"]
     monkeypatch.setattr(sys, "argv", words[2:])
@@ -70,7 +72,7 @@ def test_the_pages_line_for_llamafactory_runs(llamafactory: list[Any], monkeypat
     assert [type(callback) for _, callbacks in llamafactory for callback in callbacks] == [lora_ga.LoraGACallback]
 
 
-def test_axolotls_plugin_keeps_fused_kernels_off(axolotl: Any) -> None:
+def test_axolotls_plugin_switches_fused_kernels_off(axolotl: Any) -> None:
     configuration: dict[str, Any] = {"adapter": "lora"}
     axolotl.LoraGAPlugin().register(configuration)
     assert all(configuration[kernel] is False for kernel in axolotl.KERNELS)
@@ -79,10 +81,16 @@ def test_axolotls_plugin_keeps_fused_kernels_off(axolotl: Any) -> None:
 @pytest.mark.parametrize(
     ("configuration", "message"),
     [
-        ({}, "adapter: found None, but LoRA-GA starts a LoRA adapter. Set adapter to lora or qlora"),
+        ({}, "adapter: found None, but LoRA-GA initializes a LoRA adapter. Set adapter to lora or qlora"),
         ({"adapter": "llama-adapter"}, "adapter: found 'llama-adapter'"),
-        ({"adapter": "qlora", "peft_init_lora_weights": "pissa"}, "peft_init_lora_weights: found 'pissa'"),
-        ({"adapter": "lora", "lora_mlp_kernel": True}, "lora_mlp_kernel: found true, but fused LoRA kernels call no"),
+        (
+            {"adapter": "qlora", "peft_init_lora_weights": "pissa"},
+            "peft_init_lora_weights: found 'pissa', which initializes",
+        ),
+        (
+            {"adapter": "lora", "lora_mlp_kernel": True},
+            "lora_mlp_kernel: found true, but fused LoRA kernels do not call",
+        ),
     ],
 )
 def test_axolotls_plugin_refuses_what_cannot_be_aligned(
@@ -102,7 +110,7 @@ def test_axolotls_plugin_gives_the_trainer_the_callback_with_the_settings(axolot
 
 @pytest.fixture
 def llamafactory(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What a stand-in for LLaMA-Factory was called with."""
+    """The arguments of the calls of a stand-in for LLaMA-Factory's `run_exp`."""
     calls: list[Any] = []
     modules = {name: ModuleType(name) for name in ("llamafactory", "llamafactory.hparams", "llamafactory.train")}
     parser, tuner = ModuleType("llamafactory.hparams.parser"), ModuleType("llamafactory.train.tuner")
@@ -113,7 +121,7 @@ def llamafactory(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def test_llamafactorys_launcher_adds_the_callback_and_takes_its_settings_out(llamafactory: list[Any]) -> None:
+def test_llamafactorys_launcher_adds_the_callback_and_removes_its_settings(llamafactory: list[Any]) -> None:
     from lora_ga.integrations.llamafactory import run_exp
 
     given = {"stage": "sft", "lora_ga": {"stable_gamma": 64}}
@@ -130,8 +138,8 @@ def test_llamafactorys_launcher_adds_the_callback_and_takes_its_settings_out(lla
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"finetuning_type": "full"}, "finetuning_type: found 'full', but LoRA-GA starts a LoRA adapter"),
-        ({"pissa_init": True}, "pissa_init: found true, which does not go together with LoRA-GA"),
+        ({"finetuning_type": "full"}, "finetuning_type: found 'full', but LoRA-GA initializes a LoRA adapter"),
+        ({"pissa_init": True}, "pissa_init: found true, which cannot be combined with LoRA-GA"),
         ({"lora_ga": {"gamma": 1}}, "LoraGAConfig has no setting gamma"),
     ],
 )
@@ -146,11 +154,11 @@ def test_llamafactorys_launcher_refuses_what_cannot_be_aligned(
 
 
 def really(module: str) -> Any:
-    """A framework's module, or a skip with the reason."""
+    """Import a framework's module; skip the test if that fails."""
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a framework fails to import in many ways where its requirements are not all there
-        pytest.skip(f"{module} is not installed, or not whole ({type(error).__name__}: {error})")
+    except Exception as error:  # without all its requirements a framework fails to import with many kinds of errors
+        pytest.skip(f"{module} or one of its requirements is not installed ({type(error).__name__}: {error})")
 
 
 def model_folder(folder: Path) -> Path:
@@ -176,7 +184,7 @@ def is_trained_adapter_for(adapter: Path, base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_llamafactory_itself_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llamafactory_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
     really("llamafactory.train.tuner")
     from lora_ga.integrations.llamafactory import run_exp
@@ -194,7 +202,7 @@ def test_llamafactory_itself_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     is_trained_adapter_for(tmp_path / "out", base)
 
 
-def test_axolotl_itself_reads_the_plugin_and_its_settings(tmp_path: Path) -> None:
+def test_axolotl_reads_the_plugin_and_its_settings(tmp_path: Path) -> None:
     base = really("axolotl.integrations.base")
     really("axolotl.integrations.config")
     manager = base.PluginManager.get_instance()

@@ -1,4 +1,4 @@
-"""The page on frameworks: each block runs, and adds no more lines than it says; the Accelerate loop."""
+"""docs/integrations.md: each block runs and adds as many lines as the text says. And the example's Accelerate loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NUMBERS = {"One": 1, "Two": 2, "Three": 3}
 
 
 def block(title: str) -> str:
-    """The code of a section."""
+    """The code block of a section."""
     (code,) = re.findall(r"```(?:python|yaml|bash)\n(.*?)```", SECTIONS[title], flags=re.DOTALL)
     return code
 
@@ -42,7 +42,7 @@ def test_a_framework_takes_at_most_three_lines_and_the_page_counts_them(title: s
 
 
 def names(folder: Path, trainer: str) -> dict[str, Any]:
-    """What the page takes for granted."""
+    """The names that the page's blocks use without defining them."""
     given = {"base": llama(), "lora": peft_config(), "tokenizer": tokenizer(), "get_peft_model": get_peft_model}
     if trainer == "Trainer":
         arguments = TrainingArguments(**settings(folder))
@@ -60,14 +60,14 @@ def names(folder: Path, trainer: str) -> dict[str, Any]:
         ("TRL: preferences and rewards", "DPO"),
     ],
 )
-def test_the_pages_trainers_start_and_train_an_adapter(title: str, trainer: str, tmp_path: Path) -> None:
+def test_the_documented_trainers_initialize_and_train_an_adapter(title: str, trainer: str, tmp_path: Path) -> None:
     given = names(tmp_path, trainer)
     exec(block(title), given)
     assert all(bool(factor.start.any()) for factor in factors(given["trainer"].model))
     assert (tmp_path / "checkpoint-8" / FILE).is_file()
 
 
-def test_the_pages_accelerate_loop_starts_an_adapter() -> None:
+def test_the_documented_accelerate_loop_initializes_an_adapter() -> None:
     rows = Dataset.from_dict({"input_ids": tokens(16), "labels": tokens(16)}).with_format("torch")
     loader: DataLoader[Any] = DataLoader(rows, batch_size=4)
     given: dict[str, Any] = {
@@ -85,7 +85,7 @@ def test_the_pages_accelerate_loop_starts_an_adapter() -> None:
 
 
 class Seen(list[torch.Tensor]):
-    """Collates, and remembers what it has collated."""
+    """A collator that keeps the token ids of every batch."""
 
     def __call__(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         ids = torch.stack([example["input_ids"] for example in examples])
@@ -99,7 +99,7 @@ def loader(seen: Seen) -> Any:
     return DataLoader(data, batch_size=4, shuffle=True, collate_fn=seen)
 
 
-def test_the_loop_learns_from_the_bases_function_on(tmp_path: Path) -> None:
+def test_the_loop_begins_at_the_base_models_loss_and_learns(tmp_path: Path) -> None:
     seen = Seen()
     losses = accelerate_loop.finetune(llama(), loader(seen), tmp_path)
     assert len(losses) == 12
@@ -108,7 +108,7 @@ def test_the_loop_learns_from_the_bases_function_on(tmp_path: Path) -> None:
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_the_loops_order_does_not_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loops_order_of_data_is_that_without_lora_ga(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {name: Seen() for name in ("with", "without")}
     accelerate_loop.finetune(llama(), loader(seen["with"]), tmp_path / "with")
     monkeypatch.setattr(lora_ga, "initialize", lambda *_: None, raising=False)
@@ -118,7 +118,7 @@ def test_the_loops_order_does_not_move(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(torch.equal(one, other) for one, other in zip(seen["with"][12:], seen["without"], strict=True))
 
 
-def test_the_loop_resumes_bit_for_bit_and_stock_peft_loads_what_it_leaves(tmp_path: Path) -> None:
+def test_the_loop_resumes_bit_for_bit_and_stock_peft_loads_its_adapter(tmp_path: Path) -> None:
     whole = accelerate_loop.finetune(llama(), loader(Seen()), tmp_path / "whole", epochs=2)
     parts = accelerate_loop.finetune(llama(), loader(Seen()), tmp_path / "parts")
     parts += accelerate_loop.finetune(llama(), loader(Seen()), tmp_path / "parts")

@@ -1,4 +1,4 @@
-"""The launch recipes, as their first lines say to run them: two processes, each engine through Accelerate."""
+"""The launch recipes, run by the commands in train.py: two processes, one test run for each configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Runs an engine's recipe, once; what it printed last, and its folder."""
+    """A function that runs an engine's recipe once, and returns its last line of output (JSON) and its folder."""
     done: dict[str, tuple[dict[str, Any], Path]] = {}
 
     def run(engine: str) -> tuple[dict[str, Any], Path]:
@@ -57,7 +57,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_recipe_trains_in_its_engine_and_saves_a_plain_adapter(launch: Launch, engine: str) -> None:
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("`make test-zero3` runs this test: DeepSpeed builds a kernel of its own the first time")
+        pytest.skip("`make test-zero3` runs this test: it needs DeepSpeed, which compiles a kernel at its first use")
     printed, folder = launch(engine)
     alike, _ = launch("ddp")
     assert printed["engine"] == ENGINES[engine]
@@ -74,7 +74,7 @@ def test_the_recipe_trains_in_its_engine_and_saves_a_plain_adapter(launch: Launc
     assert (after - before).abs().max() > 0.1
 
 
-def test_processes_that_accelerate_leaves_alone_are_refused(tmp_path: Path) -> None:
+def test_processes_that_accelerate_does_not_connect_are_refused(tmp_path: Path) -> None:
     argv = [sys.executable, str(RECIPES / "train.py"), "--output_dir", str(tmp_path)]
     alone = os.environ | {"WORLD_SIZE": "2"}
     shown = subprocess.run(argv, capture_output=True, text=True, env=alone, check=False)
@@ -83,7 +83,7 @@ def test_processes_that_accelerate_leaves_alone_are_refused(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_script_says_a_command_for_every_configuration() -> None:
+def test_the_script_documents_a_command_for_every_configuration() -> None:
     text = (RECIPES / "train.py").read_text()
     names = {path.stem for path in RECIPES.glob("*.yaml")}
     assert names == set(ENGINES)

@@ -1,4 +1,4 @@
-"""What the callback must show in every trainer: where it starts, that it learns, what it saves, that it resumes."""
+"""The callback in every trainer: the function at the start, the loss, the checkpoints, the order of data, resuming."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from trainers import TRAINERS, callback
 BATCH = {"input_ids": tokens(4, 8, seed=9) % 29}
 
 
-class Watch(TrainerCallback):
-    """Remembers the model's function when training begins."""
+class FirstLogits(TrainerCallback):
+    """Keeps the model's logits at the beginning of training."""
 
     begin: Tensor
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Compute once."""
+        """Compute the logits."""
         model.eval()
         self.begin = logits(model, BATCH)
         model.train()
@@ -47,7 +47,7 @@ class Run(NamedTuple):
 def train(
     make: Callable[..., Trainer], folder: Path, callbacks: list[Any], **resume: Any
 ) -> tuple[Trainer, list[Tensor]]:
-    """Trains; returns the trainer and the token ids of every batch it trained on."""
+    """Train, and return the trainer and the token ids of every batch in the order of training."""
     trainer = make(callbacks, folder)
     step = trainer.training_step
     order: list[Tensor] = []
@@ -68,9 +68,9 @@ def losses(trainer: Trainer) -> list[float]:
 @pytest.fixture(scope="module", params=TRAINERS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     make, base = TRAINERS[request.param]
-    folder, watch = tmp_path_factory.mktemp("run"), Watch()
-    trainer, order = train(make, folder, [callback(), watch])
-    return Run(make, base, trainer, folder, watch.begin, order)
+    folder, first = tmp_path_factory.mktemp("run"), FirstLogits()
+    trainer, order = train(make, folder, [callback(), first])
+    return Run(make, base, trainer, folder, first.begin, order)
 
 
 def test_training_begins_at_the_base_models_function(run: Run) -> None:
@@ -94,7 +94,7 @@ def test_checkpoints_load_with_stock_peft_on_the_original_base(run: Run) -> None
     assert not torch.allclose(own, run.begin, rtol=0, atol=1e-4)
 
 
-def test_the_order_of_training_and_the_first_loss_do_not_move(run: Run, tmp_path: Path) -> None:
+def test_the_order_of_training_and_the_first_loss_are_those_without_the_callback(run: Run, tmp_path: Path) -> None:
     trainer, plain = train(run.make, tmp_path, [])
     assert losses(trainer)[0] == losses(run.trainer)[0]
     if type(trainer).__name__ == "DPOTrainer":
@@ -103,8 +103,8 @@ def test_the_order_of_training_and_the_first_loss_do_not_move(run: Run, tmp_path
     assert all(torch.equal(one, other) for one, other in zip(plain, run.order, strict=True))
 
 
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(run: Run, tmp_path: Path) -> None:
-    """The checkpoint lies in another folder than the resumed run's own."""
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run: Run, tmp_path: Path) -> None:
+    """The checkpoint is in another folder than the one that the resumed run writes to."""
     again, order = train(run.make, tmp_path, [callback()], resume_from_checkpoint=str(run.folder / "checkpoint-4"))
     assert losses(again)[4:] == losses(run.trainer)[4:]
     assert all(torch.equal(one, other) for one, other in zip(order, run.order[len(run.order) // 2 :], strict=True))

@@ -1,4 +1,4 @@
-"""TRL's trainers: packing, completion-only loss, casts, references, groups."""
+"""TRL's trainers: packing, completion-only loss, dtypes of the adapter, reference adapters, groups of answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_packed_and_padding_free_batches_count_by_their_labels(changes: dict[str
     if changes.get("packing_strategy") == "wrapped":  # the first token of each row of a batch is no label
         assert late.estimate.weight == labels
     else:
-        assert late.estimate.weight == 24 * 6  # whatever the order: each answer's letters, and its end
+        assert late.estimate.weight == 24 * 6  # the letters and the end of each answer, in any order
 
 
 def test_completion_only_loss_counts_the_completions(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_completion_only_loss_counts_the_completions(tmp_path: Path) -> None:
 
 
 def test_adapters_that_trl_casts_for_quantised_models(tmp_path: Path) -> None:
-    """TRL casts by this mark of bitsandbytes."""
+    """TRL recognizes a quantised model by an attribute that bitsandbytes sets."""
     base = llama()
     base.is_loaded_in_4bit = True
     trainer = sft([callback()], tmp_path, model=base)
@@ -78,7 +78,7 @@ def test_adapters_that_trl_casts_for_quantised_models(tmp_path: Path) -> None:
     assert apart < 0.02 * moved
 
 
-def test_a_4_bit_base_is_started_trained_saved_and_read_by_stock_peft(tmp_path: Path) -> None:
+def test_an_adapter_on_a_4_bit_base_is_trained_saved_and_loaded_by_stock_peft(tmp_path: Path) -> None:
     LAYERS["bitsandbytes nf4"].check_installed()
     batch, late = causal(1)[0], callback()
     untrained = logits(nf4(), batch)
@@ -96,8 +96,8 @@ def test_a_4_bit_base_is_started_trained_saved_and_read_by_stock_peft(tmp_path: 
 
 
 def test_a_reference_copied_from_a_trained_adapter_is_that_adapter(tmp_path: Path) -> None:
-    """Without the callback: the model comes with a start, and TRL copies it, parameter by parameter, to "ref"."""
-    base = llama().to(torch.bfloat16)  # PEFT narrows the new adapter to the base's dtype and widens it again
+    """Without the callback: TRL copies an adapter that is initialized already to "ref", parameter by parameter."""
+    base = llama().to(torch.bfloat16)  # PEFT casts the new adapter to the base's dtype and back to float32
     model = adapted(base, TARGETS, task_type="CAUSAL_LM")
     lora_ga.initialize(model, causal())
     train(model, causal())
@@ -124,7 +124,7 @@ def test_a_reference_copied_from_a_trained_adapter_is_that_adapter(tmp_path: Pat
         assert torch.equal(joined, up.lora_B[name].weight)
 
 
-def test_answers_to_one_prompt_are_compared_in_grpo(tmp_path: Path) -> None:
+def test_grpo_estimates_on_whole_groups_of_answers(tmp_path: Path) -> None:
     groups = []
 
     def letters(prompts: list[str], completions: list[str], **_: Any) -> list[float]:

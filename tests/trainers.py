@@ -1,4 +1,4 @@
-"""Trainers of Transformers and TRL round small models, as users build them, with and without the callback."""
+"""Trainers of Transformers and TRL on small models, as users make them, with any callbacks."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ WORDS = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "</s>", *
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a letter."""
+    """A tokenizer with one token for each letter."""
     words = Tokenizer(WordLevel(WORDS, unk_token="[UNK]"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>", pad_token="[PAD]")
 
 
 def text(seed: object, length: int) -> str:
-    """Letters, others for every seed."""
+    """Random letters that depend on the seed."""
     return " ".join(random.Random(str(seed)).choices(string.ascii_lowercase, k=length))
 
 
 def rows(*columns: str, count: int = 24) -> Dataset:
-    """Texts under the given names; a column "label" holds a truth value."""
+    """A data set of texts with the given columns; the column "label" has truth values."""
 
     def value(column: str, row: int) -> Any:
         return row % 2 == 0 if column == "label" else text((column, row), 5) + " " * (column == "prompt")
@@ -50,7 +50,7 @@ def rows(*columns: str, count: int = 24) -> Dataset:
 
 
 def tokenised(count: int = 24) -> Dataset:
-    """Token ids, all of them labels, and a class for models of classes."""
+    """A data set of token ids that are their own labels."""
     ids = torch.randint(3, len(WORDS), (count, 10), generator=torch.Generator().manual_seed(0)).tolist()
     return Dataset.from_list([{"input_ids": row, "labels": list(row)} for row in ids])
 
@@ -62,7 +62,7 @@ def peft_config(**changes: Any) -> LoraConfig:
 
 
 def scorer(seed: int = 0) -> nn.Module:
-    """A Llama with one output, as reward models have."""
+    """A reward model: a Llama with one output."""
     torch.manual_seed(seed)
     config = llama().config
     config.num_labels, config.pad_token_id = 1, 0
@@ -70,21 +70,21 @@ def scorer(seed: int = 0) -> nn.Module:
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Training arguments for a run of eight steps with checkpoints at the fourth and the eighth."""
+    """Training arguments for eight steps, with checkpoints after the fourth and the eighth."""
     given = {"output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 8, "save_steps": 4}
     given |= {"logging_steps": 1, "learning_rate": 2e-2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
     return given | changes
 
 
 def transformers_trainer(callbacks: list[Any], folder: Path, *, model: Any = None, **changes: Any) -> Trainer:
-    """Transformers' own."""
+    """Transformers' `Trainer`."""
     model = adapted(llama(), TARGETS) if model is None else model
     arguments = TrainingArguments(**settings(folder, **changes))
     return Trainer(model, arguments, train_dataset=tokenised(), callbacks=callbacks)
 
 
 def trl(name: str) -> tuple[Any, Any]:
-    """A trainer of TRL and its arguments."""
+    """The classes of one of TRL's trainers and of its arguments."""
     package = pytest.importorskip("trl", reason="install the extra 'trl' to run this test")
     if name == "ORPO":  # TRL ships it as an experiment
         package = pytest.importorskip("trl.experimental.orpo")
@@ -101,7 +101,7 @@ def trl_trainer(
     ready: bool = False,
     **changes: Any,
 ) -> Trainer:
-    """One of TRL's, with a `peft_config` or a ready PEFT model."""
+    """One of TRL's trainers, with a `peft_config` or, if `ready`, a PEFT model."""
     trainer, arguments = trl(name)
     adapter = {} if ready else {"peft_config": peft_config(task_type="SEQ_CLS" if name == "Reward" else "CAUSAL_LM")}
     model = (scorer() if name == "Reward" else llama()) if model is None else model
@@ -116,13 +116,13 @@ def trl_trainer(
 
 
 def with_experts(callbacks: list[Any], folder: Path, **changes: Any) -> Trainer:
-    """Transformers' own, on fused experts."""
+    """Transformers' `Trainer`, on fused experts."""
     model = adapted(seeded(mixtral)(), ["q_proj"], target_parameters=EXPERTS["target_parameters"])
     return transformers_trainer(callbacks, folder, model=model, **changes)
 
 
 def with_embeddings(callbacks: list[Any], folder: Path, **changes: Any) -> Trainer:
-    """Transformers' own, on an embedding and a linear layer."""
+    """Transformers' `Trainer`, on an embedding and linear layers."""
     model = adapted(llama(), ["embed_tokens", "q_proj"])
     return transformers_trainer(callbacks, folder, model=model, **changes)
 
@@ -142,12 +142,12 @@ def preferences(name: str) -> Callable[..., Trainer]:
 
 
 def kto(callbacks: list[Any], folder: Path, **changes: Any) -> Trainer:
-    """TRL's KTOTrainer on answers that are good or bad."""
+    """TRL's KTOTrainer on answers labelled good or bad."""
     return trl_trainer("KTO", rows("prompt", "completion", "label"), callbacks, folder, **changes)
 
 
 def ready(make: Callable[..., Trainer]) -> Callable[..., Trainer]:
-    """The same with a ready PEFT model."""
+    """The same trainer, made with a PEFT model instead of a `peft_config`."""
 
     def made(callbacks: list[Any], folder: Path, **changes: Any) -> Trainer:
         return make(callbacks, folder, ready=True, **changes)
@@ -155,7 +155,7 @@ def ready(make: Callable[..., Trainer]) -> Callable[..., Trainer]:
     return made
 
 
-# Name → what makes the trainer from callbacks, folder and arguments; and the base model.
+# Name → a function that makes the trainer from callbacks, folder and arguments; and one that makes its base model.
 TRAINERS: Mapping[str, tuple[Callable[..., Trainer], Callable[[], nn.Module]]] = {
     "Trainer": (transformers_trainer, llama),
     "Trainer, fused experts": (with_experts, seeded(mixtral)),
@@ -171,10 +171,10 @@ TRAINERS: Mapping[str, tuple[Callable[..., Trainer], Callable[[], nn.Module]]] =
 
 
 def callback(**changes: Any) -> LoraGACallback:
-    """The callback with few batches."""
+    """A callback that estimates on three batches."""
     return LoraGACallback(**({"config": CONFIG} | changes))
 
 
 def factors(model: Any) -> list[Delta]:
-    """The factors of an aligned model, A and B in turn."""
+    """The factors of an aligned model: A and B of the first layer, then of the second, and so on."""
     return [module for module in model.modules() if isinstance(module, Delta)]

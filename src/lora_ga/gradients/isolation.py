@@ -162,6 +162,28 @@ def unshadow_parameter(module: nn.Module, name: str) -> None:
 
 
 @contextlib.contextmanager
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute of a module while the context is open; afterwards it is what it was before.
+
+    Args:
+        module: The module.
+        name: The attribute's name.
+        value: The value in its place.
+
+    Yields:
+        Nothing.
+    """
+    own = module.__dict__.get(name)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del module.__dict__[name]
+        if own is not None:
+            module.__dict__[name] = own
+
+
+@contextlib.contextmanager
 def _checkpointed_in_evaluation(layer: GradientCheckpointingLayer) -> Iterator[None]:
     """Let a layer checkpoint its activations in evaluation mode; Transformers does so in training mode only.
 
@@ -174,14 +196,8 @@ def _checkpointed_in_evaluation(layer: GradientCheckpointingLayer) -> Iterator[N
     Yields:
         Nothing.
     """
-    original = layer.__dict__.get("forward")  # set where Accelerate has hooked the layer; otherwise the class has it
-    layer.__dict__["forward"] = _checkpointed(layer, layer.forward)
-    try:
+    with replaced(layer, "forward", _checkpointed(layer, layer.forward)):
         yield
-    finally:
-        del layer.__dict__["forward"]
-        if original is not None:
-            layer.__dict__["forward"] = original
 
 
 def _checkpointed(layer: GradientCheckpointingLayer, forward: Callable[..., Any]) -> Callable[..., Any]:

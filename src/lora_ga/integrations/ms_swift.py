@@ -1,14 +1,15 @@
-"""The package that ms-swift imports for `--init_weights lora-ga`: `get_lora_ga_model` and `LoraGAContext`.
+"""LoRA-GA in ms-swift: `get_lora_ga_model` and `LoraGAContext`, which ms-swift imports from `lora_ga.entrypoint`.
 
-ms-swift's `prepare_adapter` makes a LoraConfig of the user's flags and then calls `get_lora_ga_model` without it. It is
-taken from the calling function, so that rank, alpha, targets, dropout and the rest are the user's.
+`swift sft --init_weights lora-ga` calls `get_lora_ga_model` in `swift.pipelines.train.tuner.prepare_adapter`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import peft
@@ -19,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from lora_ga.adapter.initialize import initialize
 from lora_ga.config import LoraGAConfig
+from lora_ga.gradients.isolation import replaced
 
-# ms-swift's names of the scales that this library calls otherwise.
+# Names of scales in ms-swift that differ from those of `LoraGAConfig`.
 SCALES = {"weightS": "weight", "weights": "weight"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -39,42 +41,43 @@ def get_lora_ga_model(
     *,
     peft_config: LoraConfig | None = None,
 ) -> PeftModel:
-    """An adapted model that starts where full fine-tuning would go, from the first examples of a data set.
+    """Add a LoRA adapter to a model and initialize it with LoRA-GA on the first examples of a data set.
 
     Args:
         model: The base model.
         data_collator: Makes a batch of examples, as the trainer does.
         dataset: Encoded training examples; the first `batch_size · num_iters` are read.
         batch_size: Examples in a batch of the estimate.
-        num_iters: Batches in the estimate.
-        max_length: Examples are cut to so many tokens; None leaves them whole.
+        num_iters: Batches of the estimate.
+        max_length: Examples are cut to this many tokens; None leaves them whole.
         direction: As in `LoraGAConfig`.
         dtype: The adapter's dtype by name; None leaves PEFT's choice.
-        scale: As in `LoraGAConfig`; ms-swift's "weightS" is its "weight".
+        scale: As in `LoraGAConfig`, or ms-swift's "weightS", which is "weight" there.
         stable_gamma: As in `LoraGAConfig`.
-        peft_config: The adapter; None takes `lora_config` of the calling function, which is ms-swift's own.
+        peft_config: The adapter's configuration. By default the variable `lora_config` of the calling function, as in
+            ms-swift, which does not pass its configuration on.
 
     Returns:
-        The adapted model. If the start is refused, the base model is given back without LoRA layers.
+        The adapted model. On an error the base model has no LoRA layers, as before the call.
 
     Raises:
-        ValueError: There is no configuration to be found, no example, or what `lora_ga.initialize` refuses.
+        ValueError: There is no configuration or no example, the dtype is unknown, or `lora_ga.initialize` refuses.
     """
-    caller = inspect.currentframe()
-    found = peft_config if peft_config is not None else _callers_config(caller.f_back if caller else None)
+    if peft_config is None:
+        frame = inspect.currentframe()
+        peft_config = _lora_config_from_call_stack(frame.f_back if frame is not None else None)
     config = LoraGAConfig(
         direction=direction, scale=SCALES.get(scale, scale), stable_gamma=stable_gamma, max_batches=num_iters
     )
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or None.")
-    examples = _first(dataset, batch_size * num_iters, max_length)
+    examples = _first_examples(dataset, batch_size * num_iters, max_length)
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapted = _adapted(model, dataclasses.replace(found, init_lora_weights=True))
+    # ms-swift would save an initial and a converted adapter for any initialization whose name is a string.
+    adapted = _add_adapter(model, dataclasses.replace(peft_config, init_lora_weights=True))
     try:
         if dtype is not None:
-            for name, parameter in adapted.named_parameters():
-                if "lora_" in name:
-                    parameter.data = parameter.data.to(DTYPES[dtype])
+            _cast_adapter(adapted, DTYPES[dtype])
         initialize(adapted, DataLoader(examples, batch_size, collate_fn=data_collator), config)  # type: ignore[arg-type]
     except BaseException:
         adapted.unload()
@@ -84,26 +87,32 @@ def get_lora_ga_model(
     return adapted
 
 
-def _callers_config(frame: Any) -> LoraConfig:
-    """The LoraConfig that ms-swift made of the user's flags.
+def _lora_config_from_call_stack(caller: FrameType | None) -> LoraConfig:
+    """Read the variable `lora_config` of the function that calls `get_lora_ga_model`.
+
+    This is the fallback for ms-swift: its `prepare_adapter` makes a LoraConfig of the user's rank, alpha, targets and
+    dropout, but does not pass it on.
+
+    Args:
+        caller: The frame of the calling function.
 
     Returns:
-        It.
+        The configuration.
 
     Raises:
-        ValueError: The calling function has none.
+        ValueError: The calling function has no LoraConfig of that name.
     """
-    found = frame.f_locals.get("lora_config") if frame is not None else None
-    if not isinstance(found, LoraConfig):
+    config = caller.f_locals.get("lora_config") if caller is not None else None
+    if not isinstance(config, LoraConfig):
         raise ValueError(
             "get_lora_ga_model found no LoraConfig named lora_config in the calling function, where ms-swift 3 and 4 "
             "have it; so the user's rank, alpha and targets are not known. Pass peft_config=LoraConfig(...)."
         )
-    return found
+    return config
 
 
-def _adapted(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """The model with a plain adapter: by ms-swift's own function where the configuration is its own."""
+def _add_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """Add a plain adapter: with ms-swift's function if the configuration is of ms-swift's class, else with PEFT's."""
     if type(config).__module__.startswith("swift."):
         from swift.tuners import Swift
 
@@ -111,14 +120,21 @@ def _adapted(model: nn.Module, config: LoraConfig) -> PeftModel:
     return peft.get_peft_model(model, config)
 
 
-def _first(dataset: Any, count: int, max_length: int | None) -> list[Any]:
-    """The first examples of a data set, cut to a length.
+def _cast_adapter(model: PeftModel, dtype: torch.dtype) -> None:
+    """Cast the LoRA parameters of a model."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].startswith("lora_"):  # lora_A, lora_B, lora_embedding_A, lora_magnitude_vector, …
+            module.to(dtype)
+
+
+def _first_examples(dataset: Any, count: int, max_length: int | None) -> list[Any]:
+    """Read the first examples of a data set, cut to a length.
 
     Returns:
         The examples.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The data set is empty.
     """
     examples = [_cut(example, max_length) for example, _ in zip(_rows(dataset), range(count), strict=False)]
     if not examples:
@@ -127,14 +143,14 @@ def _first(dataset: Any, count: int, max_length: int | None) -> list[Any]:
 
 
 def _rows(dataset: Any) -> Iterator[Any]:
-    """The rows of a data set with a length, or of an iterable one."""
+    """The rows of a data set, which can be indexed or iterated over."""
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         return (dataset[index] for index in range(len(dataset)))
     return iter(dataset)
 
 
 def _cut(example: Any, max_length: int | None) -> Any:
-    """An example without what lies behind `max_length` tokens, in all fields that have an entry for each token."""
+    """Cut all fields of an example that have one entry a token to the first `max_length` tokens."""
     if max_length is None or not isinstance(example, dict) or "input_ids" not in example:
         return example
     tokens = len(example["input_ids"])
@@ -146,22 +162,33 @@ def _cut(example: Any, max_length: int | None) -> Any:
     return {key: cut(value) for key, value in example.items()}
 
 
-class LoraGAContext:
-    """While it is open, `model.save_pretrained` converts nothing: the adapter is for the original base as it is.
+class LoraGAContext(contextlib.ExitStack):
+    """While it is open, `model.save_pretrained` ignores `path_initial_model_for_weight_conversion`.
 
-    ms-swift opens it to save an adapter "converted" with the initial one.
+    ms-swift opens it to save an adapter from which the initial one is subtracted. An adapter of this library is for
+    the original base model as it is, so there is nothing to subtract.
     """
 
-    def __init__(self, model: Any, named_grad: Any = None) -> None:
-        self.model, self.named_grad = model, named_grad
+    def __init__(self, model: nn.Module, named_grad: Any = None) -> None:
+        """Prepare the context.
 
-    def __enter__(self) -> None:
-        save = self.model.save_pretrained
+        Args:
+            model: The adapted model.
+            named_grad: Not used; part of the interface that ms-swift expects.
+        """
+        super().__init__()
+        self.model = model
 
-        def unconverted(*args: Any, path_initial_model_for_weight_conversion: Any = None, **kwargs: Any) -> Any:
+    def __enter__(self) -> LoraGAContext:
+        """Replace `save_pretrained`.
+
+        Returns:
+            The context.
+        """
+        save: Any = self.model.save_pretrained
+
+        def save_unconverted(*args: Any, path_initial_model_for_weight_conversion: Any = None, **kwargs: Any) -> Any:
             return save(*args, **kwargs)
 
-        self.model.__dict__["save_pretrained"] = unconverted
-
-    def __exit__(self, *_: object) -> None:
-        del self.model.__dict__["save_pretrained"]
+        self.enter_context(replaced(self.model, "save_pretrained", save_unconverted))
+        return self
