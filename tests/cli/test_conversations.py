@@ -89,6 +89,94 @@ def test_conversations_are_written_by_the_chat_template(chatty: Path) -> None:
     assert found == {"input_ids": ids("[CLS] a b [SEP] c </s>"), "labels": [-100] * 4 + ids("c </s>")}
 
 
+def by_trl(model: Path, row: dict[str, Any], length: int, *, assistant_only: bool) -> dict[str, list[int]]:
+    """The same by TRL's own SFTTrainer, from columns with TRL's names."""
+    from trl import SFTConfig, SFTTrainer
+
+    settings = SFTConfig("unused", max_length=length, assistant_only_loss=assistant_only, report_to=[], bf16=False)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    rows = datasets.Dataset.from_list([row])
+    trainer = SFTTrainer(base, settings, train_dataset=rows, processing_class=load_tokenizer(str(model)))
+    found = trainer.train_dataset.select_columns(["input_ids", "labels"])
+    return found[0] if len(found) else {}
+
+
+@pytest.mark.parametrize("length", [64, 7])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a b ", "completion": "c d e f g"},
+        {"prompt": "a b ", "completion": "c </s>"},
+        {"prompt": "a b", "completion": "c d"},  # the last token of the prompt merges with the first of the target
+        {"prompt": "a ", "completion": ""},
+        {"messages": said("a b", "c", "d", "e f")},
+        {"messages": said("a b", "c", "d")},
+        {"prompt": said("a b"), "completion": said("", "c d e f g")[1:]},
+        {"prompt": said("a b", "c", "d"), "completion": said("", "e", "f", "g")[1:]},
+        # The prompt ends in the middle of an answer, so that the generation prompt after it is not in the whole.
+        {"prompt": said("a b", "c"), "completion": said("d", "e")},
+    ],
+)
+def test_tokens_and_labels_are_those_of_trls_trainer(row: dict[str, Any], length: int, chatty: Path) -> None:
+    given = {"messages_column": "messages"} if "messages" in row else {}
+    given |= {"prompt_column": "prompt", "target_column": "completion"} if "prompt" in row else {}
+    for assistant_only in [False] if isinstance(row.get("prompt"), str) else [False, True]:  # text has no turns
+        expected = by_trl(chatty, row, length, assistant_only=assistant_only)
+        if expected:
+            assert encode(chatty, row, length, assistant_only_loss=assistant_only, **given) == expected
+        else:
+            with pytest.raises(ValueError, match=f"no row has a token to learn within {length} tokens"):
+                encode(chatty, row, length, assistant_only_loss=assistant_only, **given)
+
+
+def test_a_target_that_starts_within_the_prompts_tokens_is_announced(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode(llama, {"p": "a b ", "t": "c"}, prompt_column="p", target_column="t")
+    assert capsys.readouterr().err == ""
+    encode(llama, {"p": "a b", "t": "c"}, prompt_column="p", target_column="t")
+    assert "f: in 1 of 1 rows the tokens of the prompt alone are not the first tokens" in capsys.readouterr().err
+
+
+def test_assistant_only_loss_needs_a_template_that_marks_the_turns_and_their_end(
+    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = DataOptions(train_file="f.jsonl", messages_column="m", assistant_only_loss=True)
+    rows = datasets.Dataset.from_list([{"m": said("a", "b")}])
+    tokenizer = load_tokenizer(str(chatty))
+    columns = {"messages_column": "m"}
+    conversations.encode(rows, columns, tokenizer, options, 64, "f")
+    assert capsys.readouterr().err == ""
+    # TRL tries the template on a word that this small tokenizer does not know.
+    monkeypatch.setattr("trl.chat_template_utils.is_chat_template_stop_token_trained", lambda *given: False)
+    conversations.encode(rows, columns, tokenizer, options, 64, "f")
+    assert "leaves the token that ends the assistant's turn out of the loss" in capsys.readouterr().err
+    tokenizer.chat_template = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(ValueError, match="f: --assistant_only_loss needs a chat template that marks"):
+        conversations.encode(rows, columns, tokenizer, options, 64, "f")
+
+
+def test_rows_that_cannot_be_formatted_are_named(chatty: Path) -> None:
+    tokenizer = load_tokenizer(str(chatty))
+    pairs = {"prompt_column": "p", "target_column": "t"}
+    mixed = datasets.Dataset.from_list([{"p": "a", "t": said("", "b")[1:]}])
+    with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(prompt and target must both be text"):
+        conversations.encode(mixed, pairs, tokenizer, DataOptions(train_file="f", **pairs), 64, "f")
+    texts = datasets.Dataset.from_list([{"p": "a ", "t": "b"}])
+    options = DataOptions(train_file="f", **pairs, assistant_only_loss=True)
+    with pytest.raises(ValueError, match="f: --assistant_only_loss needs messages, but the columns hold text"):
+        conversations.encode(texts, pairs, tokenizer, options, 64, "f")
+    tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
+    spoken = datasets.Dataset.from_list([{"m": said("a", "b")}])
+    options = DataOptions(train_file="f", messages_column="m")
+    with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(roles must alternate\)"):
+        conversations.encode(spoken, {"messages_column": "m"}, tokenizer, options, 64, "f")
+    silent = datasets.Dataset.from_list([{"m": said("a")}])
+    options = DataOptions(train_file="f", messages_column="m", assistant_only_loss=True)
+    with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(the chat template marks no token as the"):
+        conversations.encode(silent, {"messages_column": "m"}, load_tokenizer(str(chatty)), options, 64, "f")
+
+
 @pytest.mark.parametrize("method", ["lora-ga", "lora", "full"])
 @pytest.mark.parametrize(
     "columns", [["--messages_column=messages"], ["--prompt_column=asked", "--target_column=answered"]]

@@ -22,6 +22,7 @@ from lora_ga.cli.models import add_adapter, train_in_float32
 from lora_ga.cli.options import Job
 from lora_ga.cli.record import run_record
 from lora_ga.cli.settings import library_config
+from lora_ga.cli.terminal import warn
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
 
 
@@ -92,7 +93,7 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
         write_json_atomically(result / checkpoints.LABELS, dict(enumerate(data.labels.names)))
     write_json_atomically(folder / RECORD, record)
     if not math.isfinite(record["metrics"]["train_loss"]):
-        tasks.warn("the training loss is not finite, so the result is of no use. Try a smaller --learning_rate.")
+        warn("the training loss is not finite, so the result is of no use. Try a smaller --learning_rate.")
     return Outcome(record, result)
 
 

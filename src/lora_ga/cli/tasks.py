@@ -17,6 +17,7 @@ from lora_ga.cli import conversations
 from lora_ga.cli.data import Encoder, Encoding, Labels, check_columns, encode, load_file, load_hub, read_labels
 from lora_ga.cli.models import length_limit, load_base, load_tokenizer
 from lora_ga.cli.options import DataOptions, ModelOptions
+from lora_ga.cli.terminal import warn
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,6 @@ def trainer_of(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, Any]]:
         return trl.SFTTrainer, trl.SFTConfig, own
     name = TASKS[task].trainer
     return getattr(transformers, name), getattr(transformers, name.replace("Trainer", "TrainingArguments")), {}
-
-
-def warn(message: str) -> None:
-    """Tells the user something that does not stop the run."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def _load(data: DataOptions, file: str | None, split: str | None) -> tuple[str, Dataset]:

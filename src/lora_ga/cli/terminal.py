@@ -1,5 +1,6 @@
-"""What the commands that draw have in common: tables on the screen, and files that replace nothing by accident."""
+"""Output of the commands: warnings, tables on the screen, and files that are not overwritten by accident."""
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +34,11 @@ def check_output(path: Path, suffix: str, *, overwrite: bool) -> None:
             raise ValueError(f"{path}: cannot be made, {parent} is a file. Choose another place.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: exists already. Choose another name, or add --overwrite.")
+
+
+def warn(message: str) -> None:
+    """Prints a warning on stderr; the command goes on."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def terminal() -> Console:
