@@ -106,6 +106,18 @@ def test_base_given_on_the_command_line_is_used(adapter: Path, llama: Path, tmp_
     assert not (tmp_path / "m" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_cannot_be_loaded_is_left_out_with_a_warning(
+    file: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (adapter / file).read_bytes()
+    (adapter / file).write_bytes(content[: len(content) // 3])
+    assert main(["export", str(adapter), "--output", str(tmp_path / "small"), "--rank", "2"]) == 0
+    assert f"warning: {adapter}: the tokenizer could not be loaded and is left out (" in capsys.readouterr().err
+    assert (tmp_path / "small" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "small" / "tokenizer_config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -203,14 +203,28 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
 
 
 def find_tokenizer(sources: list[str]) -> Any:
-    """The first tokenizer there is in local folders or under hub names; None if there is none."""
+    """Loads the first tokenizer that there is.
+
+    A folder without a tokenizer is passed over. A tokenizer that cannot be loaded is passed over with a warning: what
+    is exported is complete without it.
+
+    Args:
+        sources: Local folders or hub names, in this order.
+
+    Returns:
+        The tokenizer, or None.
+    """
     import transformers
+
+    from lora_ga.cli.terminal import warn
 
     for source in sources:
         if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
             continue
         try:
             return transformers.AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError):
-            continue
+        # OSError: no such tokenizer on the hub, or no connection. ValueError: a damaged file, or an unknown class.
+        # ImportError: it needs a package that is not installed.
+        except (OSError, ValueError, ImportError) as error:
+            warn(f"{source}: the tokenizer could not be loaded and is left out ({error}).")
     return None
