@@ -66,7 +66,7 @@ def encode(model: Path, row: dict[str, Any], length: int = 64, **given: Any) -> 
     """One row as tokens and labels."""
     options = DataOptions(train_file="f.jsonl", **given)
     rows = datasets.Dataset.from_list([row])
-    columns = tasks.columns("causal-lm", options)
+    columns = tasks.columns_of("causal-lm", options)
     return conversations.encode(rows, columns, load_tokenizer(str(model)), options, length, "f")[0]
 
 
@@ -231,7 +231,7 @@ def test_an_estimate_alone_is_that_of_the_run(chatty: Path, talks: Path, tmp_pat
 def test_rows_left_out_are_counted_aloud(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_rows(tmp_path / "f.jsonl", [{"p": "a b c d ", "t": "e"}, {"p": "a ", "t": "b"}])
     columns = DataOptions(train_file=str(file), prompt_column="p", target_column="t", max_length=4)
-    prepared = tasks.prepare(ModelOptions(model=str(llama), task="causal-lm"), columns)
+    prepared = tasks.prepare_data(ModelOptions(model=str(llama), task="causal-lm"), columns)
     assert len(prepared.train) == 1
     assert "1 of 2 rows have no token to learn within 4 tokens and are left out" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"f: no row has a token to learn within 2 tokens. Raise --max_length"):

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from lora_ga.cli import data, tasks
-from lora_ga.cli.data import Encoder, Labels, check_columns, encode, load_file, load_hub, read_labels
+from lora_ga.cli.data import Labels, RowEncoder, check_columns, encode_rows, load_file, load_hub, read_labels
 from lora_ga.cli.models import load_tokenizer
 from lora_ga.cli.options import DataOptions, ModelOptions
 
@@ -128,10 +128,12 @@ def ids(text: str) -> list[int]:
 
 
 def test_pairs_are_classified_together_and_cut_to_length(bert: Path) -> None:
-    encoder = Encoder(
+    encoder = RowEncoder(
         load_tokenizer(str(bert)), options(text_pair_column="other"), 6, Labels(("x", "y"), {"x": 0, "y": 1})
     )
-    found = encode(rows(text=["a b", "a b c d"], other=["c", "e f"], label=["y", "x"]), Encoder.classes, encoder, "f")
+    found = encode_rows(
+        rows(text=["a b", "a b c d"], other=["c", "e f"], label=["y", "x"]), RowEncoder.classes, encoder, "f"
+    )
     assert found["input_ids"][0] == ids("[CLS] a b [SEP] c [SEP]")
     assert found["token_type_ids"][0] == [0, 0, 0, 0, 1, 1]
     assert [len(example) for example in found["input_ids"]] == [6, 6]
@@ -139,29 +141,29 @@ def test_pairs_are_classified_together_and_cut_to_length(bert: Path) -> None:
 
 
 def test_label_unknown_in_training_is_refused(bert: Path) -> None:
-    encoder = Encoder(load_tokenizer(str(bert)), options(), 8, Labels(("x", "y"), {"x": 0, "y": 1}))
+    encoder = RowEncoder(load_tokenizer(str(bert)), options(), 8, Labels(("x", "y"), {"x": 0, "y": 1}))
     with pytest.raises(
         ValueError, match=r"f: row 1 has the label 'z', but the classes of the training data are 'x', 'y'"
     ):
-        encode(rows(text=["a", "b"], label=["x", "z"]), Encoder.classes, encoder, "f")
+        encode_rows(rows(text=["a", "b"], label=["x", "z"]), RowEncoder.classes, encoder, "f")
 
 
 def test_missing_text_is_refused_by_its_row(bert: Path) -> None:
-    encoder = Encoder(load_tokenizer(str(bert)), options(), 8, Labels(("x", "y"), {"x": 0, "y": 1}))
+    encoder = RowEncoder(load_tokenizer(str(bert)), options(), 8, Labels(("x", "y"), {"x": 0, "y": 1}))
     with pytest.raises(ValueError, match=r"f: row 1 has nothing in column 'text'"):
-        encode(rows(text=["a", None], label=["x", "y"]), Encoder.classes, encoder, "f")
+        encode_rows(rows(text=["a", None], label=["x", "y"]), RowEncoder.classes, encoder, "f")
 
 
 def test_plain_text_is_divided_and_nothing_is_lost(llama: Path) -> None:
-    encoder = Encoder(load_tokenizer(str(llama)), options(), 4)
-    found = encode(rows(text=["a b c d e", "f", ""]), Encoder.plain_text, encoder, "f")
+    encoder = RowEncoder(load_tokenizer(str(llama)), options(), 4)
+    found = encode_rows(rows(text=["a b c d e", "f", ""]), RowEncoder.plain_text, encoder, "f")
     assert found["input_ids"][:] == [ids("a b c d"), ids("e </s>"), ids("f </s>")]
     assert found["labels"][:] == found["input_ids"][:]
 
 
 def test_sequences_are_mapped_to_sequences(t5: Path) -> None:
-    encoder = Encoder(load_tokenizer(str(t5)), options(prompt_column="p", target_column="t"), 3)
-    found = encode(rows(p=["a b c d"], t=["e"]), Encoder.pairs, encoder, "f")
+    encoder = RowEncoder(load_tokenizer(str(t5)), options(prompt_column="p", target_column="t"), 3)
+    found = encode_rows(rows(p=["a b c d"], t=["e"]), RowEncoder.pairs, encoder, "f")
     assert found[0] == {"input_ids": ids("a b </s>"), "attention_mask": [1, 1, 1], "labels": ids("e </s>")}
 
 
@@ -177,16 +179,16 @@ def test_sequences_are_mapped_to_sequences(t5: Path) -> None:
 )
 def test_columns_of_another_task_are_refused(task: str, given: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tasks.columns(task, options(**given))
+        tasks.columns_of(task, options(**given))
 
 
 def test_length_is_what_the_model_can_read(llama: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "f.jsonl", [{"text": " ".join("a" * 100)}])
     model = ModelOptions(model=str(llama), task="causal-lm")
-    prepared = tasks.prepare(model, DataOptions(train_file=str(file)))
+    prepared = tasks.prepare_data(model, DataOptions(train_file=str(file)))
     assert [len(example) for example in prepared.train["input_ids"]] == [64, 37]
     with pytest.raises(ValueError, match=r"--max_length 65: .* reads at most 64 tokens"):
-        tasks.prepare(model, DataOptions(train_file=str(file), max_length=65))
+        tasks.prepare_data(model, DataOptions(train_file=str(file), max_length=65))
 
 
 def test_tokenizer_without_padding_pads_with_the_end(llama: Path) -> None:

@@ -34,7 +34,7 @@ def test_file_holds_what_the_library_estimates(
 
     model = ModelOptions(model=str(llama), task="causal-lm", seed=3)
     data = DataOptions(train_file=str(asking), batch_size=4)
-    base, prepared, collate = tasks.assemble(model, tasks.prepare(model, data))
+    base, prepared, collate = tasks.prepare_model(model, tasks.prepare_data(model, data))
     options = EstimateOptions(estimate_batches=3)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
     expected = lora_ga.estimate_gradients(

@@ -65,7 +65,7 @@ def test_options_survive_the_way_through_a_file(tmp_path: Path) -> None:
     from lora_ga.cli import checkpoints
 
     before = job(*NEEDED, "--learning_rate", "3e-5", "--target_modules", "q_proj", "v_proj", "--no_use_rslora")
-    checkpoints.begin(tmp_path / "run", before.options())
+    checkpoints.write_config(tmp_path / "run", before.options())
     after = job(config=tmp_path / "run" / "config.yaml")
     assert after == before
     assert "resume" not in before.options()

@@ -20,10 +20,10 @@ LABELS = "labels.json"  # beside an adapter of a classification: id -> name of t
 STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 
 # Options that may differ between the two parts of one run: they do not touch what is computed.
-FREE = {"output_dir", "report_to", "run_name"}
+MAY_DIFFER = {"output_dir", "report_to", "run_name"}
 
 
-def check_unused(folder: Path) -> None:
+def check_output_dir(folder: Path) -> None:
     """Refuses a folder for a new run that has something in it.
 
     Raises:
@@ -42,7 +42,7 @@ def check_unused(folder: Path) -> None:
         )
 
 
-def saved_config(folder: Path) -> Path:
+def find_config(folder: Path) -> Path:
     """Finds the run in a folder.
 
     Returns:
@@ -59,13 +59,13 @@ def saved_config(folder: Path) -> Path:
     return file
 
 
-def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
+def check_same_options(saved: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
     """Refuses to go on with other options than a run began with.
 
     Raises:
         ValueError: options differ in a way that changes the result.
     """
-    differing = [name for name in saved if name not in FREE and saved[name] != now[name]]
+    differing = [name for name in saved if name not in MAY_DIFFER and saved[name] != now[name]]
     if differing:
         changes = "; ".join(f"{name} was {saved[name]} and is now {now[name]}" for name in differing)
         raise ValueError(
@@ -106,18 +106,18 @@ def last_checkpoint(folder: Path, method: str) -> Path:
     return newest
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """What Trainer wrote about itself: step, log and more."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
-def is_complete(checkpoint: Path) -> bool:
+def is_last_checkpoint(checkpoint: Path) -> bool:
     """Whether training had ended when this checkpoint was written."""
-    state = read_state(checkpoint)
+    state = read_trainer_state(checkpoint)
     return state["global_step"] >= state["max_steps"]
 
 
-def begin(folder: Path, options: Mapping[str, Any]) -> None:
+def write_config(folder: Path, options: Mapping[str, Any]) -> None:
     """Makes the folder and writes the options that replay the run."""
     folder.mkdir(parents=True, exist_ok=True)
     head = f"# `lora-ga train --config {CONFIG} --output_dir NEW_FOLDER` runs this again.\n"

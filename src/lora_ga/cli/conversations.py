@@ -18,7 +18,7 @@ IGNORED = -100  # the label of a token that carries no loss
 NAMES = {"prompt_column": "prompt", "target_column": "completion", "messages_column": "messages"}
 
 
-def are_asked_for(task: str, options: DataOptions) -> bool:
+def uses_trl(task: str, options: DataOptions) -> bool:
     """Whether a task's data is TRL's to handle; plain text and the other tasks are not."""
     return task == "causal-lm" and (options.prompt_column is not None or options.messages_column is not None)
 

@@ -143,7 +143,7 @@ def read_labels(rows: Dataset, column: str, source: str) -> Labels:
     return Labels(tuple(map(str, values)), {value: number for number, value in enumerate(values)})
 
 
-def _texts(batch: Mapping[str, list[Any]], rows: list[int], column: str, source: str) -> list[str]:
+def _text_values(batch: Mapping[str, list[Any]], rows: list[int], column: str, source: str) -> list[str]:
     """A column's values, none of them missing."""
     for row, value in zip(rows, batch[column], strict=True):
         if value is None:
@@ -152,7 +152,7 @@ def _texts(batch: Mapping[str, list[Any]], rows: list[int], column: str, source:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class RowEncoder:
     """Turns rows into token ids and labels, for one tokenizer and one choice of columns.
 
     Attributes:
@@ -178,7 +178,7 @@ class Encoder:
         """
         assert self.labels is not None, "seq-cls has labels"
         texts = [
-            _texts(batch, rows, column, source)
+            _text_values(batch, rows, column, source)
             for column in (self.options.text_column, self.options.text_pair_column)
             if column is not None
         ]
@@ -194,10 +194,10 @@ class Encoder:
 
     def plain_text(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
         """Text to be continued; one longer than `max_length` gives several examples, so that nothing is lost."""
-        texts = _texts(batch, rows, self.options.text_column, source)
+        texts = _text_values(batch, rows, self.options.text_column, source)
         pieces = []
         for ids in self.tokenizer(texts, verbose=False)["input_ids"]:
-            whole = self._ended(ids)
+            whole = self._with_end_token(ids)
             starts = range(0, len(whole), self.max_length)
             # The first token of an example is never predicted: one alone teaches nothing.
             pieces += [whole[start : start + self.max_length] for start in starts if len(whole) - start > 1]
@@ -218,19 +218,19 @@ class Encoder:
         return dict(encoded)
 
     def _column(self, batch: Mapping[str, list[Any]], rows: list[int], option: str, source: str) -> list[str]:
-        return _texts(batch, rows, getattr(self.options, option), source)
+        return _text_values(batch, rows, getattr(self.options, option), source)
 
-    def _ended(self, ids: list[int]) -> list[int]:
+    def _with_end_token(self, ids: list[int]) -> list[int]:
         """The ids with the end-of-text token, once, where the tokenizer has one."""
         end = self.tokenizer.eos_token_id
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
 # What an encoder does with a batch of rows: the columns, the rows' numbers and where they come from -> examples.
-Encoding = Callable[[Encoder, Mapping[str, list[Any]], list[int], str], dict[str, Any]]
+Encoding = Callable[[RowEncoder, Mapping[str, list[Any]], list[int], str], dict[str, Any]]
 
 
-def encode(rows: Dataset, encoding: Encoding, encoder: Encoder, source: str) -> Dataset:
+def encode_rows(rows: Dataset, encoding: Encoding, encoder: RowEncoder, source: str) -> Dataset:
     """Tokenises all rows.
 
     Args:

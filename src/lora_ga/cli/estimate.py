@@ -59,7 +59,7 @@ What no single job holds, in three jobs: each with --shard 0/3, 1/3 or 2/3 and a
 """
 
 
-def new_file(path: str) -> Path:
+def check_new_file(path: str) -> Path:
     """Checks the name of a new estimate file.
 
     Returns:
@@ -83,8 +83,8 @@ def main(argv: list[str]) -> int:
     """Estimates, writes the file and says what is in it."""
     parser = config_parser(GROUPS, prog="lora-ga estimate", usage=USAGE, description=DESCRIPTION)
     model, data, target, options, output = parse_with_config(parser, argv)
-    file = new_file(output.output)
-    estimate = run(model, data, target, options, output)
+    file = check_new_file(output.output)
+    estimate = run_estimate(model, data, target, options, output)
     estimate.save(file)
     limits = sorted(limit for limit in estimate.limit(target.rank).values() if not math.isnan(limit))
     middle = f"; a rank of {target.rank} can follow {limits[len(limits) // 2]:.3f} of it (median)" if limits else ""
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(
+def run_estimate(
     model: ModelOptions, data: DataOptions, target: TargetOptions, options: EstimateOptions, output: OutputOptions
 ) -> Any:
     """Loads model and data and estimates, as `lora-ga train` does before it trains.
@@ -115,9 +115,9 @@ def run(
     from lora_ga.cli.options import AdapterOptions
     from lora_ga.cli.settings import library_config
 
-    base, prepared, collate = tasks.assemble(model, tasks.prepare(model, data))
+    base, prepared, collate = tasks.prepare_model(model, tasks.prepare_data(model, data))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    adapted = add_adapter(base, target, AdapterOptions(), tasks.TASKS[model.task].peft_type).to(device)
+    adapted = add_adapter(base, target, AdapterOptions(), tasks.TASK_CLASSES[model.task].peft_type).to(device)
     batches = EstimateBatches(prepared.train, collate, options, data.batch_size, model.seed, output.part)
     return lora_ga.estimate_gradients(
         adapted,

@@ -182,14 +182,14 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
 
     from lora_ga.cli.checkpoints import LABELS
     from lora_ga.cli.models import load_pretrained
-    from lora_ga.cli.tasks import TASKS
+    from lora_ga.cli.tasks import TASK_CLASSES
     from lora_ga.export.saved_adapter import read_adapter
 
     config, _ = read_adapter(adapter)
     name = options.model or config.base_model_name_or_path
     if not name:
         raise ValueError(f"{adapter}: the adapter does not name its base model. Give it by --model.")
-    classes = {task.peft_type: task.model_class for task in TASKS.values()}
+    classes = {task.peft_type: task.model_class for task in TASK_CLASSES.values()}
     if config.task_type not in classes:
         raise ValueError(
             f"{adapter}: its task type is {config.task_type}, but --merge knows {', '.join(classes)}. "

@@ -16,7 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 import lora_ga
 from lora_ga.cli import checkpoints, tasks
-from lora_ga.cli.callbacks import OptimizerGuard, WholeCurve, spent
+from lora_ga.cli.callbacks import LossAndTimeLogger, OptimizerGuard, logged_seconds
 from lora_ga.cli.gradient import EstimateBatches
 from lora_ga.cli.models import add_adapter, train_in_float32
 from lora_ga.cli.options import Job
@@ -53,28 +53,28 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
         ValueError: something about the job does not fit.
     """
     began = time.monotonic()
-    check_surroundings(job)
-    tasks.columns(job.model.task, job.data)  # before TRL is imported, which it may refuse
+    check_environment(job)
+    tasks.columns_of(job.model.task, job.data)  # before TRL is imported, which it may refuse
     folder, method = Path(job.training.output_dir), job.training.method
-    settings = arguments(job, folder)
-    base, data, collate = tasks.assemble(
+    settings = training_arguments(job, folder)
+    base, data, collate = tasks.prepare_model(
         job.model,
-        tasks.prepare(job.model, job.data, eval_file=job.training.eval_file, eval_split=job.training.eval_split),
+        tasks.prepare_data(job.model, job.data, eval_file=job.training.eval_file, eval_split=job.training.eval_split),
         trains_all=method == "full",
         weights=checkpoint if method == "full" else None,
     )
-    model, estimate, seconds = started(job, base, data.train, collate, settings.device, checkpoint)
+    model, estimate, seconds = start_model(job, base, data.train, collate, settings.device, checkpoint)
     train_in_float32(model)
     if checkpoint is None:
-        checkpoints.begin(folder, job.options())
+        checkpoints.write_config(folder, job.options())
         if estimate is not None:
             estimate.save(folder / checkpoints.ESTIMATE)
     trainer = make_trainer(job, model, data, collate, settings, seconds)
     # Before training, which removes old checkpoints.
-    earlier = {} if checkpoint is None else spent(checkpoints.read_state(checkpoint)["log_history"])
+    earlier = {} if checkpoint is None else logged_seconds(checkpoints.read_trainer_state(checkpoint)["log_history"])
     train(trainer, checkpoint)
-    took = spent(trainer.state.log_history)
-    if data.evaluation is not None and not evaluated(trainer.state):
+    took = logged_seconds(trainer.state.log_history)
+    if data.evaluation is not None and not is_evaluated(trainer.state):
         trainer.evaluate()
     record = run_record(
         job,
@@ -98,10 +98,10 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
 
 
 def make_trainer(
-    job: Job, model: Any, data: tasks.Prepared, collate: Any, settings: Any, estimate_seconds: float
+    job: Job, model: Any, data: tasks.PreparedData, collate: Any, settings: Any, estimate_seconds: float
 ) -> Any:
     """The trainer for the task, Transformers' or TRL's, with the callbacks that a run needs."""
-    trainer, _, own = tasks.trainer_of(job.model.task, job.data)
+    trainer, _, own = tasks.trainer_classes(job.model.task, job.data)
     return trainer(
         model=model,
         args=settings,
@@ -112,11 +112,11 @@ def make_trainer(
         ),  # TRL has a collator of its own
         compute_metrics=tasks.accuracy if data.labels else None,
         preprocess_logits_for_metrics=tasks.predicted_class if data.labels else None,
-        callbacks=[WholeCurve(estimate_seconds), OptimizerGuard()],
+        callbacks=[LossAndTimeLogger(estimate_seconds), OptimizerGuard()],
     )
 
 
-def check_surroundings(job: Job) -> None:
+def check_environment(job: Job) -> None:
     """Refuses what would fail, or go wrong unseen, long after the start.
 
     Raises:
@@ -137,11 +137,11 @@ def check_surroundings(job: Job) -> None:
         )
 
 
-def arguments(job: Job, folder: Path) -> Any:
+def training_arguments(job: Job, folder: Path) -> Any:
     """The trainer's arguments."""
     training, accelerated = job.training, torch.accelerator.is_available()
     evaluates = training.eval_steps is not None
-    _, settings_of, own = tasks.trainer_of(job.model.task, job.data)
+    _, settings_of, own = tasks.trainer_classes(job.model.task, job.data)
     settings = settings_of(
         output_dir=str(folder / checkpoints.CHECKPOINTS),
         per_device_train_batch_size=job.data.batch_size,
@@ -176,7 +176,7 @@ def arguments(job: Job, folder: Path) -> Any:
     return settings
 
 
-def started(
+def start_model(
     job: Job, base: Any, examples: Dataset, collate: Any, device: torch.device, checkpoint: Path | None
 ) -> tuple[Any, lora_ga.GradientEstimate | None, float]:
     """The model to train: with a new adapter at its start, or with that of the checkpoint.
@@ -195,7 +195,7 @@ def started(
     Raises:
         ValueError: the library refuses the estimate or the adapter.
     """
-    peft_type = tasks.TASKS[job.model.task].peft_type
+    peft_type = tasks.TASK_CLASSES[job.model.task].peft_type
     if job.training.method == "full":
         return base.to(device), None, 0.0
     if checkpoint is not None and job.training.method == "lora-ga":
@@ -213,7 +213,7 @@ def started(
 
 def train(trainer: Any, checkpoint: Path | None) -> None:
     """Trains to the end; of a checkpoint that is at the end only the weights and the history are taken."""
-    if checkpoint is None or not checkpoints.is_complete(checkpoint):
+    if checkpoint is None or not checkpoints.is_last_checkpoint(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return
     trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
@@ -221,6 +221,6 @@ def train(trainer: Any, checkpoint: Path | None) -> None:
         trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
 
 
-def evaluated(state: Any) -> bool:
+def is_evaluated(state: Any) -> bool:
     """Whether the last step has been evaluated."""
     return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)

@@ -1,6 +1,6 @@
 """`lora-ga merge`: estimates made on different data or machines, added up."""
 
-from lora_ga.cli.estimate import new_file
+from lora_ga.cli.estimate import check_new_file
 from lora_ga.cli.parsing import OptionParser
 
 EXAMPLE = """\
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"{len(files)} estimate files given, but it must be two or more.")
     if not namespace.output:
         raise ValueError("--output is required. Give the file to write, ending in .safetensors.")
-    target = new_file(namespace.output)
+    target = check_new_file(namespace.output)
     from lora_ga import GradientEstimate  # slow to import; all that can be refused before has been
 
     estimates = [GradientEstimate.load(file) for file in files]

@@ -14,14 +14,14 @@ import transformers
 from datasets import Dataset
 
 from lora_ga.cli import conversations
-from lora_ga.cli.data import Encoder, Encoding, Labels, check_columns, encode, load_file, load_hub, read_labels
+from lora_ga.cli.data import Encoding, Labels, RowEncoder, check_columns, encode_rows, load_file, load_hub, read_labels
 from lora_ga.cli.models import length_limit, load_base, load_tokenizer
 from lora_ga.cli.options import DataOptions, ModelOptions
 from lora_ga.cli.terminal import warn
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskClasses:
     """What one task needs.
 
     Attributes:
@@ -37,16 +37,16 @@ class Task:
     collator: str
 
 
-TASKS = {
-    "seq-cls": Task("AutoModelForSequenceClassification", "SEQ_CLS", "Trainer", "DataCollatorWithPadding"),
+TASK_CLASSES = {
+    "seq-cls": TaskClasses("AutoModelForSequenceClassification", "SEQ_CLS", "Trainer", "DataCollatorWithPadding"),
     # This collator pads labels too, and decoder-only models take what it makes.
-    "causal-lm": Task("AutoModelForCausalLM", "CAUSAL_LM", "Trainer", "DataCollatorForSeq2Seq"),
-    "seq2seq": Task("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "Seq2SeqTrainer", "DataCollatorForSeq2Seq"),
+    "causal-lm": TaskClasses("AutoModelForCausalLM", "CAUSAL_LM", "Trainer", "DataCollatorForSeq2Seq"),
+    "seq2seq": TaskClasses("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "Seq2SeqTrainer", "DataCollatorForSeq2Seq"),
 }
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """The data of a job, ready to train on.
 
     Attributes:
@@ -64,7 +64,7 @@ class Prepared:
     source: str
 
 
-def columns(task: str, options: DataOptions) -> dict[str, str]:
+def columns_of(task: str, options: DataOptions) -> dict[str, str]:
     """Chooses the columns that the task reads.
 
     Returns:
@@ -82,7 +82,7 @@ def columns(task: str, options: DataOptions) -> dict[str, str]:
         raise ValueError("--prompt_column and --target_column do not belong to --task seq-cls. Leave them out.")
     if options.messages_column is not None and task != "causal-lm":
         raise ValueError(f"--messages_column belongs to --task causal-lm, but the task is {task}. Leave it out.")
-    if conversations.are_asked_for(task, options):
+    if conversations.uses_trl(task, options):
         conversations.check_trl()
         names = ["messages_column", "prompt_column", "target_column"]
     elif options.assistant_only_loss:
@@ -96,16 +96,16 @@ def columns(task: str, options: DataOptions) -> dict[str, str]:
 
 def encoding(task: str) -> Encoding:
     """How the task makes an example of a row; not for what TRL handles."""
-    return {"seq-cls": Encoder.classes, "seq2seq": Encoder.pairs, "causal-lm": Encoder.plain_text}[task]
+    return {"seq-cls": RowEncoder.classes, "seq2seq": RowEncoder.pairs, "causal-lm": RowEncoder.plain_text}[task]
 
 
-def prepare(
+def prepare_data(
     model: ModelOptions,
     data: DataOptions,
     *,
     eval_file: str | None = None,
     eval_split: str | None = None,
-) -> Prepared:
+) -> PreparedData:
     """Loads, checks and tokenises training and evaluation data.
 
     Args:
@@ -123,35 +123,35 @@ def prepare(
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    wanted = columns(model.task, data)
-    sources = {"train": _load(data, data.train_file, data.train_split)}
+    wanted = columns_of(model.task, data)
+    sources = {"train": _load_rows(data, data.train_file, data.train_split)}
     if eval_file is not None or eval_split is not None:
-        sources["evaluation"] = _load(data, eval_file, eval_split)
-    spoken = conversations.are_asked_for(model.task, data)
+        sources["evaluation"] = _load_rows(data, eval_file, eval_split)
+    conversational = conversations.uses_trl(model.task, data)
     for source, rows in sources.values():
-        (conversations.check_columns if spoken else check_columns)(rows, wanted, source)
+        (conversations.check_columns if conversational else check_columns)(rows, wanted, source)
     source, rows = sources["train"]
     labels = read_labels(rows, data.label_column, source) if model.task == "seq-cls" else None
     tokenizer = load_tokenizer(model.model)
-    encoder = Encoder(tokenizer, data, length_limit(model.model, tokenizer, data.max_length), labels)
+    encoder = RowEncoder(tokenizer, data, length_limit(model.model, tokenizer, data.max_length), labels)
     examples = {}
     for part, (name, part_rows) in sources.items():
-        if spoken:
+        if conversational:
             examples[part] = conversations.encode(part_rows, wanted, tokenizer, data, encoder.max_length, name)
         else:
-            examples[part] = encode(part_rows, encoding(model.task), encoder, name)
+            examples[part] = encode_rows(part_rows, encoding(model.task), encoder, name)
         lost = len(part_rows) - len(examples[part])
         if lost > 0:
             warn(
                 f"{name}: {lost} of {len(part_rows)} rows have no token to learn within {encoder.max_length} tokens "
                 "and are left out. Raise --max_length to keep them."
             )
-    return Prepared(tokenizer, labels, examples["train"], examples.get("evaluation"), source)
+    return PreparedData(tokenizer, labels, examples["train"], examples.get("evaluation"), source)
 
 
-def assemble(
-    model: ModelOptions, data: Prepared, *, trains_all: bool = False, weights: Path | None = None
-) -> tuple[Any, Prepared, Any]:
+def prepare_model(
+    model: ModelOptions, data: PreparedData, *, trains_all: bool = False, weights: Path | None = None
+) -> tuple[Any, PreparedData, Any]:
     """Loads the base model and fits the data to it.
 
     Args:
@@ -167,7 +167,7 @@ def assemble(
     Raises:
         ValueError: the model cannot be loaded.
     """
-    task = TASKS[model.task]
+    task = TASK_CLASSES[model.task]
     origin = model if weights is None else replace(model, model=str(weights))
     base = load_base(origin, task.model_class, data.tokenizer, data.labels, trains_all=trains_all)
     taken = inspect.signature(base.forward).parameters
@@ -180,19 +180,19 @@ def assemble(
     return base, replace(data, train=readable(data.train), evaluation=readable(data.evaluation)), collate
 
 
-def trainer_of(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, Any]]:
+def trainer_classes(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, Any]]:
     """The trainer's class, that of its arguments, and what these say beside the options."""
-    if conversations.are_asked_for(task, data):
+    if conversations.uses_trl(task, data):
         import trl
 
         # The data is tokenised and cut, and checkpointing switched on where it is wanted.
         own = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "gradient_checkpointing": False}
         return trl.SFTTrainer, trl.SFTConfig, own
-    name = TASKS[task].trainer
+    name = TASK_CLASSES[task].trainer
     return getattr(transformers, name), getattr(transformers, name.replace("Trainer", "TrainingArguments")), {}
 
 
-def _load(data: DataOptions, file: str | None, split: str | None) -> tuple[str, Dataset]:
+def _load_rows(data: DataOptions, file: str | None, split: str | None) -> tuple[str, Dataset]:
     """Where rows come from, in words, and the rows."""
     if file is not None:
         return file, load_file(Path(file))

@@ -49,14 +49,16 @@ def parse(argv: list[str]) -> tuple[Job, Path | None]:
 
     saved = None
     if given.resume and given.config is None and given.output_dir:
-        saved = checkpoints.saved_config(Path(given.output_dir))
+        saved = checkpoints.find_config(Path(given.output_dir))
     job = Job(*parse_with_config(parser, argv, config=str(saved) if saved else None))
     folder = Path(job.training.output_dir)
     if not job.training.resume:
-        checkpoints.check_unused(folder)
+        checkpoints.check_output_dir(folder)
         return job, None
-    saved = checkpoints.saved_config(folder)
-    checkpoints.check_same(Job(*parse_with_config(parser, [], config=str(saved))).options(), job.options(), saved)
+    saved = checkpoints.find_config(folder)
+    checkpoints.check_same_options(
+        Job(*parse_with_config(parser, [], config=str(saved))).options(), job.options(), saved
+    )
     return job, checkpoints.last_checkpoint(folder, job.training.method)
 
 
