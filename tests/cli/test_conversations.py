@@ -158,7 +158,7 @@ def test_assistant_only_loss_needs_a_template_that_marks_the_turns_and_their_end
 
 def test_rows_that_cannot_be_formatted_are_named(chatty: Path) -> None:
     tokenizer = load_tokenizer(str(chatty))
-    pairs = {"prompt_column": "p", "target_column": "t"}
+    pairs: dict[str, Any] = {"prompt_column": "p", "target_column": "t"}
     mixed = datasets.Dataset.from_list([{"p": "a", "t": said("", "b")[1:]}])
     with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(prompt and target must both be text"):
         conversations.encode(mixed, pairs, tokenizer, DataOptions(train_file="f", **pairs), 64, "f")

@@ -119,7 +119,7 @@ def test_labels_that_teach_nothing_are_refused() -> None:
         read_labels(rows(y=["a", None, "b"]), "y", "f")
     with pytest.raises(ValueError, match="f: row 2 has no label in column 'y'"):
         read_labels(rows(y=["a", "b", ""]), "y", "f")
-    with pytest.raises(ValueError, match="f: column 'y' holds one class only, 'a'"):
+    with pytest.raises(ValueError, match="f: column 'y' holds only one class, 'a', so there is nothing to learn"):
         read_labels(rows(y=["a", "a"]), "y", "f")
 
 
@@ -201,7 +201,7 @@ def test_tokenizer_with_neither_token_is_refused(llama: Path, tmp_path: Path) ->
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings["eos_token"] = None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="its tokenizer has neither a padding token nor one that ends a text"):
+    with pytest.raises(ValueError, match="its tokenizer has neither a padding token nor an end-of-text token"):
         load_tokenizer(str(tmp_path))
 
 

@@ -86,7 +86,7 @@ def test_the_summary_says_how_the_estimate_was_made_and_what_it_lacks() -> None:
     text = "\n".join(summary(known()))
     assert "3 layers; 5 batches, 1,234 label tokens; seed 7." in text
     assert "estimator=streaming" in text
-    assert "‖G‖ is estimated" in text
+    assert "The streaming estimator estimates ‖G‖ from eight random probes" in text
     assert "fewer than 2r directions are held" in text
     assert "No gradient for lost.layer: never ran in 5 batches." in text
 

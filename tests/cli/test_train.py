@@ -307,7 +307,7 @@ def test_a_model_that_sees_later_tokens_is_no_causal_model(
     bert: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str]
 ) -> None:
     argv = ["train", "--model", bert, "--task", "causal-lm", "--train_file", asking, "--output_dir", tmp_path / "run"]
-    assert "that sees later tokens, so it cannot learn to continue text" in refused(argv)
+    assert "sees later tokens, so it cannot learn to continue text" in refused(argv)
     assert not (tmp_path / "run").exists()
 
 

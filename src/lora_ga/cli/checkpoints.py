@@ -1,4 +1,4 @@
-"""The folder of a run: what may be in it at the start, and from where an unfinished run goes on."""
+"""The folder of a run: the files in it, and the checkpoint from which an unfinished run resumes."""
 
 import json
 import re
@@ -16,18 +16,18 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MODEL = "model"
 ESTIMATE = "estimate.safetensors"
-LABELS = "labels.json"  # beside an adapter of a classification: id -> name of the class
+LABELS = "labels.json"  # beside the adapter of a classifier: id -> name of the class
 STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 
-# Options that may differ between the two parts of one run: they do not touch what is computed.
+# Options that a resumed run may change: they do not affect the result.
 MAY_DIFFER = {"output_dir", "report_to", "run_name"}
 
 
 def check_output_dir(folder: Path) -> None:
-    """Refuses a folder for a new run that has something in it.
+    """Refuses the folder of a new run if it is not empty.
 
     Raises:
-        FileExistsError: it is a file, or not empty.
+        FileExistsError: It is a file, is not empty, or cannot be made because of a file.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--output_dir {folder}: this is a file. Give a new folder.")
@@ -38,18 +38,18 @@ def check_output_dir(folder: Path) -> None:
         )
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(
-            f"--output_dir {folder}: the folder is not empty. Give a new one, or --resume to go on with the run in it."
+            f"--output_dir {folder}: the folder is not empty. Give a new one, or --resume to resume the run in it."
         )
 
 
 def find_config(folder: Path) -> Path:
-    """Finds the run in a folder.
+    """Finds the options of the run in a folder.
 
     Returns:
         The file with its options.
 
     Raises:
-        FileNotFoundError: there is no run.
+        FileNotFoundError: There is no run.
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -60,32 +60,37 @@ def find_config(folder: Path) -> Path:
 
 
 def check_same_options(saved: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
-    """Refuses to go on with other options than a run began with.
+    """Refuses to resume a run with other options.
+
+    Args:
+        saved: The options with which the run began.
+        now: The options given now.
+        file: The file of the saved options, for the message.
 
     Raises:
-        ValueError: options differ in a way that changes the result.
+        ValueError: Options differ that affect the result.
     """
     differing = [name for name in saved if name not in MAY_DIFFER and saved[name] != now[name]]
     if differing:
         changes = "; ".join(f"{name} was {saved[name]} and is now {now[name]}" for name in differing)
         raise ValueError(
-            f"--resume: the run in {file.parent} began with other options: {changes}. Leave them out to go on with the "
-            "run as it was, or start a new run in another folder."
+            f"--resume: the run in {file.parent} began with other options: {changes}. Leave them out to resume "
+            "the run as it was, or start a new run in another folder."
         )
 
 
 def last_checkpoint(folder: Path, method: str) -> Path:
-    """The newest checkpoint that was written to its end.
+    """Finds the newest complete checkpoint.
 
     Args:
-        folder: The run's folder.
-        method: A LoRA-GA run also needs the sidecar file.
+        folder: The folder of the run.
+        method: The method of the run. A LoRA-GA run also needs the sidecar file.
 
     Returns:
-        The checkpoint's folder.
+        The folder of the checkpoint.
 
     Raises:
-        FileNotFoundError: there is no checkpoint, or the sidecar is missing.
+        FileNotFoundError: There is no checkpoint, or the sidecar file is missing.
     """
     steps = {
         int(match[1]): path
@@ -100,25 +105,25 @@ def last_checkpoint(folder: Path, method: str) -> Path:
     newest = steps[max(steps)]
     if method == "lora-ga" and not (newest / sidecar.FILE).is_file():
         raise FileNotFoundError(
-            f"--resume: {newest} has no {sidecar.FILE}, the file that says how its adapter divides into start and "
-            "change. Without it the adapter would go on as plain LoRA. Put the file back, or start again elsewhere."
+            f"--resume: {newest} has no {sidecar.FILE}, the file with the start of its adapter. Without it "
+            "the adapter would train on as plain LoRA. Put the file back, or start again in another folder."
         )
     return newest
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """What Trainer wrote about itself: step, log and more."""
+    """Reads the state that the trainer wrote: step, log and more."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 def is_last_checkpoint(checkpoint: Path) -> bool:
-    """Whether training had ended when this checkpoint was written."""
+    """Whether this checkpoint was written at the last step."""
     state = read_trainer_state(checkpoint)
     return state["global_step"] >= state["max_steps"]
 
 
 def write_config(folder: Path, options: Mapping[str, Any]) -> None:
-    """Makes the folder and writes the options that replay the run."""
+    """Makes the folder and writes the options, from which the run can be repeated."""
     folder.mkdir(parents=True, exist_ok=True)
     head = f"# `lora-ga train --config {CONFIG} --output_dir NEW_FOLDER` runs this again.\n"
     write_atomically(folder / CONFIG, (head + yaml.safe_dump(dict(options), sort_keys=False)).encode())

@@ -1,4 +1,4 @@
-"""`lora-ga compare`: several finished runs as a table in the terminal and as one HTML page."""
+"""`lora-ga compare`: shows finished runs as tables in the terminal and on one HTML page."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +17,18 @@ from lora_ga.experiments.tables.runs import cost_table, summary_table
 from lora_ga.experiments.tables.table import Table
 
 EXAMPLE = """\
-Put finished runs side by side: steps to a common training loss, final metrics, cost, loss curves.
+Compare finished runs: steps to a common training loss, final metrics, cost, loss curves.
 
   lora-ga compare runs/lora-ga runs/lora
   lora-ga compare runs/lora-ga-* runs/lora-* --output seeds.html --png seeds.png
 
-A RUN is the --output_dir of a `lora-ga train` that has ended. Runs that differ by nothing but their seed become one
-row, mean ± standard error. The page holds everything in one file and fetches nothing from the network."""
+A RUN is the --output_dir of a finished `lora-ga train`. Runs that differ only by their seed become one row, mean ±
+standard error. The page is one file and loads nothing from the network."""
 
 
 @dataclass
 class CompareOptions:
-    """What `lora-ga compare` is told besides the runs."""
+    """The options of `lora-ga compare` other than the runs."""
 
     runs: list[str] = field(default_factory=list, metadata={"help": "more run folders (what a --config file may hold)"})
     output: str = field(default="compare.html", metadata={"help": "the page to write"})
@@ -36,8 +36,8 @@ class CompareOptions:
     target_loss: float | None = field(
         default=None,
         metadata={
-            "help": "training loss whose first step is looked for in each run (default: the final loss of plain LoRA, "
-            "or the largest final loss where there is no such run)"
+            "help": "training loss to reach; the first step with it is shown for each run (default: the final loss of "
+            "plain LoRA, or the largest final loss if there is no such run)"
         },
     )
     smooth: int | None = field(
@@ -53,17 +53,17 @@ def main(argv: list[str]) -> int:
     """Runs the command.
 
     Args:
-        argv: the arguments after `compare`.
+        argv: The arguments after `compare`.
 
     Returns:
-        0. Nothing is written unless everything was read and drawn.
+        0. Files are written only after everything was read and drawn.
 
     Raises:
-        ValueError: what is asked for makes no sense, or a record is damaged.
+        ValueError: An option or a folder is wrong, or a record is damaged.
     """
     parser = config_parser([CompareOptions], prog="lora-ga compare", description=EXAMPLE)
     parser.add_argument("folders", nargs="*", metavar="RUN", help="folder of a finished run")
-    # Not a field of the options: a typed flag would take a folder that follows it for its value.
+    # Not a field of the options: a boolean field takes an optional value and would read a folder after it as the value.
     parser.add_argument("--overwrite", action="store_true", help="replace the page and the picture if they exist")
     namespace, stray = parser.parse_known_args(argv)
     if stray:
@@ -89,10 +89,10 @@ def main(argv: list[str]) -> int:
 
 
 def _refuse_twice(folders: list[Path]) -> None:
-    """Refuses a folder that is named twice, also in two spellings.
+    """Refuses a folder that is given twice, also in two spellings.
 
     Raises:
-        ValueError: there is one.
+        ValueError: A folder is given twice.
     """
     seen: dict[Path, Path] = {}
     for folder in folders:
@@ -113,6 +113,6 @@ def _show(comparison: Comparison, page: Path, png: Path | None) -> None:
 
 
 def _upright(table: Table) -> RichTable:
-    """Returns the table with a column for each run, which fits a terminal when the runs are few."""
+    """Returns the table with a column for each run. With few runs it fits a terminal."""
     columns = list(zip(table.headers, *table.rows, strict=True))
     return as_rich(Table(list(columns[0]), [list(column) for column in columns[1:]]))

@@ -1,4 +1,4 @@
-"""Conversations, and prompts with their answers: TRL formats and tokenises them, and trains on them."""
+"""Conversations, and prompts with their answers: checks and tokenises them for TRL's SFTTrainer."""
 
 import importlib.util
 import re
@@ -19,25 +19,25 @@ NAMES = {"prompt_column": "prompt", "target_column": "completion", "messages_col
 
 
 def uses_trl(task: str, options: DataOptions) -> bool:
-    """Whether a task's data is TRL's to handle; plain text and the other tasks are not."""
+    """Whether TRL's trainer trains on the data. Plain text and the other tasks do not need TRL."""
     return task == "causal-lm" and (options.prompt_column is not None or options.messages_column is not None)
 
 
 def check_trl() -> None:
-    """Refuses data that needs TRL where it is not installed.
+    """Refuses data that needs TRL if TRL is not installed.
 
     Raises:
-        ValueError: it is not.
+        ValueError: It is not installed.
     """
     if importlib.util.find_spec("trl") is None:
         raise ValueError(
             "--messages_column and --prompt_column in causal-lm need TRL, which is not installed: "
-            'pip install "lora-ga[trl]". Plain text (--text_column) does without.'
+            'pip install "lora-ga[trl]". Plain text (--text_column) does not need it.'
         )
 
 
 def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> None:
-    """Refuses columns that are not there, hold neither text nor messages, or have an empty place.
+    """Refuses columns that do not exist, hold neither text nor messages, or have an empty row.
 
     Args:
         rows: The data.
@@ -45,7 +45,7 @@ def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> Non
         source: Where the rows come from, for the message.
 
     Raises:
-        ValueError: a column cannot be used.
+        ValueError: A column cannot be used.
     """
     check_present(rows, columns, source)
     for option, column in columns.items():
@@ -54,8 +54,8 @@ def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> Non
                 raise ValueError(
                     f"{source}: row {number} has nothing in column {column!r}. Fill it in or remove the row."
                 )
-            spoken = isinstance(value, list) and all(isinstance(one, dict) and "role" in one for one in value)
-            if not spoken and (option == "messages_column" or not isinstance(value, str)):
+            conversational = isinstance(value, list) and all(isinstance(one, dict) and "role" in one for one in value)
+            if not conversational and (option == "messages_column" or not isinstance(value, str)):
                 wanted = "a list of messages, each with a role and its content"
                 wanted += "" if option == "messages_column" else ", or text"
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""`lora-ga convert`: an old LoRA-GA run as an adapter for the original base."""
+"""`lora-ga convert`: turns the adapter of an older LoRA-GA run into one for the original base model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,10 @@ from lora_ga.cli.parsing import OptionParser
 USAGE = "lora-ga convert INIT FINAL --output FOLDER"
 
 DESCRIPTION = """\
-Turn an old run into an adapter for the original base model. The authors' fork of PEFT and PEFT's own
+Turn the adapter of an older run into one for the original base model. The authors' fork of PEFT and PEFT's
 init_lora_weights="lora_ga" train on a changed base, W - s B0 A0, so their adapters are wrong on the original. INIT is
-the adapter saved before training, FINAL the trained one or any checkpoint. What is written is plain LoRA of twice the
-rank, in float32, with DoRA magnitudes, biases and modules trained in full. Nothing of the base model is needed.
+the adapter saved before training, FINAL the trained adapter or any checkpoint. The result is plain LoRA of twice the
+rank, in float32, with DoRA magnitudes, biases and fully trained modules. The base model is not needed.
 
 example:
   lora-ga convert run/init_lora_checkpoint run/checkpoint-500 --output converted
@@ -22,7 +22,7 @@ example:
 
 @dataclass
 class ConvertOptions:
-    """Where the converted adapter goes."""
+    """The folder of the converted adapter."""
 
     output: str = option("", "new or empty folder for the converted adapter (required)")
 
@@ -31,7 +31,7 @@ class ConvertOptions:
 
 
 def main(argv: list[str]) -> int:
-    """Writes the converted adapter and says how exactly it was read back."""
+    """Writes the converted adapter and prints the error with which it was read back."""
     parser = OptionParser((ConvertOptions,), prog="lora-ga convert", usage=USAGE, description=DESCRIPTION)
     parser.add_argument("init", metavar="INIT", help="folder of the adapter as it was before training")
     parser.add_argument("final", metavar="FINAL", help="folder of the adapter after training")

@@ -1,4 +1,4 @@
-"""From a file or a hub data set to tokenised examples; every column and label is checked on the way."""
+"""Reads a file or a hub data set, checks its columns and labels, and tokenises it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from lora_ga.cli.options import DataOptions
 
-# suffix -> reader of the datasets library, and its settings: pandas would take a text "NA" or "None" for a missing one.
+# Suffix -> reader of the datasets library, and its settings. By default pandas reads "NA" and "None" as missing values.
 FILE_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
@@ -35,8 +35,8 @@ def load_file(path: Path) -> Dataset:
         Its rows.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a kind of file that is not supported, one that cannot be read as its kind, or one without rows.
+        FileNotFoundError: There is no such file.
+        ValueError: The kind of file is not supported, or the file cannot be read or holds no rows.
     """
     if path.suffix not in FILE_TYPES:
         raise ValueError(
@@ -67,7 +67,7 @@ def load_hub(name: str, config: str | None, split: str) -> Dataset:
         Its rows.
 
     Raises:
-        ValueError: no such data set, configuration or split, or no way to the hub; or no rows.
+        ValueError: There is no such data set, configuration or split, no connection to the hub, or no row.
     """
     try:
         rows = load_dataset(name, config, split=split)
@@ -82,7 +82,7 @@ def load_hub(name: str, config: str | None, split: str) -> Dataset:
 
 
 def check_present(rows: Dataset, columns: Mapping[str, str], source: str) -> None:
-    """Refuses columns that are not there.
+    """Refuses columns that do not exist.
 
     Args:
         rows: The data.
@@ -90,7 +90,7 @@ def check_present(rows: Dataset, columns: Mapping[str, str], source: str) -> Non
         source: Where the rows come from, for the message.
 
     Raises:
-        ValueError: a column is missing; the message lists those that exist.
+        ValueError: A column is missing. The message lists those that exist.
     """
     for option, column in columns.items():
         if column not in rows.column_names:
@@ -100,7 +100,7 @@ def check_present(rows: Dataset, columns: Mapping[str, str], source: str) -> Non
 
 
 def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> None:
-    """Refuses columns that are not there, or whose values the task cannot use.
+    """Refuses columns that do not exist, or whose values the task cannot use.
 
     Args:
         rows: The data.
@@ -108,7 +108,7 @@ def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> Non
         source: Where the rows come from, for the message.
 
     Raises:
-        ValueError: a column is missing, or not of text, or of integers or text.
+        ValueError: A column is missing or does not hold text (labels: integers or text).
     """
     check_present(rows, columns, source)
     for option, column in columns.items():
@@ -125,10 +125,10 @@ def read_labels(rows: Dataset, column: str, source: str) -> Labels:
     """Finds the classes in the training data.
 
     Returns:
-        Those that a hub data set declares, or else the values themselves, sorted.
+        The classes that a hub data set declares; otherwise the sorted values of the column.
 
     Raises:
-        ValueError: a row without a label, or fewer than two classes.
+        ValueError: A row has no label, or there are fewer than two classes.
     """
     kind = rows.features[column]
     if isinstance(kind, ClassLabel):
@@ -139,12 +139,14 @@ def read_labels(rows: Dataset, column: str, source: str) -> Labels:
         raise ValueError(f"{source}: row {row} has no label in column {column!r}. Fill it in or remove the row.")
     values = sorted(values)
     if len(values) < 2:
-        raise ValueError(f"{source}: column {column!r} holds one class only, {values[0]!r}; nothing to learn.")
+        raise ValueError(
+            f"{source}: column {column!r} holds only one class, {values[0]!r}, so there is nothing to learn."
+        )
     return Labels(tuple(map(str, values)), {value: number for number, value in enumerate(values)})
 
 
 def _text_values(batch: Mapping[str, list[Any]], rows: list[int], column: str, source: str) -> list[str]:
-    """A column's values, none of them missing."""
+    """The values of a column. Raises ValueError if one is missing."""
     for row, value in zip(rows, batch[column], strict=True):
         if value is None:
             raise ValueError(f"{source}: row {row} has nothing in column {column!r}. Fill it in or remove the row.")
@@ -156,9 +158,9 @@ class RowEncoder:
     """Turns rows into token ids and labels, for one tokenizer and one choice of columns.
 
     Attributes:
-        tokenizer: Of the model.
-        options: The columns.
-        max_length: Most tokens of an example.
+        tokenizer: The model's tokenizer.
+        options: The data options, which name the columns.
+        max_length: Largest number of tokens of an example.
         labels: The classes, for seq-cls only.
     """
 
@@ -168,13 +170,13 @@ class RowEncoder:
     labels: Labels | None = None
 
     def classes(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
-        """Makes an example of a text or a pair, and the id of its class.
+        """Makes examples of texts or pairs, with the ids of their classes.
 
         Returns:
             Token ids and labels.
 
         Raises:
-            ValueError: a label that the training data does not have.
+            ValueError: A label does not occur in the training data.
         """
         assert self.labels is not None, "seq-cls has labels"
         texts = [
@@ -193,13 +195,13 @@ class RowEncoder:
         return {**encoded, "labels": [self.labels.ids[value] for value in batch[column]]}
 
     def plain_text(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
-        """Text to be continued; one longer than `max_length` gives several examples, so that nothing is lost."""
+        """Makes examples of plain texts. A text longer than `max_length` gives several examples."""
         texts = _text_values(batch, rows, self.options.text_column, source)
         pieces = []
         for ids in self.tokenizer(texts, verbose=False)["input_ids"]:
             whole = self._with_end_token(ids)
             starts = range(0, len(whole), self.max_length)
-            # The first token of an example is never predicted: one alone teaches nothing.
+            # The first token of an example is never predicted, so an example needs two tokens.
             pieces += [whole[start : start + self.max_length] for start in starts if len(whole) - start > 1]
         return {
             "input_ids": pieces,
@@ -208,7 +210,7 @@ class RowEncoder:
         }
 
     def pairs(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
-        """Source text for the encoder, target text for the decoder."""
+        """Makes examples of a source text for the encoder and a target text for the decoder."""
         encoded = self.tokenizer(
             self._column(batch, rows, "prompt_column", source),
             text_target=self._column(batch, rows, "target_column", source),
@@ -221,12 +223,12 @@ class RowEncoder:
         return _text_values(batch, rows, getattr(self.options, option), source)
 
     def _with_end_token(self, ids: list[int]) -> list[int]:
-        """The ids with the end-of-text token, once, where the tokenizer has one."""
+        """Appends the end-of-text token, if the tokenizer has one and the ids do not end with it."""
         end = self.tokenizer.eos_token_id
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
-# What an encoder does with a batch of rows: the columns, the rows' numbers and where they come from -> examples.
+# A method of `RowEncoder`: the columns of a batch of rows, the numbers of the rows, where they come from -> examples.
 Encoding = Callable[[RowEncoder, Mapping[str, list[Any]], list[int], str], dict[str, Any]]
 
 
@@ -235,15 +237,15 @@ def encode_rows(rows: Dataset, encoding: Encoding, encoder: RowEncoder, source: 
 
     Args:
         rows: The data, its columns checked.
-        encoding: One of the encoder's methods.
+        encoding: A method of `RowEncoder`.
         encoder: The tokenizer and the columns.
         source: Where the rows come from, for messages.
 
     Returns:
-        The examples: as many as rows, but for plain text.
+        The examples: one for each row, except for plain text.
 
     Raises:
-        ValueError: a row that cannot be used, or no example left.
+        ValueError: A row cannot be used, or no example is left.
     """
     examples = rows.map(
         lambda batch, numbers: encoding(encoder, batch, numbers, source),

@@ -1,4 +1,4 @@
-"""`lora-ga estimate`: the gradient of every adapted layer, in a file."""
+"""`lora-ga estimate`: writes the gradient of every adapted layer to a file."""
 
 import math
 import re
@@ -12,29 +12,29 @@ from lora_ga.cli.parsing import config_parser, parse_with_config
 
 @dataclass
 class OutputOptions:
-    """Where the estimate goes."""
+    """The file of the estimate, its checkpoint and its shard."""
 
     _argument_group_name: ClassVar[str] = "output"
 
     output: str = option("", "file to write, ending in .safetensors; it must not exist (required)")
     checkpoint: str | None = option(
-        None, "file for the running state: if it exists, the estimate goes on from it, as if it had not been broken off"
+        None, "file for the state of an unfinished estimate: if it exists, the estimate resumes from it"
     )
-    checkpoint_every: int = option(8, "batches between two savings of the checkpoint")
+    checkpoint_every: int = option(8, "batches between two writes of the checkpoint")
     shard: str | None = option(
         None,
-        "i/n with i from 0 to n-1: only each n-th of the batches, from the i-th on. n machines with the same options "
-        "make n files, whose sum `lora-ga merge` writes; give them --oversample 32, since each sees only a part",
+        "i/n with i from 0 to n-1: only every n-th batch, from batch i on. n machines with the same options make n "
+        "files, which `lora-ga merge` adds up; give them --oversample 32, since each reads only a part",
     )
 
     def __post_init__(self) -> None:
         require(self, "output")
         at_least(self, checkpoint_every=1)
-        self.part  # noqa: B018 (checks it)
+        self.part  # noqa: B018 (checks the shard)
 
     @property
     def part(self) -> tuple[int, int]:
-        """(i, n) of the shard; (0, 1) where none is asked for."""
+        """(i, n) of the shard; (0, 1) without --shard."""
         found = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
         index, count = map(int, found.groups()) if found else (1, 0)
         if index >= count:
@@ -49,13 +49,13 @@ USAGE = "lora-ga estimate --model MODEL --task TASK (--train_file FILE | --datas
 DESCRIPTION = """\
 Estimate the loss gradient of every layer that an adapter would adapt, on a few batches of training data, and write its
 leading directions to a file. The model is not changed. `lora-ga inspect` shows what the file holds, and
-`lora-ga train --estimate_file` starts from it, any number of times: one is enough for a sweep of learning rates.
+`lora-ga train --estimate_file` starts from it. One file is enough for a sweep of learning rates.
 
 example:
   lora-ga estimate --model meta-llama/Llama-3.2-1B --task causal-lm --train_file notes.jsonl --rank 16 \\
       --output notes.safetensors
 
-What no single job holds, in three jobs: each with --shard 0/3, 1/3 or 2/3 and a file of its own, then `lora-ga merge`.
+To divide the work among three jobs, give each a file and --shard 0/3, 1/3 or 2/3, and then call `lora-ga merge`.
 """
 
 
@@ -66,8 +66,8 @@ def check_new_file(path: str) -> Path:
         Its path.
 
     Raises:
-        ValueError: it does not end in .safetensors, or its folder does not exist.
-        FileExistsError: the file exists.
+        ValueError: It does not end in .safetensors, or its folder does not exist.
+        FileExistsError: The file exists.
     """
     file = Path(path)
     if file.suffix != ".safetensors":
@@ -80,7 +80,7 @@ def check_new_file(path: str) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """Estimates, writes the file and says what is in it."""
+    """Estimates the gradient, writes the file and prints a summary."""
     parser = config_parser(GROUPS, prog="lora-ga estimate", usage=USAGE, description=DESCRIPTION)
     model, data, target, options, output = parse_with_config(parser, argv)
     file = check_new_file(output.output)
@@ -98,13 +98,13 @@ def main(argv: list[str]) -> int:
 def run_estimate(
     model: ModelOptions, data: DataOptions, target: TargetOptions, options: EstimateOptions, output: OutputOptions
 ) -> Any:
-    """Loads model and data and estimates, as `lora-ga train` does before it trains.
+    """Loads model and data and estimates the gradient, as `lora-ga train` does before it trains.
 
     Returns:
         The `GradientEstimate`.
 
     Raises:
-        ValueError: something about the request does not fit.
+        ValueError: The options do not fit the data or the model.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""`lora-ga export`: a smaller adapter, a full model, or one that a server takes, of a trained adapter."""
+"""`lora-ga export`: turns a trained adapter into a smaller one, a full model, or one that a server accepts."""
 
 import json
 import shutil
@@ -13,10 +13,10 @@ from lora_ga.cli.parsing import OptionParser
 USAGE = "lora-ga export ADAPTER (--output FOLDER (--rank K | --merge) | --for SERVER [--output FOLDER]) [options]"
 
 DESCRIPTION = """\
-Make something else of a trained adapter. After LoRA-GA training with rank r the adapter file has rank 2r: it is plain
-LoRA for the untouched base model, and needs no export to be used. --rank K writes the nearest adapter of rank K and
-shows what each layer loses; --merge writes a full model, with the tokenizer if there is one. --for vllm says what keeps
-vLLM from serving the adapter; with --output it writes one that is served, of an allowed rank.
+Turn a trained adapter into another form. After LoRA-GA training with rank r the adapter file has rank 2r. It is plain
+LoRA for the unchanged base model and can be used without an export. --rank K writes the nearest adapter of rank K and
+shows the error of each layer. --merge writes a full model, with the tokenizer if there is one. --for vllm lists what
+keeps vLLM from serving the adapter; with --output it writes an adapter that vLLM serves, of an allowed rank.
 
 example:
   lora-ga export runs/mrpc/adapter --output small --rank 8
@@ -27,7 +27,7 @@ example:
 
 @dataclass
 class ExportOptions:
-    """What to make of an adapter."""
+    """The form to write."""
 
     output: str = option("", "new or empty folder for the result (required)")
     rank: int | None = option(None, "compress the adapter to this rank, by the SVD of each layer's change")
@@ -36,17 +36,17 @@ class ExportOptions:
         None, "with --merge: the base model, a hub name or local folder (default: the one the adapter names)"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "with --merge: precision of the merged weights; auto is the base model's own"
+        "auto", "with --merge: precision of the merged weights; auto is the base model's"
     )
 
     def __post_init__(self) -> None:
         at_least(self, rank=1)
 
     def check(self) -> None:
-        """Refuses options that do not go together.
+        """Refuses options that exclude each other.
 
         Raises:
-            ValueError: there are some.
+            ValueError: Some do.
         """
         require(self, "output")
         if (self.rank is None) == (not self.merge):
@@ -59,7 +59,7 @@ class ExportOptions:
 
 
 def main(argv: list[str]) -> int:
-    """Writes the smaller adapter or the merged model."""
+    """Writes the adapter or model that the options name."""
     parser = OptionParser((ExportOptions,), prog="lora-ga export", usage=USAGE, description=DESCRIPTION)
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter: DIR/adapter of a run, or any other")
     parser.add_argument(
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         options.check()
     elif options.merge:
         raise ValueError(
-            "--for checks adapters, and --merge makes a full model, which any server takes. Leave one out."
+            "--for checks adapters, and --merge makes a full model, which any server accepts. Leave one out."
         )
     adapter, out = Path(positional.adapter), Path(options.output)
     if not (adapter / "adapter_config.json").is_file():
@@ -88,33 +88,33 @@ def main(argv: list[str]) -> int:
 
 
 def compress(adapter: Path, out: Path, rank: int) -> None:
-    """Writes the adapter of a lower rank and shows the loss of each layer."""
+    """Writes an adapter of lower rank and prints the error of each layer."""
     from lora_ga.export.compress import compress_adapter
 
     show_written(adapter, out, compress_adapter(adapter, out, rank))
 
 
 def show_written(adapter: Path, out: Path, errors: dict[str, float]) -> None:
-    """Shows the loss of each layer of an adapter that was written anew."""
+    """Copies tokenizer and class names to a written adapter and prints the error of each layer."""
     from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.experiments.tables.table import Table
 
     copy_companions(adapter, out)
     rank = json.loads((out / "adapter_config.json").read_text())["r"]
     rows = [[name, f"{error:.2e}"] for name, error in errors.items()]
-    terminal().print(as_rich(Table(["layer", "what is lost of its change (relative)"], rows)))
+    terminal().print(as_rich(Table(["layer", "relative error of its change"], rows)))
     worst = max(errors, key=lambda name: errors[name])
     print(f"{out}: rank {rank}; median error {median(errors.values()):.2e}, worst {errors[worst]:.2e} ({worst})")
 
 
 def serve(adapter: Path, options: ExportOptions, server: str) -> int:
-    """Says what keeps a server from taking the adapter, and writes one that it takes where told to.
+    """Prints what keeps a server from accepting the adapter. With --output it writes one that the server accepts.
 
     Returns:
-        0 if the server takes the adapter, or the one written; 2 otherwise.
+        0 if the server accepts the adapter, or the written one; 2 otherwise.
 
     Raises:
-        ValueError: the server is not known, or takes the adapter in no form.
+        ValueError: The server is not known, or accepts the adapter in no form.
     """
     from lora_ga.export.vllm import check_served, write_served
 
@@ -135,7 +135,7 @@ def serve(adapter: Path, options: ExportOptions, server: str) -> int:
 
 
 def copy_companions(adapter: Path, out: Path) -> None:
-    """Copies the tokenizer and the names of the classes beside an adapter, where there are any."""
+    """Copies the tokenizer and the names of the classes to another adapter folder, if there are any."""
     from lora_ga.cli.checkpoints import LABELS
 
     tokenizer = find_tokenizer([str(adapter)])
@@ -146,10 +146,10 @@ def copy_companions(adapter: Path, out: Path) -> None:
 
 
 def merge(adapter: Path, out: Path, options: ExportOptions) -> None:
-    """Writes the base model with the adapter in its weights.
+    """Writes the base model with the adapter merged into its weights.
 
     Raises:
-        ValueError: the output is not empty, the base model cannot be loaded, or the adapter does not fit it.
+        ValueError: The output is not empty, the base model cannot be loaded, or the adapter does not fit it.
     """
     from lora_ga.export.merge import merge_adapter
     from lora_ga.files import check_empty
@@ -170,13 +170,13 @@ def merge(adapter: Path, out: Path, options: ExportOptions) -> None:
 
 
 def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
-    """Loads the base model, with the classes that the adapter's folder names.
+    """Loads the base model, with the classes named in the adapter folder.
 
     Returns:
-        Its name, and the model.
+        The name of the model, and the model.
 
     Raises:
-        ValueError: the adapter names no base model, is for an unknown task, or the model cannot be loaded.
+        ValueError: The adapter names no base model or an unknown task, or the model cannot be loaded.
     """
     import transformers
 
@@ -193,7 +193,7 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
     if config.task_type not in classes:
         raise ValueError(
             f"{adapter}: its task type is {config.task_type}, but --merge knows {', '.join(classes)}. "
-            "Merge it with lora_ga.export.merge_adapter and a base model of your own."
+            "Load its base model in Python and call lora_ga.export.merge.merge_adapter."
         )
     settings: dict[str, Any] = {"dtype": options.dtype}
     if (adapter / LABELS).is_file():

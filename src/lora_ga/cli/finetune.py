@@ -1,4 +1,4 @@
-"""A fine-tuning run, from the options to the folder with adapter, estimate and record."""
+"""One fine-tuning run: from the options to a folder with adapter, estimate and record."""
 
 import math
 import os
@@ -28,10 +28,10 @@ from lora_ga.experiments.records.runs import RECORD, write_json_atomically
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has come to.
+    """The outcome of a run.
 
     Attributes:
-        record: As written to `run.json`.
+        record: The record, as in `run.json`.
         result: The folder with the adapter or the model.
     """
 
@@ -40,21 +40,21 @@ class Outcome:
 
 
 def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
-    """Trains as the job says and writes its folder; nothing is written before all that can be refused has been.
+    """Trains and writes the folder of the run. All checks come before the first file is written.
 
     Args:
         job: The options.
-        checkpoint: Where an unfinished run goes on from.
+        checkpoint: The checkpoint of an unfinished run, to resume it.
 
     Returns:
-        The record, and where the result is.
+        The record, and the folder of the result.
 
     Raises:
-        ValueError: something about the job does not fit.
+        ValueError: The options do not fit the data or the model.
     """
     began = time.monotonic()
     check_environment(job)
-    tasks.columns_of(job.model.task, job.data)  # before TRL is imported, which it may refuse
+    tasks.columns_of(job.model.task, job.data)  # checks that TRL is installed before it is imported
     folder, method = Path(job.training.output_dir), job.training.method
     settings = training_arguments(job, folder)
     base, data, collate = tasks.prepare_model(
@@ -70,7 +70,7 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
         if estimate is not None:
             estimate.save(folder / checkpoints.ESTIMATE)
     trainer = make_trainer(job, model, data, collate, settings, seconds)
-    # Before training, which removes old checkpoints.
+    # Read before training, which removes old checkpoints.
     earlier = {} if checkpoint is None else logged_seconds(checkpoints.read_trainer_state(checkpoint)["log_history"])
     train(trainer, checkpoint)
     took = logged_seconds(trainer.state.log_history)
@@ -89,18 +89,18 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
     model.save_pretrained(result)
     data.tokenizer.save_pretrained(result)
     if data.labels is not None and method != "full":
-        # Not config.json: Transformers takes a folder that has one for a whole model.
+        # Not into a config.json: Transformers takes a folder with that file for a full model.
         write_json_atomically(result / checkpoints.LABELS, dict(enumerate(data.labels.names)))
     write_json_atomically(folder / RECORD, record)
     if not math.isfinite(record["metrics"]["train_loss"]):
-        warn("the training loss is not finite, so the result is of no use. Try a smaller --learning_rate.")
+        warn("the training loss is not finite, so the result is useless. Try a smaller --learning_rate.")
     return Outcome(record, result)
 
 
 def make_trainer(
     job: Job, model: Any, data: tasks.PreparedData, collate: Any, settings: Any, estimate_seconds: float
 ) -> Any:
-    """The trainer for the task, Transformers' or TRL's, with the callbacks that a run needs."""
+    """Makes the trainer of the task, from Transformers or TRL, with the callbacks of a run."""
     trainer, _, own = tasks.trainer_classes(job.model.task, job.data)
     return trainer(
         model=model,
@@ -109,7 +109,7 @@ def make_trainer(
         eval_dataset=data.evaluation,
         **(
             {"processing_class": data.tokenizer} if own else {"data_collator": collate}
-        ),  # TRL has a collator of its own
+        ),  # TRL makes its collator itself
         compute_metrics=tasks.accuracy if data.labels else None,
         preprocess_logits_for_metrics=tasks.predicted_class if data.labels else None,
         callbacks=[LossAndTimeLogger(estimate_seconds), OptimizerGuard()],
@@ -117,16 +117,16 @@ def make_trainer(
 
 
 def check_environment(job: Job) -> None:
-    """Refuses what would fail, or go wrong unseen, long after the start.
+    """Refuses what would fail late, or go wrong without an error.
 
     Raises:
-        ValueError: several processes, or a report that no installed package can take.
+        ValueError: There are several processes, or a name in --report_to is not known or its package not installed.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ValueError(
             f"lora-ga train runs in one process, but WORLD_SIZE is {processes}. Start it without torchrun or "
-            "accelerate, or call lora_ga.initialize in a training script of your own."
+            "accelerate, or call lora_ga.initialize in your training script."
         )
     available = get_available_reporting_integrations()
     unknown = [name for name in job.training.report_to if name not in {*available, "none", "all"}]
@@ -138,7 +138,7 @@ def check_environment(job: Job) -> None:
 
 
 def training_arguments(job: Job, folder: Path) -> Any:
-    """The trainer's arguments."""
+    """Makes the arguments of the trainer."""
     training, accelerated = job.training, torch.accelerator.is_available()
     evaluates = training.eval_steps is not None
     _, settings_of, own = tasks.trainer_classes(job.model.task, job.data)
@@ -149,7 +149,7 @@ def training_arguments(job: Job, folder: Path) -> Any:
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
+        warmup_steps=training.warmup_ratio,  # a value below 1 is a fraction of all steps
         weight_decay=training.weight_decay,
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
@@ -162,7 +162,7 @@ def training_arguments(job: Job, folder: Path) -> Any:
         eval_strategy="steps" if evaluates else "no",
         eval_steps=training.eval_steps,
         logging_steps=training.logging_steps,
-        logging_nan_inf_filter=False,  # a loss that is not finite is shown as it is
+        logging_nan_inf_filter=False,  # log a loss that is not finite as it is
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=2,
@@ -171,7 +171,7 @@ def training_arguments(job: Job, folder: Path) -> Any:
         disable_tqdm=not sys.stderr.isatty(),
         **own,
     )
-    # Trainer would split each batch over all visible GPUs with DataParallel, which copies parameters and buffers only.
+    # With several GPUs Trainer would use DataParallel, which copies only parameters and buffers to the other GPUs.
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
 
@@ -179,21 +179,21 @@ def training_arguments(job: Job, folder: Path) -> Any:
 def start_model(
     job: Job, base: Any, examples: Dataset, collate: Any, device: torch.device, checkpoint: Path | None
 ) -> tuple[Any, lora_ga.GradientEstimate | None, float]:
-    """The model to train: with a new adapter at its start, or with that of the checkpoint.
+    """Makes the model to train, with a new adapter or the adapter of the checkpoint.
 
     Args:
         job: The options.
         base: The base model.
-        examples: Training data, for the estimate.
+        examples: The training data, for the estimate.
         collate: Makes a batch of examples.
-        device: Where the model goes.
-        checkpoint: Where the run goes on from, if it does.
+        device: The device to train on.
+        checkpoint: The checkpoint of a resumed run, or None.
 
     Returns:
-        The model on its device, the estimate and the seconds it took.
+        The model on its device, the estimate if one was made or read, and the seconds that took.
 
     Raises:
-        ValueError: the library refuses the estimate or the adapter.
+        ValueError: The library refuses the estimate or the adapter.
     """
     peft_type = tasks.TASK_CLASSES[job.model.task].peft_type
     if job.training.method == "full":
@@ -212,7 +212,7 @@ def start_model(
 
 
 def train(trainer: Any, checkpoint: Path | None) -> None:
-    """Trains to the end; of a checkpoint that is at the end only the weights and the history are taken."""
+    """Trains to the last step. From a checkpoint of the last step it only loads the weights and the log."""
     if checkpoint is None or not checkpoints.is_last_checkpoint(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return
@@ -222,5 +222,5 @@ def train(trainer: Any, checkpoint: Path | None) -> None:
 
 
 def is_evaluated(state: Any) -> bool:
-    """Whether the last step has been evaluated."""
+    """Whether the model was evaluated after the last step."""
     return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)

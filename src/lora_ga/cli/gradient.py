@@ -14,10 +14,9 @@ from lora_ga.cli.options import EstimateOptions
 
 
 class EstimateBatches:
-    """A seeded choice of training examples, in batches, with a progress bar on a terminal.
+    """A seeded choice of training examples in batches, with a progress bar on a terminal.
 
-    The choice is drawn from a generator of its own: the order of training, and all else that is random there, is the
-    same with an estimate and without.
+    A separate generator draws the choice, so that an estimate does not change the random numbers of training.
     """
 
     def __init__(
@@ -29,18 +28,18 @@ class EstimateBatches:
         seed: int,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        """Choose.
+        """Chooses the examples.
 
         Args:
             examples: The training data.
             collate: Makes a batch of examples.
-            options: How many batches, of what size.
-            batch_size: Their size where the options do not say.
-            seed: Of the choice.
-            shard: (i, n): of all batches only each n-th, from the i-th on.
+            options: The number of batches and their size.
+            batch_size: The size of a batch where the options do not give one.
+            seed: Seed of the choice.
+            shard: (i, n): only every n-th batch, from batch i on.
 
         Raises:
-            ValueError: There is no such batch.
+            ValueError: The shard has no batch.
         """
         size, (index, count) = options.estimate_batch_size or batch_size, shard
         shuffled = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
@@ -52,7 +51,7 @@ class EstimateBatches:
                 "shards, more --estimate_batches or a smaller --estimate_batch_size."
             )
         chosen = examples.select(torch.cat(batches[index::count]).tolist())
-        # A loader draws a number from the global generator for its workers unless it is given one.
+        # Without a generator a loader draws a number from the global generator.
         self._loader: DataLoader[Any] = DataLoader(
             chosen,
             batch_size=size,
@@ -67,5 +66,5 @@ class EstimateBatches:
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
             bar = progress.add_task("Estimating the gradient", total=len(self))
             for batch in self._loader:
-                progress.advance(bar)  # not after the yield: nobody asks for more than the last
+                progress.advance(bar)  # before the yield: after the last batch nobody asks again
                 yield batch

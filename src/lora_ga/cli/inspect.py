@@ -1,4 +1,4 @@
-"""`lora-ga inspect`: what an estimate file holds, layer by layer."""
+"""`lora-ga inspect`: shows an estimate file layer by layer."""
 
 import math
 import re
@@ -21,22 +21,22 @@ from lora_ga.experiments.tables.table import BLANK, Table
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 EXAMPLE = """\
-Show an estimate: for each layer the norm of its gradient, and the share of the gradient that LoRA can follow.
+Show an estimate: the norm of the gradient of each layer, and the share of the gradient that LoRA can follow.
 
   lora-ga inspect runs/lora-ga/estimate.safetensors
   lora-ga inspect estimate.safetensors --sort share --plot shares.png
 
-The share at rank r is the largest cosine there can be between the first step of a LoRA of rank r and the gradient:
-the norm of the first 2r singular values over the norm of all of them. 1 means that nothing is lost. A layer whose share
-is low gains most from a higher rank. Where an estimate holds fewer than 2r directions the place is blank.
+The share at rank r is the largest possible cosine between the first step of a LoRA of rank r and the gradient: the norm
+of the first 2r singular values over the norm of all. A share of 1 means that nothing is lost. A layer with a low share
+gains most from a higher rank. The share is blank if the estimate holds fewer than 2r directions.
 
-held is the part of the squared norm that the estimate holds at all. settled is the number of batches after which the
-layer's directions had settled, where the estimate had a --tolerance; blank where they had not."""
+held is the fraction of the squared norm that the estimate holds. settled is the number of batches after which the
+layer's directions had converged within --tolerance; it is blank if they had not or no tolerance was given."""
 
 
 @dataclass
 class InspectOptions:
-    """What `lora-ga inspect` is told besides the file."""
+    """The options of `lora-ga inspect` other than the file."""
 
     plot: str | None = field(
         default=None, metadata={"help": "write a map of the shares, layers by ranks, to this .png"}
@@ -50,20 +50,20 @@ class InspectOptions:
     )
 
 
-Shares = dict[str, dict[int, float]]  # layer -> rank -> share, NaN where the estimate does not say
+Shares = dict[str, dict[int, float]]  # layer -> rank -> share, NaN if the estimate holds too few directions
 
 
 def main(argv: list[str]) -> int:
     """Runs the command.
 
     Args:
-        argv: the arguments after `inspect`.
+        argv: The arguments after `inspect`.
 
     Returns:
-        0. A damaged file, or one that is not an estimate, is refused with its reason by `GradientEstimate.load`.
+        0.
 
     Raises:
-        ValueError: no file, or more than one.
+        ValueError: There is no file or more than one, or `GradientEstimate.load` refuses it.
     """
     parser = config_parser([InspectOptions], prog="lora-ga inspect", description=EXAMPLE)
     parser.add_argument("estimates", nargs="*", metavar="ESTIMATE", help="the estimate.safetensors of a run")
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
 
 
 def ordered(estimate: Mapping[str, Any], shares: Shares, by: str) -> list[str]:
-    """Returns the layers in the order asked for; equal ones by name, with 2 before 10."""
+    """Returns the layers in the chosen order. Ties are in order of names, with 2 before 10."""
 
     def natural(name: str) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
@@ -110,7 +110,7 @@ def ordered(estimate: Mapping[str, Any], shares: Shares, by: str) -> list[str]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Returns the names without the leading parts that all of them have, and without PEFT's own."""
+    """Returns the names without the leading parts that all of them share."""
     parts = [name.split(".") for name in names]
     common = 0
     while all(len(part) > common + 1 for part in parts) and len({part[common] for part in parts}) == 1:
@@ -119,7 +119,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def layer_table(estimate: GradientEstimate, shares: Shares, names: Sequence[str]) -> Table:
-    """Returns a row for each layer, and one for the median over them."""
+    """Returns a table with a row for each layer and a row of medians."""
 
     def cells(values: Sequence[float]) -> list[str]:
         return [f"{value:.3f}" if math.isfinite(value) else BLANK for value in values]
@@ -139,7 +139,7 @@ def layer_table(estimate: GradientEstimate, shares: Shares, names: Sequence[str]
 
 
 def summary(estimate: GradientEstimate) -> list[str]:
-    """Returns how the estimate was made, and what it lacks."""
+    """Returns lines about how the estimate was made and what it lacks."""
     config = estimate.config
     settings = ", ".join(f"{name}={value}" for name, value in config.to_dict().items() if name != "seed")
     lines = [
@@ -148,8 +148,8 @@ def summary(estimate: GradientEstimate) -> list[str]:
     ]
     if config.estimator == "streaming":
         lines.append(
-            "‖G‖ is estimated (streaming, from eight random probes), and the shares are as exact as it is; the dense "
-            "estimator gives both."
+            "The streaming estimator estimates ‖G‖ from eight random probes, and the shares are as exact as ‖G‖. The "
+            "dense estimator computes both exactly."
         )
     if config.tolerance is not None:
         lines.append(settled_line(estimate))
@@ -162,21 +162,21 @@ def summary(estimate: GradientEstimate) -> list[str]:
 
 
 def settled_line(estimate: GradientEstimate) -> str:
-    """Returns how many layers settled early, and how much listening that saved."""
+    """Returns a line with the number of layers that converged early and the batches that this saved."""
     read = [estimate.settled.get(name, estimate.batches) for name in estimate]
     saved = 1 - sum(read) / (len(read) * (estimate.config.max_batches or estimate.batches)) if read else 0.0
     return (
-        f"Settled within the tolerance: {len(estimate.settled)} of {len(estimate)} layers; a layer took part in "
-        f"{median(read) if read else 0:g} batches (median), {max(saved, 0.0):.0%} less than --estimate_batches in all."
+        f"Converged within the tolerance: {len(estimate.settled)} of {len(estimate)} layers. A layer read "
+        f"{median(read) if read else 0:g} batches (median), in all {max(saved, 0.0):.0%} less than --estimate_batches."
     )
 
 
 def share_figure(shares: Sequence[Mapping[int, float]], labels: Sequence[str]) -> Figure:
-    """Returns a map of the shares, a row for each layer and a column for each rank; blank ones stay white."""
+    """Returns a heat map of the shares: a row for each layer, a column for each rank, white for blank shares."""
     ranks = [rank for rank in RANKS if any(math.isfinite(layer[rank]) for layer in shares)] or [RANKS[0]]
     values = [[layer[rank] for rank in ranks] for layer in shares]
     with mpl.rc_context({**STYLE, "axes.grid": False}):
-        # A quarter of an inch a row is readable; above 60 rows only some are named, so that the picture stays one page.
+        # A quarter of an inch a row is readable. Above 60 rows only some have labels, so that the figure fits a page.
         figure = Figure(figsize=(8.6, 1.6 + 0.25 * min(len(labels), 60)), layout="constrained", label="shares")
         axes = figure.add_subplot()
         image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
@@ -191,5 +191,7 @@ def share_figure(shares: Sequence[Mapping[int, float]], labels: Sequence[str]) -
                     text = f"{value:.2f}" if math.isfinite(value) else BLANK
                     colour = "white" if value < 0.6 else "black" if math.isfinite(value) else FAINT
                     axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
-        figure.colorbar(image, ax=axes, label="share of the gradient that the first step can hold", pad=0.02, aspect=40)
+        figure.colorbar(
+            image, ax=axes, label="share of the gradient that the first step can follow", pad=0.02, aspect=40
+        )
         return figure

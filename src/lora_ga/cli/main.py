@@ -1,4 +1,4 @@
-"""`lora-ga COMMAND ...`: finds the sub-command and turns what a user did wrong into one line and exit code 2."""
+"""`lora-ga COMMAND ...`: runs the sub-command and prints user errors as one line, with exit code 2."""
 
 import importlib
 import importlib.util
@@ -7,17 +7,17 @@ import sys
 import warnings
 from importlib.metadata import version
 
-# name -> what it does. The module of the same name in this package has `main(argv) -> int`; it is imported when it is
-# asked for, so that `lora-ga --help` does not wait for torch.
+# Name -> help text. The module of that name in this package has `main(argv) -> int`. It is imported when it is called,
+# so that `lora-ga --help` does not wait for torch.
 COMMANDS = {
     "train": "fine-tune a model with LoRA-GA, plain LoRA or full fine-tuning",
     "estimate": "estimate the gradient of every adapted layer and write it to a file",
     "merge": "add up estimates made on different data or machines",
     "inspect": "show what an estimate file holds, layer by layer",
-    "export": "make a smaller adapter or a full merged model of a trained adapter",
-    "convert": "turn an old LoRA-GA run, trained on a changed base, into an adapter for the original base",
-    "compare": "put finished runs side by side on one HTML page",
-    "reproduce": "run a suite of experiments: every method at its own best learning rate",
+    "export": "turn a trained adapter into a smaller adapter or a merged full model",
+    "convert": "turn an adapter trained on a changed base (older LoRA-GA) into one for the original base",
+    "compare": "compare finished runs on one HTML page",
+    "reproduce": "run a suite of experiments: every method at its best learning rate",
     "report": "draw a suite's results from its records: tables, pictures, one HTML page",
 }
 
@@ -34,7 +34,7 @@ EXTRA = {
 _HELP = """\
 usage: lora-ga COMMAND [options]
 
-Start a LoRA adapter where full fine-tuning would go (LoRA-GA), train it, and hand it on as plain LoRA.
+Start a LoRA adapter in the direction of full fine-tuning (LoRA-GA), train it, and save it as plain LoRA.
 
 commands:
 {commands}
@@ -46,10 +46,13 @@ For a traceback instead of a one-line error, set LORA_GA_DEBUG=1."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the sub-command in `argv` (default: the process's own arguments).
+    """Runs the sub-command in `argv`.
+
+    Args:
+        argv: The arguments; None reads those of the process.
 
     Returns:
-        The exit code: 0 done, 2 something in the request is wrong (one message on stderr), 130 interrupted.
+        The exit code: 0 for success, 2 for a user error (one message on stderr), 130 for an interruption.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in {"-h", "--help", "help"}:
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _call(command: str, argv: list[str]) -> int:
-    """Runs one sub-command. Its ValueError and OSError are the user's to mend, all else is a bug."""
+    """Runs one sub-command. ValueError and OSError are user errors; any other exception is a bug."""
     missing = [package for module, package in EXTRA.items() if importlib.util.find_spec(module) is None]
     if missing:
         return _refuse(
@@ -73,7 +76,7 @@ def _call(command: str, argv: list[str]) -> int:
             'Run pip install "lora-ga[cli]", or in a checkout pip install -e ".[cli]".',
         )
     debug = os.environ.get("LORA_GA_DEBUG", "") not in {"", "0"}
-    # PEFT reads an attribute that Transformers 5.23 has renamed.
+    # PEFT 0.21 reads an attribute that Transformers 5.23 has renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
         return importlib.import_module(f"lora_ga.cli.{command}").main(argv)

@@ -1,11 +1,11 @@
-"""`lora-ga merge`: estimates made on different data or machines, added up."""
+"""`lora-ga merge`: adds up estimates made on different data or machines."""
 
 from lora_ga.cli.estimate import check_new_file
 from lora_ga.cli.parsing import OptionParser
 
 EXAMPLE = """\
-Add up estimates of one model made on different batches, on this machine or others. Each counts by its label tokens. The
-result is what one run over all the batches would hold, but for what each had to leave out.
+Add up estimates of one model made on different batches, on this machine or others. Each estimate is weighted by its
+number of label tokens. The result is that of one estimate over all batches, except for what each estimate truncated.
 
   lora-ga merge first.safetensors second.safetensors third.safetensors -o all.safetensors
 
@@ -16,13 +16,13 @@ def main(argv: list[str]) -> int:
     """Reads the files, adds them up and writes the sum.
 
     Args:
-        argv: the arguments after `merge`.
+        argv: The arguments after `merge`.
 
     Returns:
         0.
 
     Raises:
-        ValueError: fewer than two files, a damaged one, or estimates that do not add up.
+        ValueError: There are fewer than two files, a file is damaged, or the estimates do not add up.
     """
     parser = OptionParser((), prog="lora-ga merge", description=EXAMPLE)
     parser.add_argument("estimates", nargs="*", metavar="ESTIMATE", help="two or more .safetensors files")
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if not namespace.output:
         raise ValueError("--output is required. Give the file to write, ending in .safetensors.")
     target = check_new_file(namespace.output)
-    from lora_ga import GradientEstimate  # slow to import; all that can be refused before has been
+    from lora_ga import GradientEstimate  # slow to import, so after the checks above
 
     estimates = [GradientEstimate.load(file) for file in files]
     try:

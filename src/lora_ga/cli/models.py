@@ -1,4 +1,4 @@
-"""The tokenizer, the base model and the adapter on it."""
+"""Loads the tokenizer and the base model, and adds the adapter."""
 
 from typing import Any
 
@@ -10,17 +10,22 @@ from lora_ga.cli.data import Labels
 from lora_ga.cli.options import AdapterOptions, ModelOptions, TargetOptions
 
 DEFAULT_LENGTH = 512
-PEFT_HEADS = {"classifier", "score"}  # trained and saved by PEFT for every classification task
+PEFT_HEADS = {"classifier", "score"}  # PEFT trains and saves these for every classification task
 
 
 def load_pretrained(loader: Any, model: str, **settings: Any) -> Any:
-    """`loader.from_pretrained`, with Transformers' own reasons where it fails.
+    """Calls `loader.from_pretrained`, and adds the option and a remedy to its errors.
+
+    Args:
+        loader: A class of Transformers.
+        model: A hub name or local folder.
+        settings: Keyword arguments of `from_pretrained`.
 
     Returns:
-        What it loads.
+        The loaded object.
 
     Raises:
-        ValueError: the model cannot be found, reached or read.
+        ValueError: The model cannot be found, reached or read.
     """
     try:
         return loader.from_pretrained(model, **settings)
@@ -32,33 +37,38 @@ def load_pretrained(loader: Any, model: str, **settings: Any) -> Any:
 
 
 def load_tokenizer(model: str) -> Any:
-    """Loads a tokenizer; one without a padding token pads with the token that ends a text.
+    """Loads a tokenizer. Without a padding token it pads with the end-of-text token.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ValueError: it cannot be loaded, or has neither of the two tokens.
+        ValueError: It cannot be loaded, or has neither of the two tokens.
     """
     tokenizer = load_pretrained(transformers.AutoTokenizer, model)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"--model {model}: its tokenizer has neither a padding token nor one that ends a text, so no batch can "
-                "be made. Set pad_token in its tokenizer_config.json."
+                f"--model {model}: its tokenizer has neither a padding token nor an end-of-text token, so batches "
+                "cannot be padded. Set pad_token in its tokenizer_config.json."
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def length_limit(model: str, tokenizer: Any, wanted: int | None) -> int:
-    """Settles the most tokens of an example.
+    """Chooses the largest number of tokens of an example.
+
+    Args:
+        model: A hub name or local folder.
+        tokenizer: The model's tokenizer.
+        wanted: The value of --max_length, or None.
 
     Returns:
-        What was asked for; else 512, or what the model can read if that is less.
+        `wanted`; without it 512, or the model's limit if that is less.
 
     Raises:
-        ValueError: the model cannot read as many as asked for.
+        ValueError: `wanted` is above the model's limit.
     """
     config = load_pretrained(transformers.AutoConfig, model)
     positions = getattr(config, "max_position_embeddings", None)
@@ -72,20 +82,20 @@ def length_limit(model: str, tokenizer: Any, wanted: int | None) -> int:
 def load_base(
     options: ModelOptions, model_class: str, tokenizer: Any, labels: Labels | None, *, trains_all: bool = False
 ) -> Any:
-    """The base model, in training precision, a new head drawn from the seed.
+    """Loads the base model in training precision. The seed initialises a new head.
 
     Args:
-        options: Which model, its precision and the seed.
-        model_class: Transformers' class.
-        tokenizer: Its padding token is told to the model.
+        options: The model, its precision and the seed.
+        model_class: The name of Transformers' class.
+        tokenizer: The tokenizer; the model gets its padding token.
         labels: The classes, for a classification head.
-        trains_all: Every weight will be trained, so float32 even where the arithmetic is bfloat16.
+        trains_all: Every weight will be trained. The weights are then in float32, also for bfloat16 arithmetic.
 
     Returns:
         The model, on the CPU.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: It cannot be loaded.
     """
     transformers.set_seed(options.seed)
     settings: dict[str, Any] = {
@@ -104,30 +114,30 @@ def load_base(
     if model_class == "AutoModelForCausalLM":
         check_causal(model, options.model)
     if options.gradient_checkpointing:
-        # The name before Transformers 5.23, and since.
+        # Transformers 5.23 renamed the method.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
 
 
 def check_causal(model: Any, name: str) -> None:
-    """Refuses a model that sees the tokens it is to predict, as an encoder under a language head does.
+    """Refuses a model that sees the tokens it must predict, such as an encoder with a language-model head.
 
     Raises:
-        ValueError: the logits at a position depend on a later one.
+        ValueError: The logits at a position depend on a later token.
     """
-    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]])  # alike but for the last
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]])  # equal except for the last token
     with torch.no_grad():
         before, after = model.eval()(input_ids=ids).logits[:, :-1].float()
     if not torch.allclose(before, after, rtol=1e-2, atol=1e-3 * float(before.abs().max())):
         raise ValueError(
-            f"--model {name}: a {type(model).__name__} that sees later tokens, so it cannot learn to continue text. "
+            f"--model {name}: a {type(model).__name__} sees later tokens, so it cannot learn to continue text. "
             "Give a decoder for --task causal-lm, or another task."
         )
 
 
 def new_heads(base: Any) -> list[str]:
-    """The top-level modules with weights beside the encoder: a classification head under whatever name."""
+    """The top-level modules with weights other than the encoder: a classification head of any name."""
     return [
         name
         for name, child in base.named_children()
@@ -136,13 +146,19 @@ def new_heads(base: Any) -> list[str]:
 
 
 def add_adapter(base: Any, target: TargetOptions, adapter: AdapterOptions, peft_type: str) -> PeftModel:
-    """Adds a plain LoRA adapter; a classification head is trained in full, by `modules_to_save`.
+    """Adds a plain LoRA adapter. A classification head is trained in full, through `modules_to_save`.
+
+    Args:
+        base: The base model.
+        target: The layers and the rank.
+        adapter: The scaling and the dropout.
+        peft_type: PEFT's name of the task.
 
     Returns:
         The PEFT model.
 
     Raises:
-        ValueError: no layer has one of the target names.
+        ValueError: No layer has one of the target names.
     """
     heads = [name for name in new_heads(base) if name not in PEFT_HEADS] if peft_type == "SEQ_CLS" else []
     config = LoraConfig(
@@ -161,7 +177,7 @@ def add_adapter(base: Any, target: TargetOptions, adapter: AdapterOptions, peft_
 
 
 def train_in_float32(model: torch.nn.Module) -> None:
-    """Lifts trained weights that were loaded in bfloat16: an optimiser step would be lost in its rounding."""
+    """Converts trained weights to float32: the rounding of bfloat16 would lose small optimizer steps."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -1,6 +1,6 @@
-"""The options of `lora-ga train` and `lora-ga estimate`: typed, checked when made, and free of heavy imports.
+"""The options of `lora-ga train` and `lora-ga estimate`: dataclasses that check their values.
 
-The help texts are what the user reads; the parser adds the default to each.
+The parser shows the help text of each field and its default. This module imports nothing slow.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_ga.cli.settings import START, estimate_settings, library_config, settings_as_options
 
-# Where to begin a sweep, by method. At the default size of the start LoRA-GA's best rates are near LoRA's
-# (docs/evidence.md); with stable_gamma = 16 its authors advise full fine-tuning's (Outsider565/LoRA-GA, issue 12).
+# Where to begin a sweep, by method. With the default size of the start the best rates of LoRA-GA are near those of LoRA
+# (docs/evidence.md). With stable_gamma = 16 its authors advise the rates of full fine-tuning (Outsider565/LoRA-GA,
+# issue 12).
 LEARNING_RATES = {"lora-ga": 2e-4, "lora": 2e-4, "full": 2e-5}
 
 
 def option(default: Any, text: str) -> Any:
-    """A field with a default and a help text; a required text has the default "" and is checked by `require`."""
+    """Makes a field with a default and a help text. A required option has the default ""; `require` checks it."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
 def at_least(options: object, **bounds: float) -> None:
-    """Refuses a number below its bound; None means that the option was not given.
+    """Refuses a number below its bound. None means that the option was not given.
 
     Raises:
-        ValueError: there is one.
+        ValueError: An option is below its bound.
     """
     for name, bound in bounds.items():
         value = getattr(options, name)
@@ -33,10 +34,10 @@ def at_least(options: object, **bounds: float) -> None:
 
 
 def fraction(options: object, *names: str) -> None:
-    """Refuses a share outside [0, 1).
+    """Refuses a fraction outside [0, 1).
 
     Raises:
-        ValueError: it is.
+        ValueError: An option is outside.
     """
     for name in names:
         value = getattr(options, name)
@@ -45,10 +46,10 @@ def fraction(options: object, *names: str) -> None:
 
 
 def require(options: object, *names: str) -> None:
-    """Refuses options that were not given.
+    """Refuses required options that were not given.
 
     Raises:
-        ValueError: there is one.
+        ValueError: An option is missing.
     """
     for name in names:
         if not getattr(options, name):
@@ -57,22 +58,22 @@ def require(options: object, *names: str) -> None:
 
 @dataclass
 class ModelOptions:
-    """Which model, for which task."""
+    """The model and the task."""
 
     _argument_group_name: ClassVar[str] = "model and task"
 
     model: str = option("", "model to start from: a name on the Hugging Face hub or a local folder (required)")
     task: Literal["seq-cls", "causal-lm", "seq2seq"] = option(
         "",
-        "what to learn (required): seq-cls sorts texts into classes, with a new head that is trained in full; "
-        "causal-lm continues text; seq2seq maps a text to a text by encoder and decoder",
+        "what to learn (required): seq-cls classifies texts, with a new head that is trained in full; "
+        "causal-lm continues text; seq2seq maps a text to a text with an encoder and a decoder",
     )
     dtype: Literal["float32", "bfloat16"] = option(
         "float32",
-        "bfloat16 computes in mixed precision: frozen weights are held in bfloat16, trained ones in float32",
+        "bfloat16 computes in mixed precision: frozen weights are in bfloat16, trained weights in float32",
     )
-    gradient_checkpointing: bool = option(False, "compute activations a second time in place of keeping them")
-    seed: int = option(0, "seed of a new head, of the adapter, of the choice of estimation batches and of the order")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass instead of keeping them")
+    seed: int = option(0, "seed of a new head, the adapter, the choice of estimation batches and the order of the data")
 
     def __post_init__(self) -> None:
         require(self, "model", "task")
@@ -81,12 +82,12 @@ class ModelOptions:
 
 @dataclass
 class DataOptions:
-    """Which examples to learn from, and which columns of them."""
+    """The examples and their columns."""
 
     _argument_group_name: ClassVar[str] = "data"
 
     train_file: str | None = option(None, "local training file: .jsonl, .json, .csv, .tsv or .parquet")
-    dataset: str | None = option(None, "data set on the Hugging Face hub, in place of a training file")
+    dataset: str | None = option(None, "data set on the Hugging Face hub, instead of a training file")
     dataset_config: str | None = option(None, "configuration of that data set, for instance mrpc of nyu-mll/glue")
     train_split: str = option("train", "split of that data set to train on")
     text_column: str = option("text", "column with the text (seq-cls, and causal-lm without prompts)")
@@ -96,7 +97,7 @@ class DataOptions:
         None, "column with conversations, lists of messages with role and content (causal-lm; needs TRL)"
     )
     assistant_only_loss: bool = option(
-        False, "in conversations learn the assistant's turns only; which the chat template must mark"
+        False, "in conversations learn the assistant's turns only; the chat template must mark them"
     )
     prompt_column: str | None = option(
         None,
@@ -104,12 +105,12 @@ class DataOptions:
         "needs --target_column",
     )
     target_column: str | None = option(
-        None, "column with the text to be learned, right behind the prompt (put the space between them into either)"
+        None, "column with the text to learn. It follows the prompt directly; put the space between them into either"
     )
     max_length: int | None = option(
         None,
-        "most tokens of an example (default: 512, or what the model can read if less). Longer pairs and prompts are "
-        "cut at the end; a longer plain text in causal-lm is divided into several examples",
+        "largest number of tokens of an example (default: 512, or the model's limit if that is less). Longer pairs and "
+        "prompts are cut at the end; a longer plain text in causal-lm is split into several examples",
     )
     batch_size: int = option(8, "examples in a batch")
 
@@ -129,7 +130,7 @@ class DataOptions:
 
 @dataclass
 class TargetOptions:
-    """Which layers get an adapter, and how large."""
+    """The layers with an adapter, and its rank."""
 
     _argument_group_name: ClassVar[str] = "adapter"
 
@@ -143,20 +144,20 @@ class TargetOptions:
 
     @property
     def targets(self) -> str | list[str]:
-        """As PEFT wants it: "all-linear" is a word, any other name is one of a list."""
+        """The value of PEFT's `target_modules`: the word "all-linear", or a list of names."""
         return "all-linear" if self.target_modules == ["all-linear"] else self.target_modules
 
 
 @dataclass
 @settings_as_options(START)
 class AdapterOptions:
-    """How the adapter enters the layer, and where LoRA-GA lets it begin."""
+    """The scaling of the adapter, and where LoRA-GA starts it."""
 
     _argument_group_name: ClassVar[str] = "adapter scaling and start"
 
     alpha: float = option(16.0, "LoRA alpha")
     use_rslora: bool = option(True, "scale by alpha / sqrt(rank), the LoRA-GA paper's choice, and not by alpha / rank")
-    lora_dropout: float = option(0.0, "share of the adapter's inputs that is dropped in training")
+    lora_dropout: float = option(0.0, "dropout probability of the adapter's inputs")
 
     def __post_init__(self) -> None:
         fraction(self, "lora_dropout")
@@ -190,37 +191,39 @@ class TrainingOptions:
 
     output_dir: str = option("", "folder of the run; it must be new or empty (required)")
     method: Literal["lora-ga", "lora", "full"] = option(
-        "lora-ga", "lora-ga starts the adapter by the gradient, lora as PEFT does, full trains every weight"
+        "lora-ga", "lora-ga starts the adapter from the gradient, lora starts it as PEFT does, full trains every weight"
     )
     estimate_file: str | None = option(
-        None, "lora-ga: an estimate made before by `lora-ga estimate` or another run, in place of a new one"
+        None, "lora-ga: an estimate of `lora-ga estimate` or of another run, instead of a new one"
     )
     learning_rate: float | None = option(
         None,
         "peak learning rate (default: "
         + ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
-        + "). These are places to begin: the best rate depends on model and method, so sweep it for each of them",
+        + "). The best rate depends on model and method: sweep it for each of them",
     )
     epochs: float = option(1.0, "passes over the training data")
-    max_steps: int | None = option(None, "optimiser steps, in place of --epochs")
-    gradient_accumulation_steps: int = option(1, "batches for one optimiser step")
+    max_steps: int | None = option(None, "optimizer steps, instead of --epochs")
+    gradient_accumulation_steps: int = option(1, "batches in one optimizer step")
     warmup_ratio: float = option(0.03, "share of the steps over which the learning rate rises from 0")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = option(
-        "cosine", "course of the learning rate after that (constant has no warm-up)"
+        "cosine", "schedule of the learning rate after the warm-up (constant has no warm-up)"
     )
     weight_decay: float = option(0.0, "weight decay of AdamW")
     eval_file: str | None = option(None, "local file to evaluate on, with the same columns")
     eval_split: str | None = option(None, "split of --dataset to evaluate on")
-    eval_steps: int | None = option(None, "evaluate every so many steps (default: at the end only)")
-    logging_steps: int = option(10, "log the training loss every so many steps")
-    save_steps: int = option(500, "write a checkpoint every so many steps, and at the end; the last two are kept")
+    eval_steps: int | None = option(None, "steps between evaluations (default: only at the end)")
+    logging_steps: int = option(10, "steps between log entries of the training loss")
+    save_steps: int = option(
+        500, "steps between checkpoints; one more is written at the end, and the last two are kept"
+    )
     report_to: list[str] = option(  # noqa: RUF009 (it makes a default_factory)
         ["none"], "where else to log, for instance tensorboard or wandb"
     )
     run_name: str | None = option(None, "name of the run in reports and comparisons (default: the method)")
     resume: bool = option(
         False,
-        "go on with the unfinished run in --output_dir from its last checkpoint; its config.yaml gives the options",
+        "resume the unfinished run in --output_dir from its last checkpoint, with the options of its config.yaml",
     )
 
     def __post_init__(self) -> None:
@@ -242,7 +245,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything `lora-ga train` was told."""
+    """All options of `lora-ga train`."""
 
     model: ModelOptions
     data: DataOptions
@@ -256,10 +259,10 @@ class Job:
     )
 
     def __post_init__(self) -> None:
-        """Checks what concerns two groups.
+        """Checks options of different groups against each other.
 
         Raises:
-            ValueError: evaluation data that does not fit the training data, or two sources of it.
+            ValueError: The evaluation data does not fit the training data, or has two sources.
         """
         training = self.training
         if training.eval_split is not None and self.data.dataset is None:
@@ -268,7 +271,7 @@ class Job:
             raise ValueError("Give either --eval_file or --eval_split; both were given.")
 
     def options(self) -> dict[str, Any]:
-        """Every option by its name, but not `resume`, which says how to run and not what."""
+        """Every option by name, except `resume`, which does not change the result."""
         groups = (self.model, self.data, self.target, self.adapter, self.estimate, self.training)
         values = {name: value for group in groups for name, value in asdict(group).items()}
         del values["resume"]

@@ -1,4 +1,4 @@
-"""Options from the command line and from a YAML or JSON file; the command line wins."""
+"""Options from the command line and from a YAML or JSON file. The command line overrides the file."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults at the end of each help text, paragraphs as written, one spelling of each option."""
+    """Shows the default after each help text, keeps paragraphs, and shows one spelling of each option."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, "") or not action.option_strings:
@@ -32,7 +32,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 class OptionParser(HfArgumentParser):
-    """Transformers' parser of dataclasses; what is wrong is a ValueError, so that one place prints it."""
+    """Transformers' parser of dataclasses. It raises ValueError for wrong options; `lora_ga.cli.main` prints it."""
 
     def __init__(self, groups: Sequence[type], **settings: Any) -> None:
         super().__init__(groups, formatter_class=_Formatter, allow_abbrev=False, **settings)
@@ -41,32 +41,36 @@ class OptionParser(HfArgumentParser):
                 action.help = argparse.SUPPRESS
 
     def error(self, message: str) -> NoReturn:
-        """Replaces argparse's usage text and exit.
+        """Raises where argparse prints its usage and exits.
 
         Raises:
-            ValueError: always.
+            ValueError: Always.
         """
         raise ValueError(f"{message}. `{self.prog} --help` explains every option.")
 
 
 def config_parser(groups: Sequence[type], **settings: Any) -> OptionParser:
-    """A parser that also knows `--config FILE`."""
+    """Makes a parser with the option `--config FILE`."""
     parser = OptionParser(groups, **settings)
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML or JSON file with any of these options; the command line wins over it"
+        "--config", metavar="FILE", help="YAML or JSON file with any of these options; the command line overrides it"
     )
     return parser
 
 
 def parse_with_config(parser: OptionParser, argv: list[str], *, config: str | None = None) -> tuple[Any, ...]:
-    """The option groups, from `argv` and, below it, from the file named by `--config` or else by `config`.
+    """Parses `argv` and a configuration file. Options in `argv` override the file.
+
+    Args:
+        parser: Made by `config_parser`.
+        argv: The arguments. `--config` among them names the file.
+        config: The file where `argv` names none; None for no file.
 
     Returns:
-        One object for each group of the parser.
+        One object for each option group of the parser.
 
     Raises:
-        ValueError: an option or key that does not exist (the message lists the known keys), or a value that does not
-            fit.
+        ValueError: An option or key does not exist (the message lists the known keys), or a value is not allowed.
     """
     file = parser.parse_known_args(argv)[0].config or config
     if file is not None:
@@ -82,7 +86,7 @@ def parse_with_config(parser: OptionParser, argv: list[str], *, config: str | No
 
 
 def _file_arguments(parser: OptionParser, path: Path) -> list[str]:
-    """A configuration file as command-line arguments, so that both are read and refused in the same way."""
+    """Turns a configuration file into arguments, so that file and command line are checked by the same code."""
     values = read_mapping(path)
     known = [item.name for group in parser.dataclass_types for item in fields(group)]
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
@@ -98,7 +102,7 @@ def _file_arguments(parser: OptionParser, path: Path) -> list[str]:
 
 
 def _arguments(path: Path, key: str, value: Any) -> list[str]:
-    if value is None:  # as if it were not there
+    if value is None:  # the option is not given
         return []
     if isinstance(value, dict):
         raise ValueError(f"{path}: {key} holds a mapping, but every option is a single value or a list of them.")
@@ -111,11 +115,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Reads a YAML or JSON file.
 
     Returns:
-        The mapping in it; an empty file is an empty one.
+        The mapping in it; an empty mapping for an empty file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another kind of file, one that cannot be read as what its name says, or no mapping in it.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is of another kind, cannot be parsed, or holds no mapping.
     """
     readers: dict[str, Any] = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads}
     if path.suffix not in readers:

@@ -13,13 +13,13 @@ PACKAGES = {"lora_ga": "lora-ga", "torch": "torch", "transformers": "transformer
 
 
 def curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The training loss as logged: each value is the mean over the steps since the one before."""
+    """The logged training losses. Each value is the mean over the steps since the entry before."""
     keys = ("step", "loss", "learning_rate")
     return [{key: entry[key] for key in keys} for entry in history if "loss" in entry]
 
 
 def evaluations(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The evaluations by step, the last of each step, without their timings."""
+    """The evaluations in order of steps, without timings. The last evaluation of a step counts."""
     by_step = {
         entry["step"]: {
             "step": entry["step"],
@@ -41,7 +41,7 @@ def mean_loss(points: Sequence[Mapping[str, float]]) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """What the run was computed on."""
+    """The name of the device in records."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -55,19 +55,19 @@ def run_record(
     device: torch.device,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything about a run that a comparison needs, as JSON can hold it.
+    """Makes the record of a run, with everything that `lora-ga compare` needs.
 
     Args:
-        job: What was asked for.
+        job: The options.
         dataset: Where the training data came from.
-        history: Trainer's log, with the part before a break.
-        steps: Optimiser steps done.
-        trainable_parameters: Number of trained numbers.
-        device: Where it ran.
+        history: The trainer's log, with the part before an interruption.
+        steps: Number of optimizer steps.
+        trainable_parameters: Number of trained values.
+        device: The device of the run.
         seconds: Durations of "estimate", "train" and "total".
 
     Returns:
-        The record.
+        The record, as JSON values.
     """
     adapted = job.training.method != "full"
     points, evals = curve(history), evaluations(history)

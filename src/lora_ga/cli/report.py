@@ -1,4 +1,4 @@
-"""`lora-ga report`: a suite's records as tables, pictures, one HTML page and the same as Markdown."""
+"""`lora-ga report`: shows the records of a suite as tables and pictures, on an HTML page and in Markdown."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ USAGE = "lora-ga report SUITE [options]"
 
 DESCRIPTION = """\
 Draw a suite's results from its records: mean and standard error of every method on every task at its best learning
-rate, steps to LoRA's loss, cost, loss curves, what each rate led to. A suite that is not complete is drawn as far as it
-is, and the report says what is missing. Equal records give equal files.
+rate, steps to LoRA's loss, cost, loss curves, results at each rate. The report of an incomplete suite shows the
+finished part and lists what is missing. Equal records give equal files.
 
 example:
   lora-ga report stories-shakespeare --store runs/stories-shakespeare --output runs/report
 
-Written: index.html, one page that fetches nothing, and README.md with its pictures, to be linked from other documents.
+Written: index.html, one page that loads nothing from the network, and README.md with its pictures.
 """
 
 
 @dataclass
 class ReportOptions:
-    """Which records, and where to."""
+    """The records and the output folder."""
 
     store: str = option("", "folder of the records (default: runs/SUITE)")
     output: str = option("", "folder to write to (default: runs/SUITE-report)")
@@ -39,16 +39,16 @@ def main(argv: Sequence[str]) -> int:
         argv: The arguments after `report`.
 
     Returns:
-        0. Nothing is written unless everything was read and drawn.
+        0. Files are written only after everything was read and drawn.
 
     Raises:
-        ValueError: There is no such suite, the store is none, or no cell of the suite is in it.
-        FileExistsError: There is a report already, and --overwrite was not said.
+        ValueError: There is no such suite or store, or the store has no cell of the suite.
+        FileExistsError: There is a report already, and --overwrite is not given.
     """
     parser = OptionParser((ReportOptions,), prog="lora-ga report", usage=USAGE, description=DESCRIPTION)
-    parser.add_argument("suite", metavar="SUITE", nargs="?", help="a suite's name, or a .yaml file of your own")
-    # Not a field of the options: a typed flag would take a suite that follows it for its value.
-    parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
+    parser.add_argument("suite", metavar="SUITE", nargs="?", help="the name of a suite, or a .yaml file")
+    # Not a field of the options: a boolean field takes an optional value and would read a suite after it as that value.
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
     options, other = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
     if other.suite is None:
         raise ValueError(f"which suite? There are {', '.join(available())}; or give a .yaml file.")

@@ -1,4 +1,4 @@
-"""`lora-ga reproduce`: runs a suite of experiments, or what is missing of it."""
+"""`lora-ga reproduce`: runs the cells of a suite of experiments that have not run yet."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lora_ga.experiments.suites.spec import Suite, available, load_suite
 USAGE = "lora-ga reproduce SUITE [options]"
 
 DESCRIPTION = """\
-Run a suite of experiments: every method on every task at its own best learning rate, several seeds. Each run leaves one
-record in the store; what has run is never run again, so a run that was broken off goes on when it is started again.
-A rate grid grows by itself until the best rate, chosen on a split of the training data, lies inside it.
+Run a suite of experiments: every method on every task at its best learning rate, with several seeds. Each run leaves
+one record in the store and is not run again, so an interrupted suite resumes when the command is repeated. A grid of
+rates grows until the best rate, chosen on a split of the training data, is not at its edge.
 
 example:
   lora-ga reproduce --list
@@ -26,18 +26,18 @@ example:
 """
 
 
-# Not fields of the options: a typed flag would take a suite that follows it for its value.
+# Not fields of the options: a boolean field takes an optional value and would read a suite after it as that value.
 FLAGS = {
-    "list": "show the suites there are",
-    "dry_run": "show the grid and what it will cost, check data and models, and run nothing",
-    "resume": "run only what is missing: what always happens, said for clarity",
-    "retry": "run cells that failed once more",
+    "list": "list the suites",
+    "dry_run": "show the grid and its cost and check data and models, without running anything",
+    "resume": "run only missing cells; this is always so, and the option makes it explicit",
+    "retry": "run failed cells again",
 }
 
 
 @dataclass
 class ReproduceOptions:
-    """What to run of a suite, and where."""
+    """The cells to run, and where."""
 
     store: str = option("", "folder of the records (default: runs/SUITE)")
     hub: str = option("", "folder with copies of hub models and data sets, DIR/NAME: for machines without a network")
@@ -59,13 +59,13 @@ def main(argv: Sequence[str]) -> int:
         argv: The arguments after `reproduce`.
 
     Returns:
-        0 if everything that was asked for has run; 1 if a cell failed.
+        0 if all cells have run; 1 if a cell failed.
 
     Raises:
-        ValueError: What is asked for does not exist, or the store is not to be used.
+        ValueError: A suite, line or folder does not exist, or the store cannot be used.
     """
     parser = OptionParser((ReproduceOptions,), prog="lora-ga reproduce", usage=USAGE, description=DESCRIPTION)
-    parser.add_argument("suite", metavar="SUITE", nargs="?", help="a suite's name, or a .yaml file of your own")
+    parser.add_argument("suite", metavar="SUITE", nargs="?", help="the name of a suite, or a .yaml file")
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", action="store_true", help=text)
     options, other = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
@@ -95,17 +95,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def chosen(suite: Suite, patterns: Sequence[str]) -> list[tuple[str, str]]:
-    """The lines that a pattern names.
+    """The lines that match a pattern.
 
     Args:
         suite: The suite.
-        patterns: Each of a task, a method's label, task/label or label/task, with * and ?.
+        patterns: Each a task, a method's label, task/label or label/task, with * and ?.
 
     Returns:
         (task, label), in the suite's order.
 
     Raises:
-        ValueError: A pattern names none.
+        ValueError: A pattern matches no line.
     """
     lines = suite.lines()
     kept = set()
@@ -125,7 +125,7 @@ def chosen(suite: Suite, patterns: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def checked(suite: Suite, lines: Sequence[tuple[str, str]], sources: Any) -> dict[str, list[str]]:
-    """Looks at every model, file, method and option before anything runs; task → what was found."""
+    """Checks every model, file, method and option before anything runs; returns task → findings."""
     from lora_ga.experiments.methods import complete
     from lora_ga.experiments.tasks import check
 
@@ -145,7 +145,7 @@ def checked(suite: Suite, lines: Sequence[tuple[str, str]], sources: Any) -> dic
 
 
 def show_suites() -> int:
-    """Prints the suites."""
+    """Prints the names and titles of the suites."""
     for name in available():
         print(f"{name:<22} {load_suite(name).title}")
     return 0
@@ -180,7 +180,7 @@ def show_plan(
     extra = [by_line[line] for line, count in later for _ in range(count) if line in by_line]
     seconds = expected_seconds(suite, [*todo, *extra], records)
     print(
-        f"{len(todo) + len(extra)} cells left, more where a rate grid has to grow; "
+        f"{len(todo) + len(extra)} cells left, more if a grid of rates grows; "
         f"about {seconds / 3600:.1f} core-hours, "
         f"{seconds / workers / 3600:.1f} hours with {workers} worker{'s' * (workers > 1)}. Store: {store.folder}"
     )
@@ -188,7 +188,7 @@ def show_plan(
 
 
 def tell(record: dict[str, Any], left: int) -> None:
-    """One line for each run."""
+    """Prints one line about a finished run."""
     what = f"{record['task']}/{record['label']} lr {record['learning_rate']:g} seed {record['seed']}"
     if record["status"] != "done":
         found = f"{record['status']}: {record['reason']}"
@@ -201,7 +201,7 @@ def tell(record: dict[str, Any], left: int) -> None:
 
 
 def show_results(suite: Suite, lines: Sequence[tuple[str, str]], records: dict[str, Any]) -> int:
-    """Prints each line's best rate and its mean over the seeds."""
+    """Prints the best rate of each line and its mean over the seeds."""
     from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.experiments.suites.cell import cell_of
     from lora_ga.experiments.suites.protocol import best_rate, sweep_of, wanted

@@ -12,10 +12,10 @@ from lora_ga.config import CHOICES, LoraGAConfig
 START = ("stable_gamma", "reach", "direction", "scale", "offset")
 # `ModelOptions` has the one --seed of a command.
 ELSEWHERE = ("seed",)
-# An option has the name of its setting, with one exception: the commands read batches for several purposes.
+# An option has the name of its setting. The exception: commands also read batches to train and to evaluate.
 OPTION_OF = {"max_batches": "estimate_batches"}
 
-# Setting -> help text. A setting that has none here shows the first sentence of its entry in the docstring.
+# Setting -> help text. A setting without one here shows the first sentence of its entry in the docstring.
 HELP = {
     "stable_gamma": "lora-ga: --scale stable is d_out^(1/4) / sqrt(gamma) (default: chosen for each layer by --reach)",
     "reach": "lora-ga: size of the start times the LoRA scaling, where gamma is chosen; plain LoRA's is 1.15",

@@ -1,4 +1,4 @@
-"""The three tasks: which model class, which columns, which encoding, which batches and which trainer each needs."""
+"""The three tasks: the model class, the columns, the encoding, the collator and the trainer of each."""
 
 import inspect
 import sys
@@ -22,12 +22,12 @@ from lora_ga.cli.terminal import warn
 
 @dataclass(frozen=True)
 class TaskClasses:
-    """What one task needs.
+    """The classes that one task uses.
 
     Attributes:
         model_class: Transformers' class with `from_pretrained`.
-        peft_type: PEFT's name of the task; it decides what of a new head is trained and saved.
-        trainer: Transformers' trainer class; its arguments class is `<trainer>` with `ingArguments` for `er`.
+        peft_type: PEFT's name of the task. PEFT trains and saves a new head according to it.
+        trainer: Transformers' trainer class. The class of its arguments ends in `TrainingArguments` instead.
         collator: Transformers' class that makes a padded batch of examples.
     """
 
@@ -39,7 +39,7 @@ class TaskClasses:
 
 TASK_CLASSES = {
     "seq-cls": TaskClasses("AutoModelForSequenceClassification", "SEQ_CLS", "Trainer", "DataCollatorWithPadding"),
-    # This collator pads labels too, and decoder-only models take what it makes.
+    # This collator also pads labels. Decoder-only models accept its batches.
     "causal-lm": TaskClasses("AutoModelForCausalLM", "CAUSAL_LM", "Trainer", "DataCollatorForSeq2Seq"),
     "seq2seq": TaskClasses("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "Seq2SeqTrainer", "DataCollatorForSeq2Seq"),
 }
@@ -50,10 +50,10 @@ class PreparedData:
     """The data of a job, ready to train on.
 
     Attributes:
-        tokenizer: Of the model, with a padding token.
+        tokenizer: The model's tokenizer, with a padding token.
         labels: The classes, for seq-cls only.
         train: Training examples.
-        evaluation: Evaluation examples, where asked for.
+        evaluation: Evaluation examples, or None.
         source: Where the training examples come from, for records.
     """
 
@@ -65,13 +65,17 @@ class PreparedData:
 
 
 def columns_of(task: str, options: DataOptions) -> dict[str, str]:
-    """Chooses the columns that the task reads.
+    """Finds the columns that the task reads.
+
+    Args:
+        task: The name of the task.
+        options: The data options.
 
     Returns:
         Option name → column.
 
     Raises:
-        ValueError: columns are given that the task does not read, or not given although it cannot do without.
+        ValueError: A column is given that the task does not read, or one is missing that it needs.
     """
     names = ["text_column", "text_pair_column", "label_column"]
     if task != "seq-cls":
@@ -95,7 +99,7 @@ def columns_of(task: str, options: DataOptions) -> dict[str, str]:
 
 
 def encoding(task: str) -> Encoding:
-    """How the task makes an example of a row; not for what TRL handles."""
+    """The function that makes examples of rows, for the data that TRL does not handle."""
     return {"seq-cls": RowEncoder.classes, "seq2seq": RowEncoder.pairs, "causal-lm": RowEncoder.plain_text}[task]
 
 
@@ -109,7 +113,7 @@ def prepare_data(
     """Loads, checks and tokenises training and evaluation data.
 
     Args:
-        model: Gives the tokenizer, the task and the most tokens that can be read.
+        model: The model options: the tokenizer, the task and the limit of tokens depend on them.
         data: The training data and its columns.
         eval_file: Local evaluation file.
         eval_split: Evaluation split of the same hub data set.
@@ -118,7 +122,7 @@ def prepare_data(
         The examples.
 
     Raises:
-        ValueError: something about the request does not fit; nothing has been written then.
+        ValueError: The options do not fit the data or the model.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -158,14 +162,14 @@ def prepare_model(
         model: The options.
         data: The data.
         trains_all: Every weight will be trained.
-        weights: A folder to take the weights from in place of the model's own.
+        weights: A folder with weights to load instead of the model's.
 
     Returns:
-        The model on the CPU, the data without what the tokenizer gives and the model does not take (such as
-        token_type_ids), and what makes a batch of examples.
+        The model on the CPU; the data without columns that the model does not read, such as token_type_ids; and the
+        function that makes a batch of examples.
 
     Raises:
-        ValueError: the model cannot be loaded.
+        ValueError: The model cannot be loaded.
     """
     task = TASK_CLASSES[model.task]
     origin = model if weights is None else replace(model, model=str(weights))
@@ -175,17 +179,17 @@ def prepare_model(
     def readable(examples: Dataset | None) -> Dataset | None:
         return None if examples is None else examples.select_columns([c for c in examples.column_names if c in taken])
 
-    settings = {"model": base} if model.task == "seq2seq" else {}  # it makes the decoder's inputs of the labels
+    settings = {"model": base} if model.task == "seq2seq" else {}  # makes the decoder inputs of the labels
     collate = getattr(transformers, task.collator)(data.tokenizer, **settings)
     return base, replace(data, train=readable(data.train), evaluation=readable(data.evaluation)), collate
 
 
 def trainer_classes(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, Any]]:
-    """The trainer's class, that of its arguments, and what these say beside the options."""
+    """The trainer's class, the class of its arguments, and arguments that no option sets."""
     if conversations.uses_trl(task, data):
         import trl
 
-        # The data is tokenised and cut, and checkpointing switched on where it is wanted.
+        # The data is already tokenised and cut, and gradient checkpointing already enabled if it is wanted.
         own = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "gradient_checkpointing": False}
         return trl.SFTTrainer, trl.SFTConfig, own
     name = TASK_CLASSES[task].trainer
@@ -193,7 +197,7 @@ def trainer_classes(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, A
 
 
 def _load_rows(data: DataOptions, file: str | None, split: str | None) -> tuple[str, Dataset]:
-    """Where rows come from, in words, and the rows."""
+    """Loads rows, and describes where they come from."""
     if file is not None:
         return file, load_file(Path(file))
     assert data.dataset is not None, "checked by DataOptions"
@@ -203,11 +207,11 @@ def _load_rows(data: DataOptions, file: str | None, split: str | None) -> tuple[
 
 
 def predicted_class(logits: Any, labels: Any) -> torch.Tensor:
-    """Keeps the class of each row and drops what else encoder-decoder models return; (rows,)."""
+    """The predicted class of each row, (rows,). Encoder-decoder models return a tuple that begins with the logits."""
     first = logits[0] if isinstance(logits, tuple) else logits
     return first.argmax(-1)
 
 
 def accuracy(prediction: Any) -> Mapping[str, float]:
-    """Share of rows whose class is right."""
+    """The fraction of rows whose class is right."""
     return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}

@@ -12,16 +12,16 @@ from lora_ga.files import write_atomically
 
 
 def check_output(path: Path, suffix: str, *, overwrite: bool) -> None:
-    """Refuses a file that cannot or must not be written, before the work is done.
+    """Refuses an output file that cannot or must not be written, before the work is done.
 
     Args:
-        path: the file that is to be written.
-        suffix: how its name must end, since programs go by it.
-        overwrite: whether it may exist.
+        path: The file to write.
+        suffix: The required suffix.
+        overwrite: Whether it may exist.
 
     Raises:
-        ValueError: another suffix, a folder, or something in the place of its folder.
-        FileExistsError: it exists and must not be replaced.
+        ValueError: It has another suffix, is a folder, or a file is in the place of its folder.
+        FileExistsError: It exists and must not be replaced.
     """
     if path.suffix.lower() != suffix:
         raise ValueError(
@@ -42,13 +42,13 @@ def warn(message: str) -> None:
 
 
 def terminal() -> Console:
-    """Returns a console on stdout that does not squeeze tables into 80 columns where nobody watches."""
+    """Returns a console on stdout. Output that is not to a terminal is 160 columns wide, so that tables fit."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
 
 
 def as_rich(table: Table) -> RichTable:
-    """Returns the table for the terminal; nothing in it is read as markup."""
+    """Returns the table for the terminal. Its texts are not read as markup."""
     rich = RichTable()
     for place, header in enumerate(table.headers):
         rich.add_column(Text(header), justify="right" if place else "left", overflow="fold")
@@ -59,10 +59,10 @@ def as_rich(table: Table) -> RichTable:
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Writes a file whole, or says in words why it cannot be written.
+    """Writes a file atomically.
 
     Raises:
-        ValueError: the operating system refuses.
+        ValueError: The operating system refuses; the message gives its reason.
     """
     try:
         write_atomically(path, content)

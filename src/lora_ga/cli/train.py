@@ -1,4 +1,4 @@
-"""`lora-ga train`: what it is told, and whether it may begin."""
+"""`lora-ga train`: reads and checks the options, then fine-tunes."""
 
 from pathlib import Path
 from typing import Any
@@ -9,26 +9,26 @@ from lora_ga.cli.parsing import OptionParser, config_parser, parse_with_config
 USAGE = "lora-ga train --model MODEL --task TASK (--train_file FILE | --dataset NAME) --output_dir FOLDER [options]"
 
 DESCRIPTION = """\
-Fine-tune a model and write a folder with the adapter, the gradient estimate, the record and the configuration that
-replays the run. --method lora-ga estimates the loss gradient of every adapted layer on a few batches and starts the
-adapter in its leading directions; the adapter that comes out is plain LoRA for the untouched base model. --method lora
-and --method full are there to compare with.
+Fine-tune a model and write a folder with the adapter, the gradient estimate, the record and the options of the run.
+--method lora-ga estimates the loss gradient of every adapted layer on a few batches and starts the adapter in its
+leading directions. The trained adapter is plain LoRA for the unchanged base model. --method lora and --method full are
+for comparison.
 
 example:
   lora-ga train --model google-bert/bert-base-uncased --task seq-cls --dataset nyu-mll/glue --dataset_config mrpc \\
       --text_column sentence1 --text_pair_column sentence2 --eval_split validation --output_dir runs/mrpc
 
 The folder of a finished run:
-  adapter/ (or model/)   what was trained, with the tokenizer and the names of the classes
+  adapter/ (or model/)   the trained weights, the tokenizer and the names of the classes
   run.json               losses, metrics, times and versions, for `lora-ga compare`
   config.yaml            `lora-ga train --config config.yaml --output_dir OTHER` runs it again
   estimate.safetensors   the gradient estimate, for `lora-ga inspect` and --estimate_file
-  checkpoints/           where `lora-ga train --resume --output_dir FOLDER` goes on after a break
+  checkpoints/           from which `lora-ga train --resume --output_dir FOLDER` resumes
 """
 
 
 def make_parser() -> OptionParser:
-    """The parser of every option of `lora-ga train`."""
+    """Makes the parser of all options of `lora-ga train`."""
     return config_parser(Job.GROUPS, prog="lora-ga train", usage=USAGE, description=DESCRIPTION)
 
 
@@ -36,12 +36,12 @@ def parse(argv: list[str]) -> tuple[Job, Path | None]:
     """Reads and checks the options.
 
     Returns:
-        The job, and the checkpoint from which it goes on, if it does.
+        The job, and the checkpoint from which a resumed run starts, else None.
 
     Raises:
-        ValueError: an option is wrong, or a resumed run began with other options.
-        FileExistsError: the output folder is not empty.
-        FileNotFoundError: there is nothing to resume.
+        ValueError: An option is wrong, or a resumed run began with other options.
+        FileExistsError: The output folder is not empty.
+        FileNotFoundError: There is nothing to resume.
     """
     parser = make_parser()
     given = parser.parse_known_args(argv)[0]  # shows the help, before anything slow is imported
@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> tuple[Job, Path | None]:
 
 
 def main(argv: list[str]) -> int:
-    """Trains, and says what came out."""
+    """Trains and prints a summary."""
     job, checkpoint = parse(argv)
     from lora_ga.cli.finetune import finetune
     from lora_ga.experiments.records.runs import RECORD
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """A run in one line."""
+    """Describes a run in one line."""
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
     return (
         f"{record['name']}: {record['steps']} steps in {record['seconds']['total']:.0f} s, "
