@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from experiments.hub import toy_suite
 from lora_ga.cli.main import main
@@ -55,9 +57,14 @@ def test_a_published_suite_runs_from_end_to_end(
 
 
 @pytest.mark.parametrize("page", sorted(RECIPES[0].glob("results/*/README.md")), ids=lambda page: page.parent.name)
-def test_a_published_page_is_drawn_from_the_published_records(page: Path) -> None:
+def test_a_published_page_and_its_pictures_are_drawn_from_the_published_records(page: Path) -> None:
     records = Store(page.parents[1] / "store").records()
-    assert readme_files(suite_document(load_suite(page.parent.name), records))[README_NAME].decode() == page.read_text()
+    files = readme_files(suite_document(load_suite(page.parent.name), records))
+    assert files.pop(README_NAME).decode() == page.read_text()
+    assert set(files) == {path.name for path in page.parent.glob("*.png")}
+    for name, content in files.items():  # another matplotlib may draw other pixels, but as many
+        with Image.open(io.BytesIO(content)) as drawn, Image.open(page.parent / name) as published:
+            assert (drawn.size, drawn.mode) == (published.size, published.mode)
 
 
 @pytest.mark.parametrize("name", RUN)

@@ -13,11 +13,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
 # The palette of Okabe and Ito, which readers with colour-blindness can tell apart; its yellow is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("solid", "dashed", "dashdot", "dotted")
 INK, FAINT = "#24292f", "#6e7781"
+DOTS_PER_INCH = 180  # of a PNG
 REFERENCE_LINE: dict[str, Any] = {"color": FAINT, "linewidth": 1, "linestyle": (0, (4, 3))}
 STYLE = {
     "font.size": 10.5,
@@ -86,9 +88,18 @@ def render(figure: Figure, form: Literal["png", "svg"]) -> bytes:
     # Without a salt, matplotlib's ids would change from run to run.
     with mpl.rc_context({**STYLE, "svg.hashsalt": figure.get_label()}):
         if form == "png":
-            FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=180, metadata={"Software": None})
-            return buffer.getvalue()
+            FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DOTS_PER_INCH)
+            return _with_palette(buffer)
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata=no_metadata)
     svg = buffer.getvalue()
     return svg[svg.index(b"<svg") :]
+
+
+def _with_palette(png: io.BytesIO) -> bytes:
+    """The picture with a palette of 256 colours, which makes its file a third as large and changes nothing visible."""
+    smaller = io.BytesIO()
+    with Image.open(png) as image:
+        palette = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        palette.save(smaller, "PNG", optimize=True, dpi=(DOTS_PER_INCH, DOTS_PER_INCH))
+    return smaller.getvalue()

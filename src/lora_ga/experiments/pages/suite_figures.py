@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from lora_ga.experiments.comparison.curves import mean_and_error, mean_curve
 from lora_ga.experiments.comparison.series import Series
 from lora_ga.experiments.comparison.speed import reported_curve, smoothed_training_loss
 from lora_ga.experiments.comparison.suites import Result
-from lora_ga.experiments.pages.drawing import REFERENCE_LINE, STYLE, add_legend, legend_entry, line_style, new_figure
+from lora_ga.experiments.pages.drawing import REFERENCE_LINE, STYLE, add_legend, legend_entry, line_style
 from lora_ga.experiments.records.runs import Curve
 from lora_ga.experiments.suites.protocol import SMALLER_IS_BETTER
 
@@ -31,57 +32,8 @@ def figure_groups(results: Sequence[Result]) -> Iterator[list[tuple[int, Result]
     yield from (placed[start : start + MOST_LINES] for start in range(0, len(placed), MOST_LINES))
 
 
-def training_figure(name: str, group: Placed) -> Figure | None:
-    """Draws the smoothed training losses at the best learning rate.
-
-    Args:
-        name: Name of the figure.
-        group: Results of one task with their places.
-
-    Returns:
-        The figure, with a thick line for the mean over seeds and thin lines for the seeds. None without any run.
-    """
-    lines = [(place, each.label, [smoothed_training_loss(run) for run in each.runs.values()]) for place, each in group]
-    return _draw_curves(name, "training loss", lines)
-
-
-def report_figure(name: str, metric: str, group: Placed) -> Figure | None:
-    """Draws the metric of the reported split during training; None if it was evaluated only at the start and end."""
-    lines = []
-    for place, each in group:
-        curves = [reported_curve(run, metric) for run in each.runs.values()]
-        lines.append((place, each.label, [curve for curve in curves if len(curve) > 2]))
-    return _draw_curves(name, f"{metric}, reported split", lines, marker="o")
-
-
-def _draw_curves(
-    name: str, title: str, lines: Sequence[tuple[int, str, list[Curve]]], marker: str | None = None
-) -> Figure | None:
-    """Draws for each (place, label, curves of the seeds) the mean and the seeds; None if there is no curve at all."""
-    lines = [line for line in lines if line[2]]
-    if not lines:
-        return None
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure(name, "optimiser step", title)
-        entries, starts, highest = [], [], -math.inf
-        for place, label, curves in lines:
-            style = line_style(place)
-            if len(curves) > 1:
-                for curve in curves:
-                    axes.plot(*zip(*curve, strict=True), **style, linewidth=0.6, alpha=0.3)
-            axes.plot(*zip(*mean_curve(curves), strict=True), **style, linewidth=1.8, marker=marker, markersize=4)
-            entries.append(legend_entry(label, **style, linewidth=1.8))
-            starts += [curve[0][1] for curve in curves]
-            highest = max(highest, *(value for curve in curves for _, value in curve))
-        axes.set_xlim(left=0)
-        if title.startswith(LOSSES) and highest > MOST_LOSS * min(starts):
-            axes.set_ylim(top=MOST_LOSS * min(starts))
-        add_legend(figure, entries)
-        return figure
-
-
-def rates_figure(name: str, chooser: str, metric: str, group: Placed) -> Figure | None:
-    """Draws the result of every learning rate that was tried, for seed 0, with a large dot at the chosen one.
+def task_figure(name: str, chooser: str, metric: str, group: Placed) -> Figure | None:
+    """Draws up to three rows of panels, below one legend: training losses, the reported metric, learning rates.
 
     Args:
         name: Name of the figure.
@@ -90,44 +42,110 @@ def rates_figure(name: str, chooser: str, metric: str, group: Placed) -> Figure 
         group: Results of one task with their places.
 
     Returns:
-        The figure, with a panel for each split. None if no rates were searched.
+        The figure; a row is left out where there is nothing to draw. None if that holds for all rows.
     """
-    lines = [(place, each, each.finished_search()) for place, each in group if each.finished_search()]
-    if not lines:
+    training = [(place, [smoothed_training_loss(run) for run in each.runs.values()]) for place, each in group]
+    reported = [(place, reported_curves(each, metric)) for place, each in group]
+    rows, heights = [], []
+    for row, height, drawn in (
+        (["training", "training"], 3.4, any(curves for _, curves in training)),
+        (["reported", "reported"], 3.0, any(curves for _, curves in reported)),
+        (["rates, tune", "rates, report"], 3.6, any(each.finished_search() for _, each in group)),
+    ):
+        if drawn:
+            rows.append(row)
+            heights.append(height)
+    if not rows:
         return None
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 4.4), layout="constrained", label=name)
-        panels = figure.subplots(1, 2, sharey=chooser == metric)
-        ticks = sorted({rate for _, _, search in lines for rate in search})
-        for axes, split, shown in zip(panels, ("tune", "report"), (chooser, metric), strict=True):
-            axes.set_xscale("log")
-            axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks], rotation=45)
-            axes.minorticks_off()
-            axes.set_xlabel("learning rate")
-            axes.set_ylabel(f"{shown}, {'tuning' if split == 'tune' else 'reported'} split")
-            values: list[float] = []
-            for place, each, search in lines:
-                points = {rate: record["metrics"][split][shown] for rate, record in search.items()}
-                style = line_style(place)
-                axes.plot(*zip(*points.items(), strict=True), **style, linewidth=1.6, marker="o", markersize=3)
-                values += points.values()
-                if each.rate in points:
-                    axes.plot([each.rate], [points[each.rate]], "o", color=style["color"], markersize=8)
-            if shown in SMALLER_IS_BETTER and max(values) > MOST_LOSS * min(values) > 0:
-                axes.set_ylim(top=MOST_LOSS * min(values))
-        add_legend(figure, [legend_entry(each.label, **line_style(place), linewidth=1.6) for place, each, _ in lines])
+        figure = Figure(figsize=(8.6, sum(heights) + 0.8), layout="constrained", label=name)
+        panels = figure.subplot_mosaic(rows, height_ratios=heights)
+        if "training" in panels:
+            draw_curves(panels["training"], "training loss", training)
+        if "reported" in panels:
+            draw_curves(panels["reported"], f"{metric}, reported split", reported, marker="o")
+        if "rates, tune" in panels:
+            if chooser == metric:  # before anything is drawn, so that both panels have the limits of the second
+                panels["rates, report"].sharey(panels["rates, tune"])
+            draw_rates(panels["rates, tune"], "tune", chooser, group)
+            draw_rates(panels["rates, report"], "report", metric, group)
+        shown = [(place, each) for place, each in group if each.runs or each.finished_search()]
+        add_legend(figure, [legend_entry(each.label, **line_style(place), linewidth=1.8) for place, each in shown])
         return figure
 
 
+def reported_curves(result: Result, metric: str) -> list[Curve]:
+    """The metric of the reported split in each run; none for runs that evaluated it only at the start and the end."""
+    curves = [reported_curve(run, metric) for run in result.runs.values()]
+    return [curve for curve in curves if len(curve) > 2]
+
+
+def draw_curves(axes: Any, title: str, lines: Sequence[tuple[int, Sequence[Curve]]], marker: str | None = None) -> None:
+    """Draws a thick line for the mean over seeds, and thin lines for the seeds.
+
+    Args:
+        axes: Where to draw.
+        title: Title of the vertical axis.
+        lines: Place and the curves of the seeds; at least one result has a curve.
+        marker: Of the points of the mean.
+    """
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel(title)
+    starts, highest = [], -math.inf
+    for place, curves in lines:
+        if not curves:
+            continue
+        style = line_style(place)
+        if len(curves) > 1:
+            for curve in curves:
+                axes.plot(*zip(*curve, strict=True), **style, linewidth=0.6, alpha=0.3)
+        axes.plot(*zip(*mean_curve(curves), strict=True), **style, linewidth=1.8, marker=marker, markersize=4)
+        starts += [curve[0][1] for curve in curves]
+        highest = max(highest, *(value for curve in curves for _, value in curve))
+    axes.set_xlim(left=0)
+    if title.startswith(LOSSES) and highest > MOST_LOSS * min(starts):
+        axes.set_ylim(top=MOST_LOSS * min(starts))
+
+
+def draw_rates(axes: Any, split: str, metric: str, group: Placed) -> None:
+    """Draws the result of every learning rate that was tried, for seed 0, with a large dot at the chosen one.
+
+    Args:
+        axes: Where to draw.
+        split: "tune" or "report".
+        metric: The metric of that split.
+        group: Results of one task with their places; at least one searched for its rate.
+    """
+    searches = {place: each.finished_search() for place, each in group}
+    ticks = sorted({rate for search in searches.values() for rate in search})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks], rotation=45)
+    axes.minorticks_off()
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel(f"{metric}, {'tuning' if split == 'tune' else 'reported'} split")
+    values: list[float] = []
+    for place, each in group:
+        points = {rate: record["metrics"][split][metric] for rate, record in searches[place].items()}
+        if not points:
+            continue
+        style = line_style(place)
+        axes.plot(*zip(*points.items(), strict=True), **style, linewidth=1.6, marker="o", markersize=3)
+        values += points.values()
+        if each.rate in points:
+            axes.plot([each.rate], [points[each.rate]], "o", color=style["color"], markersize=8)
+    if metric in SMALLER_IS_BETTER and max(values) > MOST_LOSS * min(values) > 0:
+        axes.set_ylim(top=MOST_LOSS * min(values))
+
+
 def series_figure(
-    name: str, metric: str, found: Sequence[Series], results: Sequence[Result], plain: Result | None
+    name: str, metric: str, series: Sequence[Series], results: Sequence[Result], plain: Result | None
 ) -> Figure | None:
-    """Draws the metric at the best learning rate against a number that the suite varies.
+    """Draws the metric at the best learning rate against each number that the suite varies, one panel for each number.
 
     Args:
         name: Name of the figure.
         metric: The metric of the reported split.
-        found: Series of one number.
+        series: All series of the suite.
         results: Results of one task.
         plain: The result of plain LoRA, drawn as a horizontal line.
 
@@ -135,26 +153,43 @@ def series_figure(
         The figure, with mean ± standard error. None if no series has two points.
     """
     by_label = {each.label: each for each in results}
-    lines = [(each.title, series_points(each, by_label, metric)) for each in found]
-    lines = [(title, points) for title, points in lines if len(points) > 1]
-    if not lines:
+    panels: dict[str, list[tuple[str, list[tuple[float, float, float]]]]] = {}
+    for each in series:
+        if len(points := series_points(each, by_label, metric)) > 1:
+            panels.setdefault(each.name, []).append((each.title, points))
+    if not panels:
         return None
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
     with mpl.rc_context(STYLE):
-        figure, axes = new_figure(name, found[0].name.replace("_", " "), f"{metric}, reported split", height=3.8)
-        entries = []
-        for place, (title, points) in enumerate(lines):
-            x, y, error = zip(*points, strict=True)
-            axes.errorbar(x, y, yerr=error, **line_style(place), linewidth=1.8, marker="o", markersize=5, capsize=3)
-            entries.append(legend_entry(title, **line_style(place), linewidth=1.8))
-        ticks = sorted({value for _, points in lines for value, *_ in points})
-        axes.set_xscale("log" if ticks[0] > 0 else "symlog", base=2)
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        if plain is not None and plain.runs:
-            axes.axhline(mean_and_error(plain.values(metric))[0], **REFERENCE_LINE)
-            entries.append(legend_entry(plain.label, **REFERENCE_LINE))
-        add_legend(figure, entries)
+        figure = Figure(figsize=(8.6, 3.8 * rows), layout="constrained", label=name)
+        for number, (varied, lines) in enumerate(panels.items(), 1):
+            axes = figure.add_subplot(rows, columns, number)
+            axes.set_xlabel(varied.replace("_", " "))
+            axes.set_ylabel(f"{metric}, reported split")
+            _draw_series(axes, lines, None if plain is None or not plain.runs else (plain.label, plain.values(metric)))
         return figure
+
+
+def _draw_series(
+    axes: Any,
+    lines: Sequence[tuple[str, Sequence[tuple[float, float, float]]]],
+    plain: tuple[str, Sequence[float]] | None,
+) -> None:
+    """Draws (title, points) of each series with error bars, and the mean of plain LoRA's (label, values)."""
+    entries = []
+    for place, (title, points) in enumerate(lines):
+        x, y, error = zip(*points, strict=True)
+        axes.errorbar(x, y, yerr=error, **line_style(place), linewidth=1.8, marker="o", markersize=5, capsize=3)
+        entries.append(legend_entry(title, **line_style(place), linewidth=1.8))
+    ticks = sorted({value for _, points in lines for value, *_ in points})
+    axes.set_xscale("log" if ticks[0] > 0 else "symlog", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
+    axes.minorticks_off()
+    if plain is not None:
+        axes.axhline(mean_and_error(plain[1])[0], **REFERENCE_LINE)
+        entries.append(legend_entry(plain[0], **REFERENCE_LINE))
+    axes.legend(handles=entries, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, handlelength=2.4)
 
 
 def series_points(series: Series, by_label: dict[str, Result], metric: str) -> list[tuple[float, float, float]]:

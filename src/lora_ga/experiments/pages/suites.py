@@ -5,16 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_ga.experiments.comparison.series import Series, find_series
+from lora_ga.experiments.comparison.series import find_series
 from lora_ga.experiments.comparison.suites import PAPER, TUNED, Record, Records, Result, plain_lora, protocols, results
 from lora_ga.experiments.pages.document import Document, Picture, Section, html_page, markdown_files
-from lora_ga.experiments.pages.suite_figures import (
-    figure_groups,
-    rates_figure,
-    report_figure,
-    series_figure,
-    training_figure,
-)
+from lora_ga.experiments.pages.suite_figures import figure_groups, series_figure, task_figure
 from lora_ga.experiments.suites.spec import Suite
 from lora_ga.experiments.tables.suites import (
     cost_table,
@@ -145,7 +139,10 @@ def _task_section(suite: Suite, task: str, protocol: str, found: Sequence[Result
     blocks += [cost_table(found), _cost_text(found)]
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{protocol}-{task}")
     blocks += _task_pictures(name, task, metric, chooser, found)
-    blocks += _series_pictures(name, metric, find_series(suite), found, plain)
+    figure = series_figure(f"{name}-series", metric, find_series(suite), found, plain)
+    if figure is not None:
+        caption = f"{task}. {metric} on the reported split against numbers that vary, each at its best rate; "
+        blocks.append(Picture(figure, caption + "mean ± standard error."))
     return Section(f"{task}, {metric}" + ("" if protocol == TUNED else ", the paper's protocol"), blocks)
 
 
@@ -172,35 +169,15 @@ def _cost_text(found: Sequence[Result]) -> str:
 
 
 def _task_pictures(name: str, task: str, metric: str, chooser: str, found: Sequence[Result]) -> list[Picture]:
-    """The pictures of training, of the reported metric and of the learning rates, for each group of results."""
+    """One picture for each group of results that fits a figure."""
+    caption = (
+        f"{task}. Training loss at the best rate, smoothed: thick lines are means over seeds, thin lines are seeds. "
+        f"{metric} on the reported split during training. Result of each learning rate, seed 0: the left panel chose "
+        "the rate (large dot); diverged runs have no dot. Panels without data are left out."
+    )
     pictures = []
-    for number, group in enumerate(figure_groups(found)):
-        end = f"-{number + 1}" if number else ""
-        figures = [
-            (
-                training_figure(f"{name}-training{end}", group),
-                "Training loss at the best rate, smoothed. Thick lines are means over seeds, thin lines are seeds.",
-            ),
-            (report_figure(f"{name}-report{end}", metric, group), f"{metric} on the reported split during training."),
-            (
-                rates_figure(f"{name}-rates{end}", chooser, metric, group),
-                "Result of each learning rate, seed 0. The left panel chose the rate (large dot). Diverged runs have "
-                "no dot.",
-            ),
-        ]
-        pictures += [Picture(figure, f"{task}. {caption}") for figure, caption in figures if figure is not None]
-    return pictures
-
-
-def _series_pictures(
-    name: str, metric: str, series: Sequence[Series], found: Sequence[Result], plain: Result | None
-) -> list[Picture]:
-    """One picture for each number that the suite varies."""
-    pictures = []
-    for number in dict.fromkeys(each.name for each in series):
-        same_number = [each for each in series if each.name == number]
-        figure = series_figure(f"{name}-{number.replace('_', '-')}", metric, same_number, found, plain)
+    for number, group in enumerate(figure_groups(found), 1):
+        figure = task_figure(name if number == 1 else f"{name}-{number}", chooser, metric, group)
         if figure is not None:
-            text = f"{metric} on the reported split against {number}, each at its best rate; mean ± standard error."
-            pictures.append(Picture(figure, text))
+            pictures.append(Picture(figure, caption))
     return pictures
