@@ -54,7 +54,15 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     suite = {
         "title": "toys",
         "seeds": 2,
-        "settings": {"steps": 4, "rows": 4, "length": 12, "rank": 2, "samples": 8, "every": 2, "tune_rows": 8},
+        "settings": {
+            "steps": 4,
+            "batch_size": 4,
+            "length": 12,
+            "rank": 2,
+            "samples": 8,
+            "eval_steps": 2,
+            "tune_rows": 8,
+        },
         "tasks": {
             "text": {"kind": "text", "model": str(folder / "llama"), "files": {"text": str(folder / "text.txt")}},
             "classes": {

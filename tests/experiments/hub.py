@@ -33,7 +33,7 @@ LABELS = ["negative", "positive", "entailment", "neutral", "contradiction", "not
 SPECIAL = ["[PAD]", "[UNK]", "</s>", "[CLS]", "[SEP]"]
 VOCABULARY = [*SPECIAL, "the", "sees", *NOUNS, *LABELS, "acceptable", "unacceptable", "result", ":", "Q", "A", "1", "2"]
 SIZES = {"vocab_size": len(VOCABULARY)}
-SETTINGS = {"rows": 4, "length": 40, "rank": 2, "samples": 8, "tune_rows": 8, "report_rows": 8, "train_rows": 40}
+SETTINGS = {"batch_size": 4, "length": 40, "rank": 2, "samples": 8, "tune_rows": 8, "report_rows": 8, "train_rows": 40}
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -155,7 +155,9 @@ def toy_suite(name: str, folder: Path, labels: Sequence[str], **changes: Any) ->
         The file.
     """
     suite = yaml.safe_load(available()[name].read_text(encoding="utf-8"))
-    suite["settings"] |= SETTINGS | {"steps": 3, "every": 3}
+    suite["settings"] |= SETTINGS | {"steps": 3, "eval_steps": 3}
+    if "gradient_accumulation_steps" in suite["settings"]:
+        suite["settings"] |= {"batch_size": 1, "gradient_accumulation_steps": 4}
     suite["methods"] = {label: suite["methods"][label] for label in labels}
     for task in suite["tasks"].values():
         task["model"] = re.sub("^package:.*", "data:bert", task["model"])

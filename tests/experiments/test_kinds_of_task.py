@@ -16,7 +16,7 @@ from lora_ga.experiments.suites.cell import Cell, cell_of
 from lora_ga.experiments.suites.run import Place, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Suite, load_suite
-from lora_ga.experiments.suites.training import arithmetic, divided, step_losses
+from lora_ga.experiments.suites.training import arithmetic, micro_batches, step_losses
 from lora_ga.experiments.tasks import check, prepare, seq2seq
 from lora_ga.experiments.tasks.instruct import CLEANERS
 from lora_ga.gradients.loss import IGNORED
@@ -111,17 +111,18 @@ def test_rows_are_cleaned_as_the_papers_authors_do(name: str, row: dict[str, str
 
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(answered: Cell, places: Sources) -> None:
     gradients, losses = [], []
-    for parts in (1, 3):
-        settings = replace(answered.settings, parts=parts, dtype="float32")
+    for batch_size, steps in ((4, 1), (2, 2), (1, 4)):
+        settings = replace(answered.settings, batch_size=batch_size, gradient_accumulation_steps=steps, dtype="float32")
         problem = prepare(replace(answered, settings=settings), places)
         batch = next(problem.stream)
         batch["labels"][0, :-3] = IGNORED  # rows with unequal numbers of labels
         model = problem.base.requires_grad_(True)
         losses.append(step_losses(problem, model, batch, settings, "cpu"))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        assert len(divided(model, batch, parts)) == (1 if parts == 1 else 2)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+        assert len(micro_batches(model, batch, batch_size)) == steps
+    for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-5)
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "lora_ga"])
@@ -135,7 +136,9 @@ def test_a_bfloat16_base_is_trained_in_float32(
         return arithmetic(model, device)
 
     monkeypatch.setattr("lora_ga.experiments.suites.training.arithmetic", looked)
-    cell = replace(answered, method=method, settings=replace(answered.settings, dtype="bfloat16", recompute=True))
+    cell = replace(
+        answered, method=method, settings=replace(answered.settings, dtype="bfloat16", gradient_checkpointing=True)
+    )
     record = run_cell(cell, Place(places))
     assert record["status"] == "done", record.get("traceback")
     assert seen[1] == {torch.float32}

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.cell import Cell, cell_of, rate_at
 from lora_ga.experiments.suites.protocol import MOST_RATES, Score, best_rate, missing, sweep, sweep_of
-from lora_ga.experiments.suites.spec import Suite, load_suite
+from lora_ga.experiments.suites.spec import RECIPES, Suite, load_suite
 
 
 def searched(first: list[int], score: Callable[[int], Score | None]) -> tuple[list[int], int | None]:
@@ -106,6 +107,26 @@ def test_a_cells_digest_is_that_of_published_records(suite: Suite) -> None:
     task = replace(suite.tasks["text"], model="data:models/x", files={"text": "data:x.txt"})
     fixed = replace(suite, tasks={"text": task})
     assert cell_of(fixed, "text", "lora", rate_at(-5), 1).digest() == "a77fc4ee76c9"
+
+
+def test_a_digest_names_the_settings_as_the_first_records_do() -> None:
+    cell = cell_of(load_suite("llama2-chat"), "chat", "lora", 1e-3, 1)
+    assert cell.settings.batch_size * cell.settings.gradient_accumulation_steps == cell.settings.effective_batch_size
+    assert cell.identity()["settings"] == {
+        **{"steps": 1625, "rows": 32, "parts": 8, "length": 1024, "samples": 128, "every": 1000000, "recompute": True},
+        **{"train_rows": 52000, "tune_rows": 1000, "report_rows": 1000, "dtype": "bfloat16"},
+    }
+    assert cell.digest() == "0fd4764340fa"  # computed by the version whose suites had these names
+
+
+def test_every_published_record_is_found_by_todays_suites() -> None:
+    records = Store(RECIPES[0] / "results/store").records()
+    suites = {name: load_suite(name) for name in {record["suite"] for record in records.values()}}
+    assert len(records) == 485
+    for digest, record in records.items():
+        suite = suites[record["suite"]]
+        cell = cell_of(suite, record["task"], record["label"], record["learning_rate"], record["seed"])
+        assert (cell.digest(), cell.identity()) == (digest, record["cell"])
 
 
 def test_a_digest_says_what_decides_the_result_and_no_names(suite: Suite) -> None:

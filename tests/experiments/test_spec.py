@@ -38,7 +38,14 @@ def test_every_suite_is_packaged_and_nothing_else_of_its_folder() -> None:
     ("changes", "message"),
     [
         ({"task": {}}, "the suite: unknown task. The known are name, title, tasks"),
-        ({"settings": {"step": 3}}, "settings: unknown step. The known are steps, rows"),
+        ({"settings": {"step": 3}}, "settings: unknown step. The known are steps, batch_size"),
+        ({"settings": {"rows": 8}}, "settings: rows has a new name, batch_size. In place of rows and parts give"),
+        ({"settings": {"parts": 2}}, "settings: parts has a new name, gradient_accumulation_steps"),
+        ({"settings": {"recompute": True}}, "settings: recompute has a new name, gradient_checkpointing"),
+        (
+            {"methods": {"a": {"method": "lora", "rates": [-6], "settings": {"every": 5}}}},
+            "methods.a.settings: every has",
+        ),
         ({"settings": {"steps": 0}}, "settings: steps is 0; it must be int and at least 1"),
         ({"methods": {"lora": {}}}, "methods.lora: rates is .*; it must list whole exponents"),
         ({"methods": {"lora": {"rates": [-6], "tasks": ["maths"]}}}, "methods.lora.tasks: unknown maths"),
@@ -99,7 +106,7 @@ def test_an_unknown_suite_is_refused_with_the_known(command: str, monkeypatch: p
     ("settings", "message"),
     [
         ({"dtype": "float16"}, "dtype is 'float16'; it must be float32 or bfloat16"),
-        ({"recompute": 1}, "recompute is 1"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1"),
     ],
 )
 def test_settings_that_are_no_numbers_are_checked_too(

@@ -47,7 +47,7 @@ class Cell:
             "task": task,
             "method": self.method,
             "options": dict(self.options),
-            "settings": changed(self.settings),
+            "settings": changed_settings(self.settings),
             "learning_rate": self.learning_rate,
             "seed": self.seed,
         }
@@ -81,6 +81,12 @@ def changed(settings: Any) -> dict[str, Any]:
         if value != default:
             values[item.name] = dict(value) if isinstance(value, Mapping) else value
     return values
+
+
+def changed_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that are not the defaults, by the names that records use."""
+    defaults = Settings().recorded()
+    return {name: value for name, value in settings.recorded().items() if value != defaults[name]}
 
 
 def rate_at(point: int) -> float:

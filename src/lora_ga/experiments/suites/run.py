@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import math
@@ -145,7 +144,7 @@ def about(cell: Cell, place: Place) -> dict[str, Any]:
         "learning_rate": cell.learning_rate,
         "seed": cell.seed,
         "cell": cell.identity(),
-        "settings": dataclasses.asdict(cell.settings),
+        "settings": cell.settings.recorded(),
         "options": complete(cell.method, cell.options),
         "commit": place.commit,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},

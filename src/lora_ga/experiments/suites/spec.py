@@ -13,6 +13,13 @@ import yaml
 # In a checkout, and in an installed package.
 RECIPES = (Path(__file__).parents[4] / "recipes", Path(__file__).parents[2] / "recipes")
 DTYPES = ("float32", "bfloat16")
+# Setting → its name in records and in digests, which keep the names of the first version.
+RECORDED = {
+    "batch_size": "rows",
+    "gradient_accumulation_steps": "parts",
+    "gradient_checkpointing": "recompute",
+    "eval_steps": "every",
+}
 T = TypeVar("T")
 
 
@@ -21,49 +28,61 @@ class Settings:
     """What is the same for all methods, unless a task or a variant says otherwise.
 
     Attributes:
-        steps: Optimiser steps.
-        rows: Rows of a batch.
+        steps: Optimizer steps.
+        batch_size: Rows of one forward pass. An optimizer step takes batch_size × gradient_accumulation_steps rows.
         length: Tokens of a row, at most (text: exactly).
         rank: r of every adapter.
         alpha: LoRA's α.
         samples: Rows from which data-driven starts are computed.
         warmup: Share of the steps in which the rate rises, before it falls along a cosine.
-        every: Steps between two looks at the report split.
+        eval_steps: Steps between two evaluations on the report split.
         train_rows: At most so many training rows are used.
         tune_rows: Rows of the training data that choose the rate and are not trained on.
         report_rows: At most so many rows of the reported split are used.
         head_rate: The learning rate of a new classification head, for every method.
-        parts: A batch passes the model in so many parts, whose gradients are added up, where it would not fit at once.
-        dtype: Of the base model and the arithmetic; what is trained is kept in float32.
-        recompute: Whether activations are computed again on the way back, in place of being kept.
+        gradient_accumulation_steps: Forward passes whose gradients are added up for one optimizer step.
+        dtype: Of the base model and the arithmetic; the trained parameters are kept in float32.
+        gradient_checkpointing: Whether the backward pass computes activations again instead of keeping them.
     """
 
     steps: int = 200
-    rows: int = 8
+    batch_size: int = 8
     length: int = 128
     rank: int = 8
     alpha: float = 16.0
     samples: int = 64
     warmup: float = 0.03
-    every: int = 20
+    eval_steps: int = 20
     train_rows: int = 4000
     tune_rows: int = 64
     report_rows: int = 64
     head_rate: float = 1e-3
-    parts: int = 1
+    gradient_accumulation_steps: int = 1
     dtype: str = "float32"
-    recompute: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"settings: dtype is {self.dtype!r}; it must be {' or '.join(DTYPES)}.")
-        if not isinstance(self.recompute, bool):
-            raise ValueError(f"settings: recompute is {self.recompute!r}; it must be true or false.")
-        for item in (item for item in dataclasses.fields(self) if item.name not in {"dtype", "recompute"}):
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ValueError(
+                f"settings: gradient_checkpointing is {self.gradient_checkpointing!r}; it must be true or false."
+            )
+        for item in (item for item in dataclasses.fields(self) if item.type in {"int", "float"}):
             found, least = getattr(self, item.name), 0 if item.name == "warmup" else 1 if item.type == "int" else 1e-12
             wrong = isinstance(found, bool) or not isinstance(found, int if item.type == "int" else (int, float))
             if wrong or found < least:
                 raise ValueError(f"settings: {item.name} is {found!r}; it must be {item.type} and at least {least}.")
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows of one optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as records name them; their "rows" are those of one optimizer step."""
+        values = {RECORDED.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        return values | {"rows": self.effective_batch_size}
 
 
 @dataclass(frozen=True)
@@ -211,6 +230,7 @@ def names(kind: Any) -> list[str]:
 
 def _suite(name: str, values: dict[str, Any]) -> Suite:
     given = {"title": "", **values, "name": name}
+    _refuse_old_names(given.get("settings") or {}, "settings")
     given["settings"] = _read(Settings, given.get("settings") or {}, "settings")
     given["tasks"] = {key: _read(Task, value, f"tasks.{key}") for key, value in (given.get("tasks") or {}).items()}
     given["methods"] = {
@@ -224,6 +244,7 @@ def _suite(name: str, values: dict[str, Any]) -> Suite:
         _check_variant(suite, label, variant)
     for task, label in suite.lines():
         for place, changes in ((f"tasks.{task}", suite.tasks[task]), (f"methods.{label}", suite.methods[label])):
+            _refuse_old_names(changes.settings, f"{place}.settings")
             _refuse_unknown(changes.settings, names(Settings), f"{place}.settings")
         suite.settings_of(task, label)
     return suite
@@ -249,6 +270,15 @@ def _read(kind: type[T], values: Any, where: str) -> T:
         raise ValueError(f"{where} holds {values!r}, but it must map {', '.join(names(kind))} to values.")
     _refuse_unknown(values, names(kind), where)
     return kind(**values)
+
+
+def _refuse_old_names(values: Any, where: str) -> None:
+    for new, old in RECORDED.items():
+        if isinstance(values, dict) and old in values:
+            raise ValueError(
+                f"{where}: {old} has a new name, {new}. In place of rows and parts give batch_size, the rows of one "
+                "forward pass (rows ÷ parts), and gradient_accumulation_steps (parts)."
+            )
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -76,12 +76,21 @@ def keep_in_float32(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-def divided(model: Any, batch: Batch, parts: int) -> list[tuple[Batch, float]]:
-    """A batch in parts, each with its share of the terms that the batch's mean loss is a mean over."""
-    if parts == 1:
-        return [(batch, 1.0)]
+def micro_batches(model: Any, batch: Batch, batch_size: int) -> list[tuple[Batch, float]]:
+    """The batch of an optimizer step in parts of `batch_size` rows.
+
+    Args:
+        model: Decides which labels the loss counts.
+        batch: The rows of an optimizer step.
+        batch_size: Rows of one forward pass.
+
+    Returns:
+        Each part with its share of the labels over which the batch's loss is the mean.
+    """
     rows = len(next(iter(batch.values())))
-    cuts = [part.tolist() for part in torch.arange(rows).chunk(parts)]
+    if rows <= batch_size:
+        return [(batch, 1.0)]
+    cuts = [part.tolist() for part in torch.arange(rows).split(batch_size)]
     pieces = [{name: tensor[cut] for name, tensor in batch.items()} for cut in cuts]
     terms = [label_tokens(model, piece) or 0.0 for piece in pieces]
     return [(piece, count / sum(terms)) for piece, count in zip(pieces, terms, strict=True) if count]
@@ -90,7 +99,7 @@ def divided(model: Any, batch: Batch, parts: int) -> list[tuple[Batch, float]]:
 def step_losses(problem: Problem, model: Any, batch: Batch, settings: Settings, device: str) -> float:
     """Adds the batch's gradient up; the task's loss on it."""
     total = 0.0
-    for part, share in divided(model, batch, settings.parts):
+    for part, share in micro_batches(model, batch, settings.batch_size):
         with arithmetic(model, device):
             output = model(**part)
         with torch.no_grad():
@@ -145,7 +154,7 @@ def train(
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
     model.train()
-    if settings.every < settings.steps:  # else the end is all that is asked for
+    if settings.eval_steps < settings.steps:  # else the end is all that is asked for
         curves.report.append({"step": 0, **measured(problem, model, "report", device)})
     for step in range(1, settings.steps + 1):
         batch = on(device, next(problem.stream))
@@ -155,5 +164,5 @@ def train(
         method.after_step(model, step)
         schedule.step()
         optimizer.zero_grad()
-        if step % settings.every == 0 or step == settings.steps:
+        if step % settings.eval_steps == 0 or step == settings.steps:
             curves.report.append({"step": step, **measured(problem, model, "report", device)})

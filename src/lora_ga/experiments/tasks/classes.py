@@ -161,7 +161,9 @@ def prepare(cell: Cell, sources: Sources) -> Problem:
 
     def stream() -> Iterator[Batch]:
         while True:
-            for turn in turns([len(example["input_ids"]) for example in examples], settings.rows, order):
+            for turn in turns(
+                [len(example["input_ids"]) for example in examples], settings.effective_batch_size, order
+            ):
                 yield encoder.batch([examples[i] for i in turn])
 
     def measured(some: Sequence[Row]) -> list[Batch]:
@@ -173,7 +175,9 @@ def prepare(cell: Cell, sources: Sources) -> Problem:
         base=base,
         task_type="SEQ_CLS",
         stream=stream(),
-        aside=[encoder.batch([examples[i] for i in part.tolist()]) for part in chosen.split(settings.rows)],
+        aside=[
+            encoder.batch([examples[i] for i in part.tolist()]) for part in chosen.split(settings.effective_batch_size)
+        ],
         splits={"tune": measured(tune), "report": measured([report[i] for i in kept])},
         loss=loss,
         measure=measure,

@@ -148,10 +148,10 @@ def prepare(cell: Cell, sources: Sources) -> Problem:
     shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
     apart_rows = settings.tune_rows + settings.report_rows
     examples = answers.examples(shuffled, apart_rows + settings.train_rows)
-    if len(examples) < apart_rows + settings.rows:
+    if len(examples) < apart_rows + settings.effective_batch_size:
         raise ValueError(
             f"{task.files['train']}: {len(examples)} rows are left, but {apart_rows} are put aside and a batch has "
-            f"{settings.rows}. Give more rows, or a larger length."
+            f"{settings.effective_batch_size}. Give more rows, or a larger length."
         )
     tune, report, train = (
         examples[: settings.tune_rows],
@@ -162,19 +162,18 @@ def prepare(cell: Cell, sources: Sources) -> Problem:
 
     def stream() -> Iterator[Batch]:
         while True:
-            for turn in turns([len(ids) for ids, _ in train], settings.rows, order):
+            for turn in turns([len(ids) for ids, _ in train], settings.effective_batch_size, order):
                 yield answers.batch([train[i] for i in turn])
 
     def measured(some: Sequence[tuple[list[int], int]]) -> list[Batch]:
         return [answers.batch(some[i : i + AT_ONCE]) for i in range(0, len(some), AT_ONCE)]
 
     chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
-    rows_at_once = max(1, settings.rows // settings.parts)
     return Problem(
         base=load_model("AutoModelForCausalLM", folder, settings),
         task_type="CAUSAL_LM",
         stream=stream(),
-        aside=[answers.batch([train[i] for i in part.tolist()]) for part in chosen.split(rows_at_once)],
+        aside=[answers.batch([train[i] for i in part.tolist()]) for part in chosen.split(settings.batch_size)],
         splits={"tune": measured(tune), "report": measured(report)},
         loss=loss,
         measure=measure,

@@ -87,7 +87,7 @@ def load_model(loader: str, folder: Any, settings: Settings = Settings(), **more
         model = getattr(transformers, loader).from_pretrained(folder, dtype=settings.dtype, **more)
     finally:
         transformers.logging.set_verbosity(before)
-    if settings.recompute:
+    if settings.gradient_checkpointing:
         # The name before Transformers 5.23, and since.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})

@@ -120,7 +120,7 @@ def prepare(cell: Cell, sources: Sources) -> Problem:
 
     def stream() -> Iterator[Batch]:
         while True:
-            for turn in turns(lengths, settings.rows, order):
+            for turn in turns(lengths, settings.effective_batch_size, order):
                 yield writer.batch([train[i] for i in turn])
 
     def measured(some: Sequence[Row]) -> list[Batch]:
@@ -132,7 +132,7 @@ def prepare(cell: Cell, sources: Sources) -> Problem:
         base=load_model("AutoModelForSeq2SeqLM", folder, settings),
         task_type="SEQ_2_SEQ_LM",
         stream=stream(),
-        aside=[writer.batch([train[i] for i in part.tolist()]) for part in chosen.split(settings.rows)],
+        aside=[writer.batch([train[i] for i in part.tolist()]) for part in chosen.split(settings.effective_batch_size)],
         splits={"tune": measured(tune), "report": measured([report[i] for i in kept])},
         loss=loss,
         measure=measure,

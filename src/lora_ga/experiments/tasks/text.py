@@ -80,9 +80,9 @@ def prepare(cell: Cell, sources: Sources) -> Problem:
 
     def stream() -> Iterator[Batch]:
         while True:
-            yield drawn(train, settings.rows, settings.length, order)
+            yield drawn(train, settings.effective_batch_size, settings.length, order)
 
-    sizes = [len(part) for part in torch.arange(settings.samples).split(settings.rows)]
+    sizes = [len(part) for part in torch.arange(settings.samples).split(settings.effective_batch_size)]
     return Problem(
         base=load_model("AutoModelForCausalLM", folder, settings),
         task_type="CAUSAL_LM",
