@@ -94,6 +94,7 @@ class Bench(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))  # type: ignore[attr-defined]
+        self.server.headers.append({name.lower(): value for name, value in self.headers.items()})  # type: ignore[attr-defined]
         said = self.server.answers  # type: ignore[attr-defined]
         code, text = said.pop(0) if len(said) > 1 else said[0]
         if code == 0:
@@ -113,9 +114,10 @@ def completion(text: str) -> dict[str, Any]:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A judge on this machine; `answers` are what it will say, `asked` what it was asked."""
+    """A judge on this machine; `answers` are what it will say, `asked` and `headers` what it was sent."""
     server: Any = HTTPServer(("127.0.0.1", 0), Bench)
-    server.answers, server.asked, server.silence = [(200, "Rating: [[7]]")], [], threading.Event()
+    server.answers, server.asked, server.headers = [(200, "Rating: [[7]]")], [], []
+    server.silence = threading.Event()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")

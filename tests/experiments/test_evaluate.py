@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import warnings
 from dataclasses import replace
@@ -10,18 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from experiments.hub import toy_suite
 from lora_ga.experiments.judging import harness as by_harness
 from lora_ga.experiments.judging import judge
+from lora_ga.experiments.methods import METHODS, load_method
+from lora_ga.experiments.records.store import Store
+from lora_ga.experiments.suites import trained
 from lora_ga.experiments.suites.cell import Cell, cell_of
-from lora_ga.experiments.suites.run import Place, run_cell
+from lora_ga.experiments.suites.grid import run_grid
+from lora_ga.experiments.suites.run import Place, run_cell, work_of
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Task, load_suite
-from lora_ga.experiments.tasks import check
+from lora_ga.experiments.suites.training import Curves, keep_in_float32, train
+from lora_ga.experiments.tasks import check, prepare
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.filterwarnings("ignore:lora with eva initialization"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+]
 HARNESS = importlib.util.find_spec("lm_eval") is not None
 
 
@@ -103,7 +116,7 @@ def test_a_judge_that_fails_is_found_out_before_training_after_few_tries(
     record = run_cell(chat, Place(places))
     assert record["status"] == "failed"
     assert re.search(f"JudgeError: a question to try the judge: .*{reason}", record["reason"])
-    assert record["reason"].endswith("(3 tries). Mend the endpoint, and run with --retry.")
+    assert record["reason"].endswith("(3 tries). Fix the endpoint, then run again with --retry.")
     assert record["curves"]["training"] == []
     assert len(bench.asked) <= judge.TRIES
 
@@ -132,6 +145,135 @@ def test_a_judge_that_is_not_there_is_said(chat: Cell, places: Sources, monkeypa
     record = run_cell(chat, Place(places))
     assert "none is named. Set OPENAI_BASE_URL" in record["reason"]
     assert record["curves"]["training"] == []  # said before training, and not after
+
+
+@pytest.mark.parametrize("body", [b'{"error": {"message": "wrong key: sk-secret"}}', b"wrong key: sk-secret"])
+def test_the_key_reaches_the_judge_and_nothing_else(
+    chat: Cell, places: Sources, bench: Any, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    bench.answers = [(401, body)]
+    record = run_cell(chat, Place(places))
+    assert "HTTP 401 Unauthorized: " in record["reason"]
+    assert "wrong key: [key]" in record["reason"]
+    assert "sk-secret" not in json.dumps(record)
+    assert {headers["authorization"] for headers in bench.headers} == {"Bearer sk-secret"}
+    monkeypatch.delenv("OPENAI_API_KEY")
+    bench.headers.clear()
+    run_cell(chat, Place(places))
+    assert all("authorization" not in headers for headers in bench.headers)
+    assert len(bench.headers) == judge.TRIES
+
+
+def test_a_client_that_is_not_installed_is_named(
+    tasks: dict[str, Task], places: Sources, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'client of the judge is not installed: pip install "lora-ga\[eval\]"'):
+        check(tasks["chat"], places)
+    assert check(tasks["chat"], replace(places, reach=False))
+
+
+def untrainable(*_: Any) -> None:
+    raise AssertionError("trained again")
+
+
+def test_after_a_judge_that_failed_the_saved_model_is_judged_without_training(
+    places: Sources, tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_ga.experiments.suites.protocol.MOST_RATES", 3)
+    suite = load_suite(str(toy_suite("llama2-chat", tmp_path, ["lora"], seeds=1, paper_rate=None)))
+    lines = [("chat", "lora")]
+    with Store(tmp_path / "runs").locked() as store:
+        place = Place(places, commit="abc", unjudged=str(store.unjudged()))
+        bench.answers = [*[(200, "[[5]]")] * 3, (200, "no more ratings")]
+        failed = run_grid(suite, lines, store, place, workers=0)
+        asked = bench.asked[1:3]
+        assert {record["status"] for record in failed.values()} == {"failed"}
+        # The first cell was trained; those after it found out before training that the judge fails.
+        (digest,) = [name for name, record in failed.items() if record["curves"]["training"]]
+        assert [path.name for path in store.unjudged().iterdir()] == [digest]
+        bench.answers = [(200, "[[7]]")]
+        bench.asked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("lora_ga.experiments.suites.run.train", untrainable)
+            run_grid(suite, lines, store, replace(place, commit="def"), workers=0)
+        found = store.records()[digest]
+        assert bench.asked[1:3] == asked  # the same model: it gives the same answers
+        assert not store.unjudged().exists()
+        records = run_grid(suite, lines, store, place, workers=0, retry=True)
+    assert {record["status"] for record in records.values()} == {"done"}
+    assert found["status"] == "done", found
+    assert found["attempt"] == 2
+    assert found["metrics"]["report"]["mt_bench"] == 7.0
+    assert found["curves"] == failed[digest]["curves"]
+    assert (found["commit"], found["judged"]["commit"]) == ("abc", "def")
+    assert set(found["seconds"]) == {"load", "start", "train", "evaluate", "total"}
+    assert found["seconds"]["total"] > sum(found["seconds"][part] for part in ("load", "start", "train"))
+    assert set(found["metrics"]["tune"]) == {"loss"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_model_is_restored_exactly(method: str, chat: Cell, places: Sources, tmp_path: Path) -> None:
+    cell = replace(chat, method=method, learning_rate=1e-2, options={}, settings=replace(chat.settings, steps=10))
+    cell = replace(cell, task=replace(cell.task, evaluation={}))
+    expected = torch.empty(0)
+    for again in (False, True):
+        problem = prepare(cell, places)
+        base, work = trained.fingerprints(problem.base), work_of(cell, problem)
+        torch.manual_seed(cell.seed)
+        model = load_method(method).build(work)
+        batch = problem.splits["report"][0]
+        if again:
+            keep_in_float32(model)
+            assert trained.restore(tmp_path / "saved", model) == {"loss": 1.5}
+        else:
+            train(problem, load_method(method), model, work, cell.settings, "cpu", Curves())
+            trained.save(tmp_path / "saved", model, base, {"loss": 1.5})
+        with torch.no_grad():
+            logits = model.eval()(**batch).logits
+        if again:
+            assert torch.equal(logits, expected)
+        expected = logits
+    # A method that leaves the base alone does not save it once more.
+    changes_base = method in {"full", "pissa", "olora", "peft_lora_ga"}
+    assert (
+        any(re.search(r"mlp\.(?!.*lora_).*weight$", name) for name in saved_names(tmp_path / "saved")) == changes_base
+    )
+
+
+def saved_names(folder: Path) -> list[str]:
+    with safe_open(folder / trained.TENSORS, "pt") as file:
+        return list(file.keys())
+
+
+def test_a_saved_model_that_does_not_fit_or_is_damaged_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    trained.save(tmp_path / "saved", model, {}, {})
+    with pytest.raises(ValueError, match="the saved model and the one that was built differ in 0.bias, 0.weight, bias"):
+        trained.restore(tmp_path / "saved", torch.nn.Sequential(model))
+    with pytest.raises(
+        ValueError, match="(?s)the trained model cannot be loaded .*Remove this folder to train it again"
+    ):
+        trained.restore(tmp_path / "saved", torch.nn.Linear(3, 2))
+    (tmp_path / "saved" / trained.TENSORS).write_bytes(b"1234")
+    with pytest.raises(
+        ValueError, match="(?s)the trained model cannot be loaded .*Remove this folder to train it again"
+    ):
+        trained.restore(tmp_path / "saved", model)
+
+
+def test_a_model_whose_saving_was_broken_off_is_trained_again(
+    chat: Cell, places: Sources, bench: Any, tmp_path: Path
+) -> None:
+    place = Place(places, unjudged=str(tmp_path))
+    folder = place.unjudged_folder(chat)
+    assert folder is not None
+    folder.mkdir()
+    (folder / trained.TENSORS).write_bytes(b"1234")
+    record = run_cell(chat, place)
+    assert record["status"] == "done", record["reason"]
+    assert trained.is_saved(folder)  # until the record is in a store
 
 
 @pytest.fixture

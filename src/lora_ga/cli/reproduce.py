@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     from lora_ga.experiments.suites.grid import commit, run_grid
     from lora_ga.experiments.suites.run import Place
 
-    place = Place(sources, options.device, commit())
+    place = Place(sources, options.device, commit(), str(store.unjudged()))
     with store.locked():
         records = run_grid(suite, lines, store, place, workers=options.workers, retry=other.retry, tell=tell)
     return show_results(suite, lines, records)

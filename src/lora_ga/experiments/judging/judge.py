@@ -6,14 +6,12 @@ judge's prompts are files in FastChat's format. The endpoint is `OPENAI_BASE_URL
 
 from __future__ import annotations
 
-import http.client
+import importlib.util
 import json
 import os
 import re
 import statistics
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,6 +94,8 @@ def check(task: Task, sources: Sources) -> list[str]:
             f"evaluation: the judge {task.evaluation['model']} is asked at an OpenAI-compatible endpoint, but none is "
             f"named. Set {ENDPOINT} (as https://api.openai.com/v1), and {KEY} if it wants a key."
         )
+    if sources.reach and importlib.util.find_spec("openai") is None:
+        raise ValueError('evaluation: the client of the judge is not installed: pip install "lora-ga[eval]".')
     return [f"MT-Bench ({len(questions)} questions, {len(references)} references, judge {task.evaluation['model']})"]
 
 
@@ -108,44 +108,55 @@ def ready(task: Task, sources: Sources) -> None:
     )
 
 
-def say(model: str, prompt: Mapping[str, Any], words: Mapping[str, str]) -> str:
-    """Asks the judge once.
+def ask(model: str, prompt: Mapping[str, Any], words: Mapping[str, str]) -> str:
+    """Sends one request to the judge.
 
     Args:
         model: The judge's name at the endpoint.
         prompt: A row of the prompts.
-        words: What its template takes.
+        words: The values for the placeholders of its template.
 
     Returns:
-        What it says.
+        The judge's answer.
 
     Raises:
-        JudgeError: No usable answer came.
+        JudgeError: There is no answer, or it is not a chat completion. The key is never part of the message.
     """
-    messages = [
+    import openai
+
+    key, address = os.environ.get(KEY), os.environ[ENDPOINT].rstrip("/") + "/chat/completions"
+    messages: list[Any] = [
         {"role": "system", "content": prompt["system_prompt"]},
         {"role": "user", "content": prompt["prompt_template"].format(**words)},
     ]
-    body = json.dumps({"model": model, "messages": messages, "temperature": 0, "max_tokens": 2048}).encode()
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get(KEY):
-        headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-    address = os.environ[ENDPOINT].rstrip("/") + "/chat/completions"
+    client = openai.OpenAI(
+        base_url=os.environ[ENDPOINT],
+        api_key=key or "none",
+        timeout=SECONDS,
+        max_retries=0,  # `rating` tries again, also after an answer without a rating
+    )
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, body, headers), timeout=SECONDS) as answer:
-            return str(json.load(answer)["choices"][0]["message"]["content"])
-    except TimeoutError as error:
-        raise JudgeError(f"{address}: no answer within {SECONDS:g} s") from error
-    except urllib.error.HTTPError as error:
-        raise JudgeError(
-            f"{address}: HTTP {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise JudgeError(f"{address}: cannot be reached ({error})") from error
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise JudgeError(
-            f"{address}: answers, but not as a chat completion ({type(error).__name__}: {error})"
-        ) from error
+        with client:
+            # The raw answer: the client takes a completion whose content type is not JSON for plain text.
+            answer = client.chat.completions.with_raw_response.create(
+                model=model,
+                messages=messages,
+                temperature=0,
+                max_tokens=2048,
+                extra_headers={} if key else {"Authorization": openai.Omit()},
+            )
+            return str(json.loads(answer.http_response.text)["choices"][0]["message"]["content"])
+    except openai.APITimeoutError:
+        reason = f"no answer within {SECONDS:g} s"
+    except openai.APIStatusError as error:
+        found = error.response
+        reason = f"HTTP {found.status_code} {found.reason_phrase}: {found.text[:300]}"
+    except openai.APIConnectionError as error:
+        reason = f"cannot be reached ({error.__cause__ or error})"
+    except (openai.OpenAIError, ValueError, KeyError, IndexError, TypeError) as error:
+        reason = f"answers, but not as a chat completion ({type(error).__name__}: {error})"
+    # Raised here, so that the traceback in the record does not show the client's error: a server may repeat the key.
+    raise JudgeError(f"{address}: {reason if not key else reason.replace(key, '[key]')}")
 
 
 def rating(model: str, prompt: Mapping[str, Any], words: Mapping[str, str], about: str) -> float:
@@ -168,7 +179,7 @@ def rating(model: str, prompt: Mapping[str, Any], words: Mapping[str, str], abou
         if attempt:
             time.sleep(PAUSE)
         try:
-            said = say(model, prompt, words)
+            said = ask(model, prompt, words)
         except JudgeError as error:
             reason = str(error)
             continue
@@ -176,7 +187,7 @@ def rating(model: str, prompt: Mapping[str, Any], words: Mapping[str, str], abou
         if found and 1 <= float(found[1]) <= 10:
             return float(found[1])
         reason = f"the judge gives no rating from 1 to 10 as [[rating]], it says {said[-200:]!r}"
-    raise JudgeError(f"{about}: {reason} ({TRIES} tries). Mend the endpoint, and run with --retry.")
+    raise JudgeError(f"{about}: {reason} ({TRIES} tries). Fix the endpoint, then run again with --retry.")
 
 
 def answer(model: Any, tokenizer: Any, text: str, temperature: float, tokens: int) -> str:

@@ -61,6 +61,10 @@ class Store:
         found = [_checked(path, record) for path in self.files() for record in gzip_lines.read(path)]
         return found + [_checked(path, _single(path)) for path in self.single_files()]
 
+    def unjudged(self, digest: str = "") -> Path:
+        """The folder of trained models that have not been evaluated yet, or that of one cell."""
+        return self.folder / UNJUDGED / digest
+
     def files(self) -> list[Path]:
         """The files of the suites."""
         return sorted(self.folder.glob(f"*{ENDING}"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ga.experiments.records.store import Store
+from lora_ga.experiments.suites import trained
 from lora_ga.experiments.suites.cell import Cell
 from lora_ga.experiments.suites.protocol import missing
 from lora_ga.experiments.suites.spec import Suite
@@ -54,14 +55,17 @@ def run_grid(
         store: Locked.
         place: Where cells are run.
         workers: Processes, each with one thread; 0 runs all in this process.
-        retry: Cells that failed before are run once more.
+        retry: Run cells that failed before once more. Cells whose trained model is saved, as their evaluation failed,
+            are always run once more.
         tell: Called with each new record and the number of cells that are known to be left.
 
     Returns:
         All records of the store, by digest.
     """
     records = store.records()
-    failed = {digest for digest, record in records.items() if record["status"] == "failed"} if retry else set()
+    failed = {digest for digest, record in records.items() if record["status"] == "failed"}
+    if not retry:  # a model that is saved is evaluated without being asked for: the long part is done
+        failed = {digest for digest in failed if trained.is_saved(store.unjudged(digest))}
     known = {digest: record for digest, record in records.items() if digest not in failed}
     runs: Here | Processes = Processes() if workers else Here()
     running: dict[str, Cell] = {}
@@ -77,6 +81,8 @@ def run_grid(
             for record in runs.finished():
                 cell = running.pop(record["digest"])
                 store.add(record)
+                if record["status"] != "failed":
+                    trained.discard(store.unjudged(record["digest"]))
                 known[cell.digest()] = record
                 tell(record, len(todo) - len(begun) + len(running))
     finally:

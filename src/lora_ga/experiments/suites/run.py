@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import math
@@ -11,19 +12,30 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_ga.experiments.methods import complete, load_method
 from lora_ga.experiments.methods.base import Work
+from lora_ga.experiments.suites import trained
 from lora_ga.experiments.suites.cell import Cell
 from lora_ga.experiments.suites.sources import Sources
-from lora_ga.experiments.suites.training import Curves, DivergedError, arithmetic, measured, on, train
+from lora_ga.experiments.suites.training import (
+    Curves,
+    DivergedError,
+    arithmetic,
+    keep_in_float32,
+    measured,
+    on,
+    train,
+)
 from lora_ga.experiments.tasks import prepare
 from lora_ga.experiments.tasks.problem import Problem
 
 PACKAGES = ("lora-ga", "torch", "transformers", "peft")
+ORIGIN = ("commit", "versions", "python", "device", "date")  # what a record says about the run that made it
 
 
 @dataclass(frozen=True)
@@ -34,11 +46,17 @@ class Place:
         sources: Where models and files are.
         device: A torch device.
         commit: Of the code, for the record.
+        unjudged: Folder for trained models that have not been evaluated yet; None: they are not saved.
     """
 
     sources: Sources
     device: str = "cpu"
     commit: str | None = None
+    unjudged: str | None = None
+
+    def unjudged_folder(self, cell: Cell) -> Path | None:
+        """Where the trained model of a cell is saved until it has been evaluated."""
+        return None if self.unjudged is None else Path(self.unjudged) / cell.digest()
 
 
 def device_name(device: str) -> str:
@@ -77,8 +95,9 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         found = {"status": "failed", "reason": f"{type(error).__name__}: {error}", "traceback": "".join(lines)[-4000:]}
     training = [loss if math.isfinite(loss) else None for loss in curves.training]
     record |= found | {"curves": {"training": training, "report": curves.report}}
-    record["peak_memory_mib"] = peak_memory(place.device)
-    record["seconds"] = record.get("seconds", {}) | {"total": round(time.perf_counter() - began, 3)}
+    record["peak_memory_mib"] = max(record.get("peak_memory_mib", 0.0), peak_memory(place.device))
+    seconds = record.get("seconds", {})  # with a total already if another run trained the model
+    record["seconds"] = seconds | {"total": round(seconds.get("total", 0.0) + time.perf_counter() - began, 3)}
     return record
 
 
@@ -100,37 +119,65 @@ def work_of(cell: Cell, problem: Problem, device: str = "cpu") -> Work:
 
 
 def result(cell: Cell, place: Place, curves: Curves, began: float) -> dict[str, Any]:
-    """Builds, trains and measures."""
-    method, settings = load_method(cell.method), cell.settings
+    """Builds, trains, measures and evaluates; a model that is saved already is not trained again."""
+    method, now = load_method(cell.method), about(cell, place)
     if place.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(place.device)
     problem = prepare(cell, place.sources)
     problem.base.to(place.device)
     work = work_of(cell, problem, place.device)
+    folder = None if problem.evaluate is None else place.unjudged_folder(cell)
+    saved = folder is not None and trained.is_saved(folder)
+    base = trained.fingerprints(problem.base) if folder is not None and not saved else {}
     torch.manual_seed(cell.seed)
     loaded = time.perf_counter()
     model = method.build(work)
     started = time.perf_counter()
-    torch.manual_seed(cell.seed)  # the same dropout for all methods, whatever a start has drawn
-    train(problem, method, model, work, settings, place.device, curves)
-    trained = time.perf_counter()
-    metrics = {"tune": measured(problem, model, "tune", place.device), "report": dict(curves.report[-1])}
-    del metrics["report"]["step"]
-    if problem.evaluate is not None:
-        model.eval()
-        with arithmetic(model, place.device):
-            metrics["report"] |= problem.evaluate(model)
-    judged = time.perf_counter()
-    return {
-        "status": "done",
-        "metrics": metrics,
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "seconds": {
+    if saved:
+        keep_in_float32(model)
+        found = trained.restore(folder, model) | {"judged": {name: now[name] for name in ORIGIN}}
+        curves.training, curves.report = found["curves"]["training"], found["curves"]["report"]
+    else:
+        torch.manual_seed(cell.seed)  # the same dropout for all methods, whatever a start has drawn
+        train(problem, method, model, work, cell.settings, place.device, curves)
+        finished = time.perf_counter()
+        found = _measured(problem, model, place, curves)
+        found["seconds"] = {
             "load": round(loaded - began, 3),
             "start": round(started - loaded, 3),
-            "train": round(trained - started, 3),
-            "evaluate": round(judged - trained, 3),
-        },
+            "train": round(finished - started, 3),
+            "evaluate": round(time.perf_counter() - finished, 3),
+        }
+        if folder is not None:
+            trained.save(folder, model, base, _facts(cell, place, curves, found, began))
+    if problem.evaluate is not None:
+        judging = time.perf_counter()
+        model.eval()
+        with arithmetic(model, place.device):
+            found["metrics"]["report"] |= problem.evaluate(model)
+        found["seconds"]["evaluate"] = round(found["seconds"]["evaluate"] + time.perf_counter() - judging, 3)
+    return found
+
+
+def _measured(problem: Problem, model: Any, place: Place, curves: Curves) -> dict[str, Any]:
+    """What the record says of a model that has been trained, before its evaluation."""
+    report = {name: value for name, value in curves.report[-1].items() if name != "step"}
+    return {
+        "status": "done",
+        "metrics": {"tune": measured(problem, model, "tune", place.device), "report": report},
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def _facts(cell: Cell, place: Place, curves: Curves, found: dict[str, Any], began: float) -> dict[str, Any]:
+    """What is saved with a trained model, for the record of a run that only evaluates it."""
+    total = {"total": round(time.perf_counter() - began, 3)}
+    return {
+        **{name: value for name, value in about(cell, place).items() if name in ORIGIN},
+        **found,
+        "seconds": found["seconds"] | total,
+        "curves": dataclasses.asdict(curves),
+        "peak_memory_mib": peak_memory(place.device),
     }
 
 
