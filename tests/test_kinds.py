@@ -236,6 +236,20 @@ def test_a_dilated_convolution_is_refused() -> None:
         lora_ga.initialize(model, [])
 
 
+def test_experts_under_other_active_adapters_are_refused() -> None:
+    model = adapted(seeded(mixtral)(), [], target_parameters=["mlp.experts.down_proj"])
+    model.add_adapter("other", LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.down_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"experts.* is a parameter adapted by other active adapters too \(other\)"):
+        find_targets(model)
+
+
+def test_the_base_offset_is_refused_for_grouped_convolutions() -> None:
+    model = get_peft_model(seeded(Convolutions)(), LoraConfig(r=4, target_modules=["grouped"]))
+    with pytest.raises(ValueError, match='grouped: offset="base" cannot change a grouped convolution, whose adapter'):
+        lora_ga.initialize(model, pictures(), LoraGAConfig(offset="base"))
+
+
 class Refusing(WeightLayout):
     """A layout as a new file of a new kind would define it."""
 

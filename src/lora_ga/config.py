@@ -1,4 +1,4 @@
-"""The settings of a LoRA-GA start: one frozen object for the library, the command line and the saved records."""
+"""The settings of LoRA-GA: one frozen object for the library, the command line and the saved records."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# What each setting may be. The tables that give these names their meaning are `split.DIRECTIONS`, `split.SCALES`,
-# `accumulate.ESTIMATORS` (and `probe`) and `factors.FACTORS`; a test holds the two sides together.
+# The values that each setting may have. The tables behind them are `adapter.directions.DIRECTIONS` and `SCALES`,
+# `gradients.estimate.ESTIMATORS` (and `gradients.probe`) and `layers.factors.FACTORS`. A test keeps both sides equal.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "direction": ("ArB2r", "A2rBr", "ArBr", "random"),
     "scale": ("stable", "gd", "unit", "weight"),
@@ -20,45 +20,51 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class LoraGAConfig:
-    """How the gradient is estimated and how A and B are taken from it.
+    """How gradients are estimated, and how the start of A and B is made from them.
 
     The mathematics is that of "LoRA-GA: Low-Rank Adaptation with Gradient Approximation" (Wang, Yu, Li, NeurIPS 2024,
-    arXiv 2407.05000). `direction`, `scale` and `stable_gamma` mean what they mean in `peft.LoraGAConfig`.
+    arXiv 2407.05000). `direction`, `scale` and `stable_gamma` mean what they mean in `peft.LoraGAConfig`. Below, r is
+    the adapter's rank, s its scaling (α/r, or α/√r with rsLoRA), and d_out and d_in are the sizes of a layer.
 
     Attributes:
-        direction: Which of the first 2r singular directions go to A and which to B. "ArB2r" (the paper's choice):
-            A the right ones 1..r, B the left ones r+1..2r; "A2rBr": the reverse; "ArBr": alternating; "random":
-            disjoint random halves. All four reach the same first step; they differ from the second on.
-        scale: Size of A and B. "stable" (the paper's Theorem 3.2): both times d_out^(1/4)/√γ; "gd": both divided by
-            the LoRA scaling s; "unit": unit vectors; "weight": both times the mean of √(σᵢ(W)/s), i ≤ r.
-        stable_gamma: γ of "stable". Larger is a smaller start and, under Adam, a smaller effective step.
-            The paper's is 16. None chooses it for each layer, γ = (s/`reach`)²·√d_out: then s·f, with f the size of A
-            and B, is `reach` whatever the layer's width, the rank and α.
-        reach: s·f where γ is chosen. Under Adam a step of rate λ moves the product along each direction by about
-            s·f·λ; plain LoRA's s·f is 1.15 (α = 2r: s = 2, rows of A of norm 1/√3). Where the default comes from:
-            docs/evidence.md.
-        offset: How the non-zero product B₀A₀ is taken back. "adapter": in the adapter, which trains dA and dB from
-            zero; the base is not touched. "base": the paper's way, `W ← W − s·B₀A₀` in the base weight, in place.
-        estimator: "streaming" keeps 2r + `oversample` directions of each gradient; "dense" keeps each whole gradient
-            (d_out × d_in numbers a layer) and is exact: an oracle, and fine for small models. "probe" is for linear
-            layers that are never called, since fused kernels read their weights: two passes over the batches, which are
-            kept for it, with an adapter of zero product, whose own gradients show the leading 2r + `oversample`
-            directions. The other two turn to it by themselves for the layers that ran without being called.
-        oversample: Directions kept beyond 2r: what the truncation after each batch loses falls with them. What 0, 8
-            and 16 reach on three real models is in `benchmarks/results/alignment.json`. Each of several processes keeps
-            twice as many until all are merged.
-        power_steps: Power iterations for each block of tokens. 0 is one step of subspace iteration a block, from the
-            directions held. 1 doubles what the estimate adds to the pass; what it gains is in the same record.
-        max_batches: At most so many batches are read; None reads all. The paper uses 8 to 128 samples. Of several
-            processes n each reads at most ⌈max_batches/n⌉.
-        tolerance: Ends the estimate early, layer by layer; None reads all batches. A layer has settled when, twice in
-            a row, the number of batches times the mean squared sine by which the last one has turned its leading 2r
-            directions (weighted by σ²) is within the tolerance: then about that share of their energy is still to
-            move. 0.01 is a good value where batches are costly. Only for the streaming estimator. Of experts and groups
-            each settles by itself; a layer of them is listened to until all have, so one that gets no token keeps it.
-        on_missing: What to do with a layer that cannot be aligned (no gradient, or a rank above half its smaller
-            side): "error", or "lora": it starts as plain LoRA, with a warning that names it.
-        seed: Addresses every random draw together with the layer's name; the global generators are never used.
+        direction: Which of the first 2r singular directions of a gradient go to A and which to B. "ArB2r" (the paper's
+            choice): A takes the right directions 1..r, B the left directions r+1..2r. "A2rBr": the reverse. "ArBr":
+            alternating. "random": disjoint random halves. All four have the same first step; later steps differ.
+        scale: The size of A and B. "stable" (Theorem 3.2 of the paper): both times d_out^(1/4)/√γ. "gd": both divided
+            by s. "unit": unit vectors. "weight": both times the mean of √(σᵢ(W)/s), i ≤ r.
+        stable_gamma: γ of the "stable" scale. A larger γ gives a smaller start and, under Adam, a smaller effective
+            step. The paper uses 16. None computes γ for each layer, as γ = (s/`reach`)²·√d_out. Then s·f, where f is
+            the size of A and B, equals `reach`, whatever the layer's width, the rank and α.
+        reach: The value of s·f if `stable_gamma` is None. Under Adam, a step at learning rate λ moves the product along
+            each direction by about s·f·λ. For plain LoRA s·f is 1.15 (α = 2r: s = 2, rows of A of norm 1/√3).
+            docs/evidence.md shows where the default comes from.
+        offset: How the product B₀A₀ of the start, which is not zero, is subtracted again. "adapter": within the
+            adapter, which trains dA and dB from zero; the base model does not change. "base": as in the paper, by
+            `W ← W − s·B₀A₀` in the base weight, in place.
+        estimator: "streaming" keeps 2r + `oversample` directions of each gradient. "dense" keeps each whole gradient
+            (d_out × d_in numbers a layer); it is exact, and fine for small models. "probe" is for linear layers whose
+            weights are read by fused kernels, so that the layers are never called. It keeps the batches in memory and
+            runs them twice, with an adapter whose product is zero; the gradients of that adapter show the leading
+            2r + `oversample` directions. The other two use a probe on their own for layers that ran without being
+            called.
+        oversample: How many directions to keep beyond 2r. More directions reduce what is lost when the estimate is
+            truncated after each batch. `benchmarks/results/alignment.json` records what 0, 8 and 16 reach on three
+            models. With several processes, each keeps 2r + 2·`oversample` directions until all are merged.
+        power_steps: The number of power iterations for each block of tokens. 0 is one step of subspace iteration for
+            each block, from the directions found so far. 1 doubles the time that the estimate adds to the passes. The
+            gain is in the same record as for `oversample`.
+        max_batches: The largest number of batches to read; None reads all. The paper uses 8 to 128 samples. With n
+            processes, each reads at most ⌈max_batches/n⌉ batches.
+        tolerance: Ends the estimate early, layer by layer; None reads all batches. The change of a batch is the mean
+            squared sine between a layer's leading 2r directions before and after it, weighted by σ². A layer has
+            converged when the number of batches times this change is within the tolerance for two batches in a row;
+            about that share of the directions' energy would still move. 0.01 is a good value where batches are costly.
+            Only for the streaming estimator. Convergence is judged per expert (or group); the layer's hooks stay until
+            all have converged, so a layer with an expert that gets no token keeps them to the end. With P processes
+            the tolerance of each is P times as large.
+        on_missing: What to do with a layer that cannot be aligned, because it gets no gradient or its rank is above
+            half its smaller side. "error" raises. "lora" starts it as plain LoRA, with a warning that names it.
+        seed: The seed of all random numbers, together with the layer's name. The global generators are never used.
     """
 
     direction: str = "ArB2r"
@@ -101,18 +107,18 @@ class LoraGAConfig:
             raise ValueError(f"LoraGAConfig.tolerance is {tolerance!r}; it must be None or between 0 and 1.")
         if self.estimator != "streaming":
             raise ValueError(
-                f'LoraGAConfig.tolerance is {tolerance} with estimator="{self.estimator}", which follows no '
-                'directions; it needs estimator="streaming".'
+                f'LoraGAConfig.tolerance is {tolerance} with estimator="{self.estimator}", which does '
+                'not follow directions; it needs estimator="streaming".'
             )
 
     def directions(self, rank: int) -> int:
-        """How many singular directions of a gradient an estimate keeps: the 2r that a start uses, and `oversample`.
+        """How many singular directions of a layer's gradient an estimate keeps.
 
         Args:
             rank: The adapter's rank r.
 
         Returns:
-            2r + `oversample`.
+            2r, which a start uses, plus `oversample`.
         """
         return 2 * rank + self.oversample
 
