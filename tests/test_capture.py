@@ -1,4 +1,4 @@
-"""What hooks hear against what autograd computes."""
+"""The gradients that hooks record, against those that autograd computes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(block: nn.Module, x: Tensor, way: str) -> Tensor:
 
 @pytest.mark.parametrize("way", ["plain", "checkpointed", "reentrant"])
 @pytest.mark.parametrize("trainable", [True, False])
-def test_in_place_changes_shared_layers_and_checkpointing_are_heard_exactly(way: str, trainable: bool) -> None:
+def test_in_place_changes_shared_layers_and_checkpointing_are_recorded_exactly(way: str, trainable: bool) -> None:
     torch.manual_seed(0)
     block = Block().double()
     x = torch.randn(2, 3, 6, dtype=torch.float64)
@@ -76,22 +76,22 @@ def test_in_place_changes_shared_layers_and_checkpointing_are_heard_exactly(way:
         parameter.grad = None
         parameter.requires_grad_(trainable)
     sink = Summed()
-    with record_layers(dict(block.named_children()), sink) as heard:
+    with record_layers(dict(block.named_children()), sink) as coverage:
         run(block, x.clone(), way).square().sum().backward()
-    assert heard.ran == heard.got_gradient == {"first", "shared", "last"}
+    assert coverage.ran == coverage.got_gradient == {"first", "shared", "last"}
     for name, true in truth.items():
         torch.testing.assert_close(sink.sums[name], true)
 
 
-def test_listening_does_not_change_the_models_output_or_gradients() -> None:
+def test_recording_does_not_change_the_models_output_or_gradients() -> None:
     block = Block()
     x = torch.randn(2, 3, 6, requires_grad=True)
     plain = block(x)
     (expected,) = torch.autograd.grad(plain.square().sum(), x)
     with record_layers(dict(block.named_children()), Summed()):
-        heard = block(x)
-        (found,) = torch.autograd.grad(heard.square().sum(), x)
-    assert torch.equal(plain, heard)
+        recorded = block(x)
+        (found,) = torch.autograd.grad(recorded.square().sum(), x)
+    assert torch.equal(plain, recorded)
     assert torch.equal(expected, found)
 
 
@@ -108,7 +108,7 @@ def test_hooks_are_gone_when_the_loss_raises() -> None:
     assert not any(layer._forward_hooks for layer in block.modules())
 
 
-def test_layers_that_ran_without_a_gradient_are_told_from_those_that_never_ran() -> None:
+def test_layers_that_ran_without_a_gradient_are_distinguished_from_those_that_never_ran() -> None:
     class Forked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,16 +119,16 @@ def test_layers_that_ran_without_a_gradient_are_told_from_those_that_never_ran()
             return self.used(x)
 
     model = Forked()
-    with record_layers(dict(model.named_children()), Summed()) as heard:
+    with record_layers(dict(model.named_children()), Summed()) as coverage:
         model(torch.randn(3, 4)).sum().backward()
-    assert heard.ran == {"used", "unused"}
-    assert heard.got_gradient == {"used"}
+    assert coverage.ran == {"used", "unused"}
+    assert coverage.got_gradient == {"used"}
 
 
-def test_a_layer_that_saw_no_token_hands_nothing_over() -> None:
+def test_of_a_layer_that_got_no_token_nothing_is_recorded() -> None:
     calls: list[Any] = []
     layer = nn.Linear(4, 4)
-    with record_layers({"layer": layer}, lambda *call: calls.append(call)) as heard:
+    with record_layers({"layer": layer}, lambda *call: calls.append(call)) as coverage:
         layer(torch.randn(0, 4)).sum().backward()
-    assert heard.got_gradient == {"layer"}
+    assert coverage.got_gradient == {"layer"}
     assert calls == []

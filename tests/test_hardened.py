@@ -52,7 +52,7 @@ def test_the_base_is_not_changed_under_another_adapter() -> None:
     assert torch.equal(logits(model, BATCH), logits(llama(), BATCH))
 
 
-def test_other_adapters_on_a_changed_base_do_not_leave_the_house(tmp_path: Path) -> None:
+def test_other_adapters_on_a_changed_base_are_not_saved(tmp_path: Path) -> None:
     model = adapted(llama())
     lora_ga.initialize(model, causal(), BASE)
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))

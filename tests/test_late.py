@@ -85,7 +85,7 @@ def experts() -> PeftModel:
     return adapted(seeded(mixtral)(), [], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
 
-def test_each_expert_settles_by_itself_and_its_layer_is_released_with_the_last() -> None:
+def test_convergence_is_judged_per_expert_and_a_layer_keeps_its_hooks_until_all_have_converged() -> None:
     model, batches = experts(), causal(1, rows=16) * 12
     hooks = []
 

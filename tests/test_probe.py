@@ -1,4 +1,4 @@
-"""The probe: gradients of layers that are never called, heard through an adapter of zero product."""
+"""The probe: gradients of layers that are never called, found with an adapter of zero product."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def alignment_ratios(found: GradientEstimate, true: GradientEstimate, rank: int)
 
 
 @pytest.mark.support("ways of running", "fused kernels that never call the layers", "gradient")
-def test_a_probe_of_the_gradients_rank_hears_it_exactly() -> None:
+def test_a_probe_of_the_gradients_rank_finds_it_exactly() -> None:
     batches = causal()
     found = lora_ga.estimate_gradients(fused_llama(), batches, LoraGAConfig(estimator="probe", oversample=24))
     truth = called_truth(batches)
@@ -125,7 +125,7 @@ def test_an_adapter_trained_under_fused_kernels_is_read_by_stock_peft(tmp_path: 
     assert not torch.allclose(logits(model, batches[0]), logits(FusedLlama(), batches[0]), rtol=0, atol=1e-3)
 
 
-def test_called_and_fused_layers_are_heard_each_in_its_way_and_only_the_fused_are_said() -> None:
+def test_called_layers_are_hooked_and_fused_ones_probed_and_only_the_fused_are_named() -> None:
     model, batches = fused_llama({"q_proj", "down_proj"}), causal()
     with pytest.warns(UserWarning, match="10 of 14 layers ran without being called"):
         found = lora_ga.estimate_gradients(model, batches, LoraGAConfig(oversample=24))
@@ -135,7 +135,7 @@ def test_called_and_fused_layers_are_heard_each_in_its_way_and_only_the_fused_ar
 
 
 @pytest.mark.parametrize("estimator", ["streaming", "dense", "probe"])
-def test_a_layer_that_does_not_run_is_told_from_one_that_is_not_seen(estimator: str) -> None:
+def test_a_layer_that_does_not_run_is_distinguished_from_one_that_is_not_called(estimator: str) -> None:
     targets = [*ALL, "unused"]
     with pytest.raises(
         ValueError, match=r"1 of 15 layers cannot be aligned:\n  unused: never ran in 3 batches, and an"
@@ -275,7 +275,7 @@ def test_the_probes_directions_depend_on_the_seed_and_the_layer_alone() -> None:
     ],
     ids=["DoRA", "patterns", "Conv1D"],
 )
-def test_the_probe_hears_what_the_hooks_hear(make: Any, settings: dict[str, Any]) -> None:
+def test_the_probe_finds_what_the_hooks_record(make: Any, settings: dict[str, Any]) -> None:
     settings = {"targets": settings.get("target_modules", "all-linear")} | settings
     settings.pop("target_modules", None)
     exact = LoraGAConfig(estimator="probe", oversample=40)
@@ -283,7 +283,7 @@ def test_the_probe_hears_what_the_hooks_hear(make: Any, settings: dict[str, Any]
     close(found, lora_ga.estimate_gradients(adapted(make(), **settings), causal(), DENSE), 1e-4)
 
 
-def test_other_adapters_stay_in_the_pass_and_a_switched_off_adapter_is_heard_all_the_same() -> None:
+def test_other_adapters_stay_in_the_pass_and_a_disabled_adapter_is_probed_all_the_same() -> None:
     exact = LoraGAConfig(estimator="probe", oversample=40)
     model = adapted(llama())
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))

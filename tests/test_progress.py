@@ -48,10 +48,10 @@ def estimate(data: Any, config: LoraGAConfig, file: Path | None = None, every: i
     return lora_ga.estimate_gradients(adapted(llama(), **changes), data, config, checkpoint=file, every=every)
 
 
-# Settling
+# Convergence
 
 
-def test_a_layer_has_settled_when_batches_times_change_is_small_twice_in_a_row() -> None:
+def test_a_layer_has_converged_when_batches_times_change_is_small_twice_in_a_row() -> None:
     progress = Progress()
     found = []
     for index, change in enumerate([0.5, 0.004, 0.02, 0.002, 0.002, 0.0], start=1):
@@ -64,13 +64,13 @@ def test_a_layer_has_settled_when_batches_times_change_is_small_twice_in_a_row()
 
 @pytest.fixture(scope="module")
 def steady() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """A model and batches that are much alike, so that the directions settle early."""
+    """A model and batches that are much alike, so that the directions converge early."""
     batch, draw = causal(1, rows=16)[0], torch.Generator().manual_seed(0)
     rows = [torch.randperm(16, generator=draw)[:14] for _ in range(40)]
     return adapted(llama()), [{key: value[some] for key, value in batch.items()} for some in rows]
 
 
-def test_settled_layers_are_listened_to_no_more_and_the_pass_ends_with_the_last(
+def test_converged_layers_are_no_longer_recorded_and_the_pass_ends_with_the_last(
     steady: tuple[Any, list[dict[str, Tensor]]],
 ) -> None:
     model, batches = steady
@@ -85,7 +85,7 @@ def test_settled_layers_are_listened_to_no_more_and_the_pass_ends_with_the_last(
     assert set(early.settled) == set(early)
     assert early.batches == max(early.settled.values()) == len(passes) < 40
     assert len(set(early.settled.values())) > 1
-    for index, hooks in enumerate(passes):  # those that settled after `index` batches have gone
+    for index, hooks in enumerate(passes):  # those that converged after `index` batches have gone
         assert hooks == sum(count > index for count in early.settled.values())
     for name in early:
         lost = 1 - torch.linalg.svdvals(whole[name].V[:, :8].mT @ early[name].V[:, :8])[0]
@@ -94,13 +94,13 @@ def test_settled_layers_are_listened_to_no_more_and_the_pass_ends_with_the_last(
         assert early.weight_of(name) == early.settled[name] * 14 * 11  # rows, label tokens of each
 
 
-def test_without_a_tolerance_all_batches_are_read_and_nothing_settles() -> None:
+def test_without_a_tolerance_all_batches_are_read_and_nothing_converges() -> None:
     found = estimate(BATCHES, LoraGAConfig())
     assert (found.batches, found.settled, found.settled_weight) == (9, {}, {})
     assert estimate(BATCHES, LoraGAConfig(tolerance=1e-9)).batches == 9
 
 
-def test_settling_survives_the_file_and_the_sum(tmp_path: Path, steady: tuple[Any, list[dict[str, Tensor]]]) -> None:
+def test_convergence_survives_the_file_and_the_sum(tmp_path: Path, steady: tuple[Any, list[dict[str, Tensor]]]) -> None:
     model, batches = steady
     config = LoraGAConfig(max_batches=None, tolerance=0.02)
     early = lora_ga.estimate_gradients(model, batches, config)
@@ -128,7 +128,7 @@ def sketch_of(each: GradientEstimate, name: str) -> Tensor:
 @pytest.mark.parametrize(
     "config",
     [LoraGAConfig(), LoraGAConfig(estimator="dense"), LoraGAConfig(tolerance=0.3), LoraGAConfig(max_batches=7)],
-    ids=["streaming", "dense", "settling", "capped"],
+    ids=["streaming", "dense", "converging", "capped"],
 )
 @pytest.mark.parametrize("broken_after", [1, 4, 5])
 def test_an_interrupted_estimate_ends_as_the_unbroken_one(

@@ -169,13 +169,13 @@ def test_tokens_under_padding_have_no_output_gradient_and_do_not_count(side: str
         wide["labels"][:, 4] = -100  # else the last padding token would be asked for the first real one
         wide["position_ids"] = (wide["attention_mask"].cumsum(1) - 1).clamp(min=0)
     model = adapted(llama())
-    heard: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
     layers = {name: target.layer for name, target in find_targets(model).items()}
-    with isolated(model, "default"), record_layers(layers, lambda name, x, g: heard.__setitem__(name, g)):
+    with isolated(model, "default"), record_layers(layers, lambda name, x, g: recorded.__setitem__(name, g)):
         model(**wide).loss.backward()
     blank = wide["attention_mask"].flatten() == 0
-    assert set(heard) == set(layers)
-    for name, g_TO in heard.items():
+    assert set(recorded) == set(layers)
+    for name, g_TO in recorded.items():
         assert not g_TO[blank].any(), name
         assert g_TO[~blank].any(), name
     one, other = (lora_ga.estimate_gradients(model, [batch], DENSE) for batch in (short, wide))

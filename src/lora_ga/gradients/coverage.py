@@ -58,7 +58,7 @@ def warn_few_directions(layers: Mapping[str, LowRank], targets: Mapping[str, Tar
             f"Fewer gradient directions than the start uses, in {len(few)} of {len(layers)} layers:\n{listed}\nThe "
             "other directions are arbitrary. Use more or larger batches, or a smaller rank.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -75,7 +75,7 @@ def warn_probed(probed: Sequence[str], layers: int) -> None:
         f"{', '.join(probed[:3])}{more}. Their gradients were found with a probe adapter, in two more passes over "
         'the batches. If these are all layers, LoraGAConfig(estimator="probe") saves the first pass.',
         UserWarning,
-        stacklevel=5,
+        stacklevel=4,
     )
 
 
