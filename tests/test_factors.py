@@ -15,10 +15,11 @@ from lora_ga.distributed import sharding
 from lora_ga.distributed.sharding import Storage, Zero3Storage, storage_of
 from lora_ga.distributed.tensor_parallel import PlannedStorage, Split
 from lora_ga.layers.factors import FACTORS, Delta, DeltaA, DeltaB, Factor
-from lora_ga.layers.joined import Joined, JoinedA, JoinedB
+from lora_ga.layers.joined import JoinedA, JoinedB
 
 RANK, INPUTS, OUTPUTS = 4, 6, 5
-SHAPES: dict[type[Joined], tuple[int, int]] = {JoinedA: (RANK, INPUTS), JoinedB: (OUTPUTS, RANK)}
+Side = type[JoinedA] | type[JoinedB]
+SHAPES: dict[Side, tuple[int, int]] = {JoinedA: (RANK, INPUTS), JoinedB: (OUTPUTS, RANK)}
 KINDS = [kind for pair in FACTORS.values() for kind in pair]
 
 
@@ -28,7 +29,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("side", [JoinedA, JoinedB])
-def test_what_is_joined_comes_apart_again(side: type[Joined], parts: int) -> None:
+def test_what_is_joined_comes_apart_again(side: Side, parts: int) -> None:
     algebra, start, delta = side(parts), drawn(*SHAPES[side]), drawn(*SHAPES[side], seed=1)
     joined = algebra.joined(start, delta)
     assert joined.shape[side.dim] == 2 * RANK
