@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lora_ga.distributed import sharding
 from lora_ga.distributed.sharding import Storage, Zero3Storage, storage_of
 from lora_ga.distributed.tensor_parallel import PlannedStorage, Split
+from lora_ga.layers.embedding import EMBEDDING
 from lora_ga.layers.factors import FACTORS, Delta, DeltaA, DeltaB, Factor
 from lora_ga.layers.joined import JoinedA, JoinedB
 
@@ -94,6 +96,17 @@ def test_a_narrower_dtype_rounds_the_parameter_but_not_the_start() -> None:
     exact = made.start.clone()
     assert made.to(torch.bfloat16).trainable.dtype == torch.bfloat16
     assert torch.equal(made.float().start, exact)
+
+
+def test_the_rows_of_a_scaled_embedding_are_the_gradient_of_its_weight() -> None:
+    """Gemma's embeddings multiply their output by `embed_scale`."""
+    base = nn.Embedding(7, 3, padding_idx=0)
+    base.embed_scale = torch.tensor(2.5)
+    ids, g = torch.tensor([[1, 4, 0], [4, 4, 6]]), drawn(2, 3, 3)
+    ((base(ids) * base.embed_scale) * g).sum().backward()
+    ((_, x_TI, g_TO),) = EMBEDDING.rows(SimpleNamespace(get_base_layer=lambda: base), ids, g)
+    assert base.weight.grad is not None
+    torch.testing.assert_close(g_TO.mT @ x_TI, base.weight.grad.mT)
 
 
 def test_a_trainable_part_of_another_shape_is_refused() -> None:
