@@ -409,7 +409,7 @@ def test_an_adapter_that_was_trained() -> None:
 def test_an_adapter_that_is_aligned(offset: str) -> None:
     model = adapted(llama())
     estimate = lora_ga.initialize(model, causal(), LoraGAConfig(offset=offset))
-    reset = "delete_adapter" if offset == "adapter" else "Load the base model anew"
+    reset = "delete_adapter" if offset == "adapter" else "Load the base model again"
     with pytest.raises(ValueError, match=f"already aligned .*{reset}"):
         lora_ga.initialize(model, causal())
     with pytest.raises(ValueError, match="already aligned"):

@@ -37,7 +37,9 @@ def test_a_changed_base_is_refused_for_another_start_after_its_adapter_is_gone()
     lora_ga.initialize(model, causal(), BASE)
     model.delete_adapter("default")
     model.add_adapter("default", LoraConfig(r=4, target_modules="all-linear"))
-    with pytest.raises(ValueError, match='offset="base" has changed for another adapter; load the base model anew'):
+    with pytest.raises(
+        ValueError, match='offset="base" has changed its base weight for another adapter; load the base model again'
+    ):
         lora_ga.initialize(model, causal())
     base = model.unload()
     with pytest.raises(ValueError, match='offset="base" has changed'):

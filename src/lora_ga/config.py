@@ -45,7 +45,7 @@ class LoraGAConfig:
             (d_out × d_in numbers a layer); it is exact, and fine for small models. "probe" is for linear layers whose
             weights are read by fused kernels, so that the layers are never called. It keeps the batches in memory and
             runs them twice, with an adapter whose product is zero; the gradients of that adapter show the leading
-            2r + `oversample` directions. The other two use a probe on their own for layers that ran without being
+            2r + `oversample` directions. The other two add a probe for layers that ran without being
             called.
         oversample: How many directions to keep beyond 2r. More directions reduce what is lost when the estimate is
             truncated after each batch. `benchmarks/results/alignment.json` records what 0, 8 and 16 reach on three

@@ -215,16 +215,16 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged, or not a safetensors file ({error}). Write it anew.") from error
+        raise ValueError(f"{path}: damaged, or not a safetensors file ({error}). Write it again.") from error
     if header.get("kind") != kind:
         raise ValueError(f"{path}: holds {header.get('kind', 'tensors of another program')}, expected {kind}.")
     if header.get("schema") != str(SCHEMA):
         raise ValueError(
-            f"{path}: written in format {header.get('schema')}, this version reads format {SCHEMA}. Write it anew."
+            f"{path}: written in format {header.get('schema')}, this version reads format {SCHEMA}. Write it again."
         )
     if header.get("sha256") != _digest(tensors):
-        raise ValueError(f"{path}: damaged, its values do not fit their checksum. Write it anew.")
+        raise ValueError(f"{path}: damaged, its values do not fit their checksum. Write it again.")
     try:
         return tensors, json.loads(header["record"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: damaged, its record cannot be read ({error}). Write it anew.") from error
+        raise ValueError(f"{path}: damaged, its record cannot be read ({error}). Write it again.") from error

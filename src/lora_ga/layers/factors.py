@@ -102,7 +102,7 @@ class Factor(nn.Linear):
 
     @torch.no_grad()
     def begin_at(self, start: Tensor) -> None:
-        """Start anew from `start`, with a delta of zero, in place."""
+        """Start again from `start`, with a delta of zero, in place."""
         self.start = start.detach().to(self.trainable.device, self.trainable.dtype).clone()
         self.set_delta(torch.zeros_like(self.start))
 

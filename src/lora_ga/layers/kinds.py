@@ -58,8 +58,8 @@ def _packed(base: Any) -> Tensor:
 
 READ = dequantize_module_weight
 BITS_4, BITS_8 = "bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt"
-# The first row that fits counts. A new kind is a new row, with a case in tests/cases.py. If the layer stores its weight
-# in a way of its own, the row names a new `WeightLayout`, in a file of its own.
+# The first row that fits is used. A new kind is a new row, with a case in tests/cases.py. If no `WeightLayout` fits how
+# the layer stores its weight, write a new one, in a new file.
 KINDS: tuple[Kind, ...] = (
     Kind("bnb.Linear4bit", BITS_4, read=READ, ready=_blocks_ready),
     Kind("bnb.Linear8bitLt", BITS_8, read=READ, ready=_bytes_ready),

@@ -129,9 +129,7 @@ def _why_not_aligned(name: str, layer: LoraLayer, adapter_name: str) -> str | No
             f"LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
         )
     if base in SHIFTED_BASES and not isinstance(entries(layer, adapter_name)[0], Factor):
-        return (
-            f'{name} sits on a base weight that offset="base" has changed for another adapter; load the base model anew'
-        )
+        return f'{name}: offset="base" has changed its base weight for another adapter; load the base model again'
     if layer.merged:
         return f"{name} has merged adapters ({', '.join(layer.merged_adapters)}); call model.unmerge_adapter() first"
     if not kind.ready(base):
@@ -196,7 +194,7 @@ def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         f"model.add_adapter({adapter_name!r}, LoraConfig(...))."
     )
     if any(layer.get_base_layer() in SHIFTED_BASES for layer in layers.values()):
-        reset = 'Load the base model anew: offset="base" has changed its weights.'
+        reset = 'Load the base model again: offset="base" has changed its weights.'
     for name, layer in layers.items():
         pair, letter = entries(layer, adapter_name), layout_of(layer).zero_factor
         entry = pair["AB".index(letter)]
