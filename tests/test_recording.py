@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import lora_ga
 from fused import fused_llama
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.gradients.hooks import Coverage, record_parameters
-from lora_ga.gradients.recording import recording
+from lora_ga.gradients.recording import Recording, recording
 from toys import adapted, causal, llama
 
 DENSE = LoraGAConfig(estimator="dense", oversample=64)
@@ -50,25 +51,27 @@ def test_layers_that_were_not_called_are_probed() -> None:
         passes(model, 1 / len(causal()))
 
     exact, message = LoraGAConfig(oversample=24), "12 of 14 layers ran without being called"
-    with recording(model, exact) as recorded:
-        step()
-        with pytest.warns(UserWarning, match=message):
-            recorded.probe(step)
+    recorded = recorded_passes(model, exact, step, message)
     assert len(calls) == 3
     with pytest.warns(UserWarning, match=message):
         true = lora_ga.estimate_gradients(fused_llama({"q_proj"}), causal(), exact)
     assert_close(recorded.estimate(), true, 1e-3)
 
 
+def recorded_passes(model: Any, config: LoraGAConfig, step: Callable[[], None], message: str) -> Recording:
+    """What a step records that is repeated for layers that are not called, with a warning."""
+    with pytest.warns(UserWarning, match=message), recording(model, config, repeat=step) as recorded:
+        step()
+    return recorded
+
+
 def test_with_the_probe_alone_nothing_else_is_recorded() -> None:
     model = fused_llama()
-    with recording(model, PROBE) as recorded:
-        recorded.probe(lambda: passes(model, 1 / len(causal())))
-    assert_close(recorded.estimate(), lora_ga.estimate_gradients(fused_llama(), causal(), PROBE), 1e-4)
-    with recording(model, PROBE) as recorded:
+    with recording(model, PROBE, repeat=lambda: passes(model, 1 / len(causal()))) as recorded:
         pass
-    with pytest.raises(ValueError, match=r'Nothing was recorded: with estimator="probe" .* Call it in the block'):
-        recorded.estimate()
+    assert_close(recorded.estimate(), lora_ga.estimate_gradients(fused_llama(), causal(), PROBE), 1e-4)
+    with pytest.raises(ValueError, match='estimator="probe" needs `repeat`'), recording(model, PROBE):
+        pass
 
 
 @pytest.mark.parametrize("failing", [False, True])

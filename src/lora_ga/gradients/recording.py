@@ -12,7 +12,7 @@ from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.processes import DeferredError
 from lora_ga.gradients.batch import batch_in_errors
 from lora_ga.gradients.merge import merged_estimate
-from lora_ga.gradients.probe import Probes, probe_uncalled
+from lora_ga.gradients.probe import Probes, ReadBatches, probe_uncalled
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.gradients.setup import Setup, prepare
@@ -20,68 +20,23 @@ from lora_ga.linalg.low_rank import LowRank
 
 
 class Recording:
-    """What was recorded in the block of `recording`."""
+    """What was recorded in a block of `recording`."""
 
     def __init__(self, setup: Setup, recorder: Recorder) -> None:
-        """Record with `recorder`; nothing is recorded before `start`."""
-        self._setup, self._recorder = setup, recorder
-        self._hooks = contextlib.ExitStack()
-        self._probed: Mapping[str, LowRank] = {}
-
-    def start(self) -> None:
-        """Put the hooks on the layers; with `estimator="probe"` there are none."""
-        if self._setup.config.estimator != "probe":
-            self._hooks.enter_context(self._recorder.hooks())
-
-    def finish(self) -> None:
-        """Remove the hooks. All backward passes since `start` count as one batch of weight 1.
-
-        Raises:
-            ValueError: A gradient was not finite.
-        """
-        if self._setup.config.estimator != "probe" and self._recorder.progress.batches == 0:
-            self._hooks.close()
-            with batch_in_errors(1):
-                self._recorder.finish_batch(1.0)
-
-    def stop(self) -> None:
-        """Remove the hooks, if they are still there."""
-        self._hooks.close()
-
-    def probe(self, step: Callable[[], Any]) -> None:
-        """Record the layers that were not called, as under fused kernels, through probes in the adapter's place.
-
-        Call it in the block of `recording`, after the passes. Nothing happens where every layer was called.
-
-        Args:
-            step: Makes the same passes again; called twice.
-        """
-
-        def read(probes: Probes) -> float:
-            probes.activate()
-            step()
-            with batch_in_errors(1):
-                probes.check_finite()
-            return 1.0
-
-        self.finish()
-        self._probed = probe_uncalled(self._setup, self._recorder, read, batches=1)
+        """Start with what `recorder` holds."""
+        self.setup, self.recorder = setup, recorder
+        self.probed: Mapping[str, LowRank] = {}
 
     def estimate(self) -> GradientEstimate:
-        """The estimate of the sum of the recorded gradients, after the block.
+        """The estimate of the sum of the recorded gradients. Call it after the block.
 
         Returns:
             The estimate of all processes.
 
         Raises:
-            ValueError: Nothing was recorded, or layers cannot be aligned.
+            ValueError: Layers cannot be aligned.
         """
-        if self._recorder.progress.batches == 0:
-            raise ValueError(
-                'Nothing was recorded: with estimator="probe" gradients are recorded by `probe(step)` alone. Call it '
-                'in the block of `recording`, or use estimator="streaming".'
-            )
-        return merged_estimate(self._setup, self._recorder, self._probed)
+        return merged_estimate(self.setup, self.recorder, self.probed)
 
 
 @contextlib.contextmanager
@@ -90,6 +45,7 @@ def recording(
     config: LoraGAConfig = LoraGAConfig(),  # noqa: B008 (frozen)
     *,
     adapter_name: str = "default",
+    repeat: Callable[[], Any] | None = None,
     process_group: Any = None,
 ) -> Iterator[Recording]:
     """Record the gradients of the backward passes in the block.
@@ -104,8 +60,11 @@ def recording(
 
     Args:
         model: A `PeftModel` with a fresh LoRA adapter.
-        config: The settings; `estimator`, `oversample`, `power_steps`, `on_missing`, `seed` count here.
+        config: The settings; `estimator`, `oversample`, `power_steps`, `on_missing`, `seed` count here. With
+            `estimator="probe"` the passes in the block are not recorded, only those of `repeat`.
         adapter_name: The adapter to align.
+        repeat: Makes the passes of the block again. It is called twice, after the block, if layers ran without being
+            called, as under fused kernels: then probes show their gradients. None to leave such layers out.
         process_group: The processes that make the estimate together, each with its own passes; None for all of the
             default group, if there is one.
 
@@ -113,15 +72,36 @@ def recording(
         The recording; its `estimate` is for after the block.
 
     Raises:
-        ValueError: The adapter cannot be aligned, or a gradient is not finite.
+        ValueError: The adapter cannot be aligned, a gradient is not finite, or `estimator="probe"` has no `repeat`.
+        RuntimeError: Another process failed, or can no longer be reached.
     """
+    if config.estimator == "probe" and repeat is None:
+        raise ValueError(
+            'estimator="probe" needs `repeat`, a function that makes the passes again. Pass one, or use '
+            'estimator="streaming".'
+        )
     setup, recorder = prepare(model, config, adapter_name, process_group=process_group)
-    held, recorded = DeferredError(), Recording(setup, recorder)
-    with held, setup.isolated():
-        try:
-            recorded.start()
-            yield recorded
-            recorded.finish()
-        finally:
-            recorded.stop()
-    setup.processes.exchange(held)
+    recorded, held = Recording(setup, recorder), DeferredError()
+    with setup.isolated():
+        with held:
+            with contextlib.nullcontext() if config.estimator == "probe" else recorder.hooks():
+                yield recorded
+            if config.estimator != "probe":
+                with batch_in_errors(1):
+                    recorder.finish_batch(1.0)
+        setup.processes.exchange(held)
+        if repeat is not None:
+            recorded.probed = probe_uncalled(setup, recorder, _repeated(repeat), batches=1)
+
+
+def _repeated(passes: Callable[[], Any]) -> ReadBatches:
+    """How probes read passes that the caller makes, as one batch of weight 1."""
+
+    def read(probes: Probes) -> float:
+        probes.activate()
+        passes()
+        with batch_in_errors(1):
+            probes.check_finite()
+        return 1.0
+
+    return read

@@ -128,10 +128,9 @@ def _estimated(
     with random_state_kept():
         adapted = peft.get_peft_model(model, plain)
     try:
-        with recording(adapted, settings) as recorded:
-            if settings.estimator != "probe":
+        with recording(adapted, settings, repeat=train_step) as recorded:
+            if settings.estimator != "probe":  # which would record nothing of it
                 train_step()
-            recorded.probe(train_step)
         return recorded.estimate()
     finally:
         adapted.unload()
