@@ -44,8 +44,7 @@ def estimate_gradients(
         model: A `PeftModel` with a fresh LoRA adapter, plain, in DistributedDataParallel, or sharded by FSDP2 or
             DeepSpeed ZeRO-3.
         data: Batches: mappings (keyword arguments of the model), tuples, or whatever `loss_fn` takes. They are moved
-            to the model's device. Each is weighted by its label tokens, so that many small batches give the gradient of
-            one large batch.
+            to the model's device. Each counts by its label tokens: many small ones give the gradient of one large one.
         config: The settings; `estimator`, `oversample`, `power_steps`, `max_batches`, `tolerance`, `on_missing`,
             `seed` count here.
         loss_fn: `(model, batch) → loss` or `→ (loss, weight)`. The loss is a mean, and the weight is the number of
@@ -69,9 +68,7 @@ def estimate_gradients(
             of another model, configuration, rank or other batches; processes differ in model, adapter or settings.
         OSError: The checkpoint cannot be written; the one before is intact.
     """
-    setup, recorder = prepare(
-        model, config, adapter_name, checkpoint=checkpoint, every=every, process_group=process_group
-    )
+    setup, recorder = prepare(model, config, adapter_name, process_group, checkpoint, every)
     passes = BatchPass(setup.model, loss_fn)
     with setup.isolated():
         reader = BatchReader(data, setup.batch_limit, setup.checkpoint, recorder.progress)

@@ -80,7 +80,7 @@ def recording(
             'estimator="probe" needs `repeat`, a function that makes the passes again. Pass one, or use '
             'estimator="streaming".'
         )
-    setup, recorder = prepare(model, config, adapter_name, process_group=process_group)
+    setup, recorder = prepare(model, config, adapter_name, process_group)
     recorded, held = Recording(setup, recorder), DeferredError()
     with setup.isolated():
         with held:

@@ -83,10 +83,9 @@ def prepare(
     model: Any,
     config: LoraGAConfig,
     adapter_name: str,
-    *,
+    process_group: Any,
     checkpoint: str | Path | None = None,
     every: int = 8,
-    process_group: Any = None,
 ) -> tuple[Setup, Recorder]:
     """Check what can be checked before the first batch, in all processes together.
 
@@ -94,9 +93,9 @@ def prepare(
         model: The model, plain or wrapped.
         config: The settings.
         adapter_name: The adapter to align.
+        process_group: The processes that make the estimate together; None for the default group.
         checkpoint: A file for the running state.
         every: Batches between two savings of the checkpoint.
-        process_group: The processes that make the estimate together; None for the default group.
 
     Returns:
         What the estimate works on, and the recorder, which starts where the checkpoint stands.
