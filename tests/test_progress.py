@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.files import read_tensors
-from lora_ga.gradients.checkpoint import FILE_KIND, Progress
+from lora_ga.gradients.checkpoint import FILE_KIND, Checkpoint, Progress
 from toys import adapted, causal, gpt2, llama
 
 BATCHES = causal(9)
@@ -175,6 +175,15 @@ def test_a_finished_checkpoint_gives_its_end_without_another_pass(tmp_path: Path
 
     again = lora_ga.estimate_gradients(adapted(llama()), BATCHES, loss_fn=never, checkpoint=file, every=3)
     assert_same(again, true)
+
+
+def test_the_names_in_the_file_are_those_of_older_files(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", 1, {})
+    progress = Progress(3, 30.0, {"a"}, {"a"}, {"a": 1}, settled={"b": 2}, settled_weight={"b": 20.0}, digest="d")
+    checkpoint.save(progress, {"a.U": torch.ones(1)})
+    names = {"batches", "weight", "ran", "got_gradient", "calm", "settled", "settled_weight", "digest"}
+    assert read_tensors(checkpoint.path, FILE_KIND)[1]["progress"].keys() == names
+    assert checkpoint.load()[0] == progress
 
 
 def swapped(batches: list[Any]) -> list[Any]:
