@@ -22,7 +22,7 @@ import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.experiments.methods import load_method
 from lora_ga.experiments.suites.cell import Cell, cell_of
-from lora_ga.experiments.suites.run import work_of
+from lora_ga.experiments.suites.run import build_inputs
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import load_suite
 from lora_ga.experiments.suites.training import Curves, train
@@ -38,10 +38,10 @@ Matrices = dict[str, Tensor]
 
 def gradients(cell: Cell) -> Matrices:
     """The exact gradient of every adapted weight, on the rows that the suite uses for initialisation."""
-    problem = prepare(cell, Sources.from_environment())
+    prepared = prepare(cell, Sources.from_environment())
     config = LoraGAConfig(estimator="dense", oversample=10**4, max_batches=None)
-    model = get_peft_model(problem.base, LoraConfig(r=8, target_modules=problem.targets()))
-    estimate = lora_ga.estimate_gradients(model, problem.aside, config)
+    model = get_peft_model(prepared.base, LoraConfig(r=8, target_modules=prepared.targets()))
+    estimate = lora_ga.estimate_gradients(model, prepared.start_batches, config)
     return {name: (each.U * each.S) @ each.V.mT for name, each in estimate.items()}
 
 
@@ -81,12 +81,12 @@ def trained(cell: Cell, gradient: Matrices, full: Mapping[int, Matrices] | None)
     Returns:
         Step → ΔW of every layer, and step → measurements, medians over the layers.
     """
-    problem, settings = prepare(cell, Sources.from_environment()), cell.settings
-    weights = {name: problem.base.get_submodule(name).weight.detach().clone() for name in gradient}
-    work = work_of(cell, problem)
+    prepared, settings = prepare(cell, Sources.from_environment()), cell.settings
+    weights = {name: prepared.base.get_submodule(name).weight.detach().clone() for name in gradient}
+    inputs = build_inputs(cell, prepared)
     method = load_method(cell.method)
     torch.manual_seed(cell.seed)
-    model = method.build(work)
+    model = method.build(inputs)
     first, seen, figures = {name: rows_of_a(layer) for name, layer in layers(model).items()}, {}, {}
 
     def measure(model: Any, step: int) -> None:
@@ -107,7 +107,7 @@ def trained(cell: Cell, gradient: Matrices, full: Mapping[int, Matrices] | None)
             )
 
     torch.manual_seed(cell.seed)
-    train(problem, dataclasses.replace(method, after_step=measure), model, work, settings, "cpu", Curves())
+    train(prepared, dataclasses.replace(method, after_step=measure), model, inputs, settings, "cpu", Curves())
     return seen, figures
 
 

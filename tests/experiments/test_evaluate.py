@@ -24,7 +24,7 @@ from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites import trained
 from lora_ga.experiments.suites.cell import Cell, cell_of
 from lora_ga.experiments.suites.grid import run_grid
-from lora_ga.experiments.suites.run import Place, run_cell, work_of
+from lora_ga.experiments.suites.run import Place, build_inputs, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Task, load_suite
 from lora_ga.experiments.suites.training import Curves, keep_in_float32, train
@@ -171,7 +171,7 @@ def test_a_client_that_is_not_installed_is_named(
     monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'client of the judge is not installed: pip install "lora-ga\[eval\]"'):
         check(tasks["chat"], places)
-    assert check(tasks["chat"], replace(places, reach=False))
+    assert check(tasks["chat"], replace(places, use_hub=False))
 
 
 def untrainable(*_: Any) -> None:
@@ -219,16 +219,16 @@ def test_a_saved_model_is_restored_exactly(method: str, chat: Cell, places: Sour
     cell = replace(cell, task=replace(cell.task, evaluation={}))
     expected = torch.empty(0)
     for again in (False, True):
-        problem = prepare(cell, places)
-        base, work = trained.fingerprints(problem.base), work_of(cell, problem)
+        prepared = prepare(cell, places)
+        base, inputs = trained.fingerprints(prepared.base), build_inputs(cell, prepared)
         torch.manual_seed(cell.seed)
-        model = load_method(method).build(work)
-        batch = problem.splits["report"][0]
+        model = load_method(method).build(inputs)
+        batch = prepared.splits["report"][0]
         if again:
             keep_in_float32(model)
             assert trained.restore(tmp_path / "saved", model) == {"loss": 1.5}
         else:
-            train(problem, load_method(method), model, work, cell.settings, "cpu", Curves())
+            train(prepared, load_method(method), model, inputs, cell.settings, "cpu", Curves())
             trained.save(tmp_path / "saved", model, base, {"loss": 1.5})
         with torch.no_grad():
             logits = model.eval()(**batch).logits
@@ -301,14 +301,14 @@ def test_an_evaluation_that_cannot_be_is_refused_before_anything_runs(
 ) -> None:
     wrong = replace(tasks[task], evaluation={**tasks[task].evaluation, **changes})
     with pytest.raises(ValueError, match=message):
-        check(wrong, replace(places, reach=False))
+        check(wrong, replace(places, use_hub=False))
 
 
 @pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")
 def test_a_harness_that_is_not_installed_is_named(tasks: dict[str, Task], places: Sources) -> None:
     with pytest.raises(ValueError, match=r'not installed: pip install "lora-ga\[eval\]"'):
         check(tasks["math"], places)
-    assert any("3 rows" in found for found in check(tasks["math"], replace(places, reach=False)))
+    assert any("3 rows" in found for found in check(tasks["math"], replace(places, use_hub=False)))
 
 
 def test_programs_run_only_where_that_is_allowed(

@@ -16,7 +16,7 @@ from lora_ga.experiments.suites.cell import Cell, cell_of
 from lora_ga.experiments.suites.run import Place, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Suite, load_suite
-from lora_ga.experiments.suites.training import arithmetic, micro_batches, step_losses
+from lora_ga.experiments.suites.training import accumulate_gradients, autocast, micro_batches
 from lora_ga.experiments.tasks import check, prepare, seq2seq
 from lora_ga.experiments.tasks.instruct import CLEANERS
 from lora_ga.gradients.loss import IGNORED
@@ -56,10 +56,10 @@ def test_every_method_runs_on_it(method: str, kind: str, places: Sources, reques
 
 
 def test_a_word_counts_as_right_exactly_if_greedy_decoding_writes_it(written: Cell, places: Sources) -> None:
-    problem = prepare(written, places)
+    prepared = prepare(written, places)
     folder = places.model(written.task.model)
     model, tokenizer = T5ForConditionalGeneration.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    (batch,) = problem.splits["report"]
+    (batch,) = prepared.splits["report"]
     said = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2, do_sample=False)
     # Labels are what the model says for half of the rows, so that both outcomes occur.
     labels = said[:, 1:].clone()
@@ -73,16 +73,16 @@ def test_a_word_counts_as_right_exactly_if_greedy_decoding_writes_it(written: Ce
 
 def test_the_losses_are_the_models_own(written: Cell, answered: Cell, places: Sources) -> None:
     for cell in (written, answered):
-        problem = prepare(cell, places)
-        for batch in problem.splits["tune"]:
-            output = problem.base.eval()(**batch)
-            assert problem.loss(output.logits, batch).item() == pytest.approx(output.loss.item(), rel=1e-5)
-            assert problem.measure([(output.logits, batch)])["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+        prepared = prepare(cell, places)
+        for batch in prepared.splits["tune"]:
+            output = prepared.base.eval()(**batch)
+            assert prepared.loss(output.logits, batch).item() == pytest.approx(output.loss.item(), rel=1e-5)
+            assert prepared.measure([(output.logits, batch)])["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
 
 
 def test_only_the_answers_tokens_are_learned_and_the_end_is(answered: Cell, places: Sources) -> None:
-    problem = prepare(answered, places)
-    batch = next(problem.stream)
+    prepared = prepare(answered, places)
+    batch = next(prepared.train_batches)
     tokenizer = AutoTokenizer.from_pretrained(places.model(answered.task.model))
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         learned = labels != IGNORED
@@ -113,11 +113,11 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(answered: Cell, places: 
     gradients, losses = [], []
     for batch_size, steps in ((4, 1), (2, 2), (1, 4)):
         settings = replace(answered.settings, batch_size=batch_size, gradient_accumulation_steps=steps, dtype="float32")
-        problem = prepare(replace(answered, settings=settings), places)
-        batch = next(problem.stream)
+        prepared = prepare(replace(answered, settings=settings), places)
+        batch = next(prepared.train_batches)
         batch["labels"][0, :-3] = IGNORED  # rows with unequal numbers of labels
-        model = problem.base.requires_grad_(True)
-        losses.append(step_losses(problem, model, batch, settings, "cpu"))
+        model = prepared.base.requires_grad_(True)
+        losses.append(accumulate_gradients(prepared, model, batch, settings, "cpu"))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         assert len(micro_batches(model, batch, batch_size)) == steps
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
@@ -133,9 +133,9 @@ def test_a_bfloat16_base_is_trained_in_float32(
 
     def looked(model: Any, device: str) -> Any:
         seen.append({p.dtype for p in model.parameters() if p.requires_grad})
-        return arithmetic(model, device)
+        return autocast(model, device)
 
-    monkeypatch.setattr("lora_ga.experiments.suites.training.arithmetic", looked)
+    monkeypatch.setattr("lora_ga.experiments.suites.training.autocast", looked)
     cell = replace(
         answered, method=method, settings=replace(answered.settings, dtype="bfloat16", gradient_checkpointing=True)
     )

@@ -101,7 +101,9 @@ def test_the_plan_counts_both_protocols_and_the_seeds_that_follow(
 def test_a_local_copy_that_is_another_model_is_refused(places: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_GA_DEBUG", "1")
     monkeypatch.setenv("LORA_GA_DATA", str(places.data))
-    with pytest.raises(ValueError, match="google-t5/t5-base: d_model is 16, but fields says 768. Give that model"):
+    with pytest.raises(
+        ValueError, match="google-t5/t5-base: d_model is 16, but the suite expects 768. Give that model"
+    ):
         main(["reproduce", "glue-t5", "--dry-run", "--hub", str(places.hub)])
 
 
@@ -132,6 +134,6 @@ def test_rows_for_a_new_head_may_come_from_the_hub_and_a_plan_does_not_ask_it(pl
     task = load_suite(str(toy_suite("glue-minilm", tmp_path, ["lora"]))).tasks["sst2"]
     files = {"train": "hub:nyu-mll/glue:sst2:train", "validation": "hub:nyu-mll/glue:sst2:validation"}
     task = replace(task, files=files, columns={"text": "sentence", "label": "label"})
-    found = check(task, replace(places, hub=None, reach=False))
+    found = check(task, replace(places, hub=None, use_hub=False))
     assert [each.endswith("(columns sentence, label; not looked at)") for each in found] == [False, True, True]
     assert "64 rows; columns sentence, label" in check(task, places)[1]

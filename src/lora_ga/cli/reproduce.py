@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
 
     if options.hub and not Path(options.hub).is_dir():
         raise ValueError(f"--hub {options.hub}: there is no such folder.")
-    sources = replace(Sources.from_environment(), hub=options.hub or None, reach=not other.dry_run)
+    sources = replace(Sources.from_environment(), hub=options.hub or None, use_hub=not other.dry_run)
     store = Store(options.store or Path("runs") / suite.name)
     notes = checked(suite, lines, sources)
     if other.dry_run:
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
     place = Place(sources, options.device, commit(), str(store.unjudged()))
     with store.locked():
-        records = run_grid(suite, lines, store, place, workers=options.workers, retry=other.retry, tell=tell)
+        records = run_grid(suite, lines, store, place, workers=options.workers, retry=other.retry, on_record=tell)
     return show_results(suite, lines, records)
 
 

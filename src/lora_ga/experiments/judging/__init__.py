@@ -1,4 +1,4 @@
-"""How a trained model's own answers are judged: a table of ways, each with check, ready and run."""
+"""How a trained model's own answers are judged: a table of ways, each with check, preflight and run."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def evaluation(task: Task, sources: Sources, tokenizer: Any, seed: int) -> Calla
     if not task.evaluation:
         return None
     module = importlib.import_module(f"{__name__}.{task.evaluation['by']}")
-    module.ready(task, sources)  # before hours of training, and not after
+    module.preflight(task, sources)  # before hours of training, and not after
     return lambda model: module.run(model, tokenizer, task, sources, seed)

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lora_ga.experiments.suites.sources import Sources, renamed
+from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
 
 ALLOW = "HF_ALLOW_CODE_EVAL"  # the name that the `evaluate` library and the harness know
@@ -93,7 +93,7 @@ def check(task: Task, sources: Sources) -> list[str]:
         raise ValueError(f"evaluation: gives {', '.join(task.evaluation)}; it takes {', '.join(KEYS)}, and needs rows.")
     columns, _, _, runs_programs = TESTS[test]
     reference = task.evaluation["rows"]
-    if sources.reach:
+    if sources.use_hub:
         if importlib.util.find_spec("lm_eval") is None:
             raise ValueError('evaluation: lm-evaluation-harness is not installed: pip install "lora-ga[eval]".')
         if runs_programs and os.environ.get(ALLOW) != "1":
@@ -101,13 +101,13 @@ def check(task: Task, sources: Sources) -> list[str]:
                 f"evaluation: {test} runs programs that a model wrote. Do that where they can do no harm, and allow it "
                 f"by {ALLOW}=1."
             )
-    if sources.away(reference):
+    if sources.is_out_of_reach(reference):
         return [f"{test} {reference} (columns {', '.join(columns)}; not looked at)"]
-    rows = renamed(sources.rows(reference), {column: column for column in columns}, reference)
+    rows = select_columns(sources.rows(reference), {column: column for column in columns}, reference)
     return [f"{test} {reference} ({len(rows)} rows; columns {', '.join(columns)})"]
 
 
-def ready(task: Task, sources: Sources) -> None:
+def preflight(task: Task, sources: Sources) -> None:
     """Looks again, where the cell runs."""
     check(task, sources)
 
@@ -159,7 +159,7 @@ def run(model: Any, tokenizer: Any, task: Task, sources: Sources, seed: int) -> 
     from lm_eval.models.huggingface import HFLM
 
     test, columns = task.evaluation["test"], TESTS[task.evaluation["test"]][0]
-    rows = renamed(sources.rows(task.evaluation["rows"]), {column: column for column in columns}, test)
+    rows = select_columns(sources.rows(task.evaluation["rows"]), {column: column for column in columns}, test)
     batch = task.evaluation.get("batch", 8)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device))
     found = lm_eval.simple_evaluate(wrapped, tasks=[test_config(task, rows)], bootstrap_iters=0, log_samples=False)

@@ -89,17 +89,17 @@ def check(task: Task, sources: Sources) -> list[str]:
     if unknown or missing:
         raise ValueError(f"evaluation: gives {', '.join(task.evaluation)}; it takes {', '.join(KEYS)}.")
     questions, references, _ = files(task, sources)
-    if sources.reach and not os.environ.get(ENDPOINT):
+    if sources.use_hub and not os.environ.get(ENDPOINT):
         raise ValueError(
             f"evaluation: the judge {task.evaluation['model']} is asked at an OpenAI-compatible endpoint, but none is "
             f"named. Set {ENDPOINT} (as https://api.openai.com/v1), and {KEY} if it wants a key."
         )
-    if sources.reach and importlib.util.find_spec("openai") is None:
+    if sources.use_hub and importlib.util.find_spec("openai") is None:
         raise ValueError('evaluation: the client of the judge is not installed: pip install "lora-ga[eval]".')
     return [f"MT-Bench ({len(questions)} questions, {len(references)} references, judge {task.evaluation['model']})"]
 
 
-def ready(task: Task, sources: Sources) -> None:
+def preflight(task: Task, sources: Sources) -> None:
     """Looks again, where the cell runs, and asks the judge for one rating, to hear now what does not work."""
     check(task, sources)
     prompt = files(task, sources)[2]["single-v1"]

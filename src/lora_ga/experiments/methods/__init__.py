@@ -65,7 +65,7 @@ def complete(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, **{key: type(known[key])(value) for key, value in options.items()}}
 
 
-def unlike_default(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def non_default_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are not the method's defaults, by which a cell is known."""
     known = load_method(name).options
     return {key: value for key, value in complete(name, options).items() if value != known[key]}

@@ -4,23 +4,23 @@ from typing import Any
 
 from peft import AdaLoraConfig, get_peft_model
 
-from lora_ga.experiments.methods.base import Method, Work
+from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
-def build(work: Work) -> Any:
+def build(inputs: BuildInputs) -> Any:
     """Prunes between a tenth and half of the steps, ten times or more."""
     config = AdaLoraConfig(
-        init_r=work.rank + work.rank // 2,
-        target_r=work.rank,
-        lora_alpha=work.alpha,
-        tinit=work.steps // 10,
-        tfinal=work.steps // 2,
-        deltaT=max(1, work.steps // 40),
-        total_step=work.steps,
-        target_modules=list(work.targets),
-        task_type=work.task_type,
+        init_r=inputs.rank + inputs.rank // 2,
+        target_r=inputs.rank,
+        lora_alpha=inputs.alpha,
+        tinit=inputs.steps // 10,
+        tfinal=inputs.steps // 2,
+        deltaT=max(1, inputs.steps // 40),
+        total_step=inputs.steps,
+        target_modules=list(inputs.targets),
+        task_type=inputs.task_type,
     )
-    return get_peft_model(work.base, config)
+    return get_peft_model(inputs.base, config)
 
 
 def after_step(model: Any, step: int) -> None:

@@ -13,7 +13,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Work:
+class BuildInputs:
     """What a method makes its model of.
 
     Attributes:
@@ -55,9 +55,9 @@ def no_action(model: Any, step: int) -> None:
     """Most methods do nothing between the steps."""
 
 
-def one_rate(model: Any, work: Work) -> list[dict[str, Any]]:
+def one_rate(model: Any, inputs: BuildInputs) -> list[dict[str, Any]]:
     """All that is trained, at one rate."""
-    return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": work.rate}]
+    return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": inputs.rate}]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Method:
         after_step: Called with the model and the number of steps done after each step, while gradients are there.
     """
 
-    build: Callable[[Work], Any]
+    build: Callable[[BuildInputs], Any]
     options: Mapping[str, Any] = field(default_factory=dict)
-    groups: Callable[[Any, Work], list[dict[str, Any]]] = one_rate
+    groups: Callable[[Any, BuildInputs], list[dict[str, Any]]] = one_rate
     after_step: Callable[[Any, int], None] = no_action

@@ -9,7 +9,7 @@ import torch
 from peft import EvaConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 
-from lora_ga.experiments.methods.base import Method, Work
+from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
 def layer_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
@@ -28,14 +28,16 @@ def two_sided(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tens
     return layer_inputs(layer_input, model_input, layer_name)
 
 
-def build(work: Work) -> Any:
+def build(inputs: BuildInputs) -> Any:
     """PEFT's two calls."""
     # The labels say which tokens count only where each token has one.
-    own = EvaConfig(rho=work.options["rho"], use_label_mask=work.task_type == "CAUSAL_LM")
-    config = work.lora(init_lora_weights="eva", eva_config=own)
-    model = get_peft_model(work.base, config)
-    inputs = two_sided if work.task_type == "SEQ_2_SEQ_LM" else layer_inputs
-    initialize_lora_eva_weights(model, list(work.batches), prepare_layer_inputs_fn=inputs, show_progress_bar=False)
+    own = EvaConfig(rho=inputs.options["rho"], use_label_mask=inputs.task_type == "CAUSAL_LM")
+    config = inputs.lora(init_lora_weights="eva", eva_config=own)
+    model = get_peft_model(inputs.base, config)
+    layer_inputs_fn = two_sided if inputs.task_type == "SEQ_2_SEQ_LM" else layer_inputs
+    initialize_lora_eva_weights(
+        model, list(inputs.batches), prepare_layer_inputs_fn=layer_inputs_fn, show_progress_bar=False
+    )
     return model
 
 

@@ -2,12 +2,12 @@
 
 from torch import nn
 
-from lora_ga.experiments.methods.base import Method, Work
+from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
-def build(work: Work) -> nn.Module:
+def build(inputs: BuildInputs) -> nn.Module:
     """The base model itself."""
-    return work.base.requires_grad_(True)
+    return inputs.base.requires_grad_(True)
 
 
 METHOD = Method(build)

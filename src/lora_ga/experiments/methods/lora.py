@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from lora_ga.experiments.methods.base import Method, Work
+from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
-def build(work: Work, **changes: Any) -> Any:
+def build(inputs: BuildInputs, **changes: Any) -> Any:
     """Adapters as PEFT makes them, A times `init_scale`."""
-    model = get_peft_model(work.base, work.lora(**changes))
+    model = get_peft_model(inputs.base, inputs.lora(**changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_A." in name:
-                parameter.mul_(work.options["init_scale"])
+                parameter.mul_(inputs.options["init_scale"])
     return model
 
 

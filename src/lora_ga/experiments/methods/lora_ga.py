@@ -12,7 +12,7 @@ from peft import get_peft_model
 
 import lora_ga
 from lora_ga.config import LoraGAConfig
-from lora_ga.experiments.methods.base import Method, Work
+from lora_ga.experiments.methods.base import BuildInputs, Method
 from lora_ga.gradients.result import GradientEstimate
 
 # Written out, and not the library's defaults: a record must keep its meaning when those change.
@@ -27,12 +27,12 @@ SETTINGS = {
 }
 
 
-def configuration(work: Work) -> LoraGAConfig:
+def configuration(inputs: BuildInputs) -> LoraGAConfig:
     """The library's settings from the options; all the rows that were put aside are read."""
-    chosen = {name: work.options[name] for name in SETTINGS}
+    chosen = {name: inputs.options[name] for name in SETTINGS}
     if chosen["scale"] == "reach":
         chosen |= {"scale": "stable", "stable_gamma": None}
-    return LoraGAConfig(**chosen, max_batches=None, seed=work.seed)
+    return LoraGAConfig(**chosen, max_batches=None, seed=inputs.seed)
 
 
 def random_directions(estimate: GradientEstimate, seed: int) -> GradientEstimate:
@@ -45,13 +45,13 @@ def random_directions(estimate: GradientEstimate, seed: int) -> GradientEstimate
     return replace(estimate, layers=layers)
 
 
-def build(work: Work) -> Any:
+def build(inputs: BuildInputs) -> Any:
     """A rank-stabilised adapter, started."""
-    model = get_peft_model(work.base, work.lora(use_rslora=work.options["use_rslora"]))
-    config = configuration(work)
-    estimate = lora_ga.estimate_gradients(model, work.batches, config)
-    if work.options["directions"] == "random":
-        estimate = random_directions(estimate, work.seed)
+    model = get_peft_model(inputs.base, inputs.lora(use_rslora=inputs.options["use_rslora"]))
+    config = configuration(inputs)
+    estimate = lora_ga.estimate_gradients(model, inputs.batches, config)
+    if inputs.options["directions"] == "random":
+        estimate = random_directions(estimate, inputs.seed)
     lora_ga.apply_estimate(model, estimate, config)
     return model
 

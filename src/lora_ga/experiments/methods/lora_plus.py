@@ -6,15 +6,15 @@ import torch
 from peft import get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
-from lora_ga.experiments.methods.base import Method, Work
+from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
-def groups(model: Any, work: Work) -> list[dict[str, Any]]:
+def groups(model: Any, inputs: BuildInputs) -> list[dict[str, Any]]:
     """PEFT's groups; the ratio is the one its authors advise."""
     optimizer = create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=work.rate, loraplus_lr_ratio=work.options["ratio"]
+        model, torch.optim.AdamW, lr=inputs.rate, loraplus_lr_ratio=inputs.options["ratio"]
     )
     return [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]
 
 
-METHOD = Method(lambda work: get_peft_model(work.base, work.lora()), options={"ratio": 16.0}, groups=groups)
+METHOD = Method(lambda inputs: get_peft_model(inputs.base, inputs.lora()), options={"ratio": 16.0}, groups=groups)

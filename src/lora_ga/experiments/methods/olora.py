@@ -4,4 +4,4 @@ from peft import get_peft_model
 
 from lora_ga.experiments.methods.base import Method
 
-METHOD = Method(lambda work: get_peft_model(work.base, work.lora(init_lora_weights="olora")))
+METHOD = Method(lambda inputs: get_peft_model(inputs.base, inputs.lora(init_lora_weights="olora")))

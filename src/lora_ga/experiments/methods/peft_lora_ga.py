@@ -5,20 +5,20 @@ from typing import Any
 from peft import LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 
-from lora_ga.experiments.methods.base import Method, Work
+from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
-def build(work: Work) -> Any:
+def build(inputs: BuildInputs) -> Any:
     """PEFT's two calls, with the paper's scaling."""
-    own = LoraGAConfig(stable_gamma=int(work.options["stable_gamma"]))
-    config = work.lora(use_rslora=True, init_lora_weights="lora_ga", lora_ga_config=own)
+    own = LoraGAConfig(stable_gamma=int(inputs.options["stable_gamma"]))
+    config = inputs.lora(use_rslora=True, init_lora_weights="lora_ga", lora_ga_config=own)
 
     def step() -> None:
-        for batch in work.batches:
-            work.base(**batch).loss.backward()
+        for batch in inputs.batches:
+            inputs.base(**batch).loss.backward()
 
-    preprocess_loraga(work.base, config, step)
-    return get_peft_model(work.base, config)
+    preprocess_loraga(inputs.base, config, step)
+    return get_peft_model(inputs.base, config)
 
 
 METHOD = Method(build, options={"stable_gamma": 16.0})

@@ -3,4 +3,4 @@
 from lora_ga.experiments.methods import lora
 from lora_ga.experiments.methods.base import Method
 
-METHOD = Method(lambda work: lora.build(work, use_rslora=True), options=lora.METHOD.options)
+METHOD = Method(lambda inputs: lora.build(inputs, use_rslora=True), options=lora.METHOD.options)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ga.experiments.methods import unlike_default
+from lora_ga.experiments.methods import non_default_options
 from lora_ga.experiments.suites.spec import Settings, Suite, Task
 
 
@@ -97,6 +97,6 @@ def rate_at(point: int) -> float:
 def cell_of(suite: Suite, task: str, label: str, learning_rate: float, seed: int) -> Cell:
     """The cell of a suite."""
     variant = suite.methods[label]
-    options = unlike_default(variant.method, variant.options)
+    options = non_default_options(variant.method, variant.options)
     settings = suite.settings_of(task, label)
     return Cell(suite.name, task, label, suite.tasks[task], variant.method, options, settings, learning_rate, seed)

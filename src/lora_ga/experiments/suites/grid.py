@@ -45,7 +45,7 @@ def run_grid(
     *,
     workers: int = 1,
     retry: bool = False,
-    tell: Callable[[Record, int], None] = lambda record, left: None,
+    on_record: Callable[[Record, int], None] = lambda record, left: None,
 ) -> dict[str, Record]:
     """Runs every cell that is missing, and those that become needed on the way.
 
@@ -57,7 +57,7 @@ def run_grid(
         workers: Processes, each with one thread; 0 runs all in this process.
         retry: Run cells that failed before once more. Cells whose trained model is saved, as their evaluation failed,
             are always run once more.
-        tell: Called with each new record and the number of cells that are known to be left.
+        on_record: Called with each new record and the number of cells that are known to be left.
 
     Returns:
         All records of the store, by digest.
@@ -67,7 +67,7 @@ def run_grid(
     if not retry:  # a model that is saved is evaluated without being asked for: the long part is done
         failed = {digest for digest in failed if trained.is_saved(store.unjudged(digest))}
     known = {digest: record for digest, record in records.items() if digest not in failed}
-    runs: Here | Processes = Processes() if workers else Here()
+    runs: InProcess | WorkerPool = WorkerPool() if workers else InProcess()
     running: dict[str, Cell] = {}
     try:
         while True:
@@ -84,12 +84,12 @@ def run_grid(
                 if record["status"] != "failed":
                     trained.discard(store.unjudged(record["digest"]))
                 known[cell.digest()] = record
-                tell(record, len(todo) - len(begun) + len(running))
+                on_record(record, len(todo) - len(begun) + len(running))
     finally:
         runs.close()
 
 
-class Here:
+class InProcess:
     """Runs cells in this process, one after another."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class Here:
         """Nothing is left behind."""
 
 
-class Processes:
+class WorkerPool:
     """Runs each cell in a process of its own: peak memory is the cell's, and a crash takes nothing else with it.
 
     They are forked off one that has the libraries loaded.
@@ -164,7 +164,7 @@ def _child(sender: Connection, cell: Cell, place: Any) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, too, and ends this process
     parent = multiprocessing.parent_process()
-    assert parent is not None, "started by Processes"
+    assert parent is not None, "started by WorkerPool"
 
     def follow() -> None:
         parent.join()

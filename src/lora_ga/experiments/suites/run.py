@@ -18,21 +18,21 @@ from typing import Any
 import torch
 
 from lora_ga.experiments.methods import complete, load_method
-from lora_ga.experiments.methods.base import Work
+from lora_ga.experiments.methods.base import BuildInputs
 from lora_ga.experiments.suites import trained
 from lora_ga.experiments.suites.cell import Cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.training import (
     Curves,
     DivergedError,
-    arithmetic,
+    autocast,
     keep_in_float32,
     measured,
-    on,
+    to_device,
     train,
 )
 from lora_ga.experiments.tasks import prepare
-from lora_ga.experiments.tasks.problem import Problem
+from lora_ga.experiments.tasks.prepared import PreparedTask
 
 PACKAGES = ("lora-ga", "torch", "transformers", "peft")
 ORIGIN = ("commit", "versions", "python", "device", "date")  # what a record says about the run that made it
@@ -101,14 +101,14 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     return record
 
 
-def work_of(cell: Cell, problem: Problem, device: str = "cpu") -> Work:
+def build_inputs(cell: Cell, prepared: PreparedTask, device: str = "cpu") -> BuildInputs:
     """What a cell's method makes its model of."""
     settings = cell.settings
-    return Work(
-        base=problem.base,
-        batches=[on(device, batch) for batch in problem.aside],
-        targets=problem.targets(),
-        task_type=problem.task_type,
+    return BuildInputs(
+        base=prepared.base,
+        batches=[to_device(device, batch) for batch in prepared.start_batches],
+        targets=prepared.targets(),
+        task_type=prepared.task_type,
         rank=settings.rank,
         alpha=settings.alpha,
         steps=settings.steps,
@@ -123,25 +123,25 @@ def result(cell: Cell, place: Place, curves: Curves, began: float) -> dict[str, 
     method, now = load_method(cell.method), about(cell, place)
     if place.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(place.device)
-    problem = prepare(cell, place.sources)
-    problem.base.to(place.device)
-    work = work_of(cell, problem, place.device)
-    folder = None if problem.evaluate is None else place.unjudged_folder(cell)
-    saved = folder is not None and trained.is_saved(folder)
-    base = trained.fingerprints(problem.base) if folder is not None and not saved else {}
+    prepared = prepare(cell, place.sources)
+    prepared.base.to(place.device)
+    inputs = build_inputs(cell, prepared, place.device)
+    folder = None if prepared.evaluate is None else place.unjudged_folder(cell)
+    saved = folder if folder is not None and trained.is_saved(folder) else None
+    base = trained.fingerprints(prepared.base) if folder is not None and saved is None else {}
     torch.manual_seed(cell.seed)
     loaded = time.perf_counter()
-    model = method.build(work)
+    model = method.build(inputs)
     started = time.perf_counter()
-    if saved:
+    if saved is not None:
         keep_in_float32(model)
-        found = trained.restore(folder, model) | {"judged": {name: now[name] for name in ORIGIN}}
+        found = trained.restore(saved, model) | {"judged": {name: now[name] for name in ORIGIN}}
         curves.training, curves.report = found["curves"]["training"], found["curves"]["report"]
     else:
         torch.manual_seed(cell.seed)  # the same dropout for all methods, whatever a start has drawn
-        train(problem, method, model, work, cell.settings, place.device, curves)
+        train(prepared, method, model, inputs, cell.settings, place.device, curves)
         finished = time.perf_counter()
-        found = _measured(problem, model, place, curves)
+        found = _measured(prepared, model, place, curves)
         found["seconds"] = {
             "load": round(loaded - began, 3),
             "start": round(started - loaded, 3),
@@ -150,21 +150,21 @@ def result(cell: Cell, place: Place, curves: Curves, began: float) -> dict[str, 
         }
         if folder is not None:
             trained.save(folder, model, base, _facts(cell, place, curves, found, began))
-    if problem.evaluate is not None:
+    if prepared.evaluate is not None:
         judging = time.perf_counter()
         model.eval()
-        with arithmetic(model, place.device):
-            found["metrics"]["report"] |= problem.evaluate(model)
+        with autocast(model, place.device):
+            found["metrics"]["report"] |= prepared.evaluate(model)
         found["seconds"]["evaluate"] = round(found["seconds"]["evaluate"] + time.perf_counter() - judging, 3)
     return found
 
 
-def _measured(problem: Problem, model: Any, place: Place, curves: Curves) -> dict[str, Any]:
+def _measured(prepared: PreparedTask, model: Any, place: Place, curves: Curves) -> dict[str, Any]:
     """What the record says of a model that has been trained, before its evaluation."""
     report = {name: value for name, value in curves.report[-1].items() if name != "step"}
     return {
         "status": "done",
-        "metrics": {"tune": measured(problem, model, "tune", place.device), "report": report},
+        "metrics": {"tune": measured(prepared, model, "tune", place.device), "report": report},
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 

@@ -22,12 +22,12 @@ class Sources:
     Attributes:
         data: The data folder; None where there is none.
         hub: A folder with local copies of what is on the hub, each under its name; None where there is none.
-        reach: Whether the hub may be asked for what is not in that folder. Looking at a plan does not.
+        use_hub: Whether the hub may be asked for what is not in that folder. Looking at a plan does not.
     """
 
     data: str | None = None
     hub: str | None = None
-    reach: bool = True
+    use_hub: bool = True
 
     @classmethod
     def from_environment(cls) -> Sources:
@@ -66,9 +66,9 @@ class Sources:
             raise ValueError(f"{reference}: wanted at {path}, but it is not there. {hint}")
         return path
 
-    def away(self, reference: str) -> bool:
+    def is_out_of_reach(self, reference: str) -> bool:
         """Whether a reference is to the hub, there is no local copy, and the hub is not to be asked."""
-        return reference.startswith(f"{HUB}:") and not self.reach and self._copy(_name(reference)) is None
+        return reference.startswith(f"{HUB}:") and not self.use_hub and self._copy(_name(reference)) is None
 
     def model(self, reference: str) -> str:
         """What `from_pretrained` takes for a model: a local folder, or a name on the hub."""
@@ -129,7 +129,7 @@ def _name(reference: str) -> str:
     return reference.split(":")[1]
 
 
-def renamed(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], where: str) -> list[dict[str, Any]]:
+def select_columns(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], where: str) -> list[dict[str, Any]]:
     """Rows with the meanings of the columns as keys.
 
     Args:

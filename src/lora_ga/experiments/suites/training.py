@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from lora_ga.experiments.methods.base import Batch, Method, Work
+from lora_ga.experiments.methods.base import Batch, BuildInputs, Method
 from lora_ga.experiments.suites.spec import Settings
-from lora_ga.experiments.tasks.problem import HEADS, Problem
+from lora_ga.experiments.tasks.prepared import HEADS, PreparedTask
 from lora_ga.gradients.loss import label_tokens
 
 WINDOW, EXPLODED = 10, 10.0  # diverged: the mean of so many losses is so many times the first
@@ -36,12 +36,12 @@ class Curves:
     report: list[dict[str, float]] = field(default_factory=list)
 
 
-def on(device: str, batch: Batch) -> Batch:
+def to_device(device: str, batch: Batch) -> Batch:
     """The batch on the device."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def measured(problem: Problem, model: Any, split: str, device: str) -> dict[str, float]:
+def measured(prepared: PreparedTask, model: Any, split: str, device: str) -> dict[str, float]:
     """The metrics on a split, with dropout off.
 
     Returns:
@@ -53,16 +53,16 @@ def measured(problem: Problem, model: Any, split: str, device: str) -> dict[str,
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        batches = (on(device, batch) for batch in problem.splits[split])
-        with arithmetic(model, device):
-            values = problem.measure((model(**batch).logits, batch) for batch in batches)
+        batches = (to_device(device, batch) for batch in prepared.splits[split])
+        with autocast(model, device):
+            values = prepared.measure((model(**batch).logits, batch) for batch in batches)
     model.train(was_training)
     if not all(math.isfinite(value) for value in values.values()):
         raise DivergedError(f"the {split} split's metrics are not finite")
     return {name: round(value, 6) for name, value in values.items()}
 
 
-def arithmetic(model: Any, device: str) -> Any:
+def autocast(model: Any, device: str) -> Any:
     """The context of every pass: a bfloat16 model's trained weights are float32, and are rounded for the arithmetic."""
     half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     half = half or getattr(model.config, "dtype", None) == torch.bfloat16
@@ -96,26 +96,26 @@ def micro_batches(model: Any, batch: Batch, batch_size: int) -> list[tuple[Batch
     return [(piece, count / sum(terms)) for piece, count in zip(pieces, terms, strict=True) if count]
 
 
-def step_losses(problem: Problem, model: Any, batch: Batch, settings: Settings, device: str) -> float:
+def accumulate_gradients(prepared: PreparedTask, model: Any, batch: Batch, settings: Settings, device: str) -> float:
     """Adds the batch's gradient up; the task's loss on it."""
     total = 0.0
     for part, share in micro_batches(model, batch, settings.batch_size):
-        with arithmetic(model, device):
+        with autocast(model, device):
             output = model(**part)
         with torch.no_grad():
-            total += share * problem.loss(output.logits, part).item()
+            total += share * prepared.loss(output.logits, part).item()
         if math.isfinite(total):
             (share * output.loss if share != 1.0 else output.loss).backward()
     return total
 
 
-def parameter_groups(method: Method, model: Any, work: Work, head_rate: float) -> list[dict[str, Any]]:
+def parameter_groups(method: Method, model: Any, inputs: BuildInputs, head_rate: float) -> list[dict[str, Any]]:
     """The method's groups without the new head, and the head at its own rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     head = [p for name, p in named if HEADS & set(name.split("."))]
     apart = {id(p) for p in head}
     groups = [
-        group | {"params": [p for p in group["params"] if id(p) not in apart]} for group in method.groups(model, work)
+        group | {"params": [p for p in group["params"] if id(p) not in apart]} for group in method.groups(model, inputs)
     ]
     groups.append({"params": head, "lr": head_rate})
     return [group for group in groups if group["params"]]
@@ -135,34 +135,40 @@ def check_loss(losses: Sequence[float]) -> None:
 
 
 def train(
-    problem: Problem, method: Method, model: Any, work: Work, settings: Settings, device: str, curves: Curves
+    prepared: PreparedTask,
+    method: Method,
+    model: Any,
+    inputs: BuildInputs,
+    settings: Settings,
+    device: str,
+    curves: Curves,
 ) -> None:
     """Trains a model.
 
     Args:
-        problem: The data.
+        prepared: The data.
         method: Says the parameter groups and what is done after a step.
         model: What the method built.
-        work: What it was built from.
+        inputs: What it was built from.
         settings: Of the run.
         device: Where.
         curves: Filled on the way, so that a run that diverges leaves its beginning.
     """
     keep_in_float32(model)
     optimizer = torch.optim.AdamW(
-        parameter_groups(method, model, work, settings.head_rate), weight_decay=0.0, fused=True
+        parameter_groups(method, model, inputs, settings.head_rate), weight_decay=0.0, fused=True
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
     model.train()
     if settings.eval_steps < settings.steps:  # else the end is all that is asked for
-        curves.report.append({"step": 0, **measured(problem, model, "report", device)})
+        curves.report.append({"step": 0, **measured(prepared, model, "report", device)})
     for step in range(1, settings.steps + 1):
-        batch = on(device, next(problem.stream))
-        curves.training.append(round(step_losses(problem, model, batch, settings, device), 5))
+        batch = to_device(device, next(prepared.train_batches))
+        curves.training.append(round(accumulate_gradients(prepared, model, batch, settings, device), 5))
         check_loss(curves.training)
         optimizer.step()
         method.after_step(model, step)
         schedule.step()
         optimizer.zero_grad()
         if step % settings.eval_steps == 0 or step == settings.steps:
-            curves.report.append({"step": step, **measured(problem, model, "report", device)})
+            curves.report.append({"step": step, **measured(prepared, model, "report", device)})

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lora_ga.experiments.suites.cell import Cell
     from lora_ga.experiments.suites.sources import Sources
     from lora_ga.experiments.suites.spec import Task
-    from lora_ga.experiments.tasks.problem import Problem
+    from lora_ga.experiments.tasks.prepared import PreparedTask
 
 # Kind → module here, with check(task, sources) and prepare(cell, sources).
 KINDS = ("text", "classes", "seq2seq", "instruct")
@@ -33,6 +33,6 @@ def check(task: Task, sources: Sources) -> list[str]:
     return importlib.import_module(f"{__name__}.{task.kind}").check(task, sources)
 
 
-def prepare(cell: Cell, sources: Sources) -> Problem:
+def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     """Loads the base model and the data of a cell."""
     return importlib.import_module(f"{__name__}.{cell.task.kind}").prepare(cell, sources)

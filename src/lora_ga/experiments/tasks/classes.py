@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from lora_ga.experiments.methods.base import Batch
 from lora_ga.experiments.suites.cell import Cell
-from lora_ga.experiments.suites.sources import Sources, renamed
+from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
-from lora_ga.experiments.tasks.problem import Problem, check_model, load_model
+from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
 
 AT_ONCE = 64  # rows of a batch that is only measured
 SORTED_AT_ONCE = 8  # batches whose rows are put into order of length together
@@ -65,10 +65,10 @@ def check_labelled(task: Task, sources: Sources, classes: int, said: str) -> lis
     for part in ("train", "validation"):
         if part not in task.files:
             raise ValueError(f"files names {', '.join(task.files) or 'nothing'}; it must name train and validation.")
-        if sources.away(task.files[part]):
+        if sources.is_out_of_reach(task.files[part]):
             found.append(f"{part} {task.files[part]} (columns {columns}; not looked at)")
             continue
-        rows = renamed(sources.rows(task.files[part]), task.columns, task.files[part])
+        rows = select_columns(sources.rows(task.files[part]), task.columns, task.files[part])
         strange = {row["label"] for row in rows} - set(range(classes))
         if strange:
             raise ValueError(f"{task.files[part]}: holds the label {strange.pop()!r}, but {said}.")
@@ -100,7 +100,7 @@ def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
     return values
 
 
-class Encoder:
+class ClassificationCollator:
     """Rows to padded batches."""
 
     def __init__(self, folder: str, taken: Sequence[str], length: int) -> None:
@@ -123,7 +123,7 @@ class Encoder:
         return dict(self.tokenizer.pad(list(examples), return_tensors="pt"))
 
 
-def turns(lengths: Sequence[int], rows: int, order: torch.Generator) -> list[list[int]]:
+def epoch_batches(lengths: Sequence[int], rows: int, order: torch.Generator) -> list[list[int]]:
     """One epoch in random order, in whole batches of rows of similar length: padding would cost more than the text.
 
     Args:
@@ -143,40 +143,40 @@ def turns(lengths: Sequence[int], rows: int, order: torch.Generator) -> list[lis
     return [whole[i] for i in torch.randperm(len(whole), generator=order).tolist()]
 
 
-def prepare(cell: Cell, sources: Sources) -> Problem:
+def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     """Loads model and rows, and cuts the tuning split off."""
     task, settings = cell.task, cell.settings
     torch.manual_seed(cell.seed)  # the new head
     folder = sources.model(task.model)
     base = load_model("AutoModelForSequenceClassification", folder, settings, num_labels=task.labels)
     taken = ["input_ids", "attention_mask", *(["token_type_ids"] if base.config.model_type == "bert" else [])]
-    encoder = Encoder(folder, taken, settings.length)
-    rows = renamed(sources.rows(task.files["train"]), task.columns, task.files["train"])
+    collator = ClassificationCollator(folder, taken, settings.length)
+    rows = select_columns(sources.rows(task.files["train"]), task.columns, task.files["train"])
     shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
     tune, train = shuffled[: settings.tune_rows], shuffled[settings.tune_rows :][: settings.train_rows]
-    report = renamed(sources.rows(task.files["validation"]), task.columns, task.files["validation"])
+    report = select_columns(sources.rows(task.files["validation"]), task.columns, task.files["validation"])
     kept = torch.randperm(len(report), generator=torch.Generator().manual_seed(0))[: settings.report_rows].tolist()
-    examples = encoder.encode(train)
+    examples = collator.encode(train)
     order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
 
-    def stream() -> Iterator[Batch]:
+    def train_batches() -> Iterator[Batch]:
         while True:
-            for turn in turns(
+            for turn in epoch_batches(
                 [len(example["input_ids"]) for example in examples], settings.effective_batch_size, order
             ):
-                yield encoder.batch([examples[i] for i in turn])
+                yield collator.batch([examples[i] for i in turn])
 
     def measured(some: Sequence[Row]) -> list[Batch]:
-        encoded = sorted(encoder.encode(some), key=lambda example: len(example["input_ids"]))  # less padding
-        return [encoder.batch(encoded[i : i + AT_ONCE]) for i in range(0, len(encoded), AT_ONCE)]
+        encoded = sorted(collator.encode(some), key=lambda example: len(example["input_ids"]))  # less padding
+        return [collator.batch(encoded[i : i + AT_ONCE]) for i in range(0, len(encoded), AT_ONCE)]
 
     chosen = torch.randperm(len(examples), generator=apart)[: settings.samples]
-    return Problem(
+    return PreparedTask(
         base=base,
         task_type="SEQ_CLS",
-        stream=stream(),
-        aside=[
-            encoder.batch([examples[i] for i in part.tolist()]) for part in chosen.split(settings.effective_batch_size)
+        train_batches=train_batches(),
+        start_batches=[
+            collator.batch([examples[i] for i in part.tolist()]) for part in chosen.split(settings.effective_batch_size)
         ],
         splits={"tune": measured(tune), "report": measured([report[i] for i in kept])},
         loss=loss,

@@ -17,11 +17,11 @@ from torch import Tensor
 from lora_ga.experiments import judging as evaluate
 from lora_ga.experiments.methods.base import Batch
 from lora_ga.experiments.suites.cell import Cell
-from lora_ga.experiments.suites.sources import Sources, renamed
+from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
 from lora_ga.experiments.tasks import seq2seq
-from lora_ga.experiments.tasks.classes import turns
-from lora_ga.experiments.tasks.problem import Problem, check_model, load_model
+from lora_ga.experiments.tasks.classes import epoch_batches
+from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
 from lora_ga.experiments.tasks.seq2seq import check_template
 from lora_ga.gradients.loss import IGNORED
 
@@ -81,10 +81,10 @@ def check(task: Task, sources: Sources) -> list[str]:
     if "train" not in task.files:
         raise ValueError(f"files names {', '.join(task.files) or 'nothing'}; it must name train.")
     columns = ", ".join(task.columns.values())
-    if sources.away(task.files["train"]):
+    if sources.is_out_of_reach(task.files["train"]):
         found.append(f"train {task.files['train']} (columns {columns}; not looked at)")
     else:
-        rows = renamed(sources.rows(task.files["train"]), task.columns, task.files["train"])
+        rows = select_columns(sources.rows(task.files["train"]), task.columns, task.files["train"])
         found.append(f"train {task.files['train']} ({len(rows)} rows; columns {columns})")
     return found + evaluate.check(task, sources)
 
@@ -100,7 +100,7 @@ def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
     return {"loss": seq2seq.measure(shifted)["loss"]}
 
 
-class Answers:
+class InstructCollator:
     """Rows to examples, and examples to padded batches."""
 
     def __init__(self, tokenizer: Any, task: Task, length: int) -> None:
@@ -138,16 +138,16 @@ class Answers:
         return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
 
 
-def prepare(cell: Cell, sources: Sources) -> Problem:
+def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     """Loads model and rows, and puts the two splits aside."""
     task, settings = cell.task, cell.settings
     folder = sources.model(task.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    answers = Answers(tokenizer, task, settings.length)
-    rows = renamed(sources.rows(task.files["train"]), task.columns, task.files["train"])
+    collator = InstructCollator(tokenizer, task, settings.length)
+    rows = select_columns(sources.rows(task.files["train"]), task.columns, task.files["train"])
     shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
     apart_rows = settings.tune_rows + settings.report_rows
-    examples = answers.examples(shuffled, apart_rows + settings.train_rows)
+    examples = collator.examples(shuffled, apart_rows + settings.train_rows)
     if len(examples) < apart_rows + settings.effective_batch_size:
         raise ValueError(
             f"{task.files['train']}: {len(examples)} rows are left, but {apart_rows} are put aside and a batch has "
@@ -160,20 +160,20 @@ def prepare(cell: Cell, sources: Sources) -> Problem:
     )
     order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
 
-    def stream() -> Iterator[Batch]:
+    def train_batches() -> Iterator[Batch]:
         while True:
-            for turn in turns([len(ids) for ids, _ in train], settings.effective_batch_size, order):
-                yield answers.batch([train[i] for i in turn])
+            for turn in epoch_batches([len(ids) for ids, _ in train], settings.effective_batch_size, order):
+                yield collator.batch([train[i] for i in turn])
 
     def measured(some: Sequence[tuple[list[int], int]]) -> list[Batch]:
-        return [answers.batch(some[i : i + AT_ONCE]) for i in range(0, len(some), AT_ONCE)]
+        return [collator.batch(some[i : i + AT_ONCE]) for i in range(0, len(some), AT_ONCE)]
 
     chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
-    return Problem(
+    return PreparedTask(
         base=load_model("AutoModelForCausalLM", folder, settings),
         task_type="CAUSAL_LM",
-        stream=stream(),
-        aside=[answers.batch([train[i] for i in part.tolist()]) for part in chosen.split(settings.batch_size)],
+        train_batches=train_batches(),
+        start_batches=[collator.batch([train[i] for i in part.tolist()]) for part in chosen.split(settings.batch_size)],
         splits={"tune": measured(tune), "report": measured(report)},
         loss=loss,
         measure=measure,

@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from lora_ga.experiments.methods.base import Batch
 from lora_ga.experiments.suites.cell import Cell
-from lora_ga.experiments.suites.sources import Sources, renamed
+from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
-from lora_ga.experiments.tasks.classes import AT_ONCE, check_labelled, turns
-from lora_ga.experiments.tasks.problem import Problem, check_model, load_model
+from lora_ga.experiments.tasks.classes import AT_ONCE, check_labelled, epoch_batches
+from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
 from lora_ga.gradients.loss import IGNORED
 
 Row = Mapping[str, Any]
@@ -79,7 +79,7 @@ def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
     return {"loss": total / terms, "accuracy": right / rows}
 
 
-class Writer:
+class Seq2SeqCollator:
     """Rows to padded batches."""
 
     def __init__(self, folder: str, task: Task, length: int) -> None:
@@ -105,34 +105,36 @@ class Writer:
         return {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"], "labels": labels}
 
 
-def prepare(cell: Cell, sources: Sources) -> Problem:
+def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     """Loads model and rows, and cuts the tuning split off."""
     task, settings = cell.task, cell.settings
     folder = sources.model(task.model)
-    writer = Writer(folder, task, settings.length)
-    rows = renamed(sources.rows(task.files["train"]), task.columns, task.files["train"])
+    collator = Seq2SeqCollator(folder, task, settings.length)
+    rows = select_columns(sources.rows(task.files["train"]), task.columns, task.files["train"])
     shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
     tune, train = shuffled[: settings.tune_rows], shuffled[settings.tune_rows :][: settings.train_rows]
-    report = renamed(sources.rows(task.files["validation"]), task.columns, task.files["validation"])
+    report = select_columns(sources.rows(task.files["validation"]), task.columns, task.files["validation"])
     kept = torch.randperm(len(report), generator=torch.Generator().manual_seed(0))[: settings.report_rows].tolist()
-    lengths = [len(writer.text(row)) for row in train]
+    lengths = [len(collator.text(row)) for row in train]
     order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
 
-    def stream() -> Iterator[Batch]:
+    def train_batches() -> Iterator[Batch]:
         while True:
-            for turn in turns(lengths, settings.effective_batch_size, order):
-                yield writer.batch([train[i] for i in turn])
+            for turn in epoch_batches(lengths, settings.effective_batch_size, order):
+                yield collator.batch([train[i] for i in turn])
 
     def measured(some: Sequence[Row]) -> list[Batch]:
-        ordered = sorted(some, key=lambda row: len(writer.text(row)))  # less padding
-        return [writer.batch(ordered[i : i + AT_ONCE]) for i in range(0, len(ordered), AT_ONCE)]
+        ordered = sorted(some, key=lambda row: len(collator.text(row)))  # less padding
+        return [collator.batch(ordered[i : i + AT_ONCE]) for i in range(0, len(ordered), AT_ONCE)]
 
     chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
-    return Problem(
+    return PreparedTask(
         base=load_model("AutoModelForSeq2SeqLM", folder, settings),
         task_type="SEQ_2_SEQ_LM",
-        stream=stream(),
-        aside=[writer.batch([train[i] for i in part.tolist()]) for part in chosen.split(settings.effective_batch_size)],
+        train_batches=train_batches(),
+        start_batches=[
+            collator.batch([train[i] for i in part.tolist()]) for part in chosen.split(settings.effective_batch_size)
+        ],
         splits={"tune": measured(tune), "report": measured([report[i] for i in kept])},
         loss=loss,
         measure=measure,

@@ -17,7 +17,7 @@ from lora_ga.experiments.methods.base import Batch
 from lora_ga.experiments.suites.cell import Cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Task
-from lora_ga.experiments.tasks.problem import Problem, check_model, load_model
+from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
 
 SHARES = (0.9, 0.95)
 AT_ONCE = 16  # rows of a batch that is only measured
@@ -69,7 +69,7 @@ def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
     return {"loss": statistics.fmean(loss(logits, batch).item() for logits, batch in outputs)}
 
 
-def prepare(cell: Cell, sources: Sources) -> Problem:
+def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     """Loads model and text."""
     folder, settings = sources.model(cell.task.model), cell.settings
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -78,16 +78,16 @@ def prepare(cell: Cell, sources: Sources) -> Problem:
     train, tune, report = ids.tensor_split([int(len(ids) * share) for share in SHARES])
     order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
 
-    def stream() -> Iterator[Batch]:
+    def train_batches() -> Iterator[Batch]:
         while True:
             yield drawn(train, settings.effective_batch_size, settings.length, order)
 
     sizes = [len(part) for part in torch.arange(settings.samples).split(settings.effective_batch_size)]
-    return Problem(
+    return PreparedTask(
         base=load_model("AutoModelForCausalLM", folder, settings),
         task_type="CAUSAL_LM",
-        stream=stream(),
-        aside=[drawn(train, size, settings.length, apart) for size in sizes],
+        train_batches=train_batches(),
+        start_batches=[drawn(train, size, settings.length, apart) for size in sizes],
         splits={
             "tune": even(tune, settings.tune_rows, settings.length),
             "report": even(report, settings.report_rows, settings.length),

@@ -1,4 +1,4 @@
-"""What the training loop sees of a task, whatever its kind."""
+"""A task of any kind, ready for the training loop: the base model, batches and metrics."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embedd
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A model and its data.
+class PreparedTask:
+    """A base model and its data.
 
     Attributes:
-        base: The pretrained model, a new head drawn from the seed.
-        task_type: PEFT's.
-        stream: The training batches, without end, in the seed's order.
-        aside: Batches for starts that look at data, drawn apart from the order.
+        base: The pretrained model; a new head is initialised from the seed.
+        task_type: PEFT's name for the kind of task.
+        train_batches: The training batches, in an order drawn from the seed; an endless iterator.
+        start_batches: Batches for initialisations that read data, drawn by a generator of their own.
         splits: "tune" and "report" → batches.
-        loss: The task's loss of logits and a batch, without what a method adds to it.
-        measure: Sums over a split → the metrics, from pairs of logits and batch.
-        evaluate: The trained model → more metrics of the reported kind; None where a split says all.
+        loss: The task's loss of logits and a batch, without terms that a method adds.
+        measure: Pairs of logits and batch of a whole split → its metrics.
+        evaluate: The trained model → more metrics to report; None if the metrics of the splits are all.
     """
 
     base: Any
     task_type: str
-    stream: Iterator[Batch]
-    aside: Sequence[Batch]
+    train_batches: Iterator[Batch]
+    start_batches: Sequence[Batch]
     splits: Mapping[str, Sequence[Batch]]
     loss: Callable[[Tensor, Batch], Tensor]
     measure: Callable[[Iterable[tuple[Tensor, Batch]]], dict[str, float]]
     evaluate: Callable[[Any], dict[str, float]] | None = None
 
     def targets(self) -> list[str]:
-        """The last names of every linear layer but heads: what "all-linear" means, said for methods that refuse it."""
+        """The last name of every linear layer except heads: PEFT's "all-linear", for methods that do not accept it."""
         last = {name.rpartition(".")[2] for name, m in self.base.named_modules() if isinstance(m, nn.Linear)}
         return sorted(last - HEADS - {"lm_head"})
 
@@ -55,13 +55,13 @@ def check_model(task: Task, sources: Sources) -> str:
         sources: Where things are.
 
     Returns:
-        The model and its fields, in words.
+        A text with the model and its fields.
 
     Raises:
-        ValueError: It is not there, the hub cannot be reached, or a field says something else.
+        ValueError: There is no such model, the hub cannot be reached, or a field has another value.
     """
     fields = ", ".join(f"{name} {value}" for name, value in task.fields.items())
-    if sources.away(task.model):
+    if sources.is_out_of_reach(task.model):
         return f"model {task.model} (wanted: {fields}; not looked at)"
     try:
         config = transformers.AutoConfig.from_pretrained(sources.model(task.model))
@@ -71,7 +71,7 @@ def check_model(task: Task, sources: Sources) -> str:
     for name, value in task.fields.items():
         if getattr(config, name, None) != value:
             raise ValueError(
-                f"{task.model}: {name} is {getattr(config, name, None)!r}, but fields says {value!r}. Give that model, "
+                f"{task.model}: {name} is {getattr(config, name, None)!r}, but the suite expects {value!r}. Give that model, "
                 "or correct the suite file."
             )
     shown = ", ".join(f"{name} {getattr(config, name)}" for name in FIELDS if getattr(config, name, None) is not None)
@@ -79,7 +79,7 @@ def check_model(task: Task, sources: Sources) -> str:
 
 
 def load_model(loader: str, folder: Any, settings: Settings = Settings(), **more: Any) -> Any:  # noqa: B008 (frozen)
-    """A pretrained model, without Transformers' remarks on a head that is meant to be new."""
+    """Loads a pretrained model, without Transformers' warning that the head is new."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
