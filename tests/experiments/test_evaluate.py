@@ -98,7 +98,7 @@ def test_every_turn_is_rated_and_the_mean_is_reported(chat: Cell, places: Source
 
 
 FAILURES = [
-    ((200, "I like it."), r"gives no rating from 1 to 10 as \[\[rating\]\], it says 'I like it.'"),
+    ((200, "I like it."), r"gives no rating from 1 to 10 as \[\[rating\]\], but answers 'I like it.'"),
     ((200, "Rating: [[11]]"), "gives no rating from 1 to 10"),
     ((200, b"<html>"), "answers, but not as a chat completion"),
     ((200, b"[]"), "answers, but not as a chat completion"),
@@ -127,7 +127,7 @@ def test_a_judge_that_fails_later_ends_the_cell_with_the_question_and_the_reason
     bench.answers = [(200, "[[5]]"), (200, "[[5]]"), (200, "no more ratings")]
     record = run_cell(chat, Place(places))
     assert record["status"] == "failed"
-    assert re.search("JudgeError: question 81, second turn: .*it says 'no more ratings'", record["reason"])
+    assert re.search("JudgeError: question 81, second turn: .*but answers 'no more ratings'", record["reason"])
     assert len(record["curves"]["training"]) == 3
     assert len(bench.asked) == 2 + judge.TRIES
 

@@ -166,7 +166,7 @@ def test_a_task_that_cannot_be_is_refused(
 
 
 def test_too_few_rows_are_said(answered: Cell, places: Sources) -> None:
-    with pytest.raises(ValueError, match="0 rows are left, but 16 are put aside and a batch has 4. Give more rows"):
+    with pytest.raises(ValueError, match="0 rows are left, but 16 are held out and a batch has 4. Give more rows"):
         prepare(replace(answered, settings=replace(answered.settings, length=3)), places)
 
 

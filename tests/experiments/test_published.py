@@ -81,11 +81,11 @@ def test_the_plan_of_a_published_suite_needs_no_network(
         line = next(line for line in shown.splitlines() if line.startswith(f"{task}: "))
         assert about.model in line
         assert all(column in line for column in about.columns.values())
-        assert ("not looked at" in line) == about.model.startswith("hub:")
+        assert ("not checked" in line) == about.model.startswith("hub:")
     assert "core-hours" in shown
     assert not (tmp_path / "runs").exists()
     assert main(["reproduce", str(path), "--dry-run", "--hub", str(places.hub)]) == 0
-    assert "not looked at" not in capsys.readouterr().out
+    assert "not checked" not in capsys.readouterr().out
 
 
 def test_the_plan_counts_both_protocols_and_the_seeds_that_follow(
@@ -135,5 +135,5 @@ def test_rows_for_a_new_head_may_come_from_the_hub_and_a_plan_does_not_ask_it(pl
     files = {"train": "hub:nyu-mll/glue:sst2:train", "validation": "hub:nyu-mll/glue:sst2:validation"}
     task = replace(task, files=files, columns={"text": "sentence", "label": "label"})
     found = check(task, replace(places, hub=None, use_hub=False))
-    assert [each.endswith("(columns sentence, label; not looked at)") for each in found] == [False, True, True]
+    assert [each.endswith("(columns sentence, label; not checked)") for each in found] == [False, True, True]
     assert "64 rows; columns sentence, label" in check(task, places)[1]

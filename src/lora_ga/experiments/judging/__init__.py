@@ -1,4 +1,4 @@
-"""How a trained model's own answers are judged: a table of ways, each with check, preflight and run."""
+"""Evaluation of a trained model by its answers. Each way is a module with `check`, `preflight` and `run`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ WAYS = ("harness", "judge")
 
 
 def check(task: Task, sources: Sources) -> list[str]:
-    """Looks at what an evaluation needs.
+    """Checks what an evaluation needs.
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
 
     Returns:
-        What was found, in words.
+        One text for each thing that was found.
 
     Raises:
-        ValueError: There is no such way, or something is not there.
+        ValueError: There is no such way, or something is missing.
     """
     if not task.evaluation:
         return []
@@ -35,19 +35,19 @@ def check(task: Task, sources: Sources) -> list[str]:
 
 
 def evaluation(task: Task, sources: Sources, tokenizer: Any, seed: int) -> Callable[[Any], dict[str, float]] | None:
-    """What is done with the trained model; None if its losses say all.
+    """The evaluation of a task's trained model.
 
     Args:
         task: The task.
-        sources: Where things are.
-        tokenizer: Of the model.
-        seed: Of what is drawn.
+        sources: Resolves the references to models and files.
+        tokenizer: The tokenizer of the model.
+        seed: Seed of sampled answers.
 
     Returns:
-        The model → metrics.
+        A function of the trained model that returns metrics; None if the task has no evaluation.
     """
     if not task.evaluation:
         return None
     module = importlib.import_module(f"{__name__}.{task.evaluation['by']}")
-    module.preflight(task, sources)  # before hours of training, and not after
+    module.preflight(task, sources)  # before hours of training
     return lambda model: module.run(model, tokenizer, task, sources, seed)

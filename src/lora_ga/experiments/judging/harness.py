@@ -1,7 +1,8 @@
-"""GSM8K and HumanEval by lm-evaluation-harness, on local rows and with the prompt the model was trained on.
+"""GSM8K and HumanEval by lm-evaluation-harness, with local rows and with the prompt of the training.
 
-The harness generates and counts; the two tasks are given to it from here, because its own read the hub and prompt
-otherwise. The model is handed over as it is in memory, so that full fine-tuning and every adapter go one way.
+The harness generates the answers and computes the metric. The two tasks are defined here, because the harness's
+definitions read from the hub and use another prompt. The harness gets the model object, so that full fine-tuning and
+every adapter are evaluated by the same code.
 """
 
 from __future__ import annotations
@@ -19,35 +20,35 @@ from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
 
 ALLOW = "HF_ALLOW_CODE_EVAL"  # the name that the `evaluate` library and the harness know
-SECONDS = 10.0  # that a program may take
+SECONDS = 10.0  # time limit of a program
 KEYS = ("by", "test", "rows", "tokens", "batch")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def number_of(text: str) -> float | None:
-    """The answer: the number behind "####", or else the last one."""
+    """The answer in a text: the number after "####", or else the last number."""
     marked = text.split("####")[1:2] or [text]
     found = NUMBER.findall(marked[0])
     return float((found[0] if len(text.split("####")) > 1 else found[-1]).replace(",", "")) if found else None
 
 
 def right_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where the model's number is the reference's."""
+    """1 if the model's number equals the reference's."""
     said = number_of(results[0])
     return {"gsm8k": float(said is not None and said == number_of(doc["answer"]))}
 
 
 def code_of(text: str) -> str:
-    """The first code block, or everything where there is none."""
+    """The first code block; the whole text if there is none."""
     found = re.search(r"```(?:\w*\n)?(.*?)(?:```|\Z)", text, flags=re.DOTALL)
     return found[1] if found else text
 
 
 def passes(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where the program passes the task's tests, in a process of its own, which sees no keys of the environment."""
+    """1 if the program passes the task's tests; it runs in a separate process with an empty environment."""
     code = code_of(results[0])
     whole = code if f"def {doc['entry_point']}" in code else doc["prompt"] + code
-    # What the prompt imports belongs to the answer, too: "from typing import List".
+    # The answer may need the imports of the prompt, such as "from typing import List".
     program = f"{doc['prompt'].split('def ')[0]}\n{whole}\n{doc['test']}\ncheck({doc['entry_point']})\n"
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -65,7 +66,7 @@ def passes(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     return {"humaneval": float(done.returncode == 0)}
 
 
-# Test → columns of its rows, what of them is the question, what a result is, whether programs are run.
+# Test → the columns of its rows, the column with the question, the metric, whether programs are run.
 TESTS: dict[str, tuple[Sequence[str], str, Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]], bool]] = {
     "gsm8k": (("question", "answer"), "question", right_number, False),
     "humaneval": (("prompt", "test", "entry_point"), "prompt", passes, True),
@@ -73,17 +74,17 @@ TESTS: dict[str, tuple[Sequence[str], str, Callable[[Mapping[str, Any], Sequence
 
 
 def check(task: Task, sources: Sources) -> list[str]:
-    """Looks at the rows, at the harness, and at the permission to run programs.
+    """Checks the rows, the installation of the harness, and the permission to run programs.
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
 
     Returns:
-        What was found.
+        One text for each thing that was found.
 
     Raises:
-        ValueError: Something is not there, or not allowed.
+        ValueError: Something is missing, or not allowed.
     """
     test = task.evaluation.get("test")
     if test not in TESTS:
@@ -98,26 +99,26 @@ def check(task: Task, sources: Sources) -> list[str]:
             raise ValueError('evaluation: lm-evaluation-harness is not installed: pip install "lora-ga[eval]".')
         if runs_programs and os.environ.get(ALLOW) != "1":
             raise ValueError(
-                f"evaluation: {test} runs programs that a model wrote. Do that where they can do no harm, and allow it "
-                f"by {ALLOW}=1."
+                f"evaluation: {test} runs programs that a model wrote. Use a machine where they can do no harm, "
+                f"and allow it by {ALLOW}=1."
             )
     if sources.is_out_of_reach(reference):
-        return [f"{test} {reference} (columns {', '.join(columns)}; not looked at)"]
+        return [f"{test} {reference} (columns {', '.join(columns)}; not checked)"]
     rows = select_columns(sources.rows(reference), {column: column for column in columns}, reference)
     return [f"{test} {reference} ({len(rows)} rows; columns {', '.join(columns)})"]
 
 
 def preflight(task: Task, sources: Sources) -> None:
-    """Looks again, where the cell runs."""
+    """Checks again in the process that runs the cell."""
     check(task, sources)
 
 
 def test_config(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The test as the harness takes it: greedy, no examples in the prompt.
+    """The harness's configuration of a test: greedy decoding, no examples in the prompt.
 
     Args:
-        task: The task; its input, which the model was trained on, asks the question.
-        rows: Of the test.
+        task: The task; its input is the prompt.
+        rows: The rows of the test.
 
     Returns:
         The configuration.
@@ -143,13 +144,13 @@ def test_config(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 def run(model: Any, tokenizer: Any, task: Task, sources: Sources, seed: int) -> dict[str, float]:
-    """Generates and counts.
+    """Generates answers and computes the metric.
 
     Args:
-        model: Trained.
-        tokenizer: Its.
+        model: The trained model.
+        tokenizer: Its tokenizer.
         task: The task.
-        sources: Where the rows are.
+        sources: Resolves the reference to the rows.
         seed: Not used: decoding is greedy.
 
     Returns:

@@ -24,28 +24,28 @@ ENDPOINT, KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 KEYS = ("by", "model", "questions", "references", "prompts", "tokens")
 TRIES, SECONDS, PAUSE = 3, 120.0, 2.0  # requests for one rating; how long each may take; how long between them
 RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
-# FastChat's: where an answer is right or wrong, the judge sees a reference; how freely the model writes.
+# From FastChat: the categories whose prompt shows a reference answer, and the sampling temperatures.
 WITH_REFERENCE = {"math", "reasoning", "coding", "arena-hard-200"}
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 PROMPTS = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
 
 
 class JudgeError(RuntimeError):
-    """The judge cannot be asked, or says nothing that can be used."""
+    """The judge cannot be reached, or gives no usable answer."""
 
 
 def files(task: Task, sources: Sources) -> tuple[list[dict[str, Any]], dict[int, list[str]], dict[str, Any]]:
-    """Questions, references by question, prompts by name.
+    """Reads the questions, the reference answers and the prompts.
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
 
     Returns:
-        The three.
+        The questions, the references by question, the prompts by name.
 
     Raises:
-        ValueError: A field is not there, or a reference that is needed.
+        ValueError: A field is missing, or a reference that is needed.
     """
     given = {name: sources.rows(task.evaluation[name]) for name in ("questions", "references", "prompts")}
     wanted = {
@@ -72,17 +72,17 @@ def files(task: Task, sources: Sources) -> tuple[list[dict[str, Any]], dict[int,
 
 
 def check(task: Task, sources: Sources) -> list[str]:
-    """Looks at the files, and where cells are going to run also for the endpoint.
+    """Checks the files, and the endpoint if cells are going to run.
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
 
     Returns:
-        What was found.
+        One text for each thing that was found.
 
     Raises:
-        ValueError: Something is not there.
+        ValueError: Something is missing.
     """
     unknown = sorted(set(task.evaluation) - set(KEYS))
     missing = [name for name in ("model", "questions", "references", "prompts") if name not in task.evaluation]
@@ -91,7 +91,7 @@ def check(task: Task, sources: Sources) -> list[str]:
     questions, references, _ = files(task, sources)
     if sources.use_hub and not os.environ.get(ENDPOINT):
         raise ValueError(
-            f"evaluation: the judge {task.evaluation['model']} is asked at an OpenAI-compatible endpoint, but none is "
+            f"evaluation: the judge {task.evaluation['model']} needs an OpenAI-compatible endpoint, but none is "
             f"named. Set {ENDPOINT} (as https://api.openai.com/v1), and {KEY} if it wants a key."
         )
     if sources.use_hub and importlib.util.find_spec("openai") is None:
@@ -100,7 +100,7 @@ def check(task: Task, sources: Sources) -> list[str]:
 
 
 def preflight(task: Task, sources: Sources) -> None:
-    """Looks again, where the cell runs, and asks the judge for one rating, to hear now what does not work."""
+    """Checks again in the process that runs the cell, and asks for one rating, to find errors before the training."""
     check(task, sources)
     prompt = files(task, sources)[2]["single-v1"]
     rating(
@@ -160,19 +160,19 @@ def ask(model: str, prompt: Mapping[str, Any], words: Mapping[str, str]) -> str:
 
 
 def rating(model: str, prompt: Mapping[str, Any], words: Mapping[str, str], about: str) -> float:
-    """The judge's rating.
+    """Asks the judge for a rating, several times if needed.
 
     Args:
         model: The judge's name.
         prompt: A row of the prompts.
-        words: What its template takes.
+        words: The values for the placeholders of its template.
         about: What is rated, for the message.
 
     Returns:
-        From 1 to 10.
+        The rating, from 1 to 10.
 
     Raises:
-        JudgeError: After a few tries there is none.
+        JudgeError: There is no rating after `TRIES` requests.
     """
     reason = ""
     for attempt in range(TRIES):
@@ -186,12 +186,12 @@ def rating(model: str, prompt: Mapping[str, Any], words: Mapping[str, str], abou
         found = RATING.search(said)
         if found and 1 <= float(found[1]) <= 10:
             return float(found[1])
-        reason = f"the judge gives no rating from 1 to 10 as [[rating]], it says {said[-200:]!r}"
+        reason = f"the judge gives no rating from 1 to 10 as [[rating]], but answers {said[-200:]!r}"
     raise JudgeError(f"{about}: {reason} ({TRIES} tries). Fix the endpoint, then run again with --retry.")
 
 
 def answer(model: Any, tokenizer: Any, text: str, temperature: float, tokens: int) -> str:
-    """What the model writes."""
+    """Generates the model's answer to a text."""
     given = tokenizer(text, return_tensors="pt").to(model.device)
     given.pop("token_type_ids", None)
     how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -203,7 +203,7 @@ def answer(model: Any, tokenizer: Any, text: str, temperature: float, tokens: in
 
 
 def conversation(model: Any, tokenizer: Any, task: Task, question: Mapping[str, Any], seed: int) -> list[str]:
-    """The answers to the two turns, the second asked below the first; one seed for each question."""
+    """Answers the two turns of a question; the second prompt contains the first turn. One seed for each question."""
     place = next(meaning for meaning in task.columns if f"{{{meaning}}}" in task.input)
     temperature, tokens = TEMPERATURES.get(question["category"], 0.0), task.evaluation.get("tokens", 1024)
     torch.manual_seed(1000 * seed + question["question_id"])
@@ -216,14 +216,14 @@ def conversation(model: Any, tokenizer: Any, task: Task, question: Mapping[str, 
 
 
 def run(model: Any, tokenizer: Any, task: Task, sources: Sources, seed: int) -> dict[str, float]:
-    """Answers all questions, and has every turn rated.
+    """Answers all questions and has every turn rated.
 
     Args:
-        model: Trained.
-        tokenizer: Its.
+        model: The trained model.
+        tokenizer: Its tokenizer.
         task: The task.
-        sources: Where the files are.
-        seed: Of the answers that are drawn.
+        sources: Resolves the references to the files.
+        seed: Seed of sampled answers.
 
     Returns:
         "mt_bench", the mean rating of all turns, and that of each turn.

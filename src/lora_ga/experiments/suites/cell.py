@@ -1,4 +1,4 @@
-"""One run of a grid: everything that decides its result, and the digest by which it is known."""
+"""One run of a suite: everything that decides its result, and the digest that identifies it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Cell:
     """One run.
 
     Attributes:
-        suite: Name, for people.
-        task_name: Of the suite, for people.
-        label: Of the variant, for people.
+        suite: The suite's name; only for display.
+        task_name: The task's name in the suite; only for display.
+        label: The variant's name in the suite; only for display.
         task: The task.
-        method: Name of the method.
-        options: Those of the method that are not its defaults.
-        settings: Those of the suite, the task and the variant together.
-        learning_rate: Of everything but a new head.
-        seed: Of the order of the data, the head, the adapter and dropout.
+        method: The method's name.
+        options: The options of the method that differ from its defaults.
+        settings: The settings of the suite, with the changes of the task and the variant.
+        learning_rate: The learning rate of all parameters except a new head.
+        seed: Seed of the data order, the head, the adapter and dropout.
     """
 
     suite: str
@@ -40,9 +40,9 @@ class Cell:
     seed: int
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, as plain values: no names for people, no guesses, nothing that is only looked at."""
-        aside = {"seconds", "settings", "fields", "choose"}
-        task = {key: value for key, value in changed(self.task).items() if key not in aside}
+        """Everything that decides the result, as JSON values; names for display, estimates and checks are left out."""
+        ignored = {"seconds", "settings", "fields", "choose"}
+        task = {key: value for key, value in changed(self.task).items() if key not in ignored}
         return {
             "task": task,
             "method": self.method,
@@ -53,20 +53,20 @@ class Cell:
         }
 
     def digest(self) -> str:
-        """12 hexadecimal digits of `identity`: equal cells of any two suites have one."""
+        """The first 12 hexadecimal digits of the SHA-256 of `identity`; equal cells of two suites have the same."""
         text = json.dumps(self.identity(), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def title(self) -> str:
-        """The cell in words."""
+        """A readable name of the cell."""
         return f"{self.task_name}/{self.label} lr {self.learning_rate:g} seed {self.seed}"
 
 
 def changed(settings: Any) -> dict[str, Any]:
-    """The values of a dataclass that are not its defaults.
+    """The values of a dataclass that differ from the defaults.
 
-    A digest made of these stays the same when a later version has one setting more. No default may be changed, here or
-    in a method.
+    Digests are made of these, so they stay the same when a later version adds a setting. For the same reason no default
+    may ever change, here or in a method.
 
     Args:
         settings: A dataclass.

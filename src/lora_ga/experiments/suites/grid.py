@@ -1,4 +1,4 @@
-"""Runs what a suite still needs, in processes of its own, and adds each record to the store."""
+"""Runs the missing cells of a suite in worker processes, and adds each record to the store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 
 def commit() -> str | None:
-    """The commit of this code, with "+" where files differ from it; None outside a checkout."""
+    """The commit of this code, with "+" if files were changed; None outside a git checkout."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str | None:
@@ -47,24 +47,24 @@ def run_grid(
     retry: bool = False,
     on_record: Callable[[Record, int], None] = lambda record, left: None,
 ) -> dict[str, Record]:
-    """Runs every cell that is missing, and those that become needed on the way.
+    """Runs every missing cell, and the cells that become necessary because of the results.
 
     Args:
         suite: The suite.
-        lines: The (task, label) to complete.
-        store: Locked.
-        place: Where cells are run.
-        workers: Processes, each with one thread; 0 runs all in this process.
+        lines: The pairs (task, label) to complete.
+        store: The store, locked.
+        place: The device and the sources for the cells.
+        workers: Number of processes, each with one thread; with 0 the cells run in this process.
         retry: Run cells that failed before once more. Cells whose trained model is saved, as their evaluation failed,
             are always run once more.
-        on_record: Called with each new record and the number of cells that are known to be left.
+        on_record: Called with each new record and the number of cells that are still missing.
 
     Returns:
         All records of the store, by digest.
     """
     records = store.records()
     failed = {digest for digest, record in records.items() if record["status"] == "failed"}
-    if not retry:  # a model that is saved is evaluated without being asked for: the long part is done
+    if not retry:  # a saved model only has to be evaluated
         failed = {digest for digest in failed if trained.is_saved(store.unjudged(digest))}
     known = {digest: record for digest, record in records.items() if digest not in failed}
     runs: InProcess | WorkerPool = WorkerPool() if workers else InProcess()
@@ -90,7 +90,7 @@ def run_grid(
 
 
 class InProcess:
-    """Runs cells in this process, one after another."""
+    """Runs cells in this process, one after another; the counterpart of `WorkerPool`."""
 
     def __init__(self) -> None:
         self.ready: list[Record] = []
@@ -107,13 +107,13 @@ class InProcess:
         return records
 
     def close(self) -> None:
-        """Nothing is left behind."""
+        """Does nothing: no process is left."""
 
 
 class WorkerPool:
-    """Runs each cell in a process of its own: peak memory is the cell's, and a crash takes nothing else with it.
+    """Runs each cell in a new process, so that its peak memory is measured alone and a crash ends only this cell.
 
-    They are forked off one that has the libraries loaded.
+    The processes are forked from a server process that has imported the libraries.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class WorkerPool:
         self.running: dict[Any, tuple[Any, Cell, Any]] = {}
 
     def start(self, cell: Cell, place: Any) -> None:
-        """Begins the cell."""
+        """Starts a process for the cell."""
         receiver, sender = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_child, args=(sender, cell, place))
         process.start()
@@ -130,17 +130,17 @@ class WorkerPool:
         self.running[receiver] = (process, cell, place)
 
     def finished(self) -> list[Record]:
-        """The records of the cells that have ended; waits for one."""
+        """The records of the cells that have ended; waits for at least one."""
         return [_received(receiver, *self.running.pop(receiver)) for receiver in wait(list(self.running))]
 
     def close(self) -> None:
-        """Ends what still runs."""
+        """Kills the processes that still run."""
         for process, _, _ in self.running.values():
             process.kill()
 
 
 def _received(receiver: Any, process: Any, cell: Cell, place: Any) -> Record:
-    """The record a process has sent, or one that says how it ended."""
+    """The record that a process has sent; if it has sent none, a record of how the process ended."""
     try:
         return receiver.recv()
     except EOFError:
@@ -157,34 +157,34 @@ def _received(receiver: Any, process: Any, cell: Cell, place: Any) -> Record:
 
 
 def _child(sender: Connection, cell: Cell, place: Any) -> None:
-    """One cell in a process of its own, in one thread, that does not outlive the one that asked for it."""
+    """Runs one cell with one thread. The process ends when its parent does."""
     import torch
 
     from lora_ga.experiments.suites.run import run_cell
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, too, and ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets the signal, too, and ends this process
     parent = multiprocessing.parent_process()
     assert parent is not None, "started by WorkerPool"
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     sender.send(run_cell(cell, place))
 
 
 def expected_seconds(suite: Suite, cells: Sequence[Cell], records: Mapping[str, Record]) -> float:
-    """The time that cells will take: what those of the same task and method took, else of the task, else its guess.
+    """Estimates the time for cells: the mean of the same task and method, else of the task, else the suite's estimate.
 
     Args:
         suite: The suite.
         cells: The cells.
-        records: What has run.
+        records: The records of the store.
 
     Returns:
-        Seconds in one process.
+        Seconds with one process.
     """
     total = 0.0
     for cell in cells:

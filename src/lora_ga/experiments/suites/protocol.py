@@ -1,7 +1,7 @@
-"""Which cells a suite still needs: the paper's protocol (one rate for all) and the tuned one (a grid that grows).
+"""Which cells a suite still needs, by the paper's protocol (one rate for all) and the tuned one (a grid of rates).
 
-Pure: the same suite and the same records give the same cells, so a run that was broken off goes on by being started
-again.
+The functions are pure: the same suite and the same records give the same cells. An interrupted run therefore continues
+when it is started again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from lora_ga.experiments.suites.cell import Cell, cell_of, rate_at
 from lora_ga.experiments.suites.spec import Suite
 
-MOST_RATES = 9  # four decades: a best rate that is not inside by then is a fault of the method, not of the grid
+MOST_RATES = 9  # four decades; a larger grid would not help
 SMALLER_IS_BETTER = {"loss"}
 Score = tuple[float, ...]
 Records = Mapping[str, Mapping[str, Any]]
@@ -21,11 +21,11 @@ Records = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is known of a rate grid.
+    """The state of a search for the best rate.
 
     Attributes:
         scores: Exponent → score, larger is better; None where the run diverged or failed.
-        needed: Exponents to run next; none when the search is over.
+        needed: Exponents to run next; empty when the search is over.
         best: The best exponent so far.
     """
 
@@ -40,11 +40,11 @@ class Sweep:
 
 
 def sweep(first: Sequence[int], look: Callable[[int], tuple[bool, Score | None]]) -> Sweep:
-    """Search the best rate: the points of `first`, then one more at the edge while the best lies on it.
+    """Searches the best rate: the points of `first`, then one more at an edge as long as the best lies there.
 
     Args:
-        first: Exponents to begin with.
-        look: Exponent → whether it has run, and its score (None: it diverged).
+        first: The first exponents.
+        look: Exponent → whether it has run, and its score (None if it diverged).
 
     Returns:
         The state of the search.
@@ -58,7 +58,7 @@ def sweep(first: Sequence[int], look: Callable[[int], tuple[bool, Score | None]]
         if needed or len(found) >= MOST_RATES:
             return Sweep(scores, needed, best)
         low, high = min(found), max(found)
-        if best is None or best == low:  # nothing that did not diverge: smaller
+        if best is None or best == low:  # also if all rates diverged
             found[low - 1] = look(low - 1)
         elif best == high:
             found[high + 1] = look(high + 1)
@@ -67,7 +67,7 @@ def sweep(first: Sequence[int], look: Callable[[int], tuple[bool, Score | None]]
 
 
 def score(record: Mapping[str, Any], metric: str) -> Score | None:
-    """How good a run is on the tuning split; among equals (a plateau of whole rows) the loss decides."""
+    """The score of a run on the tuning split, larger is better; the loss decides between equal metrics."""
     if record["status"] != "done":
         return None
     tune = record["metrics"]["tune"]
@@ -75,7 +75,7 @@ def score(record: Mapping[str, Any], metric: str) -> Score | None:
 
 
 def sweep_of(suite: Suite, task: str, label: str, records: Records) -> Sweep:
-    """The tuned protocol's search for a variant on a task: seed 0, judged on the tuning split."""
+    """The search of the tuned protocol for a variant on a task, with seed 0 and the tuning split."""
 
     def look(point: int) -> tuple[bool, Score | None]:
         record = records.get(cell_of(suite, task, label, rate_at(point), 0).digest())
@@ -85,13 +85,13 @@ def sweep_of(suite: Suite, task: str, label: str, records: Records) -> Sweep:
 
 
 def best_rate(suite: Suite, task: str, label: str, records: Records) -> float | None:
-    """The rate that the tuned protocol has settled on; None while it searches, or if every rate diverged."""
+    """The best rate of the tuned protocol; None during the search, or if every rate diverged."""
     state = sweep_of(suite, task, suite.methods[label].rate_of or label, records)
     return None if state.needed or state.best is None else rate_at(state.best)
 
 
 def wanted(suite: Suite, task: str, label: str, records: Records) -> list[Cell]:
-    """The cells of a line that are known to be needed now, whether they have run or not, each once."""
+    """The cells of a line that are needed so far, each once, whether they have run or not."""
     cells = []
     if suite.paper_rate is not None:
         cells += [cell_of(suite, task, label, suite.paper_rate, seed) for seed in range(suite.seeds)]

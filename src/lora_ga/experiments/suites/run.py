@@ -1,4 +1,4 @@
-"""One cell, from its description to its record."""
+"""Runs one cell and returns its record."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Place:
     """Where cells are run.
 
     Attributes:
-        sources: Where models and files are.
+        sources: Resolves the references to models and files.
         device: A torch device.
-        commit: Of the code, for the record.
+        commit: The commit of the code, for the record.
         unjudged: Folder for trained models that have not been evaluated yet; None: they are not saved.
     """
 
@@ -60,14 +60,14 @@ class Place:
 
 
 def device_name(device: str) -> str:
-    """The device in words."""
+    """The name of the device, for the record."""
     if device.startswith("cuda"):
         return str(torch.cuda.get_device_name(device))
     return f"{device}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 def peak_memory(device: str) -> float:
-    """The most memory in use until now, in MiB: on the GPU, or of this process."""
+    """The peak memory in MiB: of the GPU, or of this process."""
     if device.startswith("cuda"):
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -75,11 +75,11 @@ def peak_memory(device: str) -> float:
 
 
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
-    """Runs a cell. Never raises for what goes wrong inside: the record says it.
+    """Runs a cell. An error inside does not raise; it is put into the record.
 
     Args:
         cell: The cell.
-        place: Where.
+        place: The device and the sources.
 
     Returns:
         The record; its status is "done", "diverged" or "failed".
@@ -90,7 +90,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         found = result(cell, place, curves, began)
     except DivergedError as error:
         found = {"status": "diverged", "reason": str(error)}
-    except Exception as error:  # the grid goes on, and the record tells
+    except Exception as error:  # the other cells go on
         lines = traceback.format_exception(error)
         found = {"status": "failed", "reason": f"{type(error).__name__}: {error}", "traceback": "".join(lines)[-4000:]}
     training = [loss if math.isfinite(loss) else None for loss in curves.training]
@@ -102,7 +102,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
 
 
 def build_inputs(cell: Cell, prepared: PreparedTask, device: str = "cpu") -> BuildInputs:
-    """What a cell's method makes its model of."""
+    """What the method of a cell needs to build its model."""
     settings = cell.settings
     return BuildInputs(
         base=prepared.base,
@@ -138,7 +138,7 @@ def result(cell: Cell, place: Place, curves: Curves, began: float) -> dict[str, 
         found = trained.restore(saved, model) | {"judged": {name: now[name] for name in ORIGIN}}
         curves.training, curves.report = found["curves"]["training"], found["curves"]["report"]
     else:
-        torch.manual_seed(cell.seed)  # the same dropout for all methods, whatever a start has drawn
+        torch.manual_seed(cell.seed)  # the same dropout for all methods, whatever their initialisation has drawn
         train(prepared, method, model, inputs, cell.settings, place.device, curves)
         finished = time.perf_counter()
         found = _measured(prepared, model, place, curves)
@@ -160,7 +160,7 @@ def result(cell: Cell, place: Place, curves: Curves, began: float) -> dict[str, 
 
 
 def _measured(prepared: PreparedTask, model: Any, place: Place, curves: Curves) -> dict[str, Any]:
-    """What the record says of a model that has been trained, before its evaluation."""
+    """The part of the record that is known after the training, before the evaluation."""
     report = {name: value for name, value in curves.report[-1].items() if name != "step"}
     return {
         "status": "done",
@@ -182,7 +182,7 @@ def _facts(cell: Cell, place: Place, curves: Curves, found: dict[str, Any], bega
 
 
 def about(cell: Cell, place: Place) -> dict[str, Any]:
-    """What is known of a run before it begins."""
+    """The part of the record that is known before the run."""
     return {
         "digest": cell.digest(),
         "suite": cell.suite,

@@ -1,4 +1,4 @@
-"""The training loop, the same for every method: AdamW without weight decay, warm-up and a cosine, one data order."""
+"""The training loop of all methods: AdamW without weight decay, linear warm-up, cosine decay, the same data order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_ga.experiments.suites.spec import Settings
 from lora_ga.experiments.tasks.prepared import HEADS, PreparedTask
 from lora_ga.gradients.loss import label_tokens
 
-WINDOW, EXPLODED = 10, 10.0  # diverged: the mean of so many losses is so many times the first
+WINDOW, EXPLODED = 10, 10.0  # diverged: the mean of the last WINDOW losses exceeds EXPLODED times the first
 
 
 class DivergedError(Exception):
@@ -25,7 +25,7 @@ class DivergedError(Exception):
 
 @dataclass
 class Curves:
-    """What is seen on the way.
+    """The curves of a run.
 
     Attributes:
         training: The task's loss on each step's batch, before the step.
@@ -37,18 +37,18 @@ class Curves:
 
 
 def to_device(device: str, batch: Batch) -> Batch:
-    """The batch on the device."""
+    """Moves a batch to the device."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def measured(prepared: PreparedTask, model: Any, split: str, device: str) -> dict[str, float]:
-    """The metrics on a split, with dropout off.
+    """Computes the metrics on a split, in evaluation mode.
 
     Returns:
         Name → value.
 
     Raises:
-        DivergedError: One of them is not finite.
+        DivergedError: A metric is not finite.
     """
     was_training = model.training
     model.eval()
@@ -63,14 +63,14 @@ def measured(prepared: PreparedTask, model: Any, split: str, device: str) -> dic
 
 
 def autocast(model: Any, device: str) -> Any:
-    """The context of every pass: a bfloat16 model's trained weights are float32, and are rounded for the arithmetic."""
+    """The context of every forward pass: bfloat16 arithmetic if the model is in bfloat16."""
     half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     half = half or getattr(model.config, "dtype", None) == torch.bfloat16
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
 
 
 def keep_in_float32(model: Any) -> None:
-    """Lifts what is trained: an optimiser's step would be lost in the rounding of bfloat16."""
+    """Casts the trained parameters to float32, as bfloat16 would round most optimizer steps away."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -97,7 +97,7 @@ def micro_batches(model: Any, batch: Batch, batch_size: int) -> list[tuple[Batch
 
 
 def accumulate_gradients(prepared: PreparedTask, model: Any, batch: Batch, settings: Settings, device: str) -> float:
-    """Adds the batch's gradient up; the task's loss on it."""
+    """Accumulates the gradient of a batch; returns the task's loss on it."""
     total = 0.0
     for part, share in micro_batches(model, batch, settings.batch_size):
         with autocast(model, device):
@@ -110,7 +110,7 @@ def accumulate_gradients(prepared: PreparedTask, model: Any, batch: Batch, setti
 
 
 def parameter_groups(method: Method, model: Any, inputs: BuildInputs, head_rate: float) -> list[dict[str, Any]]:
-    """The method's groups without the new head, and the head at its own rate."""
+    """The method's parameter groups, and a group for the new head with its own learning rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     head = [p for name, p in named if HEADS & set(name.split("."))]
     apart = {id(p) for p in head}
@@ -122,10 +122,10 @@ def parameter_groups(method: Method, model: Any, inputs: BuildInputs, head_rate:
 
 
 def check_loss(losses: Sequence[float]) -> None:
-    """Ends a run that is lost.
+    """Ends a run that has diverged.
 
     Raises:
-        DivergedError: It is.
+        DivergedError: The last loss is not finite, or the losses have exploded.
     """
     if not math.isfinite(losses[-1]):
         raise DivergedError(f"the training loss is {losses[-1]} at step {len(losses)}")
@@ -146,13 +146,13 @@ def train(
     """Trains a model.
 
     Args:
-        prepared: The data.
-        method: Says the parameter groups and what is done after a step.
-        model: What the method built.
-        inputs: What it was built from.
-        settings: Of the run.
-        device: Where.
-        curves: Filled on the way, so that a run that diverges leaves its beginning.
+        prepared: The data and the loss.
+        method: Gives the parameter groups, and a function to call after each step.
+        model: The model that the method built.
+        inputs: What the method built it from.
+        settings: The settings of the run.
+        device: A torch device.
+        curves: Filled during training, so that a run that diverges leaves its first losses.
     """
     keep_in_float32(model)
     optimizer = torch.optim.AdamW(
@@ -160,7 +160,7 @@ def train(
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
     model.train()
-    if settings.eval_steps < settings.steps:  # else the end is all that is asked for
+    if settings.eval_steps < settings.steps:  # otherwise only the end is evaluated
         curves.report.append({"step": 0, **measured(prepared, model, "report", device)})
     for step in range(1, settings.steps + 1):
         batch = to_device(device, next(prepared.train_batches))

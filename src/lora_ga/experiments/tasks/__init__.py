@@ -1,4 +1,4 @@
-"""What is learned: a table of kinds, each of which turns a task's files into batches and measures."""
+"""The kinds of task. Each kind turns the files of a task into batches and metrics."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ if TYPE_CHECKING:
     from lora_ga.experiments.suites.spec import Task
     from lora_ga.experiments.tasks.prepared import PreparedTask
 
-# Kind → module here, with check(task, sources) and prepare(cell, sources).
+# Each kind is a module of this package, with check(task, sources) and prepare(cell, sources).
 KINDS = ("text", "classes", "seq2seq", "instruct")
 
 
 def check(task: Task, sources: Sources) -> list[str]:
-    """Looks at a task's model and files without the network and without training.
+    """Checks the model and the files of a task without network access and without training.
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
 
     Returns:
-        What was found, in words: the model's fields, the files' columns.
+        One text for each thing that was found: the model with its fields, each file with its columns.
 
     Raises:
-        ValueError: The kind is not known, or a file, a column or a field is not as the task says.
+        ValueError: The kind is unknown, or a file, a column or a model field differs from the task's description.
     """
     if task.kind not in KINDS:
         raise ValueError(f"kind is {task.kind!r}; the kinds are {', '.join(KINDS)}.")

@@ -1,7 +1,7 @@
-"""Sorting texts, or pairs of them, into classes, with a new head.
+"""Text classification: texts, or pairs of texts, and a new classification head.
 
-The tuning split is taken from the training rows; the reported one is the set's own validation. Which rows those are
-does not depend on the seed: seeds change the order, the head and the adapter.
+The tuning split is a part of the training rows; the reported split is the data set's validation split. The seed does
+not change which rows belong to a split. It changes the order of the rows, the head and the adapter.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
 from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
 
-AT_ONCE = 64  # rows of a batch that is only measured
-SORTED_AT_ONCE = 8  # batches whose rows are put into order of length together
+EVAL_BATCH_SIZE = 64  # rows of a batch of the tuning and the reported split
+SORTED_TOGETHER = 8  # batches whose rows are sorted by length together
 MEANINGS = ("text", "text_pair", "label")
 Row = Mapping[str, Any]
 
 
 def check(task: Task, sources: Sources) -> list[str]:
-    """Reads the model's configuration and every row's columns and label.
+    """Checks the model's configuration, and the columns and the label of every row.
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
 
     Returns:
-        What was found.
+        One text for each thing that was found.
 
     Raises:
-        ValueError: Something is not there, or a label is not one of the classes.
+        ValueError: Something is missing, or a label is not one of the classes.
     """
     found = [check_model(task, sources)]
     unknown = sorted(set(task.columns) - set(MEANINGS))
@@ -47,26 +47,26 @@ def check(task: Task, sources: Sources) -> list[str]:
 
 
 def check_labelled(task: Task, sources: Sources, classes: int, said: str) -> list[str]:
-    """Reads the rows to train on and those that are reported.
+    """Checks the rows of the training file and of the validation file.
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
         classes: The number of classes.
-        said: What of the task says that number, for the message.
+        said: The setting of the task that gives this number, for the message.
 
     Returns:
-        What was found.
+        One text for each thing that was found.
 
     Raises:
-        ValueError: Something is not there, or a label is not one of the classes.
+        ValueError: Something is missing, or a label is not one of the classes.
     """
     found, columns = [], ", ".join(task.columns.values())
     for part in ("train", "validation"):
         if part not in task.files:
             raise ValueError(f"files names {', '.join(task.files) or 'nothing'}; it must name train and validation.")
         if sources.is_out_of_reach(task.files[part]):
-            found.append(f"{part} {task.files[part]} (columns {columns}; not looked at)")
+            found.append(f"{part} {task.files[part]} (columns {columns}; not checked)")
             continue
         rows = select_columns(sources.rows(task.files[part]), task.columns, task.files[part])
         strange = {row["label"] for row in rows} - set(range(classes))
@@ -77,12 +77,12 @@ def check_labelled(task: Task, sources: Sources, classes: int, said: str) -> lis
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of the class."""
+    """Cross-entropy of the classes."""
     return functional.cross_entropy(logits.float(), batch["labels"])
 
 
 def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
-    """Loss and accuracy; of two classes also F1 of class 1 and Matthews' correlation (0 where only one is said)."""
+    """Loss and accuracy; for two classes also F1 of class 1 and Matthews' correlation (0 if only one is predicted)."""
     pairs = list(outputs)
     logits = torch.cat([each.float() for each, _ in pairs])
     labels = torch.cat([batch["labels"] for _, batch in pairs])
@@ -101,7 +101,7 @@ def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
 
 
 class ClassificationCollator:
-    """Rows to padded batches."""
+    """Tokenises rows and pads batches."""
 
     def __init__(self, folder: str, taken: Sequence[str], length: int) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -109,7 +109,7 @@ class ClassificationCollator:
         self.length = length
 
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Token ids, cut, and labels; one example a row."""
+        """Tokenises rows, truncates them, and adds their labels; one example a row."""
         texts = [[row[name] for row in rows] for name in ("text", "text_pair") if name in rows[0]]
         encoded = self.tokenizer(*texts, truncation=True, max_length=self.length)
         taken = [name for name in encoded if name in self.taken]
@@ -119,32 +119,32 @@ class ClassificationCollator:
         ]
 
     def batch(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
-        """One batch, padded to its longest row."""
+        """Pads examples to the longest of them."""
         return dict(self.tokenizer.pad(list(examples), return_tensors="pt"))
 
 
 def epoch_batches(lengths: Sequence[int], rows: int, order: torch.Generator) -> list[list[int]]:
-    """One epoch in random order, in whole batches of rows of similar length: padding would cost more than the text.
+    """One epoch in random order; rows of similar length share a batch, so that there is little padding.
 
     Args:
-        lengths: Of every row.
-        rows: Of a batch.
-        order: Drawn from.
+        lengths: The length of every row.
+        rows: The number of rows of a batch.
+        order: The random generator.
 
     Returns:
-        The rows of each batch. What is left over by whole batches waits for the next epoch.
+        The row numbers of each batch. Rows that do not fill a batch are left out of this epoch.
     """
     drawn = torch.randperm(len(lengths), generator=order).tolist()
     batches = []
-    for start in range(0, len(drawn), rows * SORTED_AT_ONCE):
-        some = sorted(drawn[start : start + rows * SORTED_AT_ONCE], key=lengths.__getitem__)
+    for start in range(0, len(drawn), rows * SORTED_TOGETHER):
+        some = sorted(drawn[start : start + rows * SORTED_TOGETHER], key=lengths.__getitem__)
         batches += [some[i : i + rows] for i in range(0, len(some), rows)]
     whole = [batch for batch in batches if len(batch) == rows] or batches
     return [whole[i] for i in torch.randperm(len(whole), generator=order).tolist()]
 
 
 def prepare(cell: Cell, sources: Sources) -> PreparedTask:
-    """Loads model and rows, and cuts the tuning split off."""
+    """Loads the model and the rows, and splits the tuning rows off."""
     task, settings = cell.task, cell.settings
     torch.manual_seed(cell.seed)  # the new head
     folder = sources.model(task.model)
@@ -168,7 +168,7 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
 
     def measured(some: Sequence[Row]) -> list[Batch]:
         encoded = sorted(collator.encode(some), key=lambda example: len(example["input_ids"]))  # less padding
-        return [collator.batch(encoded[i : i + AT_ONCE]) for i in range(0, len(encoded), AT_ONCE)]
+        return [collator.batch(encoded[i : i + EVAL_BATCH_SIZE]) for i in range(0, len(encoded), EVAL_BATCH_SIZE)]
 
     chosen = torch.randperm(len(examples), generator=apart)[: settings.samples]
     return PreparedTask(

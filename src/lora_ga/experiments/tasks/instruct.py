@@ -1,7 +1,8 @@
-"""Answering: a decoder reads a prompt and learns the answer's tokens; the trained model is judged by its own answers.
+"""Instruction tuning: a decoder reads a prompt and learns the tokens of the answer.
 
 Rows longer than the settings' length are left out, as the paper's authors do. The tuning and the reported split are
-training rows put aside; they give losses. What is reported beside the loss comes from the task's evaluation.
+held-out training rows, which give losses. The task's evaluation gives the other metrics, from answers of the trained
+model.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_m
 from lora_ga.experiments.tasks.seq2seq import check_template
 from lora_ga.gradients.loss import IGNORED
 
-AT_ONCE = 8  # rows of a batch that is only measured
+EVAL_BATCH_SIZE = 8  # rows of a batch of the tuning and the reported split
 BLOCK = 1000  # rows that are tokenised together
 Row = Mapping[str, Any]
 
 
 def as_it_is(row: Row) -> Row | None:
-    """Every row."""
+    """Keeps every row."""
     return row
 
 
 def grade_school(row: Row) -> Row | None:
-    """MetaMathQA: what was made of GSM8K, without the sentence that says the answer again."""
+    """MetaMathQA: rows made of GSM8K, without the last sentence, which repeats the answer."""
     return {**row, "answer": row["answer"].split("\nThe answer is:")[0]} if "GSM" in row["type"] else None
 
 
 def first_code_block(row: Row) -> Row | None:
-    """Code-Feedback: answers with code, up to the end of the first block."""
+    """Code-Feedback: rows whose answer has code, cut after the first block."""
     found = re.match(r"(?s).*?```.*?(?:```|\Z)", row["answer"])
     return {**row, "answer": found[0].removesuffix("```") + "```"} if found else None
 
 
 def no_refusals(row: Row) -> Row | None:
-    """WizardLM: without answers that refuse."""
+    """WizardLM: rows whose answer does not refuse."""
     said = row["answer"].lower()
     return None if "sorry" in said or "as an ai" in said else row
 
@@ -61,17 +62,17 @@ CLEANERS: dict[str, Callable[[Row], Row | None]] = {
 
 
 def check(task: Task, sources: Sources) -> list[str]:
-    """Reads the model's configuration, the rows' columns, and what the evaluation needs.
+    """Checks the model's configuration, the columns of the rows, and what the evaluation needs.
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
 
     Returns:
-        What was found.
+        One text for each thing that was found.
 
     Raises:
-        ValueError: Something is not there.
+        ValueError: Something is missing.
     """
     found = [check_model(task, sources)]
     check_template("input", task.input, task.columns)
@@ -82,7 +83,7 @@ def check(task: Task, sources: Sources) -> list[str]:
         raise ValueError(f"files names {', '.join(task.files) or 'nothing'}; it must name train.")
     columns = ", ".join(task.columns.values())
     if sources.is_out_of_reach(task.files["train"]):
-        found.append(f"train {task.files['train']} (columns {columns}; not looked at)")
+        found.append(f"train {task.files['train']} (columns {columns}; not checked)")
     else:
         rows = select_columns(sources.rows(task.files["train"]), task.columns, task.files["train"])
         found.append(f"train {task.files['train']} ({len(rows)} rows; columns {columns})")
@@ -90,18 +91,18 @@ def check(task: Task, sources: Sources) -> list[str]:
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of the next token, where the answer is."""
+    """Cross-entropy of the next token, over the tokens of the answer."""
     return seq2seq.loss(logits[:, :-1], {"labels": batch["labels"][:, 1:]})
 
 
 def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
-    """The loss over all tokens of the answers."""
+    """The loss over the tokens of all answers."""
     shifted = ((logits[:, :-1], {"labels": batch["labels"][:, 1:]}) for logits, batch in outputs)
     return {"loss": seq2seq.measure(shifted)["loss"]}
 
 
 class InstructCollator:
-    """Rows to examples, and examples to padded batches."""
+    """Tokenises rows and pads batches."""
 
     def __init__(self, tokenizer: Any, task: Task, length: int) -> None:
         self.tokenizer = tokenizer
@@ -109,7 +110,7 @@ class InstructCollator:
         self.length = length
 
     def examples(self, rows: Sequence[Row], most: int) -> list[tuple[list[int], int]]:
-        """Token ids and the length of the prompt, of the first rows that are kept and not too long."""
+        """Token ids and the length of the prompt, for the first rows that pass the cleaner and are short enough."""
         found: list[tuple[list[int], int]] = []
         for start in range(0, len(rows), BLOCK):
             cleaned = (CLEANERS[self.task.clean](row) for row in rows[start : start + BLOCK])
@@ -126,7 +127,7 @@ class InstructCollator:
         return found[:most]
 
     def batch(self, examples: Sequence[tuple[list[int], int]]) -> Batch:
-        """One batch, padded on the right to its longest example."""
+        """Pads examples on the right to the longest of them."""
         longest = max(len(ids) for ids, _ in examples)
         shape = (len(examples), longest)
         ids_BT = torch.full(shape, self.tokenizer.pad_token_id or 0)  # B rows, T tokens
@@ -139,7 +140,7 @@ class InstructCollator:
 
 
 def prepare(cell: Cell, sources: Sources) -> PreparedTask:
-    """Loads model and rows, and puts the two splits aside."""
+    """Loads the model and the rows, and splits the tuning and the reported rows off."""
     task, settings = cell.task, cell.settings
     folder = sources.model(task.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -150,7 +151,7 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     examples = collator.examples(shuffled, apart_rows + settings.train_rows)
     if len(examples) < apart_rows + settings.effective_batch_size:
         raise ValueError(
-            f"{task.files['train']}: {len(examples)} rows are left, but {apart_rows} are put aside and a batch has "
+            f"{task.files['train']}: {len(examples)} rows are left, but {apart_rows} are held out and a batch has "
             f"{settings.effective_batch_size}. Give more rows, or a larger length."
         )
     tune, report, train = (
@@ -166,7 +167,7 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
                 yield collator.batch([train[i] for i in turn])
 
     def measured(some: Sequence[tuple[list[int], int]]) -> list[Batch]:
-        return [collator.batch(some[i : i + AT_ONCE]) for i in range(0, len(some), AT_ONCE)]
+        return [collator.batch(some[i : i + EVAL_BATCH_SIZE]) for i in range(0, len(some), EVAL_BATCH_SIZE)]
 
     chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
     return PreparedTask(

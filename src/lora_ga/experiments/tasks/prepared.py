@@ -52,7 +52,7 @@ def check_model(task: Task, sources: Sources) -> str:
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
 
     Returns:
         A text with the model and its fields.
@@ -62,7 +62,7 @@ def check_model(task: Task, sources: Sources) -> str:
     """
     fields = ", ".join(f"{name} {value}" for name, value in task.fields.items())
     if sources.is_out_of_reach(task.model):
-        return f"model {task.model} (wanted: {fields}; not looked at)"
+        return f"model {task.model} (wanted: {fields}; not checked)"
     try:
         config = transformers.AutoConfig.from_pretrained(sources.model(task.model))
     except (OSError, ValueError) as error:
@@ -71,8 +71,8 @@ def check_model(task: Task, sources: Sources) -> str:
     for name, value in task.fields.items():
         if getattr(config, name, None) != value:
             raise ValueError(
-                f"{task.model}: {name} is {getattr(config, name, None)!r}, but the suite expects {value!r}. Give that model, "
-                "or correct the suite file."
+                f"{task.model}: {name} is {getattr(config, name, None)!r}, but the suite expects {value!r}. Give "
+                "that model, or correct the suite file."
             )
     shown = ", ".join(f"{name} {getattr(config, name)}" for name in FIELDS if getattr(config, name, None) is not None)
     return f"model {task.model} ({config.model_type}: {shown})"

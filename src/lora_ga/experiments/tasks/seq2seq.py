@@ -1,7 +1,7 @@
-"""Classes as words: an encoder-decoder reads a text and writes the label's word, as the paper trains T5.
+"""Classification as text: an encoder-decoder reads a text and writes the word of the label, as the paper trains T5.
 
-A row counts as right if greedy decoding would write exactly the word. With the word as the decoder's input that is the
-same as every position's likeliest token being the word's, so no decoding is needed.
+A row is correct if greedy decoding would write exactly this word. That is so if the likeliest token at every position
+is the word's, given the word's earlier tokens. One forward pass shows this, and no decoding is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_ga.experiments.methods.base import Batch
 from lora_ga.experiments.suites.cell import Cell
 from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
-from lora_ga.experiments.tasks.classes import AT_ONCE, check_labelled, epoch_batches
+from lora_ga.experiments.tasks.classes import EVAL_BATCH_SIZE, check_labelled, epoch_batches
 from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
 from lora_ga.gradients.loss import IGNORED
 
@@ -26,17 +26,17 @@ Row = Mapping[str, Any]
 
 
 def check(task: Task, sources: Sources) -> list[str]:
-    """Reads the model's configuration, and every row's columns and label.
+    """Checks the model's configuration, and the columns and the label of every row.
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
 
     Returns:
-        What was found.
+        One text for each thing that was found.
 
     Raises:
-        ValueError: Something is not there, or a label has no word.
+        ValueError: Something is missing, or a label has no word.
     """
     found = [check_model(task, sources)]
     meanings = set(task.columns) - {"label"}
@@ -47,10 +47,10 @@ def check(task: Task, sources: Sources) -> list[str]:
 
 
 def check_template(name: str, template: str, meanings: Iterable[str]) -> None:
-    """Refuses a template that names what no column gives, or nothing at all.
+    """Checks the placeholders of a template.
 
     Raises:
-        ValueError: It does.
+        ValueError: A placeholder is not one of the columns, or there is no placeholder.
     """
     known = sorted(meanings)
     try:
@@ -67,7 +67,7 @@ def loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
-    """Loss over all tokens, and the share of rows whose word would be written."""
+    """The loss over all tokens, and the share of rows whose word greedy decoding would write."""
     total, terms, right, rows = 0.0, 0, 0, 0
     for logits, batch in outputs:
         labels = batch["labels"]
@@ -80,7 +80,7 @@ def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
 
 
 class Seq2SeqCollator:
-    """Rows to padded batches."""
+    """Tokenises rows and pads batches."""
 
     def __init__(self, folder: str, task: Task, length: int) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -88,11 +88,11 @@ class Seq2SeqCollator:
         self.length = length
 
     def text(self, row: Row) -> str:
-        """What the model reads."""
+        """The text that the encoder reads."""
         return self.task.input.format(**row)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
-        """One batch, padded to its longest row."""
+        """Tokenises rows and pads them to the longest of them."""
         read = self.tokenizer(
             [self.text(row) for row in rows],
             truncation=True,
@@ -106,7 +106,7 @@ class Seq2SeqCollator:
 
 
 def prepare(cell: Cell, sources: Sources) -> PreparedTask:
-    """Loads model and rows, and cuts the tuning split off."""
+    """Loads the model and the rows, and splits the tuning rows off."""
     task, settings = cell.task, cell.settings
     folder = sources.model(task.model)
     collator = Seq2SeqCollator(folder, task, settings.length)
@@ -125,7 +125,7 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
 
     def measured(some: Sequence[Row]) -> list[Batch]:
         ordered = sorted(some, key=lambda row: len(collator.text(row)))  # less padding
-        return [collator.batch(ordered[i : i + AT_ONCE]) for i in range(0, len(ordered), AT_ONCE)]
+        return [collator.batch(ordered[i : i + EVAL_BATCH_SIZE]) for i in range(0, len(ordered), EVAL_BATCH_SIZE)]
 
     chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
     return PreparedTask(

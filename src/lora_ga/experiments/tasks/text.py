@@ -1,6 +1,6 @@
-"""Continuing one long text: random pieces to train on, even ones to measure by.
+"""Language modelling on one long text: random pieces for training, evenly spaced pieces for evaluation.
 
-The text is cut in three: training (90%), tuning (5%), reporting (5%).
+The text is split in three: training (90%), tuning (5%), reporting (5%).
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from lora_ga.experiments.suites.spec import Task
 from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
 
 SHARES = (0.9, 0.95)
-AT_ONCE = 16  # rows of a batch that is only measured
+EVAL_BATCH_SIZE = 16  # rows of a batch of the tuning and the reported split
 
 
 def check(task: Task, sources: Sources) -> list[str]:
-    """Reads the model's configuration and the size of the text.
+    """Checks the model's configuration and the size of the text.
 
     Args:
         task: The task.
-        sources: Where things are.
+        sources: Resolves the references to models and files.
 
     Returns:
-        What was found.
+        One text for each thing that was found.
 
     Raises:
-        ValueError: Something is not there.
+        ValueError: Something is missing.
     """
     if "text" not in task.files:
         raise ValueError("files must name 'text', a plain text file.")
@@ -43,7 +43,7 @@ def check(task: Task, sources: Sources) -> list[str]:
 
 
 def pieces(text: Tensor, starts: Tensor, length: int) -> Batch:
-    """One batch of rows that start there."""
+    """One batch of rows that begin at `starts`."""
     ids = torch.stack([text[start : start + length] for start in starts.tolist()])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
@@ -54,9 +54,9 @@ def drawn(text: Tensor, rows: int, length: int, order: torch.Generator) -> Batch
 
 
 def even(text: Tensor, rows: int, length: int) -> list[Batch]:
-    """Batches of rows at even distances."""
+    """Batches of evenly spaced rows."""
     starts = torch.linspace(0, len(text) - length, rows).long()
-    return [pieces(text, part, length) for part in starts.split(AT_ONCE)]
+    return [pieces(text, part, length) for part in starts.split(EVAL_BATCH_SIZE)]
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -70,7 +70,7 @@ def measure(outputs: Iterable[tuple[Tensor, Batch]]) -> dict[str, float]:
 
 
 def prepare(cell: Cell, sources: Sources) -> PreparedTask:
-    """Loads model and text."""
+    """Loads the model and the text."""
     folder, settings = sources.model(cell.task.model), cell.settings
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = sources.find(cell.task.files["text"]).read_text(encoding="utf-8")
