@@ -115,7 +115,7 @@ def test_a_hub_that_cannot_be_reached_is_said_with_the_way_round_it(
     path = toy_suite("glue-t5", tmp_path, ["lora"])
     message = (
         "hub:google-t5/t5-base: its config.json could not be loaded .*"
-        r"`hf download google-t5/t5-base --local-dir DIR/google-t5/t5-base`\) and say --hub DIR"
+        r"`hf download google-t5/t5-base --local-dir DIR/google-t5/t5-base`\) and give --hub DIR"
     )
     with pytest.raises(ValueError, match=f"(?s)tasks.mnli: {message}"):
         main(["reproduce", str(path), "--store", str(tmp_path / "runs")])

@@ -1,4 +1,4 @@
-"""The methods that are compared, one small file each that says only what differs."""
+"""The methods that suites compare. Each one is a small file with what differs from the others."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def load_method(name: str) -> Method:
 
 
 def complete(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a method with its defaults.
+    """The options of a method, with its defaults for those that are not given.
 
     Args:
-        name: Of the method.
-        options: What a suite file says.
+        name: The name of the method.
+        options: The options in a suite file.
 
     Returns:
         All options.
@@ -61,11 +61,11 @@ def complete(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{name}: has no option {', '.join(unknown)}. Its options are {', '.join(known) or 'none at all'}."
         )
-    # A whole number in the file and the same number as a float are one setting.
+    # 16 and 16.0 in a suite file are the same setting.
     return {**known, **{key: type(known[key])(value) for key, value in options.items()}}
 
 
 def non_default_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are not the method's defaults, by which a cell is known."""
+    """The options that differ from the method's defaults; they are part of a cell's digest."""
     known = load_method(name).options
     return {key: value for key, value in complete(name, options).items() if value != known[key]}

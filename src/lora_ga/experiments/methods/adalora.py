@@ -1,4 +1,7 @@
-"""AdaLoRA (Zhang and others, 2023): starts with half as much rank again and prunes it on the way."""
+"""AdaLoRA (Zhang and others, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023).
+
+The adapters begin with 1.5 times the rank, and lose the surplus during training.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
 def build(inputs: BuildInputs) -> Any:
-    """Prunes between a tenth and half of the steps, ten times or more."""
+    """Builds the model; ranks are pruned between one tenth and one half of the steps."""
     config = AdaLoraConfig(
         init_r=inputs.rank + inputs.rank // 2,
         target_r=inputs.rank,
@@ -24,7 +27,7 @@ def build(inputs: BuildInputs) -> Any:
 
 
 def after_step(model: Any, step: int) -> None:
-    """Moves the rank budget; reads the gradients."""
+    """Reallocates the rank budget, from the gradients."""
     model.base_model.update_and_allocate(step)
 
 

@@ -1,4 +1,4 @@
-"""What a method is given, and what it has to say."""
+"""The interface of a method: what it gets, and what it defines."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """What a method makes its model of.
+    """What a method builds its model from.
 
     Attributes:
-        base: A fresh base model, in which no parameter has been changed.
-        batches: Rows put aside for starts that look at data.
-        targets: Names of the layers that adapters adapt, the same for all methods.
-        task_type: PEFT's; decides that a classification head is trained.
-        rank: r.
-        alpha: α.
-        steps: Steps of the whole run.
+        base: The base model, unchanged.
+        batches: Batches for initialisations that read data.
+        targets: Names of the adapted layers, the same for all methods.
+        task_type: PEFT's name for the kind of task; with "SEQ_CLS" PEFT trains the new head.
+        rank: The rank r.
+        alpha: LoRA's α.
+        steps: Optimizer steps of the run.
         rate: The learning rate.
-        seed: Of every draw.
-        options: Of the method, complete.
+        seed: Seed of everything that the method draws.
+        options: All options of the method.
     """
 
     base: nn.Module
@@ -41,7 +41,7 @@ class BuildInputs:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def lora(self, **changes: Any) -> LoraConfig:
-        """The configuration of plain LoRA, with what the method changes."""
+        """PEFT's configuration of plain LoRA, with the changes of the method."""
         settings = {
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -52,23 +52,24 @@ class BuildInputs:
 
 
 def no_action(model: Any, step: int) -> None:
-    """Most methods do nothing between the steps."""
+    """The default of `after_step`: does nothing."""
 
 
 def one_rate(model: Any, inputs: BuildInputs) -> list[dict[str, Any]]:
-    """All that is trained, at one rate."""
+    """The default of `groups`: one group with all trainable parameters."""
     return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": inputs.rate}]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune.
+    """A fine-tuning method.
 
     Attributes:
-        build: Makes the model that is trained.
-        options: Name → default; a suite file may change these and no others.
-        groups: Parameter groups for AdamW. A new head is taken out of them: it has a rate of its own.
-        after_step: Called with the model and the number of steps done after each step, while gradients are there.
+        build: Builds the model to train.
+        options: Name → default, of every option that a suite file may set.
+        groups: Returns the parameter groups for AdamW. The training loop moves a new head into another group.
+        after_step: Called after each optimizer step, before the gradients are reset, with the model and the number of
+            steps done.
     """
 
     build: Callable[[BuildInputs], Any]

@@ -1,6 +1,7 @@
 """EVA (Paischer and others, "Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024).
 
-A holds the leading directions of each layer's inputs. `rho` is how far ranks may move between layers: 1 keeps them.
+A is initialised with the leading directions of each layer's inputs. `rho` limits how far ranks may be redistributed
+between layers; with 1 they stay equal.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
 def layer_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
-    """PEFT's choice of the tokens that are no padding; a layer after pooling sees rows and no tokens."""
+    """PEFT's selection of tokens without padding; a layer after pooling has one vector a row, and nothing to select."""
     first = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
     if first.dim() == 2:
         return first.contiguous()
@@ -21,7 +22,7 @@ def layer_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.T
 
 
 def two_sided(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
-    """PEFT knows one mask, the encoder's; in the decoder, where targets are a word or two, all tokens count."""
+    """PEFT has only the encoder's mask; in the decoder, whose targets are one or two words, all tokens count."""
     first = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
     if "decoder" in layer_name.split("."):
         return first.reshape(-1, first.shape[-1])
@@ -29,8 +30,8 @@ def two_sided(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tens
 
 
 def build(inputs: BuildInputs) -> Any:
-    """PEFT's two calls."""
-    # The labels say which tokens count only where each token has one.
+    """Builds the model by PEFT's two calls."""
+    # Labels select tokens only if there is one for each token.
     own = EvaConfig(rho=inputs.options["rho"], use_label_mask=inputs.task_type == "CAUSAL_LM")
     config = inputs.lora(init_lora_weights="eva", eva_config=own)
     model = get_peft_model(inputs.base, config)

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight is trained."""
+"""Full fine-tuning of every weight."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
 def build(inputs: BuildInputs) -> nn.Module:
-    """The base model itself."""
+    """Returns the base model with all parameters trainable."""
     return inputs.base.requires_grad_(True)
 
 

@@ -1,6 +1,7 @@
-"""The ablation "+GA": plain LoRA whose A points along the gradient's leading input directions, and B is zero.
+"""The ablation "+GA" of LoRA-GA (Wang, Yu, Li, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", 2024).
 
-The rows of A keep the length that LoRA's own have on average, 1/√3; only their directions differ.
+This is plain LoRA with B = 0, whose A has the gradient's leading input directions as rows. Their length is 1/√3, the
+mean length of the rows of LoRA's random A.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
 def build(inputs: BuildInputs) -> Any:
-    """Plain LoRA, its A written over."""
+    """Builds plain LoRA and replaces its A."""
     model = get_peft_model(inputs.base, inputs.lora(use_rslora=inputs.options["use_rslora"]))
     estimate = lora_ga.estimate_gradients(model, inputs.batches, LoraGAConfig(max_batches=None, seed=inputs.seed))
     modules = dict(model.get_base_model().named_modules())

@@ -1,6 +1,6 @@
 """LoRA (Hu and others, "LoRA: Low-Rank Adaptation of Large Language Models", 2021), PEFT's default.
 
-`init_scale` multiplies the random A: the control for starts that are smaller than LoRA's own.
+`init_scale` multiplies the random A; it is a control for initialisations that are smaller than LoRA's.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
 def build(inputs: BuildInputs, **changes: Any) -> Any:
-    """Adapters as PEFT makes them, A times `init_scale`."""
+    """Builds PEFT's adapters and multiplies A by `init_scale`."""
     model = get_peft_model(inputs.base, inputs.lora(**changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
-"""LoRA-GA, this package's, with s = α/√r as in the paper.
+"""LoRA-GA by this package (Wang, Yu, Li, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", 2024), s = α/√r.
 
-`scale="reach"` has the library choose γ, for `reach`. `directions="random"` is the ablation "+SO": LoRA-GA's sizes of A
-and B, but random orthonormal directions.
+With `scale="reach"` the library chooses γ by `reach`. `directions="random"` is the ablation "+SO": A and B have
+LoRA-GA's sizes, but random orthonormal directions.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from lora_ga.config import LoraGAConfig
 from lora_ga.experiments.methods.base import BuildInputs, Method
 from lora_ga.gradients.result import GradientEstimate
 
-# Written out, and not the library's defaults: a record must keep its meaning when those change.
+# Fixed values instead of the library's defaults, so that records keep their meaning when those change.
 SETTINGS = {
     "direction": "ArB2r",
     "scale": "stable",
@@ -28,7 +28,7 @@ SETTINGS = {
 
 
 def configuration(inputs: BuildInputs) -> LoraGAConfig:
-    """The library's settings from the options; all the rows that were put aside are read."""
+    """The library's configuration from the options; it reads all batches."""
     chosen = {name: inputs.options[name] for name in SETTINGS}
     if chosen["scale"] == "reach":
         chosen |= {"scale": "stable", "stable_gamma": None}
@@ -36,7 +36,7 @@ def configuration(inputs: BuildInputs) -> LoraGAConfig:
 
 
 def random_directions(estimate: GradientEstimate, seed: int) -> GradientEstimate:
-    """The estimate with its directions replaced by random orthonormal ones."""
+    """Replaces the directions of an estimate by random orthonormal ones."""
     draws = torch.Generator().manual_seed(seed)
     layers = {}
     for name, layer in estimate.items():
@@ -46,7 +46,7 @@ def random_directions(estimate: GradientEstimate, seed: int) -> GradientEstimate
 
 
 def build(inputs: BuildInputs) -> Any:
-    """A rank-stabilised adapter, started."""
+    """Builds a rank-stabilised adapter and initialises it."""
     model = get_peft_model(inputs.base, inputs.lora(use_rslora=inputs.options["use_rslora"]))
     config = configuration(inputs)
     estimate = lora_ga.estimate_gradients(model, inputs.batches, config)

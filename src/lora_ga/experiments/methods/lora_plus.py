@@ -10,7 +10,7 @@ from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
 def groups(model: Any, inputs: BuildInputs) -> list[dict[str, Any]]:
-    """PEFT's groups; the ratio is the one its authors advise."""
+    """PEFT's parameter groups; the default ratio is the one that the authors recommend."""
     optimizer = create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=inputs.rate, loraplus_lr_ratio=inputs.options["ratio"]
     )

@@ -1,4 +1,4 @@
-"""LoRA-GA as PEFT 0.21 implements it: not the paper's formula, see `docs/guide.md`."""
+"""LoRA-GA (Wang, Yu, Li, 2024) by PEFT 0.21, whose formula differs from the paper's; see `docs/guide.md`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lora_ga.experiments.methods.base import BuildInputs, Method
 
 
 def build(inputs: BuildInputs) -> Any:
-    """PEFT's two calls, with the paper's scaling."""
+    """Builds the model by PEFT's two calls, with the scaling of the paper."""
     own = LoraGAConfig(stable_gamma=int(inputs.options["stable_gamma"]))
     config = inputs.lora(use_rslora=True, init_lora_weights="lora_ga", lora_ga_config=own)
 

@@ -1,4 +1,7 @@
-"""PiSSA (Meng, Wang, Zhang, 2024): A and B hold the leading singular directions of the weight."""
+"""PiSSA (Meng, Wang, Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs", 2024).
+
+A and B are initialised with the leading singular directions of the weight.
+"""
 
 from peft import get_peft_model
 

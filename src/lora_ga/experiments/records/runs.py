@@ -1,7 +1,4 @@
-"""The record of a finished run: one `run.json` in the run's folder, written whole or not at all, and read with care.
-
-`comparison` makes numbers of several records, `page` makes pictures of the numbers.
-"""
+"""The record of a finished run of `lora-ga train`: `run.json` in its output folder, checked when it is read."""
 
 import json
 import math
@@ -15,18 +12,18 @@ from lora_ga.files import write_atomically
 
 SCHEMA = 1
 RECORD = "run.json"
-Curve = tuple[tuple[int, float], ...]  # (optimiser step, value), steps ascending
+Curve = tuple[tuple[int, float], ...]  # (optimizer step, value), in ascending order of steps
 
-# What an evaluation reports about itself and not about the model; train_loss is the mean over the whole run.
+# Numbers that describe the evaluation, not the model; train_loss is the mean over the whole run.
 NOT_A_RESULT = re.compile(r"_runtime$|_per_second$|_flos$|^epoch$|_time$|^train_|^step$")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One `run.json`, checked.
+    """The content of a `run.json`.
 
-    `curve` is the training loss as logged, `evals` one curve per metric of the evaluations during training, `seconds`
-    has the keys "estimate", "train", "total" as far as they apply. A loss or metric that was not finite is NaN.
+    `curve` is the logged training loss. `evals` has one curve for each metric of the evaluations during training.
+    `seconds` has the keys "estimate", "train", "total", if they apply. A loss or metric that was not finite is NaN.
     """
 
     folder: Path
@@ -69,13 +66,13 @@ _POINTS: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 def write_json_atomically(path: Path, obj: object) -> None:
-    """Writes JSON that every reader accepts: a number that is not finite becomes null. Fails before it writes."""
+    """Writes strict JSON: numbers that are not finite become null. Raises before writing if a value is not JSON."""
     text = json.dumps(_finite(obj), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(path, f"{text}\n".encode())
 
 
 def _finite(obj: object) -> object:
-    """Returns the same object with None for every float that JSON cannot say."""
+    """Replaces every float that is not finite by None."""
     if isinstance(obj, dict):
         return {key: _finite(value) for key, value in obj.items()}
     if isinstance(obj, list | tuple):
@@ -87,14 +84,14 @@ def load_run(folder: Path) -> Run:
     """Reads the record of a finished run.
 
     Args:
-        folder: the --output_dir of the run.
+        folder: The --output_dir of the run.
 
     Returns:
-        The record, every field of its type.
+        The record; every field has its type.
 
     Raises:
-        FileNotFoundError: no such folder, or no record in it: the run has not finished.
-        ValueError: the record is not JSON, of another schema, or lacks a field.
+        FileNotFoundError: There is no such folder, or no record in it because the run has not finished.
+        ValueError: The record is not JSON, of another schema, or lacks a field.
     """
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: there is no such folder. Give the --output_dir of a finished run.")
@@ -104,12 +101,12 @@ def load_run(folder: Path) -> Run:
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder}: unfinished run, there is no {RECORD} in it (it is written when training ends). "
-            "Let the run end, go on with `lora-ga train ... --resume`, or leave this folder out."
+            "Let the run end, go on with `lora-ga train ... --resume`, or leave out this folder."
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also UnicodeDecodeError
-        raise ValueError(f"{path}: damaged, it is not JSON ({error}). Train again, or leave this run out.") from error
+        raise ValueError(f"{path}: damaged, it is not JSON ({error}). Train again, or leave out this run.") from error
     _check(path, record)
     evals: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for point in sorted(record["eval"], key=lambda point: point["step"]):
@@ -135,7 +132,7 @@ def _loss_first(item: tuple[str, object]) -> tuple[bool, str]:
 
 
 def _results(values: dict[str, Any]) -> dict[str, float]:
-    """Returns the numbers that say something about the model; null, which was not finite, becomes NaN."""
+    """Returns the numbers that describe the model; null, which was not finite, becomes NaN."""
     return {
         key: _number(value)
         for key, value in values.items()
@@ -144,10 +141,10 @@ def _results(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _check(path: Path, record: object) -> None:
-    """Refuses a record that `load_run` could not turn into a `Run`.
+    """Checks a record before `load_run` makes a `Run` of it.
 
     Raises:
-        ValueError: names the field, what it should be, and what it is.
+        ValueError: The schema is another one, or a field is missing or has a wrong type.
     """
     if not isinstance(record, dict) or "schema" not in record:
         raise ValueError(f'{path}: not the record of a run, it has no "schema". Give a folder made by `lora-ga train`.')

@@ -1,4 +1,4 @@
-"""Where a suite's models and files are: `data:PATH`, `package:PATH`, `hub:NAME`, or a local path."""
+"""References to models and files: `data:PATH`, `package:PATH`, `hub:NAME`, or a local path."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ HUB = "hub"
 
 @dataclass(frozen=True)
 class Sources:
-    """How references are resolved.
+    """Resolves references.
 
     Attributes:
-        data: The data folder; None where there is none.
-        hub: A folder with local copies of what is on the hub, each under its name; None where there is none.
-        use_hub: Whether the hub may be asked for what is not in that folder. Looking at a plan does not.
+        data: The data folder, if there is one.
+        hub: A folder with local copies of models and data sets of the hub, each under its name, if there is one.
+        use_hub: Whether to load from the hub what is not in that folder. `--dry-run` does not.
     """
 
     data: str | None = None
@@ -31,7 +31,7 @@ class Sources:
 
     @classmethod
     def from_environment(cls) -> Sources:
-        """The data folder that the environment names."""
+        """Takes the data folder from the environment."""
         return cls(os.environ.get(VARIABLE) or None)
 
     def find(self, reference: str) -> Path:
@@ -44,7 +44,7 @@ class Sources:
             A path that exists.
 
         Raises:
-            ValueError: There is nothing, with the way to give it.
+            ValueError: There is no such file; the message tells how to provide it.
         """
         scheme, _, rest = reference.partition(":")
         if scheme == "data":
@@ -67,11 +67,11 @@ class Sources:
         return path
 
     def is_out_of_reach(self, reference: str) -> bool:
-        """Whether a reference is to the hub, there is no local copy, and the hub is not to be asked."""
+        """Whether a reference is on the hub, without a local copy, while the hub must not be used."""
         return reference.startswith(f"{HUB}:") and not self.use_hub and self._copy(_name(reference)) is None
 
     def model(self, reference: str) -> str:
-        """What `from_pretrained` takes for a model: a local folder, or a name on the hub."""
+        """The argument of `from_pretrained` for a model: a local folder, or a name on the hub."""
         if not reference.startswith(f"{HUB}:"):
             return str(self.find(reference))
         name = _name(reference)
@@ -99,7 +99,7 @@ class Sources:
             raise ValueError(f"{path}: could not be read as one JSON object a line ({error}).") from error
 
     def _copy(self, name: str) -> Path | None:
-        """The local copy of something on the hub."""
+        """The local copy of a model or data set of the hub."""
         path = None if self.hub is None else Path(self.hub) / name
         return path if path is not None and path.is_dir() else None
 
@@ -116,12 +116,12 @@ class Sources:
             raise ValueError(f"{reference}: could not be loaded {where} ({error}). {self.hint(reference)}") from error
 
     def hint(self, reference: str) -> str:
-        """How to give something on the hub by a local folder."""
+        """How to provide a local copy of a model or data set of the hub."""
         name, kind = _name(reference), "" if reference.count(":") == 1 else " --repo-type dataset"
         folder = self.hub or "DIR"
         return (
-            f"Where there is no way to the hub, bring a copy (`hf download {name}{kind} --local-dir {folder}/{name}`) "
-            f"and say --hub {folder}."
+            f"Without access to the hub, bring a copy (`hf download {name}{kind} --local-dir {folder}/{name}`) "
+            f"and give --hub {folder}."
         )
 
 
@@ -130,12 +130,12 @@ def _name(reference: str) -> str:
 
 
 def select_columns(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], where: str) -> list[dict[str, Any]]:
-    """Rows with the meanings of the columns as keys.
+    """Selects columns, and renames them to their meanings.
 
     Args:
-        rows: As read.
+        rows: The rows of a file.
         columns: Meaning → column.
-        where: Where they come from, for the message.
+        where: The reference of the file, for the message.
 
     Returns:
         The rows, with these columns alone.

@@ -1,4 +1,4 @@
-"""What a suite file in `recipes/` says, checked when it is read. Light: nothing here waits for torch."""
+"""Suite files: their fields, and the checks when they are read. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for all methods, unless a task or a variant says otherwise.
+    """Settings that are the same for all methods, unless a task or a variant changes them.
 
     Attributes:
         steps: Optimizer steps.
         batch_size: Rows of one forward pass. An optimizer step takes batch_size × gradient_accumulation_steps rows.
-        length: Tokens of a row, at most (text: exactly).
-        rank: r of every adapter.
+        length: Largest number of tokens of a row (for the kind text: the exact number).
+        rank: The rank r of every adapter.
         alpha: LoRA's α.
-        samples: Rows from which data-driven starts are computed.
-        warmup: Share of the steps in which the rate rises, before it falls along a cosine.
+        samples: Rows for initialisations that read data.
+        warmup: Share of the steps in which the learning rate rises; afterwards it follows a cosine.
         eval_steps: Steps between two evaluations on the report split.
-        train_rows: At most so many training rows are used.
-        tune_rows: Rows of the training data that choose the rate and are not trained on.
-        report_rows: At most so many rows of the reported split are used.
+        train_rows: Largest number of training rows.
+        tune_rows: Training rows that are held out to choose the learning rate.
+        report_rows: Largest number of rows of the reported split.
         head_rate: The learning rate of a new classification head, for every method.
         gradient_accumulation_steps: Forward passes whose gradients are added up for one optimizer step.
-        dtype: Of the base model and the arithmetic; the trained parameters are kept in float32.
+        dtype: Dtype of the base model and of the arithmetic; the trained parameters are kept in float32.
         gradient_checkpointing: Whether the backward pass computes activations again instead of keeping them.
     """
 
@@ -87,25 +87,26 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """Data, model and measure.
+    """A model, its data and its metrics.
 
     Attributes:
         kind: A name of `tasks.KINDS`.
-        model: Where the model is: `data:PATH` below the data folder, `package:PATH` of an installed package, a local
+        model: A reference to the model: `data:PATH` in the data folder, `package:PATH` in an installed package, a local
             folder, or `hub:NAME`.
-        files: What the data is used for → where it is, in the same words; a data set is `hub:NAME:SPLIT` or
-            `hub:NAME:CONFIGURATION:SPLIT`.
-        columns: What a column means → its name.
-        metric: What is reported.
-        choose: What chooses the rate, on the tuning split; by default the metric.
+        files: The use of a file ("train", for example) → a reference of the same form; a data set of the hub is
+            `hub:NAME:SPLIT` or `hub:NAME:CONFIGURATION:SPLIT`.
+        columns: The meaning of a column → its name in the file.
+        metric: The reported metric.
+        choose: The metric that chooses the learning rate on the tuning split; by default the reported one.
         labels: Number of classes.
-        input: What the model reads of a row: a text with {meaning} in the places of the columns.
-        target: What it is to write, in the same way.
-        words: What it is to write for each label, in place of a target.
-        clean: A name of `tasks.instruct.CLEANERS`: which rows are kept, and what of them.
-        evaluation: How the trained model is judged beside its loss: `by` names a module of `evaluate`, the rest is its.
-        fields: What the model's configuration must say, looked at before anything runs.
-        seconds: About how long one cell takes on one core, for the estimate of `--dry-run`.
+        input: Template of the text that the model reads, with {meaning} in place of a column.
+        target: Template of the text that the model learns to write.
+        words: The word that the model learns to write for each label, instead of a target.
+        clean: A name of `tasks.instruct.CLEANERS`, which selects and shortens rows.
+        evaluation: How the answers of the trained model are evaluated: `by` names a module of `judging`, and the other
+            entries are its options.
+        fields: Expected values in the model's configuration, checked before anything runs.
+        seconds: Rough time of one cell on one core, for the estimate of `--dry-run`.
         settings: Changes of the suite's settings.
     """
 
@@ -127,21 +128,21 @@ class Task:
 
     @property
     def chooser(self) -> str:
-        """The metric that chooses the rate."""
+        """The metric that chooses the learning rate."""
         return self.choose or self.metric
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a table: a method with its options, and the rates it is tried at.
+    """One line of a table: a method with its options and its learning rates.
 
     Attributes:
         method: A name of `methods.METHODS`; by default the label's.
-        options: Of the method.
+        options: Options of the method.
         settings: Changes of the suite's settings.
-        rates: Exponents of √10 to begin the rate grid with: -6 is 1e-3, -5 is 3.16e-3.
-        rate_of: Takes the best rate of this other variant on the same task in place of a grid of its own.
-        tasks: Only on these tasks; by default on all.
+        rates: The first rates of the grid, as exponents of √10: -6 is 1e-3, -5 is 3.16e-3.
+        rate_of: Another variant, whose best rate on the same task is used instead of a grid.
+        tasks: The tasks on which the variant runs; by default all.
     """
 
     method: str
@@ -157,13 +158,13 @@ class Suite:
     """A suite file.
 
     Attributes:
-        name: Its file's name.
-        title: What it is for.
-        tasks: By name.
-        methods: The variants by label.
-        settings: For all.
-        seeds: Runs at the best rate; the first of them also chose it.
-        paper_rate: The one rate of all methods in the paper's protocol; None leaves that protocol out.
+        name: The name of its file, without the ending.
+        title: A short description.
+        tasks: Name → task.
+        methods: Label → variant.
+        settings: The settings of all tasks and variants.
+        seeds: Number of runs at the best rate; the first one is from the search for it.
+        paper_rate: The learning rate of all methods in the paper's protocol; None: the suite has no such protocol.
     """
 
     name: str
@@ -175,12 +176,12 @@ class Suite:
     paper_rate: float | None = None
 
     def settings_of(self, task: str, label: str) -> Settings:
-        """The suite's settings with the changes of the task and, above them, of the variant."""
+        """The suite's settings with the changes of the task and the variant; those of the variant win."""
         changes = {**self.tasks[task].settings, **self.methods[label].settings}
         return dataclasses.replace(self.settings, **changes)
 
     def lines(self) -> list[tuple[str, str]]:
-        """Every (task, label) of the suite, in its order."""
+        """Every pair (task, label) of the suite, in the order of the file."""
         return [
             (task, label)
             for task in self.tasks
@@ -199,13 +200,13 @@ def load_suite(name: str) -> Suite:
     """Reads a suite.
 
     Args:
-        name: Of one that comes with the package, or a path of a YAML file.
+        name: The name of a suite of the package, or the path of a YAML file.
 
     Returns:
         The suite, checked.
 
     Raises:
-        ValueError: There is no such suite, or its file says something that does not exist.
+        ValueError: There is no such suite, or its file has an unknown key or a wrong value.
     """
     known = available()
     path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
@@ -261,11 +262,11 @@ def _check_variant(suite: Suite, label: str, variant: Variant) -> None:
     if variant.rate_of is not None:
         _refuse_unknown({variant.rate_of: None}, list(suite.methods), f"methods.{label}.rate_of")
         if suite.methods[variant.rate_of].rate_of is not None:
-            raise ValueError(f"methods.{label}: rate_of names {variant.rate_of}, which has no rates of its own.")
+            raise ValueError(f"methods.{label}: rate_of names {variant.rate_of}, which has no rates either.")
 
 
 def _read(kind: type[T], values: Any, where: str) -> T:
-    """A dataclass from a mapping; an unknown key is refused with the known."""
+    """Makes a dataclass from a mapping; the error for an unknown key lists the known ones."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} holds {values!r}, but it must map {', '.join(names(kind))} to values.")
     _refuse_unknown(values, names(kind), where)
