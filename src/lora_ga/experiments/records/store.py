@@ -26,7 +26,7 @@ class Store:
     """A folder of run records.
 
     `SUITE.jsonl.gz` holds the records of the cells that the suite SUITE ran first. A cell that two suites share has one
-    digest and one record, in the file of the suite that ran it; reading therefore looks into all files.
+    digest and one record, in the file of the suite that ran it; reading therefore reads all files.
 
     A process that is killed loses at most the record that it was about to append. A second record of a cell is refused
     unless the first one has the status "failed". Reading needs no lock; adding does.
@@ -137,7 +137,7 @@ class Store:
         """Rewrites the store for publication: every suite's file is sorted and compressed as a whole.
 
         All attempts are kept, and no record changes. The single JSON files of an old store move into the files of their
-        suites. A process that is killed on the way loses nothing: old files are removed after all new ones are written.
+        suites. If the process is killed, nothing is lost: old files are removed after all new ones are written.
         Equal records give equal files.
 
         Returns:

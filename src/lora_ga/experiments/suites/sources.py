@@ -44,7 +44,7 @@ class Sources:
             A path that exists.
 
         Raises:
-            ValueError: There is no such file; the message tells how to provide it.
+            ValueError: There is no such file; the message explains how to provide it.
         """
         scheme, _, rest = reference.partition(":")
         if scheme == "data":

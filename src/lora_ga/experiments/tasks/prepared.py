@@ -25,7 +25,7 @@ class PreparedTask:
         base: The pretrained model; a new head is initialised from the seed.
         task_type: PEFT's name for the kind of task.
         train_batches: The training batches, in an order drawn from the seed; an endless iterator.
-        start_batches: Batches for initialisations that read data, drawn by a generator of their own.
+        start_batches: Batches for initialisations that read data, drawn with a separate random generator.
         splits: "tune" and "report" → batches.
         loss: The task's loss of logits and a batch, without terms that a method adds.
         measure: Pairs of logits and batch of a whole split → its metrics.
