@@ -1,7 +1,7 @@
-"""The tables of docs/scale.md: what was measured, and by formulas from it what larger models take.
+"""The tables of docs/scale.md: measurements, and the cost of larger models computed from them by formulas.
 
-Shapes of the models are those of their published configurations. Bandwidth and arithmetic are assumptions, written in
-the page beside the table; every other number is measured, or counted from shapes.
+The shapes of the models are those of their published configurations. Bandwidth and speed are assumptions, which the
+page states beside the table. Every other number is measured or counted from shapes.
 """
 
 from __future__ import annotations
@@ -10,27 +10,37 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# Name → width, intermediate width, width of keys and values, layers, parameters.
+# Name → hidden size, intermediate size, size of keys and values, layers, parameters.
 MODELS: Mapping[str, tuple[int, int, int, int, float]] = {
     "7B (Llama-2)": (4096, 11008, 4096, 32, 6.7e9),
     "70B (Llama-3.1)": (8192, 28672, 1024, 80, 70.6e9),
     "405B (Llama-3.1)": (16384, 53248, 1024, 126, 405.9e9),
 }
 GPUS = (8, 64, 1024)
-# Assumed: bytes a second that a GPU sends, multiplications and additions a second that it reaches, tokens in a batch,
-# batches in all.
+# Assumptions: bytes that a GPU sends per second, floating-point operations per second that it reaches, tokens per
+# batch, number of batches.
 BANDWIDTH, SPEED, TOKENS, BATCHES = 25e9, 4e14, 8192, 32
 PROBES = 8
 
 
 def shapes(width: int, wide: int, keys: int, layers: int) -> list[tuple[int, int]]:
-    """(d_out, d_in) of all linear layers of a Llama but the head."""
+    """(d_out, d_in) of all linear layers of a Llama except the head."""
     one = [(width, width), (keys, width), (keys, width), (width, width), (wide, width), (wide, width), (width, wide)]
     return one * layers
 
 
 def estimate(model: str, gpus: int, record: Mapping[str, Any], added: float) -> dict[str, float]:
-    """Seconds and bytes of one estimate by the formulas of the page."""
+    """Seconds and bytes of one estimate, by the formulas of the page.
+
+    Args:
+        model: A name in `MODELS`.
+        gpus: Number of GPUs.
+        record: Measurements on small models.
+        added: Time of a forward and backward pass with the estimate, divided by its time without.
+
+    Returns:
+        Name of a column → seconds or bytes.
+    """
     width, wide, keys, layers, parameters = MODELS[model]
     sizes = shapes(width, wide, keys, layers)
     both, outputs = sum(o + i for o, i in sizes), sum(o for o, _ in sizes)
@@ -53,17 +63,17 @@ def estimate(model: str, gpus: int, record: Mapping[str, Any], added: float) -> 
 
 
 def gigabytes(count: float) -> str:
-    """Bytes, in the unit people buy memory in."""
+    """Gigabytes as text, with two digits."""
     return f"{count / 1e9:.2g}" if count < 1e10 else f"{count / 1e9:.0f}"
 
 
 def seconds(count: float) -> str:
-    """Two digits."""
+    """Seconds as text, with two digits."""
     return f"{count:.2g}" if count < 10 else f"{count:.0f}"
 
 
-def exchanged(load: Callable[[str], dict[str, Any]]) -> str:
-    """Markdown: time and bytes of 2 and 4 processes."""
+def exchange_table(load: Callable[[str], dict[str, Any]]) -> str:
+    """Time, and bytes sent, of several processes, in Markdown."""
     found = load("scale")["processes"]
     lines = ["| processes | estimate, s | merged, s | shared, s | most bytes of one process | bound |"]
     lines += ["|---|---|---|---|---|---|"]
@@ -77,8 +87,8 @@ def exchanged(load: Callable[[str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def found(load: Callable[[str], dict[str, Any]]) -> str:
-    """Markdown: alignment and principal angles."""
+def accuracy_table(load: Callable[[str], dict[str, Any]]) -> str:
+    """Alignment ratios and cosines of principal angles, in Markdown."""
     lines = ["| estimator, processes | alignment ratio, median | lowest | lowest cosine | median cosine |"]
     lines += ["|---|---|---|---|---|"]
     for name, row in load("scale")["accuracy"].items():
@@ -88,8 +98,8 @@ def found(load: Callable[[str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def larger(load: Callable[[str], dict[str, Any]]) -> str:
-    """Markdown: published sizes on many GPUs, by the formulas."""
+def larger_models_table(load: Callable[[str], dict[str, Any]]) -> str:
+    """Published model sizes on many GPUs, by the formulas, in Markdown."""
     record, added = load("scale"), load("estimation")["times"]["median ratios"]["frozen pass"]
     heads = (
         "model | GPUs | pass, s | weights gathered, s | merges, s | sent, s | one message, GB | weights, GB | state, GB"

@@ -1,4 +1,4 @@
-"""docs/support.md, drawn from the record of the tests that ran.
+"""Draws docs/support.md from the record that the tests of supported models and settings write.
 
 pytest tests/test_support.py tests/test_ways.py tests/test_kinds.py tests/test_after.py tests/test_probe.py \
         --support-record benchmarks/results/support.json
@@ -16,28 +16,30 @@ ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "support.json"
 PAGE = ROOT / "docs" / "support.md"
 MEANING = {
-    "gradient": "the gradient heard equals autograd's (of a quantised model: of the same numbers in plain layers)",
-    "start": "after the start the model computes what the base computes, bit for bit",
+    "gradient": "the gradient from the hooks equals autograd's (for a quantised model: autograd's in plain layers with "
+    "the same weights)",
+    "start": "after initialisation the model's output equals the base model's, bit for bit",
     "step": "training lowers the loss",
-    "reload": "stock PEFT, on the original base, computes what the trained model computes",
-    "resume": "`lora_ga.load` gives back the structure that trains",
-    'offset="base"': "the paper's way starts from the same function up to rounding, and saves for the original base",
-    'offset="base" refused': "it is refused, since the weight cannot be changed",
-    "alignment": "every expert's first step reaches at least 0.99 of its limit (median)",
-    "works": "does what PEFT says, with both offsets where both apply",
+    "reload": "stock PEFT loads the saved adapter on the original base and computes the trained model's output",
+    "resume": "`lora_ga.load` restores the adapter so that training can continue",
+    'offset="base"': "with the offset in the base weights, the output equals the base model's up to rounding, and the "
+    "saved adapter fits the original base",
+    'offset="base" refused': "it is refused, because the weight cannot be changed",
+    "alignment": "the first step reaches at least 0.99 of its limit (median over experts)",
+    "works": "behaves as PEFT documents it, with both offsets where both apply",
 }
 SIGNS = {"passed": "✓", "failed": "**✗**"}
 
 
 def cell(outcome: str | None) -> str:
-    """What a cell shows."""
+    """The text of a cell for an outcome; None if there is no such test."""
     if outcome is None:
         return ""
     return SIGNS.get(outcome, "not run")
 
 
 def table(rows: dict[str, dict[str, str]]) -> list[str]:
-    """One group as a Markdown table."""
+    """A group of tests as a Markdown table."""
     found = {column for cells in rows.values() for column in cells}
     columns = [column for column in MEANING if column in found]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -47,13 +49,13 @@ def table(rows: dict[str, dict[str, str]]) -> list[str]:
 
 
 def page(record: dict[str, Any]) -> str:
-    """The whole page."""
+    """The whole page in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         "# What LoRA-GA runs on",
         "",
-        "Drawn by `benchmarks/support_page.py` from `benchmarks/results/support.json`, which the tests wrote; every",
-        "sign is a test that ran. Small models made from their configurations, on a CPU.",
+        "`benchmarks/support_page.py` draws this page from `benchmarks/results/support.json`, which the tests write.",
+        "Every sign is a test that ran, on a CPU, with small models made from their configurations.",
         "",
         f"Versions: {versions}.",
         "",

@@ -1,7 +1,7 @@
-"""The tables of the README and of the pages in docs/, drawn from the records in results/.
+"""The tables of the README and of the pages in docs/, drawn from the records in benchmarks/results and recipes/results.
 
 python benchmarks/tables.py          prints them
-python benchmarks/tables.py --write  puts each between its markers in its page
+python benchmarks/tables.py --write  writes each between its markers in its page
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.protocol import score
 from lora_ga.experiments.suites.spec import load_suite
 from lora_ga.experiments.tables.suites import method_table, overview_table
-from lora_ga.experiments.tables.table import format_values, markdown_lines
+from lora_ga.experiments.tables.table import BLANK, format_values, markdown_lines
 
 ROOT = Path(__file__).parent.parent
 MARKERS = re.compile(r"(<!-- drawn from records -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
 
 
 def load(name: str) -> dict[str, Any]:
-    """A record."""
+    """Reads a record of benchmarks/results."""
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-def alignment(models: dict[str, Any], start: str) -> list[str]:
-    """Median and lowest alignment ratio of a start, a cell a model."""
+def alignment_cells(models: dict[str, Any], start: str) -> list[str]:
+    """Median and lowest alignment ratio of an initialisation, one cell for each model."""
     return [f"{model[start]['median']:.3f} ({model[start]['lowest']:.3f})" for model in models.values()]
 
 
-def first_step() -> str:
-    """Markdown: the alignment ratio of the first step on three models."""
+def first_step_table() -> str:
+    """The alignment ratio of the first step on three models, in Markdown."""
     models = load("alignment")["models"]
     lines = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
     for label, start in (
@@ -45,18 +45,19 @@ def first_step() -> str:
         ("PEFT's own `lora_ga`", "peft lora_ga"),
         ("plain LoRA", "lora"),
     ):
-        lines.append(f"| {label} | " + " | ".join(alignment(models, start)) + " |")
+        lines.append(f"| {label} | " + " | ".join(alignment_cells(models, start)) + " |")
     return "\n".join(lines)
 
 
-# Suite and task → what the README calls its column.
-SHOWN = {
+# (Suite, task) → title of its column in the README.
+COLUMNS = {
     ("stories-shakespeare", "babyllama105"): "babyllama105, loss",
     ("stories-shakespeare", "stories260k"): "stories260k, loss",
     ("glue-minilm", "sst2"): "SST-2, accuracy",
     ("glue-minilm", "mrpc"): "MRPC, accuracy",
     ("glue-minilm", "cola"): "CoLA, correlation",
 }
+# Title of a row in the README → label of the variant.
 ROWS = {
     "LoRA-GA": "lora-ga reach=0.35",
     "LoRA-GA, the paper's γ = 16": "lora-ga γ=16",
@@ -67,21 +68,21 @@ ROWS = {
 }
 
 
-def outcome() -> str:
-    """Markdown: what came out of training, every method at its own best rate."""
-    found = {(name, each.task, each.label): each for name, _ in SHOWN for each in found_in(name)}
-    lines = ["| | " + " | ".join(SHOWN.values()) + " |", "|---" * (len(SHOWN) + 1) + "|"]
+def results_table() -> str:
+    """The metric after training, every method at its best learning rate, in Markdown."""
+    found = {(name, each.task, each.label): each for name, _ in COLUMNS for each in published_results(name)}
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for label, method in ROWS.items():
         cells = []
-        for name, task in SHOWN:
+        for name, task in COLUMNS:
             result, metric = found[name, task, method], load_suite(name).tasks[task].metric
-            cells.append(f"{format_values(result.values(metric))} ({result.rate:g})" if result.runs else "–")
+            cells.append(f"{format_values(result.values(metric))} ({result.rate:g})" if result.runs else BLANK)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def cost() -> str:
-    """Markdown: what the estimate of a Llama of 150M parameters costs beside its neighbours."""
+def cost_table() -> str:
+    """The cost of an estimate for a Llama of 150M parameters, compared with its goals, in Markdown."""
     found = load("estimation")
     ratios, wide = found["times"]["median ratios"], found["width 2048"]["median ratios"]
     memory, held, flat = found["memory"]["over lora steps"], found["estimate"], found["estimate, random bytes"]
@@ -100,8 +101,8 @@ def cost() -> str:
     return "\n".join([*lines, *(f"| {what} | {figure} | {goal} |" for what, figure, goal in rows)])
 
 
-def update() -> str:
-    """Markdown: the parts of one layer's update, and its growth."""
+def update_table() -> str:
+    """The time of each part of one layer's update, and how time and state grow, in Markdown."""
     found = load("update")
     costs = found["ms"]
     lines = [f"| one layer, width {found['width']}, ms | " + " | ".join(f"{tokens} tokens" for tokens in costs) + " |"]
@@ -114,8 +115,8 @@ def update() -> str:
     return "\n".join(lines)
 
 
-def early() -> str:
-    """Markdown: what the early stop loses and saves."""
+def early_stop_table() -> str:
+    """The accuracy that the early stop loses and the batches that it saves, in Markdown."""
     lines = [
         "| tolerance | alignment ratio, median | lowest | batches a layer, mean | saved |",
         "|---|---|---|---|---|",
@@ -132,8 +133,8 @@ def early() -> str:
     return "\n".join(lines)
 
 
-def quantised() -> str:
-    """Markdown: the start on 4-bit bases."""
+def quantised_table() -> str:
+    """The initialisation of adapters on 4-bit models, in Markdown."""
     lines = [
         "| nf4 | alignment ratio, the 4-bit model's gradient | the full-precision model's | largest change of logits |",
         "|---|---|---|---|",
@@ -145,8 +146,8 @@ def quantised() -> str:
     return "\n".join(lines)
 
 
-def qlora() -> str:
-    """Markdown: a run on a 4-bit base, LoRA and LoRA-GA."""
+def qlora_table() -> str:
+    """LoRA and LoRA-GA trained on a 4-bit model, in Markdown."""
     found = load("qlora")
     lines = ["| | settings tried | γ | best rate | Matthews correlation, by seed | loss |", "|---|---|---|---|---|---|"]
     for method, best in found["best"].items():
@@ -158,8 +159,8 @@ def qlora() -> str:
     return "\n".join(lines)
 
 
-def why() -> str:
-    """Markdown: what methods do in their first steps."""
+def why_table() -> str:
+    """How far and in which direction each method moves the weights in its first steps, in Markdown."""
     found = load("why")["methods"]
     steps = list(found["full"])
     figures = {
@@ -179,72 +180,75 @@ def why() -> str:
     return "\n".join(lines)
 
 
-def overview(name: str) -> str:
-    """Markdown: a suite's methods on its tasks, each at its own best rate."""
-    suite, found = load_suite(name), found_in(name)
+def suite_overview(name: str) -> str:
+    """The methods of a suite on its tasks, each at its best learning rate, in Markdown."""
+    suite, found = load_suite(name), published_results(name)
     tasks = [task for task in suite.tasks if any(each.runs for each in found if each.task == task)]
     return "\n".join(markdown_lines(overview_table(suite, tasks, found)))
 
 
-def variants(name: str, task: str) -> str:
-    """Markdown: what has run of a suite's variants on one task, beside LoRA."""
+def suite_methods(name: str, task: str) -> str:
+    """The variants of a suite that have run on one task, compared with plain LoRA, in Markdown."""
     suite = load_suite(name)
-    found = [each for each in found_in(name) if each.task == task and not each.missing]
+    found = [each for each in published_results(name) if each.task == task and not each.missing]
     plain = next(each for each in found if each.label == plain_lora(suite))
     return "\n".join(markdown_lines(method_table(suite, found, plain)))
 
 
-def choosers(name: str) -> str:
-    """Markdown: what seed 0 came to at the rate that the tuning rows' loss chooses, and at their metric's choice."""
-    suite, found = load_suite(name), found_in(name)
+def rate_choice_table(name: str) -> str:
+    """The reported metric of seed 0 at the rate chosen by the tuning split's loss, and by its metric, in Markdown."""
+    suite, found = load_suite(name), published_results(name)
     tasks = [task for task in suite.tasks if any(each.runs for each in found if each.task == task)]
-    looks = [(task, chooser) for task in tasks for chooser in ("loss", suite.tasks[task].metric)]
-    by_line = {(each.task, each.label): each for each in found if not each.missing}
-    lines = ["| | " + " | ".join(f"{task}, rate by {chooser}" for task, chooser in looks) + " |"]
-    lines.append("|---" * (len(looks) + 1) + "|")
+    columns = [(task, chooser) for task in tasks for chooser in ("loss", suite.tasks[task].metric)]
+    by_task = {(each.task, each.label): each for each in found if not each.missing}
+    lines = ["| | " + " | ".join(f"{task}, rate by {chooser}" for task, chooser in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
     for label in suite.methods:
-        cells = [chosen(by_line.get((task, label)), suite.tasks[task].metric, by) for task, by in looks]
+        cells = [
+            rate_choice_cell(by_task.get((task, label)), suite.tasks[task].metric, chooser) for task, chooser in columns
+        ]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def chosen(result: Result | None, metric: str, chooser: str) -> str:
-    """The reported metric of seed 0 at the rate that `chooser` prefers on the tuning rows, and the rate."""
-    tried = {} if result is None else {rate: (score(run, chooser), run) for rate, run in result.search.items()}
-    good = {rate: (own, run["metrics"]["report"][metric]) for rate, (own, run) in tried.items() if own is not None}
-    if not good:
-        return "–"
-    best = max(good, key=lambda rate: good[rate][0])
-    return f"{good[best][1]:.3f} ({best:g})"
+def rate_choice_cell(result: Result | None, metric: str, chooser: str) -> str:
+    """The reported metric of seed 0 at the rate that is best by `chooser` on the tuning split, and the rate."""
+    runs = {} if result is None else result.search
+    scores = {rate: found for rate, run in runs.items() if (found := score(run, chooser)) is not None}
+    if not scores:
+        return BLANK
+    best = max(scores, key=scores.__getitem__)
+    return f"{runs[best]['metrics']['report'][metric]:.3f} ({best:g})"
 
 
-def found_in(name: str) -> list[Result]:
-    """A suite's results from the published records."""
+def published_results(name: str) -> list[Result]:
+    """The results of a suite from the published records."""
     return results(load_suite(name), Store(ROOT / "recipes" / "results" / "store").records())
 
 
-# Page → its tables, in their order there.
+# Page → its tables, in their order on the page.
 PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
-    "README.md": (first_step, outcome),
-    "docs/guide.md": (quantised, qlora),
-    "docs/cost.md": (cost, update, early),
+    "README.md": (first_step_table, results_table),
+    "docs/guide.md": (quantised_table, qlora_table),
+    "docs/cost.md": (cost_table, update_table, early_stop_table),
     "docs/evidence.md": (
-        functools.partial(overview, "stories-shakespeare"),
-        functools.partial(variants, "stories-shakespeare", "babyllama105"),
-        functools.partial(overview, "glue-minilm"),
-        functools.partial(choosers, "glue-minilm"),
-        functools.partial(variants, "glue-minilm", "mrpc"),
-        functools.partial(variants, "ablation", "babyllama105"),
-        why,
+        functools.partial(suite_overview, "stories-shakespeare"),
+        functools.partial(suite_methods, "stories-shakespeare", "babyllama105"),
+        functools.partial(suite_overview, "glue-minilm"),
+        functools.partial(rate_choice_table, "glue-minilm"),
+        functools.partial(suite_methods, "glue-minilm", "mrpc"),
+        functools.partial(suite_methods, "ablation", "babyllama105"),
+        why_table,
     ),
     "docs/scale.md": tuple(
-        functools.partial(each, load) for each in (scale_tables.exchanged, scale_tables.found, scale_tables.larger)
+        functools.partial(table, load)
+        for table in (scale_tables.exchange_table, scale_tables.accuracy_table, scale_tables.larger_models_table)
     ),
 }
 
 
 def written(page: str, text: str) -> str:
-    """The text of a page with its tables between their markers."""
+    """The text of a page, with its tables drawn again between their markers."""
     drawn = iter([each() for each in PAGES[page]])
     return MARKERS.sub(lambda match: match[1] + next(drawn) + match[2], text)
 

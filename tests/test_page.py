@@ -1,13 +1,16 @@
-"""The page holds everything, fetches nothing, and takes nothing in a record for markup."""
+"""The page holds everything, fetches nothing, and shows every text of a record as text."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 from lora_ga.experiments.comparison.runs import compare_runs
+from lora_ga.experiments.pages.document import Document, Section, html_page, markdown_files
 from lora_ga.experiments.pages.drawing import render
 from lora_ga.experiments.pages.run_figures import training_figure
 from lora_ga.experiments.pages.runs import page_html, training_caption
+from lora_ga.experiments.tables.table import Table
 from runs import falling, make_run
 
 
@@ -44,6 +47,36 @@ def test_whatever_a_record_says_stays_text(tmp_path: Path) -> None:
     parser.feed(hostile_page(tmp_path))
     assert "script" not in {tag for tag, _ in parser.tags}
     assert HOSTILE in parser.text
+
+
+def test_every_text_of_a_document_is_escaped() -> None:
+    table = Table([HOSTILE], [[HOSTILE]], bold={(0, 0)}, row_colours=["#000000"])
+    document = Document(HOSTILE, HOSTILE, [HOSTILE], [Section(HOSTILE, [HOSTILE, table])])
+    page = html_page(document)
+    assert "<script" not in page
+    assert page.count("&lt;script") == 8  # the title is there twice
+    parser = Tags()
+    parser.feed(page)
+    assert parser.text.count(HOSTILE) == 8
+
+
+def test_the_page_allows_nothing_but_its_own_styles(tmp_path: Path) -> None:
+    parser = Tags()
+    parser.feed(page_html(compare_runs([make_run(tmp_path / "a")])))
+    (policy,) = [attributes["content"] for _, attributes in parser.tags if "http-equiv" in attributes]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_a_table_is_marked_alike_on_the_page_and_in_markdown() -> None:
+    table = Table(["", "x"], [["a|b", "1"], ["c", "2"]], bold={(1, 1)}, row_colours=["#111111", "#222222"])
+    document = Document("", "", [], [Section("", [table, replace(table, left_aligned=True, row_colours=[])])])
+    page = html_page(document)
+    assert '<td><i style="background:#222222"></i>c</td><td><b>2</b></td>' in page
+    assert page.count("<i ") == 2
+    assert page.count('<table class="text">') == 1
+    text = markdown_files(document, "a.md")["a.md"].decode()
+    assert "| --- | ---: |\n| a\\|b | 1 |\n| c | **2** |\n" in text
+    assert "| --- | --- |" in text
 
 
 def test_the_page_fetches_nothing(tmp_path: Path) -> None:

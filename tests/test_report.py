@@ -26,7 +26,7 @@ def test_a_loss_that_is_not_finite_is_written_as_null_and_read_as_nan(tmp_path: 
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"gone: there is no such folder\. Give the --output_dir"):
+    with pytest.raises(FileNotFoundError, match=r"gone: this folder does not exist\. Give the --output_dir"):
         load_run(tmp_path / "gone")
 
 

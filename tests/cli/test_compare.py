@@ -54,7 +54,7 @@ def test_many_runs_are_rows(folders: list[str], capsys: pytest.CaptureFixture[st
     [
         ([], "0 runs given, at least 1 is needed"),
         (["lora", "lora-ga/../lora"], "lora-ga/../lora: given twice (first as lora)"),
-        (["lora", "gone"], "gone: there is no such folder"),
+        (["lora", "gone"], "gone: this folder does not exist"),
         (["lora", "unfinished"], "unfinished: unfinished run, there is no run.json"),
         (["lora", "damaged"], "damaged/run.json: damaged, it is not JSON"),
         (["lora", "--output", "page.txt"], "page.txt: ends in .txt, but what is written is .html"),

@@ -1,4 +1,4 @@
-"""Reports: what the tables say of known records, and that equal records give equal files."""
+"""Reports: the tables of known records, and equal files for equal records."""
 
 from __future__ import annotations
 
@@ -201,6 +201,7 @@ def test_the_page_holds_everything_and_fetches_nothing(suite: Suite) -> None:
     assert page.count("<svg") == len([name for name in made if name.endswith(".png")]) >= 4
     assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!#)", page)
     assert "**" not in page
+    assert "<td><b>2.050 ± 0.050</b></td>" in page
     text = made[README_NAME].decode()
     assert set(re.findall(r"\]\((.*?)\)", text)) == {name for name in made if name.endswith(".png")}
 

@@ -169,15 +169,18 @@ def _cost_text(found: Sequence[Result]) -> str:
 
 
 def _task_pictures(name: str, task: str, metric: str, chooser: str, found: Sequence[Result]) -> list[Picture]:
-    """One picture for each group of results that fits a figure."""
-    caption = (
-        f"{task}. Training loss at the best rate, smoothed: thick lines are means over seeds, thin lines are seeds. "
-        f"{metric} on the reported split during training. Result of each learning rate, seed 0: the left panel chose "
-        "the rate (large dot); diverged runs have no dot. Panels without data are left out."
-    )
+    """One picture for each group of results that fits a figure; its caption explains the panels that it has."""
+    sentences = {
+        "training": "Training loss at the best rate, smoothed: thick lines are means over seeds, thin lines are seeds.",
+        "reported": f"{metric} on the reported split during training.",
+        "rates, tune": "Result of each learning rate, seed 0: the left panel chose the rate (large dot); diverged runs "
+        "have no dot.",
+    }
     pictures = []
     for number, group in enumerate(figure_groups(found), 1):
         figure = task_figure(name if number == 1 else f"{name}-{number}", chooser, metric, group)
         if figure is not None:
-            pictures.append(Picture(figure, caption))
+            panels = {axes.get_label() for axes in figure.axes}
+            caption = " ".join(sentence for panel, sentence in sentences.items() if panel in panels)
+            pictures.append(Picture(figure, f"{task}. {caption}"))
     return pictures

@@ -1,4 +1,6 @@
-"""The record of a finished run of `lora-ga train`: `run.json` in its output folder, checked when it is read."""
+"""The record of a finished run of `lora-ga train`: `run.json` in the run's folder, checked when it is read."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -14,16 +16,35 @@ SCHEMA = 1
 RECORD = "run.json"
 Curve = tuple[tuple[int, float], ...]  # (optimizer step, value), in ascending order of steps
 
-# Numbers that describe the evaluation, not the model; train_loss is the mean over the whole run.
+# Values that do not describe the model: times, counts, and train_loss, which is a mean over the whole run.
 NOT_A_RESULT = re.compile(r"_runtime$|_per_second$|_flos$|^epoch$|_time$|^train_|^step$")
 
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a `run.json`.
+    """The content of a `run.json`. A loss or metric that was not finite is NaN.
 
-    `curve` is the logged training loss. `evals` has one curve for each metric of the evaluations during training.
-    `seconds` has the keys "estimate", "train", "total", if they apply. A loss or metric that was not finite is NaN.
+    Attributes:
+        folder: The folder of the run, its `--output_dir`.
+        name: Name of the run.
+        method: Name of the method.
+        task: Name of the task.
+        model: The base model.
+        dataset: The training data.
+        seed: The seed.
+        learning_rate: The learning rate.
+        rank: Rank of the adapter; None without an adapter.
+        alpha: LoRA's α; None without an adapter.
+        steps: Optimiser steps.
+        trainable_parameters: Number of trained parameters.
+        config: All options of the run.
+        versions: Package → version.
+        device: The device on which it ran.
+        commit: Commit of the code; None if unknown.
+        curve: The training loss as logged.
+        evals: Metric → its values at the evaluations during training.
+        metrics: Metric → its value after training.
+        seconds: Seconds of "estimate", "train" and "total", as far as the run has them.
     """
 
     folder: Path
@@ -66,13 +87,13 @@ _POINTS: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 def write_json_atomically(path: Path, obj: object) -> None:
-    """Writes strict JSON: numbers that are not finite become null. Raises before writing if a value is not JSON."""
+    """Writes JSON; a number that is not finite becomes null. If JSON cannot hold the object, the file is untouched."""
     text = json.dumps(_finite(obj), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(path, f"{text}\n".encode())
 
 
 def _finite(obj: object) -> object:
-    """Replaces every float that is not finite by None."""
+    """The same object, with None for every float that JSON cannot represent."""
     if isinstance(obj, dict):
         return {key: _finite(value) for key, value in obj.items()}
     if isinstance(obj, list | tuple):
@@ -84,24 +105,24 @@ def load_run(folder: Path) -> Run:
     """Reads the record of a finished run.
 
     Args:
-        folder: The --output_dir of the run.
+        folder: The `--output_dir` of the run.
 
     Returns:
-        The record; every field has its type.
+        The record; every field has its declared type.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no record in it because the run has not finished.
-        ValueError: The record is not JSON, of another schema, or lacks a field.
+        FileNotFoundError: The folder does not exist, or has no record because the run has not finished.
+        ValueError: The folder is a file; the record is not JSON or has another schema; or a field is missing or wrong.
     """
     if not folder.exists():
-        raise FileNotFoundError(f"{folder}: there is no such folder. Give the --output_dir of a finished run.")
+        raise FileNotFoundError(f"{folder}: this folder does not exist. Give the --output_dir of a finished run.")
     if not folder.is_dir():
         raise ValueError(f"{folder}: this is a file. Give the folder of a finished run, the one that holds {RECORD}.")
     path = folder / RECORD
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder}: unfinished run, there is no {RECORD} in it (it is written when training ends). "
-            "Let the run end, go on with `lora-ga train ... --resume`, or leave out this folder."
+            "Wait until the run ends, continue it with `lora-ga train ... --resume`, or leave this folder out."
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +153,7 @@ def _loss_first(item: tuple[str, object]) -> tuple[bool, str]:
 
 
 def _results(values: dict[str, Any]) -> dict[str, float]:
-    """Returns the numbers that describe the model; null, which was not finite, becomes NaN."""
+    """The values that describe the model. Null, which stands for a value that was not finite, becomes NaN."""
     return {
         key: _number(value)
         for key, value in values.items()
@@ -141,10 +162,14 @@ def _results(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _check(path: Path, record: object) -> None:
-    """Checks a record before `load_run` makes a `Run` of it.
+    """Checks that a record has what a `Run` needs.
+
+    Args:
+        path: Where the record was read.
+        record: The parsed JSON; a missing "commit" or "eval" is filled in.
 
     Raises:
-        ValueError: The schema is another one, or a field is missing or has a wrong type.
+        ValueError: A field is missing or has the wrong type.
     """
     if not isinstance(record, dict) or "schema" not in record:
         raise ValueError(f'{path}: not the record of a run, it has no "schema". Give a folder made by `lora-ga train`.')
