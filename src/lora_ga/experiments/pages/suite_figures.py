@@ -59,7 +59,7 @@ def task_figure(name: str, chooser: str, metric: str, group: Placed) -> Figure |
         return None
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, sum(heights) + 0.8), layout="constrained", label=name)
-        panels = figure.subplot_mosaic(rows, height_ratios=heights)
+        panels: dict[str, Any] = figure.subplot_mosaic(rows, height_ratios=heights)
         if "training" in panels:
             draw_curves(panels["training"], "training loss", training)
         if "reported" in panels:
