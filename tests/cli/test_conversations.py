@@ -1,4 +1,4 @@
-"""`lora-ga train` on conversations and on prompts with their answers, which are TRL's to format and train on."""
+"""`lora-ga train` on conversations and on prompts with their answers, with TRL's trainer."""
 
 import importlib.util
 import json
@@ -228,7 +228,9 @@ def test_an_estimate_alone_is_that_of_the_run(chatty: Path, talks: Path, tmp_pat
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_rows_left_out_are_counted_aloud(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_left_out_are_counted_in_a_warning(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = write_rows(tmp_path / "f.jsonl", [{"p": "a b c d ", "t": "e"}, {"p": "a ", "t": "b"}])
     columns = DataOptions(train_file=str(file), prompt_column="p", target_column="t", max_length=4)
     prepared = tasks.prepare_data(ModelOptions(model=str(llama), task="causal-lm"), columns)
@@ -246,7 +248,7 @@ def test_rows_left_out_are_counted_aloud(llama: Path, tmp_path: Path, capsys: py
         ([{"other": "a b"}], r"there is no column 'm' \(--messages_column\); its columns are other"),
     ],
 )
-def test_what_is_no_conversation(
+def test_rows_without_a_conversation_are_refused(
     rows: list[dict[str, Any]], message: str, chatty: Path, tmp_path: Path, refused: Callable[[list[object]], str]
 ) -> None:
     file = write_rows(tmp_path / "f.jsonl", rows)
@@ -263,7 +265,7 @@ def test_a_tokenizer_without_a_chat_template(
     assert "tokenizer has no chat template" in refused([*argv, f"--output_dir={tmp_path / 'run'}"])
 
 
-def test_without_trl_the_way_to_install_it_is_named_and_plain_text_works(
+def test_without_trl_the_extra_is_named_and_plain_text_works(
     llama: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec

@@ -1,4 +1,4 @@
-"""`lora-ga`: finding the sub-command, and saying what is wrong."""
+"""`lora-ga`: calling the sub-command, and its error messages."""
 
 import importlib
 import subprocess
@@ -58,7 +58,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["train"])
 
 
-def test_bugs_are_not_dressed_up_as_user_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bugs_are_not_reported_as_user_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         @staticmethod
         def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Options: their checks, and the configuration file under the command line."""
+"""Options: their checks, and the configuration file, which the command line overrides."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,7 +44,7 @@ def write(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
-def test_command_line_wins_over_the_file_and_the_file_over_the_defaults(suffix: str, tmp_path: Path) -> None:
+def test_command_line_overrides_the_file_and_the_file_the_defaults(suffix: str, tmp_path: Path) -> None:
     text = {
         ".json": '{"rank": 4, "alpha": 32, "learning-rate": 1e-4, "target_modules": ["q", "v"], "use_rslora": false}'
     }.get(suffix, "rank: 4\nalpha: 32\nlearning-rate: 1e-4\ntarget_modules: [q, v]\nuse_rslora: false\nmax_steps: null")
@@ -61,7 +61,7 @@ def test_required_options_may_come_from_the_file(tmp_path: Path) -> None:
     assert job("--output_dir", "o", config=file).model.model == "m"
 
 
-def test_options_survive_the_way_through_a_file(tmp_path: Path) -> None:
+def test_options_survive_writing_and_reading_a_file(tmp_path: Path) -> None:
     from lora_ga.cli import checkpoints
 
     before = job(*NEEDED, "--learning_rate", "3e-5", "--target_modules", "q_proj", "v_proj", "--no_use_rslora")
@@ -139,7 +139,7 @@ def test_two_sources_of_evaluation_data_are_refused() -> None:
 
 
 @pytest.mark.parametrize("method", LEARNING_RATES)
-def test_each_method_has_a_learning_rate_of_its_own(method: str) -> None:
+def test_each_method_has_a_default_learning_rate(method: str) -> None:
     assert job(*NEEDED, "--method", method).training.learning_rate == LEARNING_RATES[method]
     assert job(*NEEDED, "--method", method, "--learning_rate", "1").training.learning_rate == 1
 
@@ -225,3 +225,4 @@ def test_help_explains_every_option_once(capsys: pytest.CaptureFixture[str]) -> 
     assert "(default: 16.0)" in shown
     assert "swept" in shown or "sweep" in shown
     assert "--no" not in shown
+    assert all(f"\n{group._argument_group_name}:\n" in shown for group in groups)

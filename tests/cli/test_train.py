@@ -20,11 +20,13 @@ from transformers import (
     AutoTokenizer,
     T5Config,
     T5ForSequenceClassification,
+    TrainingArguments,
     set_seed,
 )
 
 import lora_ga
 from lora_ga.cli import data as reading
+from lora_ga.cli.finetune import training_arguments
 from lora_ga.cli.gradient import EstimateBatches
 from lora_ga.cli.main import main
 from lora_ga.cli.options import EstimateOptions
@@ -317,3 +319,16 @@ def test_an_output_folder_below_a_file_is_refused(
     (tmp_path / "file").touch()
     argv = ["train", "--model", bert, "--task", "seq-cls", "--train_file", sorting]
     assert f"{tmp_path / 'file'} is a file, so no folder" in refused([*argv, "--output_dir", tmp_path / "file" / "run"])
+
+
+def test_the_trainer_uses_one_gpu_where_it_would_use_several(
+    llama: Path, asking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def see_three(settings: TrainingArguments, **given: Any) -> None:
+        settings.__dict__["_n_gpu"] = 3
+
+    argv = command(llama, asking, tmp_path / "run", task="causal-lm")
+    job, _ = parse([str(argument) for argument in argv[1:]])
+    monkeypatch.setattr(TrainingArguments, "__post_init__", see_three)
+    assert TrainingArguments().n_gpu == 3
+    assert training_arguments(job, tmp_path).n_gpu == 1

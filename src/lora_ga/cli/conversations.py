@@ -66,7 +66,7 @@ def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> Non
 def encode(
     rows: Dataset, columns: Mapping[str, str], tokenizer: Any, options: DataOptions, length: int, source: str
 ) -> Dataset:
-    """Tokenises all rows. Tokens and labels are those of TRL's SFTTrainer, which a test compares them with.
+    """Tokenises all rows. Tokens and labels are those of TRL's SFTTrainer (version 1.16); a test compares them.
 
     Args:
         rows: The data, its columns checked.
@@ -117,7 +117,7 @@ def encode(
 
 
 def chat_template(row: Mapping[str, Any], tokenizer: Any, options: DataOptions, source: str) -> str | None:
-    """Chooses the chat template: TRL's variant of the tokenizer's, where the assistant's turns must be marked.
+    """Chooses the chat template. If the assistant's turns must be marked, it may be TRL's variant of the model's.
 
     Args:
         row: The first row.
@@ -126,7 +126,7 @@ def chat_template(row: Mapping[str, Any], tokenizer: Any, options: DataOptions, 
         source: Where the rows come from, for messages.
 
     Returns:
-        The template; None for the tokenizer's.
+        The template; None for the tokenizer's template.
 
     Raises:
         ValueError: The rows hold messages but there is no template, or none that marks the assistant's turns; or
@@ -173,14 +173,15 @@ def tokens_and_labels(
     Args:
         row: `messages`, or `prompt` and `completion`, in TRL's names. Each is text or a list of messages.
         tokenizer: The model's tokenizer.
-        template: The chat template; None for the tokenizer's.
+        template: The chat template; None for the tokenizer's template.
         assistant_only: Only the assistant's turns have labels.
 
     Returns:
         Token ids; labels, which are the ids or -100; and whether the target starts before the prompt's tokens end.
 
     Raises:
-        ValueError: Prompt and completion are not of one kind, or the template marks no token as the assistant's.
+        ValueError: One of prompt and completion is text and the other is not, or the template marks no token as the
+            assistant's.
     """
 
     def tokenise(content: Any, **settings: Any) -> Any:
@@ -200,7 +201,7 @@ def tokens_and_labels(
         raise ValueError("the chat template marks no token as the assistant's")
     start, starts_early = 0, False
     if prompt is not None:
-        # The two differ before the end of the prompt if tokens merge across it or the template writes it differently.
+        # They differ before the end of the prompt if a token spans it or the template writes the prompt differently.
         before = tokenise(prompt, add_generation_prompt=True)["input_ids"]
         start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False)))
         starts_early = start < len(before)
@@ -209,13 +210,13 @@ def tokens_and_labels(
 
 
 def joined(prompt: Any, completion: Any, end: str | None) -> Any:
-    """Joins a prompt and its completion; a text gets the end-of-text token, once.
+    """Joins a prompt and its completion. A text ends with one end-of-text token.
 
     Returns:
         A text or a list of messages.
 
     Raises:
-        ValueError: They are not of one kind.
+        ValueError: One is text and the other is not.
     """
     if isinstance(prompt, str) != isinstance(completion, str):
         raise ValueError("prompt and target must both be text, or both be messages")

@@ -101,15 +101,15 @@ def make_trainer(
     job: Job, model: Any, data: tasks.PreparedData, collate: Any, settings: Any, estimate_seconds: float
 ) -> Any:
     """Makes the trainer of the task, from Transformers or TRL, with the callbacks of a run."""
-    trainer, _, own = tasks.trainer_classes(job.model.task, job.data)
+    trainer, _, extra = tasks.trainer_classes(job.model.task, job.data)
     return trainer(
         model=model,
         args=settings,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         **(
-            {"processing_class": data.tokenizer} if own else {"data_collator": collate}
-        ),  # TRL makes its collator itself
+            {"processing_class": data.tokenizer} if extra else {"data_collator": collate}
+        ),  # TRL makes the collator itself
         compute_metrics=tasks.accuracy if data.labels else None,
         preprocess_logits_for_metrics=tasks.predicted_class if data.labels else None,
         callbacks=[LossAndTimeLogger(estimate_seconds), OptimizerGuard()],
@@ -141,7 +141,7 @@ def training_arguments(job: Job, folder: Path) -> Any:
     """Makes the arguments of the trainer."""
     training, accelerated = job.training, torch.accelerator.is_available()
     evaluates = training.eval_steps is not None
-    _, settings_of, own = tasks.trainer_classes(job.model.task, job.data)
+    _, settings_of, extra = tasks.trainer_classes(job.model.task, job.data)
     settings = settings_of(
         output_dir=str(folder / checkpoints.CHECKPOINTS),
         per_device_train_batch_size=job.data.batch_size,
@@ -169,7 +169,7 @@ def training_arguments(job: Job, folder: Path) -> Any:
         report_to=training.report_to,
         run_name=training.run_name or training.method,
         disable_tqdm=not sys.stderr.isatty(),
-        **own,
+        **extra,
     )
     # With several GPUs Trainer would use DataParallel, which copies only parameters and buffers to the other GPUs.
     settings._n_gpu = min(settings.n_gpu, 1)

@@ -66,5 +66,5 @@ class EstimateBatches:
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
             bar = progress.add_task("Estimating the gradient", total=len(self))
             for batch in self._loader:
-                progress.advance(bar)  # before the yield: after the last batch nobody asks again
+                progress.advance(bar)  # before the yield, since the reader does not ask again after the last batch
                 yield batch

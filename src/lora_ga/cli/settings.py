@@ -12,7 +12,7 @@ from lora_ga.config import CHOICES, LoraGAConfig
 START = ("stable_gamma", "reach", "direction", "scale", "offset")
 # `ModelOptions` has the one --seed of a command.
 ELSEWHERE = ("seed",)
-# An option has the name of its setting. The exception: commands also read batches to train and to evaluate.
+# An option has the name of its setting, except for the batches: a command reads batches for training too.
 OPTION_OF = {"max_batches": "estimate_batches"}
 
 # Setting -> help text. A setting without one here shows the first sentence of its entry in the docstring.

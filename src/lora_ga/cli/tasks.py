@@ -190,8 +190,8 @@ def trainer_classes(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, A
         import trl
 
         # The data is already tokenised and cut, and gradient checkpointing already enabled if it is wanted.
-        own = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "gradient_checkpointing": False}
-        return trl.SFTTrainer, trl.SFTConfig, own
+        extra = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "gradient_checkpointing": False}
+        return trl.SFTTrainer, trl.SFTConfig, extra
     name = TASK_CLASSES[task].trainer
     return getattr(transformers, name), getattr(transformers, name.replace("Trainer", "TrainingArguments")), {}
 
