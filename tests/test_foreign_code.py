@@ -19,6 +19,7 @@ OTHER_OBJECTS = {
     "gradients/checkpoint.py": {"total"},
     "gradients/loop.py": {"recorder", "probes"},
     "gradients/probe.py": {"recorder", "sums", "leaf"},
+    "gradients/recording.py": {"recorded"},
     "experiments/suites/run.py": {"curves"},
     "layers/factors.py": {"factor"},
     "linalg/streaming.py": {"stream", "mine"},
