@@ -20,7 +20,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lora_ga.adapter.alignment import Alignment
+from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.initialize import initialize
 from lora_ga.adapter.load import restore_starts
 from lora_ga.adapter.model_card import write_section
@@ -158,16 +158,16 @@ class LoraGACallback(TrainerCallback):
         """
         trainer, checkpoint = self._trainer_and_checkpoint(state)
         checkpoint = checkpoint or _checkpoint_of(args, state)
-        alignment = _alignment_of(model, self.adapter_name)
+        alignment = alignment_of(model, self.adapter_name)
         if checkpoint is not None:
             restore_starts(model, checkpoint, self.adapter_name)
         elif alignment is None or alignment is not self._filled:
             self.estimate = self._initialize(trainer, model, train_dataloader)
-            alignment = _alignment_of(model, self.adapter_name)
+            alignment = alignment_of(model, self.adapter_name)
             numbers = scalars(self.estimate, {} if alignment is None else alignment.ranks)
             for tracker in _trackers(trainer, args):
                 tracker.on_log(args, state, control, model=model, logs=numbers)
-        self._filled = _alignment_of(model, self.adapter_name)
+        self._filled = alignment_of(model, self.adapter_name)
         self._extend_model_card(trainer)
 
     def _use(self, trainer: Trainer) -> None:
@@ -185,7 +185,7 @@ class LoraGACallback(TrainerCallback):
         _check_sharding(trainer)
         if self.batches is None:
             _check_training_data(trainer)
-        alignment = _alignment_of(model, self.adapter_name)
+        alignment = alignment_of(model, self.adapter_name)
         if alignment is not None and any(all(f.weight.any() for f in pair) for pair in alignment.factors.values()):
             raise ValueError(
                 f"Adapter {self.adapter_name!r} is already aligned: it comes from lora_ga.initialize or a checkpoint. "
@@ -255,11 +255,6 @@ class LoraGACallback(TrainerCallback):
                 write_section(Path(trainer.args.output_dir), self._filled.summary)
 
         trainer.create_model_card = create_model_card
-
-
-def _alignment_of(model: Any, adapter_name: str) -> Alignment | None:
-    """The alignment of an adapter; None if the model has no such adapter or it is not aligned."""
-    return getattr(getattr(model, "peft_config", {}).get(adapter_name), "alignment", None)
 
 
 def _has_callback(trainer: Trainer, callback: TrainerCallback) -> bool:
