@@ -1,4 +1,4 @@
-"""LoRA-GA: start a LoRA adapter where full fine-tuning would go."""
+"""LoRA-GA: initialise LoRA adapters from the gradient of the weights they adapt."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -24,7 +24,7 @@ def initialize(
     adapter_name: str = "default",
     process_group: Any = None,
 ) -> GradientEstimate:
-    """Start a LoRA adapter where full fine-tuning would go.
+    """Initialise a LoRA adapter from the gradient of the weights it adapts.
 
     Implements "LoRA-GA: Low-Rank Adaptation with Gradient Approximation" (Wang, Yu, Li, NeurIPS 2024, arXiv
     2407.05000): the first step of the product s·B A is the best rank-2r approximation of full fine-tuning's step
