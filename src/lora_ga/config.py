@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # The values that each setting may have. The tables behind them are `adapter.directions.DIRECTIONS` and `SCALES`,
-# `gradients.estimate.ESTIMATORS` (and `gradients.probe`) and `layers.factors.FACTORS`. A test keeps both sides equal.
+# `gradients.setup.ESTIMATORS` (and `gradients.probe`) and `layers.factors.FACTORS`. A test keeps both sides equal.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "direction": ("ArB2r", "A2rBr", "ArBr", "random"),
     "scale": ("stable", "gd", "unit", "weight"),
