@@ -189,7 +189,7 @@ def test_lora_ga_checkpoint_without_its_sidecar_is_refused(
     (broken / "checkpoints" / "checkpoint-4" / "lora_ga.safetensors").unlink()
     message = refused(["train", "--resume", "--output_dir", broken])
     assert "checkpoint-4 has no lora_ga.safetensors" in message
-    assert "Without it the adapter would go on as plain LoRA" in message
+    assert "Without it the adapter would train on as plain LoRA" in message
 
 
 def test_optimizer_state_of_another_structure_is_refused() -> None:
