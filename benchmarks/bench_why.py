@@ -21,7 +21,7 @@ from torch import Tensor
 import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.experiments.methods import load_method
-from lora_ga.experiments.suites.cell import Cell, cell_of
+from lora_ga.experiments.suites.cells import Cell, cell_of
 from lora_ga.experiments.suites.run import build_inputs
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import load_suite

@@ -17,7 +17,7 @@ from typing import Any
 import scale_tables
 from lora_ga.experiments.comparison.suites import Result, plain_lora, results
 from lora_ga.experiments.records.store import Store
-from lora_ga.experiments.suites.protocol import score
+from lora_ga.experiments.suites.cells import score
 from lora_ga.experiments.suites.spec import load_suite
 from lora_ga.experiments.tables.suites import method_table, overview_table
 from lora_ga.experiments.tables.table import BLANK, format_values, markdown_lines

@@ -8,8 +8,7 @@ from pathlib import Path
 from lora_ga.experiments.comparison.runs import compare_runs
 from lora_ga.experiments.pages.document import Document, Section, html_page, markdown_files
 from lora_ga.experiments.pages.drawing import render
-from lora_ga.experiments.pages.run_figures import training_figure
-from lora_ga.experiments.pages.runs import page_html, training_caption
+from lora_ga.experiments.pages.runs import page_html, training_caption, training_figure
 from lora_ga.experiments.tables.table import Table
 from runs import falling, make_run
 

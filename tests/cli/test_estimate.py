@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_ga
 from lora_ga.cli import tasks
-from lora_ga.cli.gradient import EstimateBatches
+from lora_ga.cli.data import EstimateBatches
 from lora_ga.cli.main import main
 from lora_ga.cli.options import DataOptions, EstimateOptions, ModelOptions
 

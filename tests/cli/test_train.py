@@ -26,8 +26,8 @@ from transformers import (
 
 import lora_ga
 from lora_ga.cli import data as reading
+from lora_ga.cli.data import EstimateBatches
 from lora_ga.cli.finetune import training_arguments
-from lora_ga.cli.gradient import EstimateBatches
 from lora_ga.cli.main import main
 from lora_ga.cli.options import EstimateOptions
 from lora_ga.cli.train import parse

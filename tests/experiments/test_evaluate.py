@@ -22,7 +22,7 @@ from lora_ga.experiments.judging import judge
 from lora_ga.experiments.methods import METHODS, load_method
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites import trained
-from lora_ga.experiments.suites.cell import Cell, cell_of
+from lora_ga.experiments.suites.cells import Cell, cell_of
 from lora_ga.experiments.suites.grid import run_grid
 from lora_ga.experiments.suites.run import Place, build_inputs, run_cell
 from lora_ga.experiments.suites.sources import Sources
@@ -181,7 +181,7 @@ def untrainable(*_: Any) -> None:
 def test_after_a_judge_that_failed_the_saved_model_is_judged_without_training(
     places: Sources, tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_ga.experiments.suites.protocol.MOST_RATES", 3)
+    monkeypatch.setattr("lora_ga.experiments.suites.cells.MOST_RATES", 3)
     suite = load_suite(str(toy_suite("llama2-chat", tmp_path, ["lora"], seeds=1, paper_rate=None)))
     lines = [("chat", "lora")]
     with Store(tmp_path / "runs").locked() as store:

@@ -1,5 +1,6 @@
 """A suite from end to end, at toy size."""
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from lora_ga.cli.main import main
 from lora_ga.cli.reproduce import chosen
 from lora_ga.experiments.methods import METHODS
 from lora_ga.experiments.records.store import Store
-from lora_ga.experiments.suites.cell import Cell, cell_of
+from lora_ga.experiments.suites.cells import Cell, cell_of
 from lora_ga.experiments.suites.grid import run_grid
 from lora_ga.experiments.suites.run import Place, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import load_suite
+from lora_ga.experiments.suites.training import EXPLODED, WINDOW, DivergedError, check_loss
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
@@ -147,3 +149,18 @@ def test_what_does_not_exist_is_refused_with_the_known(
     monkeypatch.setenv("LORA_GA_DEBUG", "1")
     with pytest.raises(ValueError, match=message):
         main(["reproduce", *(str(toy) if each == "TOY" else each for each in arguments)])
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_a_run(loss: float) -> None:
+    check_loss([3.0, 2.0])
+    with pytest.raises(DivergedError, match=f"the training loss is {loss} at step 3"):
+        check_loss([3.0, 2.0, loss])
+
+
+def test_a_loss_that_explodes_ends_a_run_and_a_single_peak_does_not() -> None:
+    high = 2.0 * EXPLODED
+    check_loss([1.0] * WINDOW + [high])
+    check_loss([1.0] + [high] * (WINDOW - 2))  # too early to say
+    with pytest.raises(DivergedError, match=f"the training loss is 20 at step {WINDOW + 1}, it began at 1"):
+        check_loss([1.0] + [high] * WINDOW)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from experiments.hub import VOCABULARY, toy_suite
 from lora_ga.experiments.methods import METHODS
-from lora_ga.experiments.suites.cell import Cell, cell_of
+from lora_ga.experiments.suites.cells import Cell, cell_of
 from lora_ga.experiments.suites.run import Place, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Suite, load_suite

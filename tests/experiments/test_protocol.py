@@ -8,8 +8,17 @@ from typing import Any
 import pytest
 
 from lora_ga.experiments.records.store import Store
-from lora_ga.experiments.suites.cell import Cell, cell_of, rate_at
-from lora_ga.experiments.suites.protocol import MOST_RATES, Score, best_rate, missing, sweep, sweep_of
+from lora_ga.experiments.suites.cells import (
+    MOST_RATES,
+    Cell,
+    Score,
+    best_rate,
+    cell_of,
+    missing,
+    rate_at,
+    sweep,
+    sweep_of,
+)
 from lora_ga.experiments.suites.spec import RECIPES, Suite, load_suite
 
 

@@ -41,7 +41,7 @@ def test_a_published_suite_runs_from_end_to_end(
     name: str, places: Sources, tmp_path: Path, bench: Any, harness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels, metric = RUN[name]
-    monkeypatch.setattr("lora_ga.experiments.suites.protocol.MOST_RATES", 3)  # a grid that does not grow
+    monkeypatch.setattr("lora_ga.experiments.suites.cells.MOST_RATES", 3)  # a grid that does not grow
     suite = load_suite(str(toy_suite(name, tmp_path, labels)))
     with Store(tmp_path / "runs").locked() as store:
         records = run_grid(suite, suite.lines(), store, Place(places), workers=0)

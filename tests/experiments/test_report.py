@@ -18,8 +18,7 @@ from lora_ga.experiments.comparison.suites import PAPER, Result, results
 from lora_ga.experiments.pages.suite_figures import figure_groups, task_figure
 from lora_ga.experiments.pages.suites import HTML_NAME, README_NAME, readme_files, report_files, suite_document
 from lora_ga.experiments.records.store import Store
-from lora_ga.experiments.suites.cell import Cell
-from lora_ga.experiments.suites.protocol import missing
+from lora_ga.experiments.suites.cells import Cell, missing
 from lora_ga.experiments.suites.run import Place, about
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Suite, Variant, load_suite

@@ -10,8 +10,7 @@ from lora_ga.cli.parsing import config_parser, parse_with_config
 from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
 from lora_ga.experiments.comparison.runs import Comparison, compare_runs
 from lora_ga.experiments.pages.drawing import render
-from lora_ga.experiments.pages.run_figures import training_figure
-from lora_ga.experiments.pages.runs import page_html, summary_caption
+from lora_ga.experiments.pages.runs import page_html, summary_caption, training_figure
 from lora_ga.experiments.records.runs import load_run
 from lora_ga.experiments.tables.runs import cost_table, summary_table
 from lora_ga.experiments.tables.table import Table

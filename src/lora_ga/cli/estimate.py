@@ -110,7 +110,7 @@ def run_estimate(
 
     import lora_ga
     from lora_ga.cli import tasks
-    from lora_ga.cli.gradient import EstimateBatches
+    from lora_ga.cli.data import EstimateBatches
     from lora_ga.cli.models import add_adapter
     from lora_ga.cli.options import AdapterOptions
     from lora_ga.cli.settings import library_config

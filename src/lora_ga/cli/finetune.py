@@ -17,7 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 import lora_ga
 from lora_ga.cli import checkpoints, tasks
 from lora_ga.cli.callbacks import LossAndTimeLogger, OptimizerGuard, logged_seconds
-from lora_ga.cli.gradient import EstimateBatches
+from lora_ga.cli.data import EstimateBatches
 from lora_ga.cli.models import add_adapter, train_in_float32
 from lora_ga.cli.options import Job
 from lora_ga.cli.record import run_record

@@ -156,8 +156,8 @@ def show_plan(
 ) -> int:
     """Prints the grid and its estimated cost."""
     from lora_ga.cli.terminal import as_rich, terminal
+    from lora_ga.experiments.suites.cells import best_rate, missing, wanted
     from lora_ga.experiments.suites.grid import expected_seconds
-    from lora_ga.experiments.suites.protocol import best_rate, missing, wanted
     from lora_ga.experiments.tables.table import Table
 
     records = store.records()
@@ -203,8 +203,7 @@ def tell(record: dict[str, Any], left: int) -> None:
 def show_results(suite: Suite, lines: Sequence[tuple[str, str]], records: dict[str, Any]) -> int:
     """Prints the best rate of each line and its mean over the seeds."""
     from lora_ga.cli.terminal import as_rich, terminal
-    from lora_ga.experiments.suites.cell import cell_of
-    from lora_ga.experiments.suites.protocol import best_rate, sweep_of, wanted
+    from lora_ga.experiments.suites.cells import best_rate, cell_of, sweep_of, wanted
     from lora_ga.experiments.tables.table import BLANK, Table, format_values
 
     rows, bad = [], 0

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ga.experiments.suites.cell import Cell, cell_of, rate_at
-from lora_ga.experiments.suites.protocol import best_rate, sweep_of, wanted
+from lora_ga.experiments.suites.cells import Cell, best_rate, cell_of, rate_at, sweep_of, wanted
 from lora_ga.experiments.suites.spec import Suite
 
 Record = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The methods that suites compare. Each one is a small file with what differs from the others."""
+"""The methods that suites compare. A method is an entry of `METHODS` in one of the small files here."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ METHODS = (
     "lora_ga",
     "gradient_lora",
 )
+# Method -> its file, where that has another name.
+FILES = {"rslora": "lora", "pissa": "lora", "dora": "lora", "olora": "lora"}
 
 
 def load_method(name: str) -> Method:
@@ -39,7 +41,7 @@ def load_method(name: str) -> Method:
     """
     if name not in METHODS:
         raise ValueError(f"{name}: there is no such method. The methods are {', '.join(METHODS)}.")
-    return importlib.import_module(f"{__name__}.{name}").METHOD
+    return importlib.import_module(f"{__name__}.{FILES.get(name, name)}").METHODS[name]
 
 
 def complete(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,4 +31,4 @@ def after_step(model: Any, step: int) -> None:
     model.base_model.update_and_allocate(step)
 
 
-METHOD = Method(build, after_step=after_step)
+METHODS = {"adalora": Method(build, after_step=after_step)}

@@ -42,4 +42,4 @@ def build(inputs: BuildInputs) -> Any:
     return model
 
 
-METHOD = Method(build, options={"rho": 2.0})
+METHODS = {"eva": Method(build, options={"rho": 2.0})}

@@ -10,4 +10,4 @@ def build(inputs: BuildInputs) -> nn.Module:
     return inputs.base.requires_grad_(True)
 
 
-METHOD = Method(build)
+METHODS = {"full": Method(build)}

@@ -26,4 +26,4 @@ def build(inputs: BuildInputs) -> Any:
     return model
 
 
-METHOD = Method(build, options={"use_rslora": False})
+METHODS = {"gradient_lora": Method(build, options={"use_rslora": False})}

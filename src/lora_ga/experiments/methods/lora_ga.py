@@ -56,4 +56,4 @@ def build(inputs: BuildInputs) -> Any:
     return model
 
 
-METHOD = Method(build, options=SETTINGS | {"use_rslora": True, "directions": "gradient"})
+METHODS = {"lora_ga": Method(build, options=SETTINGS | {"use_rslora": True, "directions": "gradient"})}

@@ -17,4 +17,8 @@ def groups(model: Any, inputs: BuildInputs) -> list[dict[str, Any]]:
     return [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]
 
 
-METHOD = Method(lambda inputs: get_peft_model(inputs.base, inputs.lora()), options={"ratio": 16.0}, groups=groups)
+METHODS = {
+    "lora_plus": Method(
+        lambda inputs: get_peft_model(inputs.base, inputs.lora()), options={"ratio": 16.0}, groups=groups
+    )
+}

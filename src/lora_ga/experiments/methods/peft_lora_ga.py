@@ -21,4 +21,4 @@ def build(inputs: BuildInputs) -> Any:
     return get_peft_model(inputs.base, config)
 
 
-METHOD = Method(build, options={"stable_gamma": 16.0})
+METHODS = {"peft_lora_ga": Method(build, options={"stable_gamma": 16.0})}

@@ -15,7 +15,7 @@ from lora_ga.experiments.comparison.speed import reported_curve, smoothed_traini
 from lora_ga.experiments.comparison.suites import Result
 from lora_ga.experiments.pages.drawing import REFERENCE_LINE, STYLE, add_legend, legend_entry, line_style
 from lora_ga.experiments.records.runs import Curve
-from lora_ga.experiments.suites.protocol import SMALLER_IS_BETTER
+from lora_ga.experiments.suites.cells import SMALLER_IS_BETTER
 
 MOST_LINES = 12  # in one figure; a reader could not tell more apart
 LOSSES = ("training loss", *SMALLER_IS_BETTER)

@@ -14,8 +14,7 @@ from typing import Any
 
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites import trained
-from lora_ga.experiments.suites.cell import Cell
-from lora_ga.experiments.suites.protocol import missing
+from lora_ga.experiments.suites.cells import Cell, missing
 from lora_ga.experiments.suites.spec import Suite
 
 Record = dict[str, Any]

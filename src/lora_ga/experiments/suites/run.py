@@ -20,7 +20,7 @@ import torch
 from lora_ga.experiments.methods import complete, load_method
 from lora_ga.experiments.methods.base import BuildInputs
 from lora_ga.experiments.suites import trained
-from lora_ga.experiments.suites.cell import Cell
+from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.training import (
     Curves,

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_ga.experiments.suites.cell import Cell
+    from lora_ga.experiments.suites.cells import Cell
     from lora_ga.experiments.suites.sources import Sources
     from lora_ga.experiments.suites.spec import Task
     from lora_ga.experiments.tasks.prepared import PreparedTask

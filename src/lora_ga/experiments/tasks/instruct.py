@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_ga.experiments import judging as evaluate
 from lora_ga.experiments.methods.base import Batch
-from lora_ga.experiments.suites.cell import Cell
+from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
 from lora_ga.experiments.tasks import seq2seq

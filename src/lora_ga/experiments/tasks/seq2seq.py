@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_ga.experiments.methods.base import Batch
-from lora_ga.experiments.suites.cell import Cell
+from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
 from lora_ga.experiments.tasks.classes import EVAL_BATCH_SIZE, check_labelled, epoch_batches

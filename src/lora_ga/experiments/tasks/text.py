@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_ga.experiments.methods.base import Batch
-from lora_ga.experiments.suites.cell import Cell
+from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Task
 from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
