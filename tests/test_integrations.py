@@ -1,4 +1,7 @@
-"""docs/integrations.md: each block runs and adds as many lines as the text says. And the example's Accelerate loop."""
+"""The code of docs/integrations.md runs and adds as many lines as the text states.
+
+The loop of examples/accelerate_loop.py trains and resumes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ import accelerate_loop
 import lora_ga
 from lora_ga.adapter.save import FILE
 from toys import causal, llama, logits, tokens
-from trainers import factors, peft_config, rows, settings, tokenised, tokenizer, trl
+from trainers import factors, peft_config, rows, settings, tokenised, tokenizer, trl_classes
 
 PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
 SECTIONS = dict(re.findall(r"(?m)^## (.*)\n((?:(?!^## )[^\n]*\n?)*)", PAGE.read_text()))
@@ -27,13 +30,13 @@ NUMBERS = {"One": 1, "Two": 2, "Three": 3}
 
 
 def block(title: str) -> str:
-    """The code block of a section."""
+    """Return the code block of a section."""
     (code,) = re.findall(r"```(?:python|yaml|bash)\n(.*?)```", SECTIONS[title], flags=re.DOTALL)
     return code
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_a_framework_takes_at_most_three_lines_and_the_page_counts_them(title: str) -> None:
+def test_a_framework_takes_at_most_three_lines_and_the_page_states_how_many(title: str) -> None:
     added = [line for line in block(title).splitlines() if line.endswith("# LoRA-GA")]
     assert len(added) <= 3
     stated = re.match(r"\s*(\w+) lines?\b", SECTIONS[title])
@@ -42,12 +45,12 @@ def test_a_framework_takes_at_most_three_lines_and_the_page_counts_them(title: s
 
 
 def names(folder: Path, trainer: str) -> dict[str, Any]:
-    """The names that the page's blocks use without defining them."""
+    """Return the names that the page's code blocks use and do not define."""
     given = {"base": llama(), "lora": peft_config(), "tokenizer": tokenizer(), "get_peft_model": get_peft_model}
     if trainer == "Trainer":
         arguments = TrainingArguments(**settings(folder))
         return given | {"Trainer": Trainer, "arguments": arguments, "dataset": tokenised()}
-    kind, options = trl(trainer)
+    kind, options = trl_classes(trainer)
     data = rows("prompt", "completion") if trainer == "SFT" else rows("prompt", "chosen", "rejected")
     return given | {f"{trainer}Trainer": kind, "arguments": options(**settings(folder, bf16=False)), "dataset": data}
 
@@ -81,10 +84,10 @@ def test_the_documented_accelerate_loop_initializes_an_adapter() -> None:
     assert all(bool(factor.start.any()) for factor in factors(given["model"]))
 
 
-# --- the Accelerate loop ---------------------------------------------------------------------------------------------
+# --- the loop of examples/accelerate_loop.py -------------------------------------------------------------------------
 
 
-class Seen(list[torch.Tensor]):
+class RecordingCollator(list[torch.Tensor]):
     """A collator that keeps the token ids of every batch."""
 
     def __call__(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -93,14 +96,14 @@ class Seen(list[torch.Tensor]):
         return {"input_ids": ids, "labels": ids}
 
 
-def loader(seen: Seen) -> Any:
+def loader(seen: RecordingCollator) -> Any:
     torch.manual_seed(3)
     data = Dataset.from_dict({"input_ids": tokens(48)}).with_format("torch")
     return DataLoader(data, batch_size=4, shuffle=True, collate_fn=seen)
 
 
-def test_the_loop_begins_at_the_base_models_loss_and_learns(tmp_path: Path) -> None:
-    seen = Seen()
+def test_the_loop_starts_at_the_loss_of_the_base_model_and_lowers_it(tmp_path: Path) -> None:
+    seen = RecordingCollator()
     losses = accelerate_loop.finetune(llama(), loader(seen), tmp_path)
     assert len(losses) == 12
     first = seen[-12]
@@ -108,8 +111,10 @@ def test_the_loop_begins_at_the_base_models_loss_and_learns(tmp_path: Path) -> N
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_the_loops_order_of_data_is_that_without_lora_ga(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {name: Seen() for name in ("with", "without")}
+def test_the_loop_reads_its_batches_in_the_same_order_without_lora_ga(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {name: RecordingCollator() for name in ("with", "without")}
     accelerate_loop.finetune(llama(), loader(seen["with"]), tmp_path / "with")
     monkeypatch.setattr(lora_ga, "initialize", lambda *_: None, raising=False)
     accelerate_loop.finetune(llama(), loader(seen["without"]), tmp_path / "without")
@@ -119,9 +124,9 @@ def test_the_loops_order_of_data_is_that_without_lora_ga(tmp_path: Path, monkeyp
 
 
 def test_the_loop_resumes_bit_for_bit_and_stock_peft_loads_its_adapter(tmp_path: Path) -> None:
-    whole = accelerate_loop.finetune(llama(), loader(Seen()), tmp_path / "whole", epochs=2)
-    parts = accelerate_loop.finetune(llama(), loader(Seen()), tmp_path / "parts")
-    parts += accelerate_loop.finetune(llama(), loader(Seen()), tmp_path / "parts")
+    whole = accelerate_loop.finetune(llama(), loader(RecordingCollator()), tmp_path / "whole", epochs=2)
+    parts = accelerate_loop.finetune(llama(), loader(RecordingCollator()), tmp_path / "parts")
+    parts += accelerate_loop.finetune(llama(), loader(RecordingCollator()), tmp_path / "parts")
     assert parts == whole
     for file in ("adapter_model.safetensors", FILE):
         one, other = (load_file(tmp_path / name / "adapter" / file) for name in ("whole", "parts"))

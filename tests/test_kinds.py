@@ -1,4 +1,4 @@
-"""Layer kinds: the table, grouped convolutions, silent experts, 4-bit layers that are not ready, what was never run."""
+"""Layer kinds: the table, grouped convolutions, experts without tokens, 4-bit layers, kinds that were never run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ OPTIONAL = {"bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel"}
 DENSE = LoraGAConfig(estimator="dense", oversample=10**4)
 
 
-def made(case: Case, **changes: Any) -> PeftModel:
+def make_model(case: Case, **changes: Any) -> PeftModel:
     case.check_installed()
     return adapted(case.make(), **{"targets": case.settings["target_modules"], **changes})
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.ran], ids=lambda kind: f"{kind.layer} on {kind.base}")
-def test_every_kind_said_to_have_run_has_a_case_that_runs_it(kind: kinds.Kind) -> None:
+def test_every_kind_marked_as_run_has_a_case_that_runs_it(kind: kinds.Kind) -> None:
     found = []
     for case in LAYERS.values():
         try:
@@ -45,7 +45,7 @@ def test_every_kind_said_to_have_run_has_a_case_that_runs_it(kind: kinds.Kind) -
             continue
         base = case.make()
         if kind.layer == "layer.Linear" and "bitsandbytes" in kind.base:
-            for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # as if only the layers had been replaced
+            for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # as if only the layers were quantised
                 setattr(base, flag, False)
         settings = {"r": 4} | dict(case.settings)
         model = get_peft_model(base, LoraConfig(**settings))
@@ -57,8 +57,8 @@ def test_every_kind_said_to_have_run_has_a_case_that_runs_it(kind: kinds.Kind) -
 
 
 @pytest.mark.support("layers", "nn.Conv2d", "gradient")
-def test_the_captured_gradient_of_a_grouped_convolution_is_that_of_its_adapters_product() -> None:
-    """PEFT's A sees all channels, so each group's product is a dense convolution; autograd gives s · G Aᵀ for B."""
+def test_the_gradients_of_a_convolutions_groups_give_autograds_gradient_of_b() -> None:
+    """A reads all channels in PEFT, so each group's product is a dense convolution. The gradient of B is s · G Aᵀ."""
     torch.manual_seed(7)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["grouped", "wide"], "init_lora_weights": False}
     model = get_peft_model(seeded(Convolutions)().double(), LoraConfig(**settings)).double()
@@ -77,8 +77,8 @@ def test_the_captured_gradient_of_a_grouped_convolution_is_that_of_its_adapters_
         torch.testing.assert_close(b_POr[part], expected, rtol=1e-9, atol=1e-12)
 
 
-def routed_to(model: nn.Module, experts: int) -> None:
-    """Let the router choose among the first experts only."""
+def route_to_first(model: nn.Module, experts: int) -> None:
+    """Make every router choose among the first experts only."""
 
     def only_first(module: nn.Module, args: Any, output: Any) -> Any:
         logits = output[0] if isinstance(output, tuple) else output
@@ -91,24 +91,26 @@ def routed_to(model: nn.Module, experts: int) -> None:
 
 
 @pytest.fixture
-def one_silent() -> PeftModel:
-    """Mixtral, of whose four experts the last gets no token."""
+def unused_expert() -> PeftModel:
+    """A Mixtral in which the last of four experts gets no token."""
     base = seeded(mixtral)()
-    routed_to(base, 3)
+    route_to_first(base, 3)
     return adapted(base, [], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
 
-def test_experts_without_a_token_start_as_plain_lora_with_one_warning_that_counts_them(one_silent: PeftModel) -> None:
-    targets = find_targets(one_silent)
+def test_experts_without_a_token_start_as_plain_lora_with_one_warning_that_counts_them(
+    unused_expert: PeftModel,
+) -> None:
+    targets = find_targets(unused_expert)
     before = {name: target.layer.lora_A["default"].weight.detach().clone() for name, target in targets.items()}
-    expected = logits(one_silent, causal(1)[0])
-    with warnings.catch_warnings(record=True) as said:
+    expected = logits(unused_expert, causal(1)[0])
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        estimate = lora_ga.initialize(one_silent, causal())
-    texts = [str(warning.message) for warning in said if "experts" in str(warning.message)]
+        estimate = lora_ga.initialize(unused_expert, causal())
+    texts = [str(warning.message) for warning in caught if "experts" in str(warning.message)]
     assert len(texts) == 1
     assert texts[0].startswith("4 of 16 experts (or groups) got no gradient, for example model.layers.0.mlp.experts")
-    assert torch.equal(logits(one_silent, causal(1)[0]), expected)
+    assert torch.equal(logits(unused_expert, causal(1)[0]), expected)
     for name, target in targets.items():
         a, b = target.layer.lora_A["default"], target.layer.lora_B["default"]
         assert isinstance(a, Factor)
@@ -122,20 +124,20 @@ def test_experts_without_a_token_start_as_plain_lora_with_one_warning_that_count
         assert set(target.keys) & set(estimate) == set(target.keys[:3])
 
 
-def test_an_expert_that_starts_as_plain_lora_trains_as_plain_lora(one_silent: PeftModel) -> None:
+def test_an_expert_that_starts_as_plain_lora_trains_as_plain_lora(unused_expert: PeftModel) -> None:
     with pytest.warns(UserWarning, match="4 of 16 experts"):
-        lora_ga.initialize(one_silent, causal())
-    for module in one_silent.modules():  # now the router chooses freely
+        lora_ga.initialize(unused_expert, causal())
+    for module in unused_expert.modules():  # now the routers choose among all experts
         if "Router" in type(module).__name__:
             module._forward_hooks.clear()
-    one_silent(**causal(1)[0]).loss.backward()
-    for target in find_layers(one_silent):
+    unused_expert(**causal(1)[0]).loss.backward()
+    for target in expert_layers(unused_expert):
         a, b = target.lora_A["default"].trainable.grad, target.lora_B["default"].trainable.grad
         assert not a.unflatten(0, (4, -1))[3].any()  # B = 0, as in plain LoRA
         assert b.unflatten(1, (-1, 4))[:, :, 3].any()
 
 
-def find_layers(model: PeftModel) -> list[Any]:
+def expert_layers(model: PeftModel) -> list[Any]:
     return [module for module in model.modules() if "ParamWrapper" in type(module).__name__]
 
 
@@ -163,13 +165,13 @@ def test_every_experts_first_step_follows_its_best_rank_2r_gradient() -> None:
     assert sorted(ratios)[len(ratios) // 2] >= 0.99
 
 
-def test_nothing_dequantised_is_kept_for_the_backward_pass() -> None:
+def test_the_backward_pass_keeps_no_dequantised_weight() -> None:
     batch = causal(1)[0]
-    kept = [saved_bytes(model, batch) for model in (made(LAYERS["bitsandbytes nf4"]), adapted(wide_llama()))]
+    kept = [saved_bytes(model, batch) for model in (make_model(LAYERS["bitsandbytes nf4"]), adapted(wide_llama()))]
     assert kept[0] == kept[1] > 0
 
 
-def test_a_4_bit_layer_that_was_evaluated_and_packed_still_passes_its_gradient() -> None:
+def test_a_4_bit_layer_that_evaluation_packed_still_gets_its_gradient() -> None:
     LAYERS["bitsandbytes nf4"].check_installed()
     base = nf4()
     layers = [module for module in base.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
@@ -201,8 +203,8 @@ def test_a_4_bit_layer_that_is_not_quantised_yet_is_refused(place: str) -> None:
         lora_ga.initialize(adapted(model), causal())
 
 
-def test_the_scale_by_the_weight_reads_a_quantised_one() -> None:
-    model = made(LAYERS["bitsandbytes nf4"])
+def test_the_weight_scale_reads_quantised_weights() -> None:
+    model = make_model(LAYERS["bitsandbytes nf4"])
     before = logits(model, causal(1)[0])
     lora_ga.initialize(model, causal(), LoraGAConfig(scale="weight"))
     assert torch.equal(logits(model, causal(1)[0]), before)
@@ -213,7 +215,7 @@ def test_the_scale_by_the_weight_reads_a_quantised_one() -> None:
         assert (read - dense).norm() <= 0.15 * dense.norm()
 
 
-def test_a_kind_that_was_never_run_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_that_was_never_run_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     untried = tuple(dataclasses.replace(kind, ran=False) for kind in KINDS)
     monkeypatch.setattr(kinds, "KINDS", untried)
     kinds.warn_never_run.cache_clear()
@@ -224,7 +226,7 @@ def test_a_kind_that_was_never_run_is_said_once(monkeypatch: pytest.MonkeyPatch)
         lora_ga.initialize(adapted(llama()), causal())
 
 
-def test_a_mixture_of_known_and_unknown_layers_names_the_unknown() -> None:
+def test_an_unknown_layer_among_known_ones_is_refused_by_name() -> None:
     model = adapted(nn.Sequential(nn.Linear(8, 8), nn.Conv1d(3, 8, 3)), ["0", "1"])
     with pytest.raises(ValueError, match=r"1 is a Conv1d \(PEFT: layer.Conv1d\); known are .*exclude_modules=\['1'\]"):
         lora_ga.initialize(model, causal())
@@ -236,7 +238,7 @@ def test_a_dilated_convolution_is_refused() -> None:
         lora_ga.initialize(model, [])
 
 
-def test_experts_under_other_active_adapters_are_refused() -> None:
+def test_experts_with_another_active_adapter_are_refused() -> None:
     model = adapted(seeded(mixtral)(), [], target_parameters=["mlp.experts.down_proj"])
     model.add_adapter("other", LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.down_proj"]))
     model.base_model.set_adapter(["default", "other"])
@@ -251,7 +253,7 @@ def test_the_base_offset_is_refused_for_grouped_convolutions() -> None:
 
 
 class Refusing(WeightLayout):
-    """A layout as a new file of a new kind would define it."""
+    """A layout as the file of a new layer kind would define it."""
 
     def why_not_aligned(self, layer: Any, adapter_name: str) -> str | None:
         return None if layer.in_features == 64 else f"has {layer.in_features} inputs"
@@ -260,7 +262,7 @@ class Refusing(WeightLayout):
         return "a weight of this kind"
 
 
-def test_a_new_row_is_all_it_takes_to_refuse_layers_of_a_new_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_of_the_table_can_refuse_layers_of_a_new_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     row = dataclasses.replace(
         next(kind for kind in KINDS if kind.base == "torch.nn.modules.linear.Linear" and not kind.read),
         layout=Refusing(),
@@ -273,7 +275,7 @@ def test_a_new_row_is_all_it_takes_to_refuse_layers_of_a_new_kind(monkeypatch: p
         lora_ga.initialize(model, causal(), LoraGAConfig(offset="base"))
 
 
-def test_an_embedding_beside_another_adapter_keeps_both(tmp_path: Path) -> None:
+def test_an_aligned_embedding_works_beside_another_adapter(tmp_path: Path) -> None:
     base = gpt2()
     model = adapted(base, ["wte", "c_attn"], fan_in_fan_out=True)
     lora_ga.initialize(model, causal())
@@ -291,7 +293,7 @@ def test_an_embedding_beside_another_adapter_keeps_both(tmp_path: Path) -> None:
     assert torch.equal(logits(PeftModel.from_pretrained(gpt2(), tmp_path), causal(1)[0]), first)
 
 
-def test_dora_keeps_its_magnitudes_and_their_norms() -> None:
+def test_doras_magnitudes_are_unchanged_and_still_train() -> None:
     model = adapted(ADAPTERS["DoRA"].make(), use_dora=True)
     before = [p.detach().clone() for name, p in model.named_parameters() if "magnitude" in name]
     lora_ga.initialize(model, causal())

@@ -1,4 +1,4 @@
-"""The launch recipes, run by the commands in train.py: two processes, one test run for each configuration."""
+"""The launch recipes, run by the commands of recipes/launch/train.py: two processes, one run of each configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """A function that runs an engine's recipe once, and returns its last line of output (JSON) and its folder."""
+    """A function that runs the recipe of an engine once, and returns its last line of output (JSON) and its folder."""
     done: dict[str, tuple[dict[str, Any], Path]] = {}
 
     def run(engine: str) -> tuple[dict[str, Any], Path]:
@@ -59,11 +59,11 @@ def test_the_recipe_trains_in_its_engine_and_saves_a_plain_adapter(launch: Launc
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("`make test-zero3` runs this test: it needs DeepSpeed, which compiles a kernel at its first use")
     printed, folder = launch(engine)
-    alike, _ = launch("ddp")
+    expected, _ = launch("ddp")
     assert printed["engine"] == ENGINES[engine]
     assert len(printed["losses"]) == 20
     assert printed["losses"][-1] < printed["losses"][0] - 0.2
-    assert printed["losses"] == pytest.approx(alike["losses"], abs=1e-4)
+    assert printed["losses"] == pytest.approx(expected["losses"], abs=1e-4)
     saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert len(saved) == 28
     assert all(name.endswith(".weight") and 8 in tensor.shape for name, tensor in saved.items())  # twice the rank

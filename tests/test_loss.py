@@ -1,4 +1,4 @@
-"""Weights of micro-batches and the errors of losses."""
+"""The loss and the weight of a micro-batch, and the errors of both."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def test_an_encoder_decoders_labels_are_not_shifted() -> None:
     assert label_tokens(t5(), translated(1)[0]) == 4 * 7
 
 
-def test_a_classifiers_labels_are_its_rows() -> None:
+def test_a_classifier_counts_its_rows() -> None:
     assert label_tokens(bert(), classified(1, rows=8)[0]) == 8
     assert label_tokens(bert(), {"labels": torch.rand(8)}) == 8
 
 
-def test_what_the_batch_says_itself_comes_first() -> None:
+def test_num_items_in_batch_and_shift_labels_take_precedence_over_labels() -> None:
     batch = causal(1)[0]
     assert label_tokens(llama(), batch | {"num_items_in_batch": torch.tensor(99)}) == 99
     assert label_tokens(llama(), batch | {"shift_labels": torch.tensor([[1, 2, -100]])}) == 2
 
 
-def test_a_batch_of_positional_values_is_passed_on() -> None:
+def test_a_tuple_is_passed_to_the_model_by_position() -> None:
     batch = causal(1)[0]
     model = llama()
     by_name = model_loss(model, batch)
-    by_place = model_loss(model, (batch["input_ids"], None, None, None, None, batch["labels"]))
-    assert torch.equal(by_name, by_place)
+    by_position = model_loss(model, (batch["input_ids"], None, None, None, None, batch["labels"]))
+    assert torch.equal(by_name, by_position)
 
 
-def test_a_batch_without_labels_is_refused_by_its_keys() -> None:
+def test_a_batch_without_labels_is_refused_with_its_keys() -> None:
     with pytest.raises(ValueError, match="no loss for a batch of input_ids. Add 'labels'"):
         model_loss(llama(), {"input_ids": tokens()})
 
@@ -55,7 +55,7 @@ def test_a_batch_of_another_type_needs_a_loss_function() -> None:
         model_loss(llama(), tokens())
 
 
-def test_what_the_loss_function_says_is_the_weight() -> None:
+def test_the_loss_function_may_return_the_weight_and_otherwise_labels_or_rows_count() -> None:
     batch = causal(1)[0]
     loss, weight = weighed_loss(llama(), batch, lambda model, batch: (model(**batch).loss, 5))
     assert weight == 5
@@ -95,6 +95,6 @@ def test_rows_are_counted_where_labels_have_other_names() -> None:
     assert label_tokens(bert(), [{"nested": 1}]) is None
 
 
-def test_a_second_value_that_is_no_weight_is_named() -> None:
+def test_a_second_value_that_is_not_a_weight_is_refused_with_its_type() -> None:
     with pytest.raises(ValueError, match=r"loss_fn returned \(loss, dict\); the second must be the weight, a number"):
         weighed_loss(llama(), causal(1)[0], lambda model, batch: (model(**batch).loss, {"logits": 1}))  # type: ignore[arg-type,return-value]

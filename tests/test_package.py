@@ -1,4 +1,4 @@
-"""The house: public names, arrows between modules, light imports, and the README's commands."""
+"""The package: public names, imports between packages, light imports, the examples and commands of the documents."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "lora_ga"
 
 
-def test_the_public_list_is_short_and_every_name_is_there() -> None:
+def test_there_are_at_most_12_public_names_and_each_has_a_docstring() -> None:
     assert len(lora_ga.__all__) <= 12
     assert set(lora_ga.__all__) == set(lora_ga._HOMES)
     assert lora_ga.__version__ == importlib.metadata.version("lora-ga")
     assert all(getattr(lora_ga, name).__doc__ for name in lora_ga.__all__)
 
 
-def contracts(source: Path) -> subprocess.CompletedProcess[str]:
-    """What import-linter says of the package in a folder, by the contracts of pyproject.toml."""
+def check_contracts(source: Path) -> subprocess.CompletedProcess[str]:
+    """Check the package in a folder by import-linter against the contracts of pyproject.toml."""
     command = [
         str(Path(sys.executable).parent / "lint-imports"),
         "--config",
@@ -43,7 +43,7 @@ def contracts(source: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_packages_keep_the_contracts_on_imports() -> None:
-    run = contracts(SOURCE.parent)
+    run = check_contracts(SOURCE.parent)
     assert run.returncode == 0, run.stdout
     assert "4 kept, 0 broken" in run.stdout
 
@@ -62,7 +62,7 @@ def test_a_planted_import_breaks_a_contract(module: str, statement: str, broken:
     shutil.copytree(SOURCE, tmp_path / "lora_ga", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "lora_ga" / f"{module}.py").open("a") as file:
         file.write(f"\n{statement}\n")
-    run = contracts(tmp_path)
+    run = check_contracts(tmp_path)
     assert run.returncode == 1
     assert broken in run.stdout
 
@@ -73,7 +73,7 @@ def test_only_the_package_distributed_imports_torch_distributed() -> None:
     assert users == {f"distributed/{name}.py" for name in ("processes", "sharding", "tensor_parallel")}
 
 
-def loaded_by(statement: str) -> set[str]:
+def packages_loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in run.stdout.split()}
@@ -82,27 +82,27 @@ def loaded_by(statement: str) -> set[str]:
 HEAVY = {"torch", "transformers", "peft", "matplotlib", "datasets", "rich", "pandas"}
 
 
-def test_importing_the_package_or_asking_for_help_loads_nothing_heavy() -> None:
-    assert not loaded_by("import lora_ga") & HEAVY
-    assert not loaded_by("from lora_ga.cli.main import main; main(['--help'])") & HEAVY
+def test_importing_the_package_or_asking_for_help_loads_no_heavy_package() -> None:
+    assert not packages_loaded_by("import lora_ga") & HEAVY
+    assert not packages_loaded_by("from lora_ga.cli.main import main; main(['--help'])") & HEAVY
 
 
-def test_using_the_library_loads_neither_plots_nor_data_sets() -> None:
-    assert not loaded_by("import lora_ga; lora_ga.initialize") & {"matplotlib", "datasets", "rich"}
+def test_using_the_library_loads_no_package_for_plots_data_sets_or_terminals() -> None:
+    assert not packages_loaded_by("import lora_ga; lora_ga.initialize") & {"matplotlib", "datasets", "rich"}
 
 
-def test_the_test_of_light_imports_would_notice() -> None:
-    assert "matplotlib" in loaded_by("import lora_ga, matplotlib")
+def test_the_check_of_light_imports_notices_a_heavy_package() -> None:
+    assert "matplotlib" in packages_loaded_by("import lora_ga, matplotlib")
 
 
-def test_an_unknown_name_is_refused_with_the_known() -> None:
+def test_an_unknown_public_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(AttributeError, match="no attribute 'initialise'; it has GradientEstimate, .*initialize"):
         _ = lora_ga.initialise
     assert set(dir(lora_ga)) == {*lora_ga.__all__, "__version__"}
 
 
 def blocks(document: str) -> list[str]:
-    """The Python blocks of a document."""
+    """Return the Python blocks of a document."""
     found = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
     assert found
     return found
@@ -138,7 +138,7 @@ def test_the_guides_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         exec(line, names | {"base": llama()})
 
 
-def test_the_block_of_pefts_flow_runs() -> None:
+def test_the_documented_example_of_lora_ga_compat_runs() -> None:
     names: dict[str, Any] = {"base": llama(), "dataloader": causal()}
     (block,) = [block for block in blocks("docs/integrations.md") if "lora_ga.compat" in block]
     exec(block, names)

@@ -1,4 +1,4 @@
-"""The probe: gradients of layers that are never called, found with an adapter of zero product."""
+"""The probe finds the gradients of layers that are never called, by an adapter whose product is zero."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def product(part: LowRank) -> Tensor:
     return (part.U * part.S) @ part.V.mT
 
 
-def called_truth(batches: list[dict[str, Tensor]], config: LoraGAConfig = DENSE) -> GradientEstimate:
-    """The oracle: the same model with its layers called."""
+def expected_estimate(batches: list[dict[str, Tensor]], config: LoraGAConfig = DENSE) -> GradientEstimate:
+    """The oracle: the estimate of the same model with every layer called."""
     return lora_ga.estimate_gradients(fused_llama(set(ALL)), batches, config)
 
 
-def close(found: Mapping[str, LowRank], true: Mapping[str, LowRank], tolerance: float) -> None:
+def assert_products_close(found: Mapping[str, LowRank], true: Mapping[str, LowRank], tolerance: float) -> None:
     assert set(found) == set(true)
     for name, part in true.items():
         g = product(part)
@@ -50,7 +50,7 @@ def close(found: Mapping[str, LowRank], true: Mapping[str, LowRank], tolerance: 
 
 
 def alignment_ratios(found: GradientEstimate, true: GradientEstimate, rank: int) -> list[float]:
-    """cos(G AᵀA + B BᵀG, G) over its limit, by the definition."""
+    """Return cos(G AᵀA + B BᵀG, G) divided by its limit, for each layer, by the definition."""
     ratios = []
     for name, part in found.items():
         g = product(true[name])
@@ -62,29 +62,29 @@ def alignment_ratios(found: GradientEstimate, true: GradientEstimate, rank: int)
 
 
 @pytest.mark.support("ways of running", "fused kernels that never call the layers", "gradient")
-def test_a_probe_of_the_gradients_rank_finds_it_exactly() -> None:
+def test_a_probe_as_wide_as_the_gradients_rank_is_exact() -> None:
     batches = causal()
     found = lora_ga.estimate_gradients(fused_llama(), batches, LoraGAConfig(estimator="probe", oversample=24))
-    truth = called_truth(batches)
-    close(found, truth, 1e-4)
+    truth = expected_estimate(batches)
+    assert_products_close(found, truth, 1e-4)
     assert found.weight == truth.weight
     assert found.batches == len(batches)
     for name, part in found.items():
         assert part.norm == pytest.approx(truth[name].norm, rel=1e-3), name
 
 
-def test_a_smaller_probe_is_exact_where_the_gradient_has_no_more_directions() -> None:
-    # One row of four tokens, three of them predicting: gradients of rank three, below the probe's sixteen.
+def test_a_smaller_probe_is_exact_for_gradients_of_lower_rank() -> None:
+    # One row of four tokens has three labels, so the gradients have rank three. The probe has rank sixteen.
     batches = [{"input_ids": (ids := torch.tensor([[5, 9, 2, 7]])), "labels": ids}]
     with pytest.warns(UserWarning, match="Fewer gradient directions than the start uses"):
         found = lora_ga.estimate_gradients(fused_llama(), batches, LoraGAConfig(estimator="probe", oversample=8))
     with pytest.warns(UserWarning, match="Fewer gradient directions than the start uses"):
-        truth = called_truth(batches)
+        truth = expected_estimate(batches)
     assert {part.S.numel() for part in found.values()} == {16}
-    close(found, truth, 1e-4)
+    assert_products_close(found, truth, 1e-4)
 
 
-def test_micro_batches_count_by_their_label_tokens() -> None:
+def test_micro_batches_are_weighted_by_their_label_tokens() -> None:
     whole = causal(1, rows=6)[0]
     short = whole["labels"].clone()
     short[2:, 3:] = -100
@@ -93,21 +93,21 @@ def test_micro_batches_count_by_their_label_tokens() -> None:
     exact = LoraGAConfig(estimator="probe", oversample=24)
     found = lora_ga.estimate_gradients(adapted(llama()), parts, exact)
     assert found.weight == 2 * 11 + 4 * 2
-    close(found, lora_ga.estimate_gradients(adapted(llama()), [whole], DENSE), 1e-4)
+    assert_products_close(found, lora_ga.estimate_gradients(adapted(llama()), [whole], DENSE), 1e-4)
 
 
 @pytest.mark.support("ways of running", "fused kernels that never call the layers", "start")
-def test_layers_that_are_never_called_start_from_their_gradients_and_are_said() -> None:
+def test_layers_that_are_never_called_start_from_their_gradients_with_a_warning() -> None:
     model, batches = fused_llama(), causal()
     expected = logits(model, batches[0])
     with pytest.warns(UserWarning, match=r"14 of 14 layers ran without being called.*blocks\.0\.q_proj, .*and 11 more"):
         estimate = lora_ga.initialize(model, batches)
     assert torch.equal(logits(model, batches[0]), expected)
-    assert min(alignment_ratios(estimate, called_truth(batches), 4)) >= 0.99
+    assert min(alignment_ratios(estimate, expected_estimate(batches), 4)) >= 0.99
 
 
 @pytest.mark.support("ways of running", "fused kernels that never call the layers", "step")
-def test_a_model_of_fused_layers_trains_from_its_start() -> None:
+def test_the_loss_of_a_model_with_fused_layers_falls_from_its_start() -> None:
     model, batches = fused_llama(), causal(1)
     lora_ga.initialize(model, batches, PROBE)
     losses = train(model, batches, steps=4, lr=1e-3)
@@ -115,7 +115,7 @@ def test_a_model_of_fused_layers_trains_from_its_start() -> None:
 
 
 @pytest.mark.support("ways of running", "fused kernels that never call the layers", "reload")
-def test_an_adapter_trained_under_fused_kernels_is_read_by_stock_peft(tmp_path: Path) -> None:
+def test_stock_peft_loads_an_adapter_trained_under_fused_kernels(tmp_path: Path) -> None:
     model, batches = fused_llama(), causal()
     lora_ga.initialize(model, batches, PROBE)
     train(model, batches, steps=3)
@@ -125,12 +125,12 @@ def test_an_adapter_trained_under_fused_kernels_is_read_by_stock_peft(tmp_path: 
     assert not torch.allclose(logits(model, batches[0]), logits(FusedLlama(), batches[0]), rtol=0, atol=1e-3)
 
 
-def test_called_layers_are_hooked_and_fused_ones_probed_and_only_the_fused_are_named() -> None:
+def test_called_layers_get_hooks_and_fused_layers_get_the_probe_and_a_warning() -> None:
     model, batches = fused_llama({"q_proj", "down_proj"}), causal()
     with pytest.warns(UserWarning, match="10 of 14 layers ran without being called"):
         found = lora_ga.estimate_gradients(model, batches, LoraGAConfig(oversample=24))
-    truth = called_truth(batches)
-    close(found, truth, 1e-3)
+    truth = expected_estimate(batches)
+    assert_products_close(found, truth, 1e-3)
     assert list(found) == list(truth)
 
 
@@ -148,7 +148,7 @@ def test_a_layer_that_does_not_run_is_distinguished_from_one_that_is_not_called(
     assert len(estimate) == 14
 
 
-def test_nothing_is_said_and_no_batch_is_kept_where_every_layer_is_called() -> None:
+def test_a_model_whose_layers_are_all_called_gives_no_warning_and_keeps_no_batch() -> None:
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
@@ -172,28 +172,28 @@ def test_nothing_is_said_and_no_batch_is_kept_where_every_layer_is_called() -> N
     assert alive == [1, 1, 1, 1]
 
 
-def once(batches: list[Any]) -> Iterator[Any]:
+def as_generator(batches: list[Any]) -> Iterator[Any]:
     yield from batches
 
 
 @pytest.mark.parametrize("estimator", ["streaming", "probe"])
-def test_a_generator_and_a_loss_that_empties_its_batches_do_for_both_passes(estimator: str) -> None:
+def test_both_passes_work_with_a_generator_and_with_a_loss_that_empties_its_batches(estimator: str) -> None:
     def emptying(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(input_ids=batch.pop("input_ids"), labels=batch.pop("labels")).loss
 
     config = LoraGAConfig(estimator=estimator, max_batches=3)
-    moved_in_place = [BatchEncoding(batch) for batch in causal(5)]  # unlike dicts these are not copied on their way
+    moved_in_place = [BatchEncoding(batch) for batch in causal(5)]  # moving a dict copies it, moving these does not
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = lora_ga.estimate_gradients(fused_llama(), causal(3), config)
-        found = lora_ga.estimate_gradients(fused_llama(), once(moved_in_place), config, loss_fn=emptying)
+        found = lora_ga.estimate_gradients(fused_llama(), as_generator(moved_in_place), config, loss_fn=emptying)
     assert found.batches == 3
     assert found.weight == expected.weight
     assert all(torch.allclose(part.S, expected[name].S, rtol=1e-4) for name, part in found.items())
 
 
-def everything(model: nn.Module) -> dict[str, Any]:
-    """All that the estimate has to leave as it is."""
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """The state that the estimate must leave unchanged."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {
         "modules": {name: (id(module), module.training) for name, module in model.named_modules()},
@@ -208,14 +208,14 @@ def everything(model: nn.Module) -> dict[str, Any]:
 @pytest.mark.parametrize("structure", [False, True])
 @pytest.mark.parametrize("estimator", ["streaming", "probe"])
 @pytest.mark.parametrize("failing", [None, 1, 4])
-def test_the_model_is_left_as_it_was_also_after_an_error(failing: int | None, estimator: str, structure: bool) -> None:
+def test_the_model_is_left_unchanged_even_after_an_error(failing: int | None, estimator: str, structure: bool) -> None:
     model = fused_llama()
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     model.set_adapter("default")
     if structure:
         give_structure(model, LoraGAConfig(), "default")
     model.train()
-    before, values = copy.deepcopy(everything(model)), copy.deepcopy(model.state_dict())
+    before, values = copy.deepcopy(state_of(model)), copy.deepcopy(model.state_dict())
     calls = itertools.count(1)
 
     def loss_fn(adapted: Any, batch: Any) -> Tensor:
@@ -231,7 +231,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error(failing: int | None, es
         else:
             with pytest.raises(KeyError, match="of the loss"):
                 lora_ga.estimate_gradients(model, causal(), config, loss_fn=loss_fn)
-    assert everything(model) == before
+    assert state_of(model) == before
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
 
 
@@ -249,7 +249,7 @@ def test_the_probe_does_not_change_the_function() -> None:
     assert all(torch.equal(found, true) for found, true in zip(seen, expected * 2, strict=True))
 
 
-def test_the_probes_directions_depend_on_the_seed_and_the_layer_alone() -> None:
+def test_the_probes_directions_depend_only_on_the_seed_and_the_layer() -> None:
     first, again, other = (
         lora_ga.estimate_gradients(fused_llama(), causal(), LoraGAConfig(estimator="probe", oversample=2, seed=seed))
         for seed in (3, 3, 4)
@@ -280,10 +280,10 @@ def test_the_probe_finds_what_the_hooks_record(make: Any, settings: dict[str, An
     settings.pop("target_modules", None)
     exact = LoraGAConfig(estimator="probe", oversample=40)
     found = lora_ga.estimate_gradients(adapted(make(), **settings), causal(), exact)
-    close(found, lora_ga.estimate_gradients(adapted(make(), **settings), causal(), DENSE), 1e-4)
+    assert_products_close(found, lora_ga.estimate_gradients(adapted(make(), **settings), causal(), DENSE), 1e-4)
 
 
-def test_other_adapters_stay_in_the_pass_and_a_disabled_adapter_is_probed_all_the_same() -> None:
+def test_other_active_adapters_stay_active_and_a_disabled_adapter_is_probed_too() -> None:
     exact = LoraGAConfig(estimator="probe", oversample=40)
     model = adapted(llama())
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
@@ -294,41 +294,41 @@ def test_other_adapters_stay_in_the_pass_and_a_disabled_adapter_is_probed_all_th
     for active in (["default"], ["default", "other"]):
         model.base_model.set_adapter(active)
         found[len(active)] = lora_ga.estimate_gradients(model, causal(), exact)
-        close(found[len(active)], lora_ga.estimate_gradients(model, causal(), DENSE), 1e-4)
+        assert_products_close(found[len(active)], lora_ga.estimate_gradients(model, causal(), DENSE), 1e-4)
     assert found[1]["model.layers.0.mlp.up_proj"].norm != pytest.approx(found[2]["model.layers.0.mlp.up_proj"].norm)
     with model.disable_adapter():
         switched_off = lora_ga.estimate_gradients(model, causal(), exact)
-        assert all(layer.disable_adapters for layer in _layers(model))
-    close(switched_off, found[1], 1e-4)
+        assert all(layer.disable_adapters for layer in lora_layers(model))
+    assert_products_close(switched_off, found[1], 1e-4)
 
 
-def test_an_adapter_whose_scaling_is_zero_has_no_gradient() -> None:
+def test_an_adapter_with_a_scaling_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match=r"(?s)14 of 14 layers cannot be aligned.*its gradient is exactly zero"):
         lora_ga.estimate_gradients(adapted(llama(), lora_alpha=0), causal(), PROBE)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-def test_half_precision_models_are_summed_in_single_precision(dtype: torch.dtype, tolerance: float) -> None:
+def test_gradients_of_half_precision_models_are_summed_in_float32(dtype: torch.dtype, tolerance: float) -> None:
     exact = LoraGAConfig(estimator="probe", oversample=24)
     found = lora_ga.estimate_gradients(fused_llama().to(dtype), causal(), exact)
     assert all(part.U.dtype == torch.float32 for part in found.values())
-    close(found, called_truth(causal()), tolerance)
+    assert_products_close(found, expected_estimate(causal()), tolerance)
 
 
-def test_float16_losses_of_many_tokens_are_magnified_and_come_out_in_their_size() -> None:
+def test_small_float16_losses_are_scaled_up_and_their_gradients_scaled_back() -> None:
     model, batches = fused_llama().half(), causal(1)
     exact = LoraGAConfig(estimator="probe", oversample=24)
 
     def loss_fn(adapted: Any, batch: Any) -> tuple[Tensor, float]:
-        return adapted(**batch).loss * 1e-3, 2.0**12  # whose gradients vanish in float16 unless magnified
+        return adapted(**batch).loss * 1e-3, 2.0**12  # without scaling these gradients vanish in float16
 
     found = lora_ga.estimate_gradients(model, batches, exact, loss_fn=loss_fn)
-    true = called_truth(batches)
+    true = expected_estimate(batches)
     for name, part in found.items():
         assert part.norm == pytest.approx(true[name].norm * 1e-3, rel=0.02), name
 
 
-def test_a_gradient_that_is_not_finite_is_named_by_its_layer_and_batch() -> None:
+def test_a_gradient_that_is_not_finite_is_refused_with_its_layer_and_batch() -> None:
     class Broken(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -374,10 +374,10 @@ def test_an_empty_data_set_and_a_checkpoint_are_refused(tmp_path: Path) -> None:
         lora_ga.estimate_gradients(fused_llama(), causal(), PROBE, checkpoint=tmp_path / "state.safetensors")
 
 
-def test_an_interrupted_estimate_goes_on_to_the_same_end_with_layers_that_are_probed(tmp_path: Path) -> None:
+def test_a_resumed_estimate_with_probed_layers_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     batches, path = causal(4), tmp_path / "state.safetensors"
 
-    def broken() -> Iterator[Any]:
+    def interrupted() -> Iterator[Any]:
         yield from batches[:2]
         raise OSError("interrupted")
 
@@ -385,43 +385,43 @@ def test_an_interrupted_estimate_goes_on_to_the_same_end_with_layers_that_are_pr
         warnings.simplefilter("ignore")
         whole = lora_ga.estimate_gradients(fused_llama({"q_proj"}), batches)
         with pytest.raises(OSError, match="interrupted"):
-            lora_ga.estimate_gradients(fused_llama({"q_proj"}), broken(), checkpoint=path, every=1)
+            lora_ga.estimate_gradients(fused_llama({"q_proj"}), interrupted(), checkpoint=path, every=1)
         rest = lora_ga.estimate_gradients(fused_llama({"q_proj"}), batches, checkpoint=path, every=1)
     assert rest.weight == whole.weight
     assert all(torch.equal(product(rest[name]), product(whole[name])) for name in whole)
 
 
-def test_estimates_through_probes_add_up() -> None:
+def test_estimates_by_the_probe_merge_to_that_of_all_batches() -> None:
     exact = LoraGAConfig(estimator="probe", oversample=24)
     first, second, both = (
         lora_ga.estimate_gradients(fused_llama(), part, exact) for part in (causal()[:2], causal()[2:], causal())
     )
     merged = first.merge(second)
-    close(merged, both, 1e-4)
+    assert_products_close(merged, both, 1e-4)
     assert all(part.norm == pytest.approx(both[name].norm, rel=1e-3) for name, part in merged.items())
 
 
-def test_an_adapter_with_the_structure_is_probed_and_filled_in_place() -> None:
+def test_an_adapter_that_already_has_the_structure_gets_the_same_start() -> None:
     model, batches = fused_llama(), causal()
     give_structure(model, LoraGAConfig(), "default")
     lora_ga.initialize(model, batches, PROBE)
-    assert all(isinstance(target.lora_A["default"], Factor) for target in _layers(model))
+    assert all(isinstance(target.lora_A["default"], Factor) for target in lora_layers(model))
     fresh = fused_llama()
     lora_ga.initialize(fresh, batches, PROBE)
     assert all(
-        torch.equal(one.weight, other.weight) for one, other in zip(_factors(model), _factors(fresh), strict=True)
+        torch.equal(one.weight, other.weight) for one, other in zip(factors_of(model), factors_of(fresh), strict=True)
     )
 
 
-def _layers(model: nn.Module) -> list[Any]:
+def lora_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def _factors(model: nn.Module) -> list[Factor]:
+def factors_of(model: nn.Module) -> list[Factor]:
     return [module for module in model.modules() if isinstance(module, Factor)]
 
 
-def test_on_pretrained_models_the_probe_comes_close_to_the_exact_start() -> None:
+def test_the_probe_comes_close_to_the_exact_start_on_a_pretrained_minilm() -> None:
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     texts = [
         f"{word} is {more}."
@@ -439,7 +439,7 @@ def test_on_pretrained_models_the_probe_comes_close_to_the_exact_start() -> None
     assert len(find_targets(model)) == 37
 
 
-def test_on_a_pretrained_llama_the_probe_comes_close_to_the_exact_start() -> None:
+def test_the_probe_comes_close_to_the_exact_start_on_a_pretrained_llama() -> None:
     folder = data_folder("models", "stories260k")
     text = data_folder("data", "text", "tinyshakespeare.txt").read_text()[:6000]
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])[: 8 * 128].reshape(8, 128)

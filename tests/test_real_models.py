@@ -1,4 +1,4 @@
-"""The claims on real pretrained models: the packaged MiniLM, and the small Llamas of LORA_GA_DATA."""
+"""What we claim holds on pretrained models: the packaged MiniLM, and the small Llamas of LORA_GA_DATA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RANK = 8
 
 
 class Case(NamedTuple):
-    """A real model: a function that makes it, its batches and its linear layers."""
+    """A pretrained model: a function that makes it, its batches, and the names of its linear layers."""
 
     make: Callable[[], Any]
     batches: list[dict[str, Tensor]]
@@ -67,12 +67,12 @@ def truth(case: Case) -> dict[str, Tensor]:
     return bench.gradients(case.make().double(), case.batches)
 
 
-def test_captured_gradients_are_autograds(case: Case, truth: dict[str, Tensor]) -> None:
+def test_estimated_gradients_equal_autograds(case: Case, truth: dict[str, Tensor]) -> None:
     config = LoraGAConfig(estimator="dense", oversample=10**6)
     estimate = lora_ga.estimate_gradients(fresh(case, torch.float64), case.batches, config)
     for name, part in estimate.items():
         found = (part.U * part.S) @ part.V.mT
-        # Llama's norms compute in float32 whatever the dtype; the scaled losses of the benchmark round them again.
+        # Llama's norms compute in float32 in any dtype. The scaled losses of the benchmark round them once more.
         tolerance = 1e-9 if "bert" in name else 1e-6
         assert (found - truth[name]).norm() <= tolerance * truth[name].norm(), name
 
@@ -97,7 +97,7 @@ def test_the_streaming_norm_is_close_to_the_true_one(case: Case, truth: dict[str
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
 def test_the_start_does_not_depend_on_the_size_of_the_loss(case: Case, factor: float) -> None:
-    # In float64; what float32's rounding of the backward pass makes of it is recorded by the benchmark.
+    # In float64. The benchmark records how much float32's rounding of the backward pass changes the start.
     starts = []
     for scale in (1.0, factor):
         model = fresh(case, torch.float64)
@@ -112,13 +112,13 @@ def test_the_start_does_not_depend_on_the_size_of_the_loss(case: Case, factor: f
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_function_at_the_start_is_the_bases_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
+def test_outputs_at_the_start_equal_the_base_models_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
     model = fresh(case, dtype)
     lora_ga.initialize(model, case.batches[:4])
     assert torch.equal(logits(model.eval(), case.batches[0]), logits(case.make().to(dtype), case.batches[0]))
 
 
-def test_the_function_at_the_start_is_unchanged_in_training_mode_with_dropout(case: Case) -> None:
+def test_outputs_in_training_mode_with_dropout_are_unchanged_at_the_start(case: Case) -> None:
     model = fresh(case, lora_dropout=0.1)
     outputs = []
     for moment in ("before", "after"):
@@ -129,12 +129,14 @@ def test_the_function_at_the_start_is_unchanged_in_training_mode_with_dropout(ca
     assert torch.equal(*outputs)
 
 
-def test_what_trains_is_saved_for_the_original_base_and_disabling_shows_it(case: Case, tmp_path: Path) -> None:
+def test_a_trained_adapter_loads_on_the_original_base_and_disabling_it_gives_the_base(
+    case: Case, tmp_path: Path
+) -> None:
     model = fresh(case)
     plain = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     lora_ga.initialize(model, case.batches[:4])
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == plain
-    losses = train(model, case.batches[:1], steps=6, lr=1e-4)  # full fine-tuning's rate: gamma is 16
+    losses = train(model, case.batches[:1], steps=6, lr=1e-4)  # a learning rate of full fine-tuning
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path)
     base, stock = case.make(), PeftModel.from_pretrained(copy.deepcopy(case.make()), tmp_path)

@@ -1,4 +1,4 @@
-"""Gradients recorded during passes that the caller makes."""
+"""Gradients recorded during passes that the caller runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DENSE = LoraGAConfig(estimator="dense", oversample=64)
 PROBE = LoraGAConfig(estimator="probe", oversample=24)
 
 
-def passes(model: nn.Module, scale: float = 1.0) -> None:
+def run_passes(model: nn.Module, scale: float = 1.0) -> None:
     for batch in causal():
         (model(**batch).loss * scale).backward()
 
@@ -37,37 +37,37 @@ def assert_close(found: GradientEstimate, true: GradientEstimate, tolerance: flo
 def test_recorded_passes_add_up_to_the_estimate_over_their_batches() -> None:
     model = adapted(llama())
     with recording(model, DENSE) as recorded:
-        passes(model, 1 / len(causal()))
+        run_passes(model, 1 / len(causal()))
     found = recorded.estimate()
     assert (found.batches, found.weight) == (1, 1.0)
     assert_close(found, lora_ga.estimate_gradients(model, causal(), DENSE))
 
 
-def test_layers_that_were_not_called_are_probed() -> None:
+def test_layers_that_are_not_called_are_probed() -> None:
     model, calls = fused_llama({"q_proj"}), []
 
     def step() -> None:
         calls.append(1)
-        passes(model, 1 / len(causal()))
+        run_passes(model, 1 / len(causal()))
 
     exact, message = LoraGAConfig(oversample=24), "12 of 14 layers ran without being called"
-    recorded = recorded_passes(model, exact, step, message)
+    recorded = record_step(model, exact, step, message)
     assert len(calls) == 3
     with pytest.warns(UserWarning, match=message):
         true = lora_ga.estimate_gradients(fused_llama({"q_proj"}), causal(), exact)
     assert_close(recorded.estimate(), true, 1e-3)
 
 
-def recorded_passes(model: Any, config: LoraGAConfig, step: Callable[[], None], message: str) -> Recording:
-    """What a step records that is repeated for layers that are not called, with a warning."""
+def record_step(model: Any, config: LoraGAConfig, step: Callable[[], None], message: str) -> Recording:
+    """Record a step, which is repeated with a warning for the layers that are not called."""
     with pytest.warns(UserWarning, match=message), recording(model, config, repeat=step) as recorded:
         step()
     return recorded
 
 
-def test_with_the_probe_alone_nothing_else_is_recorded() -> None:
+def test_the_probe_records_only_the_repeated_passes_and_needs_repeat() -> None:
     model = fused_llama()
-    with recording(model, PROBE, repeat=lambda: passes(model, 1 / len(causal()))) as recorded:
+    with recording(model, PROBE, repeat=lambda: run_passes(model, 1 / len(causal()))) as recorded:
         pass
     assert_close(recorded.estimate(), lora_ga.estimate_gradients(fused_llama(), causal(), PROBE), 1e-4)
     with pytest.raises(ValueError, match='estimator="probe" needs `repeat`'), recording(model, PROBE):
@@ -75,13 +75,13 @@ def test_with_the_probe_alone_nothing_else_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_the_model_is_left_as_it_was_also_after_an_error(failing: bool) -> None:
+def test_the_model_is_left_unchanged_even_after_an_error(failing: bool) -> None:
     model = adapted(llama()).train()
     required = [parameter.requires_grad for parameter in model.parameters()]
     error = pytest.raises(KeyError, match="of the caller") if failing else contextlib.nullcontext()
     with error, recording(model):
         assert not any(module.training for module in model.modules())
-        passes(model)
+        run_passes(model)
         if failing:
             raise KeyError("of the caller")
     assert [parameter.requires_grad for parameter in model.parameters()] == required

@@ -1,4 +1,4 @@
-"""Models in DistributedDataParallel and FSDP2: started, trained, saved and loaded as one process would have."""
+"""Models in DistributedDataParallel and FSDP2 are aligned, trained, saved and loaded as in one process."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(folder: Path) -> list[dict[str, Any]]:
+def results(folder: Path) -> list[dict[str, Any]]:
     return processes.run(workers.all_of(["wrapped", "accelerated"]), 2, folder)
 
 
 @pytest.fixture(scope="module")
-def found(both: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [result["wrapped"] for result in both]
+def found(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [result["wrapped"] for result in results]
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """One process, on whole batches."""
+    """The results of one process on whole batches."""
     model, batches = adapted(llama()), causal(4)
     estimate = lora_ga.initialize(model, batches, workers.EXACT)
     return {"estimate": workers.numbers(estimate), "curve": workers.curve(model, batches, 0, 1)}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_start_is_one_and_changes_nothing(found: list[dict[str, Any]], way: str) -> None:
+def test_all_processes_get_the_same_start_and_it_keeps_the_outputs(found: list[dict[str, Any]], way: str) -> None:
     first, second = (result[way] for result in found)
     assert len(first["starts"]) == 28
     assert all(torch.equal(*pair) for pair in zip(first["starts"], second["starts"], strict=True))
@@ -70,7 +70,7 @@ def test_training_follows_the_curve_of_one_process(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_saved_is_a_plain_adapter_for_the_original_base(
+def test_the_saved_adapter_is_plain_and_loads_on_the_original_base(
     found: list[dict[str, Any]], folder: Path, way: str
 ) -> None:
     batch, trained = causal(1)[0], found[0][way]["trained"]
@@ -81,15 +81,15 @@ def test_what_is_saved_is_a_plain_adapter_for_the_original_base(
     torch.testing.assert_close(logits(again, batch), trained, rtol=0, atol=1e-5)
 
 
-def test_a_loop_of_accelerates_is_that_of_one_process(both: list[dict[str, Any]], tmp_path: Path) -> None:
-    one, (first, second) = workers.accelerated(0, 1, tmp_path), (result["accelerated"] for result in both)
+def test_an_accelerate_loop_on_two_processes_equals_that_of_one(results: list[dict[str, Any]], tmp_path: Path) -> None:
+    one, (first, second) = workers.accelerated(0, 1, tmp_path), (result["accelerated"] for result in results)
     assert first["kind"] == "DistributedDataParallel"
     assert first["losses"] == second["losses"] == pytest.approx(one["losses"], abs=1e-4)
     assert first["steps"] == one["steps"] == 4
     assert first["estimate"]["about"][1] == one["estimate"]["about"][1] == 88  # labels in 8 rows
 
 
-def test_fsdp_with_mixed_precision_starts_and_trains(found: list[dict[str, Any]]) -> None:
+def test_fsdp2_with_mixed_precision_keeps_the_outputs_and_trains(found: list[dict[str, Any]]) -> None:
     first, second = (result["mixed"] for result in found)
     assert torch.equal(first["base"], first["before"])
     assert first["losses"] == second["losses"]
@@ -117,14 +117,16 @@ def test_the_base_offset_is_refused_on_sharded_weights(found: list[dict[str, Any
         assert 'q_proj: offset="base" cannot change a sharded weight; use offset="adapter"' in result["base"]
 
 
-def test_a_plan_that_peft_knows_nothing_of_is_refused(found: list[dict[str, Any]]) -> None:
+def test_a_tensor_parallel_plan_that_peft_does_not_know_is_refused(found: list[dict[str, Any]]) -> None:
     for result in found:
-        said = "layers.1.mlp.up_proj is a Linear that a tensor-parallel plan splits as None; known are nn.Linear layers"
-        assert re.search(f"^ValueError: .*{said}", result["parallel"])
+        message = (
+            "layers.1.mlp.up_proj is a Linear that a tensor-parallel plan splits as None; known are nn.Linear layers"
+        )
+        assert re.search(f"^ValueError: .*{message}", result["parallel"])
 
 
-def test_a_file_gathered_by_the_parameters_names_is_made_plain(tmp_path: Path) -> None:
-    """As DeepSpeed ZeRO-3 gathers them: the trained halves only."""
+def test_a_state_dict_of_the_trained_parts_is_saved_as_a_plain_adapter(tmp_path: Path) -> None:
+    """DeepSpeed ZeRO-3 gathers such a state dict, with parameters only."""
     model, batches = adapted(llama()), causal()
     lora_ga.initialize(model, batches)
     train(model, batches)
@@ -145,7 +147,7 @@ def test_a_file_gathered_by_the_parameters_names_is_made_plain(tmp_path: Path) -
         sidecar.save_sidecar(model, "default", tmp_path / "plain")
 
 
-def test_parameters_that_zero_has_taken_apart_get_no_structure() -> None:
+def test_parameters_partitioned_by_zero_3_get_no_structure() -> None:
     model = adapted(llama())
     weight: Any = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
     weight.ds_numel = 2 * weight.numel()
@@ -153,8 +155,8 @@ def test_parameters_that_zero_has_taken_apart_get_no_structure() -> None:
         lora_ga.initialize(model, causal(1))
 
 
-def in_fsdp2(state: Any) -> nn.Module:
-    """A layer as FSDP2 leaves it, with a state of ours."""
+def layer_in_fsdp2(state: Any) -> nn.Module:
+    """A layer that passes for one in FSDP2 and has the given state."""
     layer = nn.Linear(2, 2)
     layer.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {"_get_fsdp_state": lambda self: state})
     return layer
@@ -181,17 +183,17 @@ def test_a_state_of_fsdp2_in_another_layout_is_refused(
     monkeypatch.setattr(torch, "__version__", version)
     for use in (reshard, lambda model: register_moved(model, {})):
         with pytest.raises(ValueError, match=f"FSDP2 of torch {version} .*{found}.* before fully_shard"):
-            use(nn.Sequential(in_fsdp2(state)))
+            use(nn.Sequential(layer_in_fsdp2(state)))
 
 
-def test_a_state_of_fsdp2_in_the_known_layout_gets_the_modules_that_hold_the_parameters_now() -> None:
+def test_register_moved_gives_fsdp2_the_modules_that_hold_the_parameters_now() -> None:
     state, new = state_of_fsdp2(), nn.Linear(2, 2)
     info = state._fsdp_param_groups[0].fsdp_params[0]._module_info
-    register_moved(in_fsdp2(state), {info.module: (new, "delta_weight")})
+    register_moved(layer_in_fsdp2(state), {info.module: (new, "delta_weight")})
     assert (info.module, info.param_name) == (new, "delta_weight")
 
 
-def test_the_first_fsdp_is_refused() -> None:
+def test_fsdp_1_is_refused() -> None:
     class FullyShardedDataParallel(torch.distributed.fsdp.FullyShardedDataParallel):
         def __init__(self) -> None:
             nn.Module.__init__(self)

@@ -1,4 +1,4 @@
-"""Every row of the support matrix: the gradient, the start, a training step, and what stock PEFT reads of the file."""
+"""Every row of the support matrix: the gradient, the start, a training step, and the saved adapter in stock PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*experts .or groups. got no gra
 
 
 def rows(column: str, *, only: Callable[[Case], bool] = lambda case: True) -> Any:
-    """The matrix's rows as parameters, each marked as its cell in `column`."""
+    """Parametrize a test by the rows of the matrix, and mark each as the cell in `column`."""
     found = [
         pytest.param(case, id=row, marks=pytest.mark.support(group, row, column))
         for group, cases in CASES.items()
@@ -34,7 +34,7 @@ def rows(column: str, *, only: Callable[[Case], bool] = lambda case: True) -> An
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """PEFT's and the packages' own remarks on small models are not what is tested here."""
+    """Ignore the warnings of PEFT and of the quantisation packages about small models."""
     import warnings
 
     with warnings.catch_warnings():
@@ -60,7 +60,7 @@ def loss_of(case: Case, model: nn.Module, batch: Any) -> Tensor:
 
 
 def as_plain(base: nn.Module, targets: dict[str, Target]) -> nn.Module:
-    """The base with its quantised layers as `nn.Linear` of the same numbers."""
+    """Replace the quantised layers of the base by `nn.Linear` with the dequantised weights."""
     for name, target in targets.items():
         if getattr(kind_of(target.layer), "read", None) is not None:
             weight = base_weights(target.layer)[0].detach().float().clone()
@@ -72,7 +72,7 @@ def as_plain(base: nn.Module, targets: dict[str, Target]) -> nn.Module:
 
 
 def oracle(case: Case, model: PeftModel, batch: Any) -> dict[str, Tensor]:
-    """Autograd's gradient of every adapted weight by ΔW, as (parts, O, I): of a model whose layers are asked for it."""
+    """Compute by autograd the gradient of every adapted weight: name → (parts, O, I). Quantised layers are replaced."""
     targets = find_targets(model)
     read = {name: target for name, target in targets.items() if getattr(kind_of(target.layer), "read", None)}
     if read:
@@ -84,7 +84,7 @@ def oracle(case: Case, model: PeftModel, batch: Any) -> dict[str, Tensor]:
     }
     whole = model if not read else plain
     tied = {name: nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
-    for name, target in targets.items():  # a weight of its own: a tied one's gradient would hold the other use's part
+    for name, target in targets.items():  # an untied copy: the gradient of a tied weight includes its other use
         setattr(target.layer.get_base_layer(), getattr(target.layer, "parameter_name", "weight"), tied[name])
     loss = loss_of(case, whole, batch)
     found = torch.autograd.grad(loss, list(tied.values()))
@@ -95,7 +95,7 @@ def oracle(case: Case, model: PeftModel, batch: Any) -> dict[str, Tensor]:
 
 
 @rows("gradient", only=lambda case: "grouped" not in case.settings.get("target_modules", ()))
-def test_the_captured_gradient_is_autograds(case: Case) -> None:
+def test_the_estimated_gradient_equals_autograds(case: Case) -> None:
     model, batch = fresh(case), case.batches()[0]
     config = LoraGAConfig(estimator="dense", oversample=10**4)
     estimate = lora_ga.estimate_gradients(model, [batch], config, loss_fn=case.loss_fn)
@@ -111,24 +111,24 @@ def test_the_captured_gradient_is_autograds(case: Case) -> None:
 
 
 @rows("start")
-def test_the_start_computes_what_the_base_does_bit_for_bit(case: Case) -> None:
+def test_outputs_at_the_start_equal_the_base_models_bit_for_bit(case: Case) -> None:
     model = fresh(case)
     with model.disable_adapter():
         before = output(case, model)
     lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
     assert torch.equal(output(case, model), before)
-    assert all(target_factors(model))
+    assert all(nonzero_starts(model))
 
 
-def target_factors(model: PeftModel) -> list[bool]:
-    """For every factor whether its start is not zero."""
+def nonzero_starts(model: PeftModel) -> list[bool]:
+    """Return for every factor whether its start has a nonzero entry."""
     found = [bool(module.start.any()) for module in model.modules() if isinstance(module, Factor)]
     assert found
     return found
 
 
 def one_step(case: Case, model: PeftModel) -> tuple[float, float]:
-    """The loss of a batch before and after a small step of gradient descent on it."""
+    """Return the loss of a batch before and after a small step of gradient descent on it."""
     batch = case.batches()[0]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     before = loss_of(case, model, batch)
@@ -148,7 +148,7 @@ def test_one_training_step_lowers_the_loss(case: Case) -> None:
 
 
 @rows("reload")
-def test_stock_peft_reads_the_saved_adapter_on_the_original_base(case: Case, tmp_path: Path) -> None:
+def test_stock_peft_loads_the_saved_adapter_on_the_original_base(case: Case, tmp_path: Path) -> None:
     model = fresh(case)
     lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
     one_step(case, model)
@@ -161,7 +161,7 @@ def test_stock_peft_reads_the_saved_adapter_on_the_original_base(case: Case, tmp
 
 
 @rows("resume")
-def test_training_goes_on_from_a_saved_adapter_in_the_same_structure(case: Case, tmp_path: Path) -> None:
+def test_training_resumes_from_a_saved_adapter_in_the_same_structure(case: Case, tmp_path: Path) -> None:
     model = fresh(case)
     lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
     one_step(case, model)
@@ -173,9 +173,7 @@ def test_training_goes_on_from_a_saved_adapter_in_the_same_structure(case: Case,
 
 
 @rows('offset="base"', only=lambda case: case.base_offset)
-def test_the_base_offset_starts_from_the_same_function_and_saves_for_the_original_base(
-    case: Case, tmp_path: Path
-) -> None:
+def test_the_base_offset_keeps_the_outputs_and_saves_for_the_original_base(case: Case, tmp_path: Path) -> None:
     model = fresh(case)
     before = output(case, model)
     lora_ga.initialize(model, case.batches(), LoraGAConfig(offset="base"), loss_fn=case.loss_fn)

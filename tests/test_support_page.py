@@ -1,4 +1,4 @@
-"""docs/support.md against its record, and the collecting of outcomes."""
+"""docs/support.md is drawn from its record, and a cell shows the worst outcome of its tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import support_page
 from cases import CASES
 from conftest import _weight
-from test_ways import WAYS
+from test_ways_of_running import WAYS
 
 
 def test_the_page_is_drawn_from_the_record() -> None:
@@ -43,5 +43,5 @@ def test_a_failure_and_a_missing_package_are_shown() -> None:
         (["skipped: x"], "skipped: x"),
     ],
 )
-def test_of_several_tests_of_a_cell_the_worst_that_ran_counts(outcomes: list[str], worst: str) -> None:
+def test_a_cell_with_several_tests_shows_the_worst_outcome_of_those_that_ran(outcomes: list[str], worst: str) -> None:
     assert min(outcomes, key=_weight) == worst

@@ -1,4 +1,4 @@
-"""Models split by a tensor-parallel plan of Transformers: what two processes find, train and save is what one does."""
+"""Models split by a tensor-parallel plan of Transformers: two processes find, train and save the same as one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """One process, no plan, the same batches."""
+    """The results of one process without a plan, on the same batches."""
     batches = causal(4)
     found: dict[str, Any] = {}
     for name, config in (("dense", workers.EXACT), ("streaming", lora_ga.LoraGAConfig())):
@@ -47,8 +47,8 @@ def gradient(layer: tuple[Tensor, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_blocks_of_a_gradient_among_zeros_add_up_to_it(dim: int) -> None:
-    """5 outputs or inputs over 3 processes: the last has fewer."""
+def test_the_zero_padded_blocks_of_a_gradient_add_up_to_it(dim: int) -> None:
+    """Three processes share 5 outputs or inputs; the last has fewer."""
     draws = torch.Generator().manual_seed(0)
     x, g = torch.randn(7, 5, generator=draws), torch.randn(7, 5, generator=draws)
     total = torch.zeros(5, 5)
@@ -64,12 +64,14 @@ def test_blocks_of_a_gradient_among_zeros_add_up_to_it(dim: int) -> None:
     [
         (nn.Linear, None, True),
         (nn.Linear, "replicate", True),
-        (nn.Linear, "colwise", False),  # without shards: a weight that keeps its part in a way of its own
+        (nn.Linear, "colwise", False),  # the weight is not a DTensor, so its part is unknown
         (NonDynamicallyQuantizableLinear, "rowwise", False),
         (nn.Linear, "sequence_parallel", False),
     ],
 )
-def test_a_layer_whose_part_cannot_be_told_is_refused(kind: type[nn.Linear], plan: str | None, fits: bool) -> None:
+def test_a_layer_that_is_split_in_an_unknown_way_is_refused(
+    kind: type[nn.Linear], plan: str | None, fits: bool
+) -> None:
     base: Any = kind(4, 4)
     base._hf_tp_plan = plan
     reason = unfit("model.q_proj", base, fsdp=False)
@@ -81,7 +83,7 @@ def test_a_layer_whose_part_cannot_be_told_is_refused(kind: type[nn.Linear], pla
         assert "exclude_modules=['q_proj']" in reason
 
 
-def test_processes_find_the_gradient_of_the_model_that_is_not_split(
+def test_the_processes_find_the_gradient_of_the_unsplit_model(
     found: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:
     assert found[0]["dense"]["layers"].keys() == alone["dense"]["layers"].keys()
@@ -89,7 +91,7 @@ def test_processes_find_the_gradient_of_the_model_that_is_not_split(
         dense, streamed = (result[name] for result in (found[0]["dense"]["layers"], found[0]["streaming"]["layers"]))
         torch.testing.assert_close(gradient(dense), gradient(exact), rtol=1e-4, atol=1e-6)
         assert dense[3] == pytest.approx(exact[3], rel=1e-4)
-        # What is held beyond the 2r directions is as many of each process's block, so nothing of these is lost.
+        # Each process keeps as many directions of its block as one process keeps of the whole, so no more is lost.
         lost = (gradient(streamed) - gradient(exact)).norm() / exact[3]
         assert lost <= (gradient(alone["streaming"]["layers"][name]) - gradient(exact)).norm() / exact[3] + 0.01, name
         torch.testing.assert_close(streamed[4], exact[4], rtol=1e-4, atol=1e-6)  # the sketch
@@ -121,7 +123,7 @@ def test_no_process_sends_more_than_the_bound(found: list[dict[str, Any]]) -> No
     assert all(0 < result["bytes, streaming"] <= bound for result in found)
 
 
-def test_the_start_keeps_the_function_and_training_follows_one_process(
+def test_the_start_keeps_the_outputs_and_training_follows_one_process(
     found: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:
     for result in found:
@@ -132,15 +134,15 @@ def test_the_start_keeps_the_function_and_training_follows_one_process(
     assert alone["curve"][0] - min(alone["curve"]) > 0.05  # it learns
 
 
-def test_a_late_start_in_a_prepared_adapter_is_the_same(found: list[dict[str, Any]]) -> None:
-    """As LoraGACallback starts it."""
+def test_a_start_written_later_into_the_structure_is_the_same(found: list[dict[str, Any]]) -> None:
+    """LoraGACallback starts an adapter like this."""
     for result in found:
         late, shown = result["late"]
         assert torch.equal(shown, result["logits"][0])
         assert all(torch.equal(one, other) for one, other in zip(late, result["starts"], strict=True))
 
 
-def test_what_is_saved_is_a_plain_adapter_for_the_original_base(
+def test_the_saved_adapter_is_plain_and_loads_on_the_original_base(
     found: list[dict[str, Any]], alone: dict[str, Any], folder: Path
 ) -> None:
     batch, trained = causal(1)[0], found[0]["trained"]
@@ -149,7 +151,7 @@ def test_what_is_saved_is_a_plain_adapter_for_the_original_base(
     torch.testing.assert_close(logits(stock, batch), trained, rtol=0, atol=1e-5)
     again = lora_ga.load(llama(), folder / "parallel", is_trainable=True)
     torch.testing.assert_close(logits(again, batch), trained, rtol=0, atol=1e-5)
-    assert torch.equal(found[0]["again"], trained)  # loaded to train on, split again
+    assert torch.equal(found[0]["again"], trained)  # loaded to train, and split again
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_what_is_saved_is_a_plain_adapter_for_the_original_base(
         ("base", 'q_proj: offset="base" cannot change a sharded weight; use offset="adapter"'),
     ],
 )
-def test_what_a_plan_does_not_allow_is_refused_in_all_processes(
+def test_calls_that_a_plan_does_not_allow_are_refused_in_all_processes(
     found: list[dict[str, Any]], case: str, message: str
 ) -> None:
     for result in found:

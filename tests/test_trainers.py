@@ -1,4 +1,4 @@
-"""The callback in every trainer: the function at the start, the loss, the checkpoints, the order of data, resuming."""
+"""The callback in every trainer: the outputs at the start, the loss, checkpoints, the order of the data, resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH = {"input_ids": tokens(4, 8, seed=9) % 29}
 
 
 class FirstLogits(TrainerCallback):
-    """Keeps the model's logits at the beginning of training."""
+    """Keeps the logits of the model at the beginning of training."""
 
     begin: Tensor
 
@@ -34,7 +34,7 @@ class FirstLogits(TrainerCallback):
 
 
 class Run(NamedTuple):
-    """A finished run."""
+    """A finished training run."""
 
     make: Callable[..., Trainer]
     base: Callable[[], nn.Module]
@@ -47,7 +47,7 @@ class Run(NamedTuple):
 def train(
     make: Callable[..., Trainer], folder: Path, callbacks: list[Any], **resume: Any
 ) -> tuple[Trainer, list[Tensor]]:
-    """Train, and return the trainer and the token ids of every batch in the order of training."""
+    """Train, and return the trainer and the token ids of every batch, in the order of training."""
     trainer = make(callbacks, folder)
     step = trainer.training_step
     order: list[Tensor] = []
@@ -73,7 +73,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return Run(make, base, trainer, folder, first.begin, order)
 
 
-def test_training_begins_at_the_base_models_function(run: Run) -> None:
+def test_training_starts_with_the_outputs_of_the_base_model(run: Run) -> None:
     assert torch.equal(run.begin, logits(run.base(), BATCH))
     aligned = run.trainer.model.peft_config["default"].alignment
     assert all(bool(b.start.any()) and bool(b.trainable.any()) for _, b in aligned.factors.values())
@@ -89,12 +89,12 @@ def test_checkpoints_load_with_stock_peft_on_the_original_base(run: Run) -> None
         assert (run.folder / f"checkpoint-{step}" / FILE).is_file()
     stock = PeftModel.from_pretrained(run.base(), run.folder / "checkpoint-8")
     assert stock.peft_config["default"].r == 8
-    own = logits(run.trainer.model.eval(), BATCH)
-    torch.testing.assert_close(logits(stock, BATCH), own, rtol=0, atol=1e-5)
-    assert not torch.allclose(own, run.begin, rtol=0, atol=1e-4)
+    expected = logits(run.trainer.model.eval(), BATCH)
+    torch.testing.assert_close(logits(stock, BATCH), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected, run.begin, rtol=0, atol=1e-4)
 
 
-def test_the_order_of_training_and_the_first_loss_are_those_without_the_callback(run: Run, tmp_path: Path) -> None:
+def test_the_order_of_the_data_and_the_first_loss_are_the_same_without_the_callback(run: Run, tmp_path: Path) -> None:
     trainer, plain = train(run.make, tmp_path, [])
     assert losses(trainer)[0] == losses(run.trainer)[0]
     if type(trainer).__name__ == "DPOTrainer":
@@ -104,7 +104,7 @@ def test_the_order_of_training_and_the_first_loss_are_those_without_the_callback
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run: Run, tmp_path: Path) -> None:
-    """The checkpoint is in another folder than the one that the resumed run writes to."""
+    """The resumed run reads a checkpoint from another folder than it writes to."""
     again, order = train(run.make, tmp_path, [callback()], resume_from_checkpoint=str(run.folder / "checkpoint-4"))
     assert losses(again)[4:] == losses(run.trainer)[4:]
     assert all(torch.equal(one, other) for one, other in zip(order, run.order[len(run.order) // 2 :], strict=True))

@@ -1,4 +1,4 @@
-"""TRL's trainers: packing, completion-only loss, dtypes of the adapter, reference adapters, groups of answers."""
+"""TRL's trainers: packing, completion-only loss, the dtype of the adapter, reference adapters, groups of answers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from trainers import (
     settings,
     sft,
     tokenizer,
+    trl_classes,
 )
-from trainers import trl as of_trl
 
 
 @pytest.mark.parametrize(
@@ -35,35 +35,35 @@ from trainers import trl as of_trl
         {"padding_free": True, "max_length": None},
     ],
 )
-def test_packed_and_padding_free_batches_count_by_their_labels(changes: dict[str, Any], tmp_path: Path) -> None:
-    late = LoraGACallback(LoraGAConfig(max_batches=None))
-    trainer = sft([late], tmp_path, **({"max_length": 24} | changes))
+def test_packed_and_padding_free_batches_are_weighted_by_their_labels(changes: dict[str, Any], tmp_path: Path) -> None:
+    lora_ga_callback = LoraGACallback(LoraGAConfig(max_batches=None))
+    trainer = sft([lora_ga_callback], tmp_path, **({"max_length": 24} | changes))
     trainer.train()
-    assert late.estimate is not None
+    assert lora_ga_callback.estimate is not None
     batches = list(trainer.get_train_dataloader())
     labels = sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in batches)
-    assert late.estimate.batches == len(batches)
-    if changes.get("packing_strategy") == "wrapped":  # the first token of each row of a batch is no label
-        assert late.estimate.weight == labels
+    assert lora_ga_callback.estimate.batches == len(batches)
+    if changes.get("packing_strategy") == "wrapped":  # the first token of each row of a batch is not a label
+        assert lora_ga_callback.estimate.weight == labels
     else:
-        assert late.estimate.weight == 24 * 6  # the letters and the end of each answer, in any order
+        assert lora_ga_callback.estimate.weight == 24 * 6  # the letters and the end of each answer
 
 
 def test_completion_only_loss_counts_the_completions(tmp_path: Path) -> None:
     found = {}
     for only in (True, False):
-        late = LoraGACallback(LoraGAConfig(max_batches=None))
-        sft([late], tmp_path, completion_only_loss=only, max_steps=1).train()
-        assert late.estimate is not None
-        found[only] = late.estimate
+        lora_ga_callback = LoraGACallback(LoraGAConfig(max_batches=None))
+        sft([lora_ga_callback], tmp_path, completion_only_loss=only, max_steps=1).train()
+        assert lora_ga_callback.estimate is not None
+        found[only] = lora_ga_callback.estimate
     assert found[True].weight == 24 * (5 + 1)  # five letters and the end
     assert found[False].weight == 24 * (5 + 5 + 1 - 1)
     name = f"model.layers.0.self_attn.{TARGETS[1]}"
     assert found[True][name].norm != found[False][name].norm
 
 
-def test_adapters_that_trl_casts_for_quantised_models(tmp_path: Path) -> None:
-    """TRL recognizes a quantised model by an attribute that bitsandbytes sets."""
+def test_an_adapter_that_trl_casts_to_bfloat16_is_aligned_and_loads_in_stock_peft(tmp_path: Path) -> None:
+    """TRL recognises a quantised model by an attribute that bitsandbytes sets."""
     base = llama()
     base.is_loaded_in_4bit = True
     trainer = sft([callback()], tmp_path, model=base)
@@ -80,12 +80,12 @@ def test_adapters_that_trl_casts_for_quantised_models(tmp_path: Path) -> None:
 
 def test_an_adapter_on_a_4_bit_base_is_trained_saved_and_loaded_by_stock_peft(tmp_path: Path) -> None:
     LAYERS["bitsandbytes nf4"].check_installed()
-    batch, late = causal(1)[0], callback()
+    batch, lora_ga_callback = causal(1)[0], callback()
     untrained = logits(nf4(), batch)
-    trainer = sft([late], tmp_path, model=nf4())
+    trainer = sft([lora_ga_callback], tmp_path, model=nf4())
     trainer.train()
-    assert late.estimate is not None
-    assert len(factors(trainer.model)) == 2 * len(late.estimate) == 2 * 2 * len(TARGETS)
+    assert lora_ga_callback.estimate is not None
+    assert len(factors(trainer.model)) == 2 * len(lora_ga_callback.estimate) == 2 * 2 * len(TARGETS)
     found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(found[-2:]) < sum(found[:2])
     stock = PeftModel.from_pretrained(nf4(), tmp_path / "checkpoint-8").eval()
@@ -95,13 +95,13 @@ def test_an_adapter_on_a_4_bit_base_is_trained_saved_and_loaded_by_stock_peft(tm
     assert apart < 0.02 * moved  # TRL makes the adapter of a 4-bit base compute in bfloat16
 
 
-def test_a_reference_copied_from_a_trained_adapter_is_that_adapter(tmp_path: Path) -> None:
-    """Without the callback: TRL copies an adapter that is initialized already to "ref", parameter by parameter."""
+def test_a_reference_copied_from_a_trained_adapter_equals_it(tmp_path: Path) -> None:
+    """Without the callback, TRL copies the initialized adapter to "ref", parameter by parameter."""
     base = llama().to(torch.bfloat16)  # PEFT casts the new adapter to the base's dtype and back to float32
     model = adapted(base, TARGETS, task_type="CAUSAL_LM")
     lora_ga.initialize(model, causal())
     train(model, causal())
-    trainer, arguments = of_trl("DPO")
+    trainer, arguments = trl_classes("DPO")
     made = trainer(
         model=model,
         args=arguments(**settings(tmp_path, bf16=False, learning_rate=1e-3)),
@@ -131,8 +131,8 @@ def test_grpo_estimates_on_whole_groups_of_answers(tmp_path: Path) -> None:
         groups.append([prompts.count(prompt) for prompt in prompts])
         return [float(len(set(completion))) for completion in completions]
 
-    trainer, arguments = of_trl("GRPO")
-    late = callback()
+    trainer, arguments = trl_classes("GRPO")
+    lora_ga_callback = callback()
     made = trainer(
         llama(),
         letters,
@@ -140,10 +140,10 @@ def test_grpo_estimates_on_whole_groups_of_answers(tmp_path: Path) -> None:
         train_dataset=rows("prompt"),
         processing_class=tokenizer(),
         peft_config=peft_config(),
-        callbacks=[late],
+        callbacks=[lora_ga_callback],
     )
     made.train()
-    assert late.estimate is not None
-    assert groups == [[4] * 4] * (late.estimate.batches + 2)
+    assert lora_ga_callback.estimate is not None
+    assert groups == [[4] * 4] * (lora_ga_callback.estimate.batches + 2)
     stock = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-2")
     torch.testing.assert_close(logits(stock, causal(1)[0]), logits(made.model.eval(), causal(1)[0]), rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Trainers of Transformers and TRL on small models, as users make them, with any callbacks."""
+"""Trainers of Transformers and TRL on small models, made as users make them, with the given callbacks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def text(seed: object, length: int) -> str:
 
 
 def rows(*columns: str, count: int = 24) -> Dataset:
-    """A data set of texts with the given columns; the column "label" has truth values."""
+    """A data set of texts with the given columns. The column "label" has booleans."""
 
     def value(column: str, row: int) -> Any:
         return row % 2 == 0 if column == "label" else text((column, row), 5) + " " * (column == "prompt")
@@ -83,10 +83,10 @@ def transformers_trainer(callbacks: list[Any], folder: Path, *, model: Any = Non
     return Trainer(model, arguments, train_dataset=tokenised(), callbacks=callbacks)
 
 
-def trl(name: str) -> tuple[Any, Any]:
-    """The classes of one of TRL's trainers and of its arguments."""
+def trl_classes(name: str) -> tuple[Any, Any]:
+    """Return the class of one of TRL's trainers and the class of its arguments."""
     package = pytest.importorskip("trl", reason="install the extra 'trl' to run this test")
-    if name == "ORPO":  # TRL ships it as an experiment
+    if name == "ORPO":  # TRL has it among its experimental trainers
         package = pytest.importorskip("trl.experimental.orpo")
     return getattr(package, f"{name}Trainer"), getattr(package, f"{name}Config")
 
@@ -102,7 +102,7 @@ def trl_trainer(
     **changes: Any,
 ) -> Trainer:
     """One of TRL's trainers, with a `peft_config` or, if `ready`, a PEFT model."""
-    trainer, arguments = trl(name)
+    trainer, arguments = trl_classes(name)
     adapter = {} if ready else {"peft_config": peft_config(task_type="SEQ_CLS" if name == "Reward" else "CAUSAL_LM")}
     model = (scorer() if name == "Reward" else llama()) if model is None else model
     return trainer(
@@ -133,7 +133,7 @@ def sft(callbacks: list[Any], folder: Path, **changes: Any) -> Trainer:
 
 
 def preferences(name: str) -> Callable[..., Trainer]:
-    """TRL's trainers on a chosen and a rejected answer."""
+    """Return a function that makes one of TRL's trainers on a chosen and a rejected answer."""
 
     def make(callbacks: list[Any], folder: Path, **changes: Any) -> Trainer:
         return trl_trainer(name, rows("prompt", "chosen", "rejected"), callbacks, folder, **changes)
@@ -147,7 +147,7 @@ def kto(callbacks: list[Any], folder: Path, **changes: Any) -> Trainer:
 
 
 def ready(make: Callable[..., Trainer]) -> Callable[..., Trainer]:
-    """The same trainer, made with a PEFT model instead of a `peft_config`."""
+    """Return a function that makes the same trainer with a PEFT model instead of a `peft_config`."""
 
     def made(callbacks: list[Any], folder: Path, **changes: Any) -> Trainer:
         return make(callbacks, folder, ready=True, **changes)

@@ -1,4 +1,4 @@
-"""Records are read whole or refused with a reason."""
+"""The record of a run is read completely, or refused with a reason."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from lora_ga.experiments.records.runs import load_run, write_json_atomically
 from runs import make_run, write_run
 
 
-def test_a_record_is_read_with_its_curves_and_without_what_is_no_result(tmp_path: Path) -> None:
+def test_a_record_is_read_with_its_curves_and_results_only(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     assert run.curve[:2] == ((1, 3.95), (2, 3.9))
     assert run.evals == {"eval_loss": ((20, 3.0),), "eval_accuracy": ((20, 0.5),)}
@@ -25,7 +25,7 @@ def test_a_loss_that_is_not_finite_is_written_as_null_and_read_as_nan(tmp_path: 
     assert math.isnan(run.curve[1][1])
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone: this folder does not exist\. Give the --output_dir"):
         load_run(tmp_path / "gone")
 
@@ -36,7 +36,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
         load_run(tmp_path / "run.json")
 
 
-def test_an_unfinished_run_is_called_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_record_is_refused_as_an_unfinished_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"unfinished run, there is no run\.json in it"):
         load_run(tmp_path)
 
@@ -58,19 +58,19 @@ def test_a_damaged_record_is_refused(tmp_path: Path, content: bytes) -> None:
         ({"eval": [{"eval_loss": 1.0}]}, 'entry 0 of "eval" should have step as numbers'),
     ],
 )
-def test_a_record_that_is_not_as_it_should_be_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_record_with_wrong_fields_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_run(tmp_path / "a", **changes)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}"])
-def test_json_that_is_no_record_is_refused(tmp_path: Path, content: str) -> None:
+def test_json_that_is_not_a_record_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match='not the record of a run, it has no "schema"'):
         load_run(tmp_path)
 
 
-def test_a_record_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_record_and_no_other_file(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a") / "run.json"
     before = path.read_bytes()
     with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""The page holds everything, fetches nothing, and shows every text of a record as text."""
+"""The page of compared runs is complete, fetches nothing, and shows every text of a record as text."""
 
 import re
 from dataclasses import replace
@@ -41,7 +41,7 @@ def hostile_page(tmp_path: Path) -> str:
     return page_html(compare_runs(runs))
 
 
-def test_whatever_a_record_says_stays_text(tmp_path: Path) -> None:
+def test_the_texts_of_a_record_never_become_tags(tmp_path: Path) -> None:
     parser = Tags()
     parser.feed(hostile_page(tmp_path))
     assert "script" not in {tag for tag, _ in parser.tags}
@@ -59,14 +59,14 @@ def test_every_text_of_a_document_is_escaped() -> None:
     assert parser.text.count(HOSTILE) == 8
 
 
-def test_the_page_allows_nothing_but_its_own_styles(tmp_path: Path) -> None:
+def test_the_content_security_policy_allows_inline_styles_only(tmp_path: Path) -> None:
     parser = Tags()
     parser.feed(page_html(compare_runs([make_run(tmp_path / "a")])))
     (policy,) = [attributes["content"] for _, attributes in parser.tags if "http-equiv" in attributes]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def test_a_table_is_marked_alike_on_the_page_and_in_markdown() -> None:
+def test_a_table_has_the_same_marks_in_html_and_in_markdown() -> None:
     table = Table(["", "x"], [["a|b", "1"], ["c", "2"]], bold={(1, 1)}, row_colours=["#111111", "#222222"])
     document = Document("", "", [], [Section("", [table, replace(table, left_aligned=True, row_colours=[])])])
     page = html_page(document)
@@ -89,7 +89,7 @@ def test_the_page_fetches_nothing(tmp_path: Path) -> None:
     assert all(value and value.startswith("#") for value in references)
 
 
-def test_ids_on_the_page_are_unique_and_the_page_is_the_same_every_time(tmp_path: Path) -> None:
+def test_ids_are_unique_and_the_page_is_the_same_every_time(tmp_path: Path) -> None:
     comparison = compare_runs([make_run(tmp_path / "a")])
     page = page_html(comparison)
     ids = re.findall(r'\bid="(m?[pc]?[0-9a-f]{10,})"', page)  # those that are referred to
@@ -97,7 +97,7 @@ def test_ids_on_the_page_are_unique_and_the_page_is_the_same_every_time(tmp_path
     assert page == page_html(comparison)
 
 
-def test_the_caption_says_how_the_curve_was_made(tmp_path: Path) -> None:
+def test_the_caption_states_how_the_curve_was_made(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", curve=[*falling(1.0), {"step": 41, "loss": 50.0}])]
     assert training_caption(compare_runs(runs, window=8)) == (
         "Training loss, trailing mean over 8 optimiser steps. Faint lines: the values as logged. Dashed line: the "

@@ -1,4 +1,4 @@
-"""Where adapters are used: stock PEFT, Transformers' loader, and vLLM."""
+"""vLLM: which saved adapters it serves, and how the others are rewritten. Also stock PEFT and Transformers' loader."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lora_ga.export.vllm import VLLM_RANKS, check_served, write_served
 from toys import adapted, bert, causal, classified, llama, logits, saved
 
 
-def as_vllm_computes(folder: Path) -> Any:
-    """The base with the adapter as vLLM adds it: every layer's B A times one number, from r and lora_alpha."""
+def merged_as_by_vllm(folder: Path) -> Any:
+    """Add the adapter to the base as vLLM does: B A of every layer times one scaling, from r and lora_alpha."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["r"] in VLLM_RANKS
     scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
@@ -32,14 +32,14 @@ def as_vllm_computes(folder: Path) -> Any:
     return base
 
 
-def test_transformers_own_loader_reads_an_adapter_directory(tmp_path: Path) -> None:
+def test_transformers_loads_a_saved_adapter(tmp_path: Path) -> None:
     model = saved(tmp_path)
     base = llama()
     base.load_adapter(str(tmp_path))
     torch.testing.assert_close(logits(base, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
 
 
-def test_stock_peft_reads_an_adapter_directory_beside_another(tmp_path: Path) -> None:
+def test_stock_peft_loads_a_saved_adapter_beside_another(tmp_path: Path) -> None:
     model = saved(tmp_path)
     base = adapted(llama(), ["q_proj"])
     base.load_adapter(str(tmp_path), "served")
@@ -52,25 +52,25 @@ def test_a_plain_adapter_is_served_as_it_is(use_rslora: bool, tmp_path: Path) ->
     model = saved(tmp_path, use_rslora=use_rslora)
     verdict = check_served(tmp_path, "vllm")
     assert (verdict.refused, verdict.fixable, verdict.rank) == ((), (), 8)
-    served = logits(as_vllm_computes(tmp_path), causal(1)[0])
+    served = logits(merged_as_by_vllm(tmp_path), causal(1)[0])
     torch.testing.assert_close(served, logits(model, causal(1)[0]), rtol=0, atol=1e-5)
 
 
-def test_patterns_would_be_scaled_wrongly_and_are_written_anew_without_loss(tmp_path: Path) -> None:
+def test_patterns_that_vllm_would_scale_wrongly_are_rewritten_without_loss(tmp_path: Path) -> None:
     model = saved(tmp_path / "a", rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 64})
     verdict = check_served(tmp_path / "a", "vllm")
     assert "rank_pattern, alpha_pattern: vLLM scales every layer by r" in verdict.fixable[0]
     wanted = logits(model, causal(1)[0])
-    assert (logits(as_vllm_computes(tmp_path / "a"), causal(1)[0]) - wanted).abs().max() > 1e-2
+    assert (logits(merged_as_by_vllm(tmp_path / "a"), causal(1)[0]) - wanted).abs().max() > 1e-2
     errors = write_served(tmp_path / "a", tmp_path / "b", "vllm")
     assert set(errors.values()) == {0.0}
     assert check_served(tmp_path / "b", "vllm").fixable == ()
-    torch.testing.assert_close(logits(as_vllm_computes(tmp_path / "b"), causal(1)[0]), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(merged_as_by_vllm(tmp_path / "b"), causal(1)[0]), wanted, rtol=0, atol=1e-5)
     stock = PeftModel.from_pretrained(llama(), tmp_path / "b")
     torch.testing.assert_close(logits(stock, causal(1)[0]), wanted, rtol=0, atol=1e-5)
 
 
-def test_a_rank_between_the_allowed_ones_is_padded_and_one_above_them_compressed(tmp_path: Path) -> None:
+def test_a_rank_that_vllm_does_not_allow_is_padded_or_compressed_to_one_it_does(tmp_path: Path) -> None:
     saved(tmp_path / "a", r=6)
     assert check_served(tmp_path / "a", "vllm").rank == 16
     errors = write_served(tmp_path / "a", tmp_path / "padded", "vllm")
@@ -81,7 +81,7 @@ def test_a_rank_between_the_allowed_ones_is_padded_and_one_above_them_compressed
     assert 0 < max(errors.values()) < 0.5
 
 
-def test_a_rank_above_all_that_are_allowed_is_said(tmp_path: Path) -> None:
+def test_a_rank_above_the_largest_allowed_one_is_reported(tmp_path: Path) -> None:
     saved(tmp_path / "a", targets=["q_proj"])
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))
@@ -99,7 +99,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("lora", "message"), REFUSED)
-def test_what_no_other_form_can_fix_is_refused(lora: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_adapters_that_no_rewriting_can_fix_are_refused(lora: dict[str, Any], message: str, tmp_path: Path) -> None:
     saved(tmp_path / "a", **lora)
     assert message in check_served(tmp_path / "a", "vllm").refused[0]
     with pytest.raises(ValueError, match=f"vllm does not accept it, whatever its rank. {message}"):
@@ -116,7 +116,7 @@ def test_biases_are_refused(tmp_path: Path) -> None:
         assert name in check_served(tmp_path / name, "vllm").refused[0]
 
 
-def test_the_command_says_what_is_in_the_way_and_writes_what_is_served(
+def test_the_command_reports_the_obstacles_and_writes_an_adapter_that_is_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(tmp_path / "good")
@@ -148,7 +148,7 @@ def test_the_command_says_what_is_in_the_way_and_writes_what_is_served(
         ),
     ],
 )
-def test_requests_for_servers_that_cannot_be_met_are_refused(
+def test_invalid_options_of_an_export_for_a_server_are_refused(
     argv: list[str],
     message: str,
     tmp_path: Path,

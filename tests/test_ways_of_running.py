@@ -1,4 +1,4 @@
-"""The ways models are run: checkpointed, under autocast, compiled, offloaded, on the meta device, padded and packed."""
+"""Ways of running a model: checkpointed, under autocast, compiled, offloaded, on the meta device, padded, packed."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def checkpointed(reentrant: bool) -> Callable[[Path], PeftModel]:
 def compiled(folder: Path) -> PeftModel:
     model = adapted(llama(num_hidden_layers=1))
     model.compile(backend="eager")
-    logits(model, causal(1)[0])  # compiled before our hooks come
+    logits(model, causal(1)[0])  # compiles before the hooks are added
     return model
 
 
 def offloaded(folder: Path) -> PeftModel:
-    """Two decoder layers, the second on disk, as `device_map` spreads a model."""
+    """Load a Llama by `device_map`, with the second of its two layers on disk."""
     llama().save_pretrained(folder / "base")
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     base = AutoModelForCausalLM.from_pretrained(
@@ -70,10 +70,10 @@ def on_meta(folder: Path) -> PeftModel:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How the model is made, what surrounds its passes, and how close its gradient comes to the plain run's."""
+    """How to make the model, the context of its passes, and the least cosine to the gradient of the plain run."""
 
     make: Callable[[Path], PeftModel]
-    around: Callable[[], Any] = contextlib.nullcontext
+    context: Callable[[], Any] = contextlib.nullcontext
     cosine: float = 1 - 1e-6
     layers: int = 2
 
@@ -100,16 +100,16 @@ def rows(column: str) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_graphs_left() -> Iterator[None]:
+def reset_compiler() -> Iterator[None]:
     yield
     torch.compiler.reset()
 
 
 @rows("gradient")
-def test_the_gradient_is_the_plain_runs(way: Way, tmp_path: Path) -> None:
+def test_the_gradient_equals_that_of_the_plain_run(way: Way, tmp_path: Path) -> None:
     truth = lora_ga.estimate_gradients(adapted(llama(num_hidden_layers=way.layers)), causal(), DENSE)
     model = way.make(tmp_path)
-    with way.around():
+    with way.context():
         found = lora_ga.estimate_gradients(model, causal(), DENSE)
     assert set(found) == set(truth)
     for name, part in found.items():
@@ -118,9 +118,9 @@ def test_the_gradient_is_the_plain_runs(way: Way, tmp_path: Path) -> None:
 
 
 @rows("start")
-def test_the_start_is_the_base(way: Way, tmp_path: Path) -> None:
+def test_outputs_at_the_start_equal_the_base_models(way: Way, tmp_path: Path) -> None:
     model, batch = way.make(tmp_path), causal(1)[0]
-    with way.around():
+    with way.context():
         with model.disable_adapter():
             before = logits(model, batch)
         lora_ga.initialize(model, causal())
@@ -130,16 +130,16 @@ def test_the_start_is_the_base(way: Way, tmp_path: Path) -> None:
 @rows("step")
 def test_training_lowers_the_loss(way: Way, tmp_path: Path) -> None:
     model, batch = way.make(tmp_path), causal(1)[0]
-    with way.around():
+    with way.context():
         lora_ga.initialize(model, causal())
         losses = train(model, [batch], steps=4, lr=1e-3)
     assert losses[-1] < losses[0]
 
 
 @rows("reload")
-def test_stock_peft_reads_what_was_saved(way: Way, tmp_path: Path) -> None:
+def test_stock_peft_loads_the_saved_adapter(way: Way, tmp_path: Path) -> None:
     model, batch = way.make(tmp_path), causal(1)[0]
-    with way.around():
+    with way.context():
         lora_ga.initialize(model, causal())
         train(model, [batch], steps=2, lr=1e-3)
     model.save_pretrained(tmp_path / "adapter")
@@ -148,7 +148,7 @@ def test_stock_peft_reads_what_was_saved(way: Way, tmp_path: Path) -> None:
 
 
 def padded(side: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A batch, and the same with padding."""
+    """Return a batch, and the same batch with padding."""
     ids = tokens(3, 8)
     blank, width = torch.zeros(3, 4, dtype=torch.long), 4
     join = (lambda a, b: torch.cat([a, b], 1)) if side == "right" else (lambda a, b: torch.cat([b, a], 1))
@@ -163,10 +163,10 @@ def padded(side: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @pytest.mark.support("ways of running", "padded batches", "gradient")
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_tokens_under_padding_have_no_output_gradient_and_do_not_count(side: str) -> None:
+def test_padding_tokens_have_no_output_gradient_and_do_not_count(side: str) -> None:
     short, wide = padded(side)
     if side == "left":  # positions count from the first token that is not padding
-        wide["labels"][:, 4] = -100  # else the last padding token would be asked for the first real one
+        wide["labels"][:, 4] = -100  # otherwise the last padding token would predict the first real one
         wide["position_ids"] = (wide["attention_mask"].cumsum(1) - 1).clamp(min=0)
     model = adapted(llama())
     recorded: dict[str, Tensor] = {}
@@ -189,7 +189,7 @@ def test_tokens_under_padding_have_no_output_gradient_and_do_not_count(side: str
 def test_packed_sequences_give_the_gradient_of_the_separate_ones() -> None:
     ids = tokens(2, 8)
     labels = ids.clone()
-    labels[:, 0] = -100  # the first token of the second sequence is no label of the first one's last
+    labels[:, 0] = -100  # the last token of the first sequence must not predict the second one
     packed = {"input_ids": ids.reshape(1, 16), "labels": labels.reshape(1, 16)}
     packed["position_ids"] = torch.arange(8).repeat(2)[None]
     model = adapted(llama())
@@ -202,7 +202,7 @@ def test_packed_sequences_give_the_gradient_of_the_separate_ones() -> None:
         assert (found - true).norm() <= 1e-4 * true.norm(), name
 
 
-def test_a_model_wrapped_by_torch_compile_is_refused_with_what_to_give() -> None:
+def test_a_model_wrapped_by_torch_compile_is_refused_with_the_one_to_pass() -> None:
     with pytest.raises(TypeError, match="wrapped by torch.compile; give the one inside, model._orig_mod"):
         lora_ga.initialize(torch.compile(adapted(llama()), backend="eager"), causal())
 
@@ -212,7 +212,7 @@ def test_a_layer_on_the_meta_device_that_has_to_start_as_plain_lora_is_refused(t
     estimate = lora_ga.estimate_gradients(adapted(llama()), causal())
     part = next(iter(estimate))
     known = {name: value for name, value in estimate.items() if name != part}
-    thinner = lora_ga.GradientEstimate(known, estimate.config, estimate.fingerprint, 1.0, 1, {part: "left out"})
+    incomplete = lora_ga.GradientEstimate(known, estimate.config, estimate.fingerprint, 1.0, 1, {part: "left out"})
     with pytest.raises(ValueError, match=f"{part} is on the meta device and has to start as plain LoRA"):
-        lora_ga.initialize(model, thinner, LoraGAConfig(on_missing="lora"))
+        lora_ga.initialize(model, incomplete, LoraGAConfig(on_missing="lora"))
     assert not any(isinstance(module, Factor) for module in model.modules())

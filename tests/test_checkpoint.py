@@ -1,4 +1,4 @@
-"""Early stop, interruption and going on."""
+"""Estimates that end when all layers have converged, and estimates that resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def assert_same(mine: GradientEstimate, true: GradientEstimate) -> None:
 
 
 class InterruptedRunError(Exception):
-    """What ends a run in the middle."""
+    """Interrupts an estimate."""
 
 
-def until(count: int, batches: list[Any] = BATCHES) -> Iterator[Any]:
-    """Batches that break off."""
+def batches_until(count: int, batches: list[Any] = BATCHES) -> Iterator[Any]:
+    """Yield the first batches, then raise."""
     yield from batches[:count]
     raise InterruptedRunError
 
@@ -59,18 +59,21 @@ def test_a_layer_has_converged_when_batches_times_change_is_small_twice_in_a_row
         found.append(progress.update_converged({"a": change}, 0.01))
     # n · change: 0.5, 0.008, 0.06, 0.008, 0.01, 0
     assert found[:5] == [[], [], [], [], ["a"]]
-    assert (progress.settled, progress.settled_weight) == ({"a": 6}, {"a": 60.0})  # the loop would have let it go at 5
+    assert (progress.settled, progress.settled_weight) == (
+        {"a": 6},
+        {"a": 60.0},
+    )  # the loop would have removed its hooks at 5
 
 
 @pytest.fixture(scope="module")
 def steady() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """A model and batches that are much alike, so that the directions converge early."""
+    """A model, and batches so similar that the directions converge early."""
     batch, draw = causal(1, rows=16)[0], torch.Generator().manual_seed(0)
     rows = [torch.randperm(16, generator=draw)[:14] for _ in range(40)]
     return adapted(llama()), [{key: value[some] for key, value in batch.items()} for some in rows]
 
 
-def test_converged_layers_are_no_longer_recorded_and_the_pass_ends_with_the_last(
+def test_converged_layers_lose_their_hooks_and_the_pass_ends_when_all_have_converged(
     steady: tuple[Any, list[dict[str, Tensor]]],
 ) -> None:
     model, batches = steady
@@ -85,13 +88,15 @@ def test_converged_layers_are_no_longer_recorded_and_the_pass_ends_with_the_last
     assert set(early.settled) == set(early)
     assert early.batches == max(early.settled.values()) == len(passes) < 40
     assert len(set(early.settled.values())) > 1
-    for index, hooks in enumerate(passes):  # those that converged after `index` batches have gone
+    for index, hooks in enumerate(passes):  # layers that converged within `index` batches have no hook
         assert hooks == sum(count > index for count in early.settled.values())
     for name in early:
         lost = 1 - torch.linalg.svdvals(whole[name].V[:, :8].mT @ early[name].V[:, :8])[0]
         assert lost < 0.01, name
-        assert early[name].norm == pytest.approx(whole[name].norm, rel=0.1), name  # of a mean over its own batches
-        assert early.weight_of(name) == early.settled[name] * 14 * 11  # rows, label tokens of each
+        assert early[name].norm == pytest.approx(whole[name].norm, rel=0.1), (
+            name
+        )  # a mean over the batches until it converged
+        assert early.weight_of(name) == early.settled[name] * 14 * 11  # 14 rows of 11 label tokens a batch
 
 
 def test_without_a_tolerance_all_batches_are_read_and_nothing_converges() -> None:
@@ -100,7 +105,7 @@ def test_without_a_tolerance_all_batches_are_read_and_nothing_converges() -> Non
     assert estimate(BATCHES, LoraGAConfig(tolerance=1e-9)).batches == 9
 
 
-def test_convergence_survives_the_file_and_the_sum(tmp_path: Path, steady: tuple[Any, list[dict[str, Tensor]]]) -> None:
+def test_saving_and_merging_keep_the_convergence(tmp_path: Path, steady: tuple[Any, list[dict[str, Tensor]]]) -> None:
     model, batches = steady
     config = LoraGAConfig(max_batches=None, tolerance=0.02)
     early = lora_ga.estimate_gradients(model, batches, config)
@@ -122,7 +127,7 @@ def sketch_of(each: GradientEstimate, name: str) -> Tensor:
     return sketch
 
 
-# Interruption
+# Checkpoints
 
 
 @pytest.mark.parametrize(
@@ -131,12 +136,12 @@ def sketch_of(each: GradientEstimate, name: str) -> Tensor:
     ids=["streaming", "dense", "converging", "capped"],
 )
 @pytest.mark.parametrize("broken_after", [1, 4, 5])
-def test_an_interrupted_estimate_ends_as_the_unbroken_one(
+def test_a_resumed_estimate_equals_the_uninterrupted_one(
     tmp_path: Path, config: LoraGAConfig, broken_after: int
 ) -> None:
     true, file = estimate(BATCHES, config), tmp_path / "state.safetensors"
     with pytest.raises(InterruptedRunError):
-        estimate(until(broken_after), config, file)
+        estimate(batches_until(broken_after), config, file)
     assert file.exists() == (broken_after >= 2)
     assert_same(estimate(BATCHES, config, file), true)
 
@@ -155,7 +160,7 @@ lora_ga.estimate_gradients(adapted(llama()), batches(), checkpoint=sys.argv[1], 
 """
 
 
-def test_a_killed_process_leaves_a_whole_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_a_whole_checkpoint_to_resume_from(tmp_path: Path) -> None:
     file = tmp_path / "state.safetensors"
     for after in (3, 7):  # killed twice
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -166,7 +171,7 @@ def test_a_killed_process_leaves_a_whole_checkpoint_to_go_on_from(tmp_path: Path
     assert_same(estimate(BATCHES, LoraGAConfig(), file, every=1), estimate(BATCHES, LoraGAConfig()))
 
 
-def test_a_finished_checkpoint_gives_its_end_without_another_pass(tmp_path: Path) -> None:
+def test_a_finished_checkpoint_gives_the_estimate_without_another_pass(tmp_path: Path) -> None:
     file = tmp_path / "state.safetensors"
     true = estimate(BATCHES, LoraGAConfig(), file, every=3)
 
@@ -177,7 +182,7 @@ def test_a_finished_checkpoint_gives_its_end_without_another_pass(tmp_path: Path
     assert_same(again, true)
 
 
-def test_the_names_in_the_file_are_those_of_older_files(tmp_path: Path) -> None:
+def test_a_checkpoint_has_the_key_names_of_older_files(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "state.safetensors", 1, {})
     progress = Progress(3, 30.0, {"a"}, {"a"}, {"a": 1}, settled={"b": 2}, settled_weight={"b": 20.0}, digest="d")
     checkpoint.save(progress, {"a.U": torch.ones(1)})
@@ -186,7 +191,7 @@ def test_the_names_in_the_file_are_those_of_older_files(tmp_path: Path) -> None:
     assert checkpoint.load()[0] == progress
 
 
-def swapped(batches: list[Any]) -> list[Any]:
+def swap_first_two(batches: list[Any]) -> list[Any]:
     return [batches[1], batches[0], *batches[2:]]
 
 
@@ -196,16 +201,16 @@ OTHERS: dict[str, tuple[Callable[[], Any], list[Any], dict[str, Any], str]] = {
     "seed": (lambda: adapted(llama()), BATCHES, {"seed": 1}, r"config\.seed is 0 in one, 1 in the other"),
     "settings": (lambda: adapted(llama()), BATCHES, {"oversample": 2}, r"config\.oversample is 16 in one, 2 in"),
     "rank": (lambda: adapted(llama(), r=2), BATCHES, {}, r"q_proj is 4 in one, 2 in the other; .* and \d+ more"),
-    "order": (lambda: adapted(llama()), swapped(BATCHES), {}, "made from other batches: it has read 4"),
+    "order": (lambda: adapted(llama()), swap_first_two(BATCHES), {}, "made from other batches: it has read 4"),
     "fewer": (lambda: adapted(llama()), BATCHES[:3], {}, "made from other batches: it has read 4"),
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_a_checkpoint_of_something_else_is_refused_and_kept(tmp_path: Path, other: str) -> None:
+def test_a_checkpoint_of_another_estimate_is_refused_and_kept(tmp_path: Path, other: str) -> None:
     file = tmp_path / "state.safetensors"
     with pytest.raises(InterruptedRunError):
-        estimate(until(5), LoraGAConfig(), file)
+        estimate(batches_until(5), LoraGAConfig(), file)
     before = file.read_bytes()
     make, batches, changes, message = OTHERS[other]
     with pytest.raises(ValueError, match=message):
@@ -214,7 +219,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_kept(tmp_path: Path, othe
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_a_truncated_checkpoint_is_refused(tmp_path: Path, share: float) -> None:
+def test_a_truncated_checkpoint_or_a_file_of_another_kind_is_refused(tmp_path: Path, share: float) -> None:
     file = tmp_path / "state.safetensors"
     estimate(BATCHES[:2], LoraGAConfig(), file)
     whole = file.read_bytes()
@@ -227,19 +232,19 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path, share: float) -> None
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, True])
-def test_a_senseless_interval_is_refused(tmp_path: Path, every: Any) -> None:
+def test_an_interval_that_is_not_a_positive_integer_is_refused(tmp_path: Path, every: Any) -> None:
     with pytest.raises(ValueError, match="it must be an integer of at least 1"):
         estimate(BATCHES, LoraGAConfig(), tmp_path / "state.safetensors", every=every)
 
 
-def test_a_disk_that_fills_up_is_reported_and_the_old_checkpoint_intact(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_old_checkpoint_stays_intact(tmp_path: Path) -> None:
     file = tmp_path / "state.safetensors"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def filling() -> Iterator[Any]:
         yield from BATCHES[:3]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # from here on no file grows beyond a kilobyte
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # from here on no file can grow beyond a kilobyte
         yield from BATCHES[3:]
 
     try:

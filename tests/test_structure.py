@@ -1,4 +1,7 @@
-"""A start that comes late, and an estimate that ends early or is interrupted, for layers of every form."""
+"""The structure of an aligned adapter: without an estimate, filled later, and in an adapter that is added.
+
+Also: estimates of experts that end early or resume.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*experts .or groups. got no gradient:UserWarning"),
 ]
 CONFIG = LoraGAConfig(on_missing="lora")
-FORMS = ["nn.Linear", "Conv1D (GPT-2)", "bitsandbytes nf4", "nn.Embedding", "nn.Conv2d", "fused experts (Mixtral)"]
+ROWS = ["nn.Linear", "Conv1D (GPT-2)", "bitsandbytes nf4", "nn.Embedding", "nn.Conv2d", "fused experts (Mixtral)"]
 
 
-def made(case: Case) -> PeftModel:
-    """The model with a fresh adapter, the same one every time."""
+def make_model(case: Case) -> PeftModel:
+    """Make the model of a case with a fresh adapter, the same in every call."""
     base = case.make()
     torch.manual_seed(1)
     return get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8} | dict(case.settings)))
@@ -38,30 +41,32 @@ def factors(model: nn.Module) -> dict[str, Factor]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Factor)}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_structure_of_any_form_computes_as_before_and_is_filled_as_if_at_once(form: str) -> None:
-    case = LAYERS[form]
+@pytest.mark.parametrize("row", ROWS)
+def test_a_structure_without_an_estimate_keeps_the_outputs_and_takes_the_same_start_later(row: str) -> None:
+    case = LAYERS[row]
     case.check_installed()
-    late, once, batch = made(case), made(case), case.batches()[0]
+    late, direct, batch = make_model(case), make_model(case), case.batches()[0]
     before = case.outputs(late, batch)
     trained = {id(parameter) for parameter in late.parameters() if parameter.requires_grad}
     give_structure(late, CONFIG, "default")
     assert torch.equal(case.outputs(late, batch), before)
     assert {id(parameter) for parameter in late.parameters() if parameter.requires_grad} == trained
-    ranks = {name: target.rank for name, target in find_targets(late).items()}  # prepared, not yet aligned
-    assert ranks == {name: target.rank for name, target in find_targets(once).items()}
-    for model in (late, once):
+    ranks = {
+        name: target.rank for name, target in find_targets(late).items()
+    }  # has the structure, but is not aligned yet
+    assert ranks == {name: target.rank for name, target in find_targets(direct).items()}
+    for model in (late, direct):
         lora_ga.initialize(model, case.batches(), CONFIG, loss_fn=case.loss_fn)
     assert {id(parameter) for parameter in late.parameters() if parameter.requires_grad} == trained
-    assert set(factors(late)) == set(factors(once)) != set()
-    for name, factor in factors(once).items():
+    assert set(factors(late)) == set(factors(direct)) != set()
+    for name, factor in factors(direct).items():
         assert torch.equal(factors(late)[name].start, factor.start), name
     torch.testing.assert_close(case.outputs(late, batch), before, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="already aligned"):
         find_targets(late)
 
 
-def test_an_adapter_on_the_meta_device_is_not_prepared_for_a_late_start() -> None:
+def test_an_adapter_on_the_meta_device_gets_no_structure() -> None:
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]), low_cpu_mem_usage=True)
     with pytest.raises(ValueError, match="q_proj: its adapter is on the meta device and has no values to compute with"):
         give_structure(model, CONFIG, "default")
@@ -70,7 +75,7 @@ def test_an_adapter_on_the_meta_device_is_not_prepared_for_a_late_start() -> Non
 
 def test_an_adapter_added_with_an_aligned_convolutions_configuration_gets_its_structure() -> None:
     case = LAYERS["nn.Conv2d, one group"]
-    model = made(case)
+    model = make_model(case)
     lora_ga.initialize(model, case.batches(), CONFIG)
     model.add_adapter("twin", model.peft_config["default"])
     layer = model.base_model.model.wide
@@ -81,12 +86,12 @@ def test_an_adapter_added_with_an_aligned_convolutions_configuration_gets_its_st
     torch.testing.assert_close(b(x), a(x))
 
 
-def experts() -> PeftModel:
+def adapted_experts() -> PeftModel:
     return adapted(seeded(mixtral)(), [], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
 
-def test_convergence_is_judged_per_expert_and_a_layer_keeps_its_hooks_until_all_have_converged() -> None:
-    model, batches = experts(), causal(1, rows=16) * 12
+def test_each_expert_converges_alone_and_a_layer_keeps_its_hooks_until_all_have() -> None:
+    model, batches = adapted_experts(), causal(1, rows=16) * 12
     hooks = []
 
     def loss_fn(m: nn.Module, batch: Any) -> torch.Tensor:
@@ -106,24 +111,24 @@ def test_convergence_is_judged_per_expert_and_a_layer_keeps_its_hooks_until_all_
         assert early[key].norm == pytest.approx(whole[key].norm, rel=0.02), key
 
 
-def test_an_interrupted_estimate_of_experts_ends_as_the_unbroken_one(tmp_path: Path) -> None:
+def test_a_resumed_estimate_of_experts_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     batches, file = causal(6), tmp_path / "state.safetensors"
-    true = lora_ga.estimate_gradients(experts(), batches, CONFIG)
+    true = lora_ga.estimate_gradients(adapted_experts(), batches, CONFIG)
 
-    def broken() -> Iterator[Any]:
+    def interrupted() -> Iterator[Any]:
         yield from batches[:4]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        lora_ga.estimate_gradients(experts(), broken(), CONFIG, checkpoint=file, every=2)
-    again = lora_ga.estimate_gradients(experts(), batches, CONFIG, checkpoint=file, every=2)
+        lora_ga.estimate_gradients(adapted_experts(), interrupted(), CONFIG, checkpoint=file, every=2)
+    again = lora_ga.estimate_gradients(adapted_experts(), batches, CONFIG, checkpoint=file, every=2)
     assert set(again) == set(true)
     for key in true:
         assert torch.equal(again[key].S, true[key].S), key
         assert torch.equal(again[key].U, true[key].U), key
 
 
-def test_a_4_bit_layer_is_left_as_it_was_when_a_late_start_cannot_be_had() -> None:
+def test_4_bit_layers_that_cannot_get_the_structure_are_left_unchanged() -> None:
     case = Case(nf4, needs="bitsandbytes")
     case.check_installed()
     model = adapted(nf4(), ["q_proj"], r=64)
@@ -160,7 +165,7 @@ def test_an_adapter_added_with_an_aligned_embeddings_configuration_gets_its_stru
     torch.testing.assert_close(logits(again, causal(1)[0]), moved, rtol=0, atol=1e-6)
 
 
-def test_what_is_put_back_into_an_embeddings_table_moves_the_factor_and_keeps_it() -> None:
+def test_writing_a_converted_weight_to_an_embeddings_table_converts_the_factor_in_place() -> None:
     model = adapted(llama(), ["embed_tokens", "q_proj"])
     lora_ga.initialize(model, causal(), CONFIG)
     table = model.base_model.model.model.embed_tokens.lora_embedding_B

@@ -1,4 +1,4 @@
-"""A and B from singular directions: each table entry against its formula."""
+"""A and B from singular directions: each direction and each scale against its formula."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def layer(**settings: Any) -> LayerSpec:
 
 
 def alignment_ratio(a: Tensor, b: Tensor) -> float:
-    """cos(G AᵀA + B BᵀG, G) over its limit."""
+    """Return cos(G AᵀA + B BᵀG, G) divided by its limit."""
     step = G @ a.mT @ a + b @ b.mT @ G
     cosine = (step * G).sum() / (step.norm() * G.norm())
     return (cosine / (torch.linalg.svdvals(G)[: 2 * RANK].norm() / G.norm())).item()
 
 
-def test_the_tables_hold_what_the_configuration_allows() -> None:
+def test_the_tables_have_one_entry_for_every_choice_of_the_configuration() -> None:
     assert set(DIRECTIONS) == set(CHOICES["direction"])
     assert set(SCALES) == set(CHOICES["scale"])
 
@@ -49,7 +49,7 @@ def test_every_direction_and_scale_reaches_the_alignment_limit(direction: str, s
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_rows_of_a_and_columns_of_b_come_from_disjoint_halves_of_the_first_2r(direction: str) -> None:
+def test_rows_of_a_and_columns_of_b_come_from_disjoint_halves_of_the_first_2r_directions(direction: str) -> None:
     rows, columns = DIRECTIONS[direction](layer(direction=direction))
     assert sorted([*rows.tolist(), *columns.tolist()]) == list(range(2 * RANK))
 
@@ -77,25 +77,25 @@ def test_both_factors_have_the_size_their_scale_states(settings: dict[str, Any],
     torch.testing.assert_close(b.norm(dim=0), torch.full((RANK,), factor, dtype=torch.float64))
 
 
-def test_random_halves_depend_on_the_seed_alone() -> None:
+def test_random_halves_depend_only_on_the_seed() -> None:
     first, again, other = (DIRECTIONS["random"](layer(seed=seed))[0].tolist() for seed in (0, 0, 1))
     assert first == again
     assert first != other
 
 
-def test_too_few_directions_are_refused_with_what_to_do() -> None:
+def test_an_estimate_with_too_few_directions_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layer: rank 3 needs 6 gradient directions, but the estimate holds 4\."):
         split(part(kept=4), layer())
 
 
-def test_leading_singular_values_of_a_weight() -> None:
+def test_the_leading_singular_values_of_a_weight_equal_those_of_the_full_svd() -> None:
     w = torch.randn(30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     w = w * 0.7 ** torch.arange(40)
     torch.testing.assert_close(leading_singular_values(w, 5, 0, "layer"), torch.linalg.svdvals(w)[:5])
 
 
 @pytest.mark.parametrize("settings", [{}, {"scale": "gd"}])
-def test_a_size_that_would_be_divided_by_a_scaling_of_zero_is_refused(settings: dict[str, Any]) -> None:
+def test_a_scale_that_divides_by_a_scaling_of_zero_is_refused(settings: dict[str, Any]) -> None:
     still = dataclasses.replace(layer(**settings), scaling=0.0)
     with pytest.raises(ValueError, match=r"layer: the LoRA scaling is 0.0.*lora_alpha above 0, or set stable_gamma"):
         split(part(), still)
@@ -103,7 +103,7 @@ def test_a_size_that_would_be_divided_by_a_scaling_of_zero_is_refused(settings: 
 
 @pytest.mark.parametrize(("outputs", "rank", "scaling"), [(16, 3, 2.5), (16, 1, 2.5), (64, 3, 2.5), (16, 3, 16.0)])
 def test_the_chosen_gamma_gives_every_layer_the_same_reach(outputs: int, rank: int, scaling: float) -> None:
-    """Whatever the width, the rank and α; and it is the γ that the docstring states."""
+    """The reach is the same for every width, rank and α. γ is the one that the docstring of `LoraGAConfig` states."""
     g = torch.randn(outputs, INPUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     held = LowRank(*truncated_svd(g, 10), norm=g.norm().item())
     config = LoraGAConfig(reach=0.5)

@@ -1,4 +1,4 @@
-"""Estimate files: round trip, atomic writing, refusals."""
+"""Files of estimates: saving and loading, merging, atomic writing, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig
-from lora_ga import files as store_module
+from lora_ga import files as files_module
 from lora_ga.files import check_empty, fingerprint, new_folder, write_atomically, write_tensors
 from toys import adapted, causal, gpt2, llama
 
@@ -24,7 +24,7 @@ def estimate() -> GradientEstimate:
     return lora_ga.estimate_gradients(adapted(llama()), causal(), LoraGAConfig(seed=5))
 
 
-def test_an_estimate_survives_the_way_to_disk_and_back(tmp_path: Path, estimate: GradientEstimate) -> None:
+def test_a_saved_estimate_loads_with_the_same_values(tmp_path: Path, estimate: GradientEstimate) -> None:
     estimate.save(tmp_path / "deep" / "estimate.safetensors")
     again = GradientEstimate.load(tmp_path / "deep" / "estimate.safetensors")
     assert (again.config, again.fingerprint, again.weight, again.batches) == (
@@ -43,7 +43,7 @@ def test_an_estimate_survives_the_way_to_disk_and_back(tmp_path: Path, estimate:
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def test_an_estimate_shows_its_limits_and_spectrum(estimate: GradientEstimate) -> None:
+def test_an_estimate_gives_its_limits_and_spectrum(estimate: GradientEstimate) -> None:
     limits = estimate.limit(4)
     assert set(limits) == set(estimate.spectrum()) == set(estimate)
     assert all(0.5 < limit <= 1 for limit in limits.values())
@@ -67,7 +67,7 @@ def test_estimates_of_two_halves_merge_to_that_of_the_whole() -> None:
         assert merged[name].norm == pytest.approx(whole[name].norm, rel=0.05)
 
 
-def test_estimates_that_do_not_add_up_are_refused(estimate: GradientEstimate) -> None:
+def test_estimates_of_other_models_or_settings_do_not_merge(estimate: GradientEstimate) -> None:
     model = adapted(llama())
     cases = {
         r"1 and 2 differ: config\.seed is 5 in one, 0 in the other": lora_ga.estimate_gradients(model, causal()),
@@ -85,7 +85,7 @@ def test_estimates_that_do_not_add_up_are_refused(estimate: GradientEstimate) ->
             estimate.merge(other)
 
 
-def test_the_fingerprint_is_of_the_base_not_of_the_adapter_or_the_values() -> None:
+def test_the_fingerprint_depends_on_the_base_but_not_on_the_adapter_or_the_values() -> None:
     base = llama()
     found = fingerprint(base)
     assert fingerprint(llama(seed=9)) == found
@@ -98,7 +98,7 @@ def test_the_fingerprint_is_of_the_base_not_of_the_adapter_or_the_values() -> No
     assert fingerprint(adapted(gpt2(), ["c_attn"])) == fingerprint(gpt2())
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file .expected a LoRA-GA gradient estimate"):
         GradientEstimate.load(tmp_path / "none.safetensors")
 
@@ -113,14 +113,14 @@ def test_a_truncated_file_is_refused(tmp_path: Path, estimate: GradientEstimate,
         GradientEstimate.load(file)
 
 
-def test_a_pickle_is_refused_without_being_opened(tmp_path: Path) -> None:
+def test_a_pickle_is_refused_as_damaged(tmp_path: Path) -> None:
     file = tmp_path / "estimate.safetensors"
     torch.save({"a": 1}, file)
     with pytest.raises(ValueError, match="damaged, or not a safetensors file"):
         GradientEstimate.load(file)
 
 
-def test_files_of_another_kind_version_or_with_spoiled_numbers_are_refused(
+def test_files_of_another_kind_or_format_and_incomplete_files_are_refused(
     tmp_path: Path, estimate: GradientEstimate
 ) -> None:
     file = tmp_path / "estimate.safetensors"
@@ -148,7 +148,7 @@ def test_files_of_another_kind_version_or_with_spoiled_numbers_are_refused(
         GradientEstimate.load(file)
 
 
-def test_one_changed_byte_is_noticed(tmp_path: Path, estimate: GradientEstimate) -> None:
+def test_a_file_with_one_changed_byte_is_refused(tmp_path: Path, estimate: GradientEstimate) -> None:
     file = tmp_path / "estimate.safetensors"
     estimate.save(file)
     content = bytearray(file.read_bytes())
@@ -158,21 +158,19 @@ def test_one_changed_byte_is_noticed(tmp_path: Path, estimate: GradientEstimate)
         GradientEstimate.load(file)
 
 
-def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="a folder; give the file itself"):
         GradientEstimate.load(tmp_path)
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     write_atomically(file, b"old")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module.os, "fsync", full)
+    monkeypatch.setattr(files_module.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(file, b"new")
     assert file.read_bytes() == b"old"

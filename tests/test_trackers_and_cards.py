@@ -1,4 +1,4 @@
-"""The estimate's numbers in experiment trackers and model cards."""
+"""Experiment trackers and model cards get the numbers of the estimate."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def test_the_numbers_reach_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="install tensorboard to run this test")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    late = callback()
-    trainer = transformers_trainer([late], tmp_path, report_to=["tensorboard"])
+    lora_ga_callback = callback()
+    trainer = transformers_trainer([lora_ga_callback], tmp_path, report_to=["tensorboard"])
     trainer.train()
-    assert late.estimate is not None
+    assert lora_ga_callback.estimate is not None
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
-    for name in late.estimate:
+    for name in lora_ga_callback.estimate:
         (norm,) = events.Scalars(f"train/lora_ga/gradient_norm/{name}")
         assert norm.step == 0
-        assert norm.value == pytest.approx(late.estimate[name].norm)
+        assert norm.value == pytest.approx(lora_ga_callback.estimate[name].norm)
         (limit,) = events.Scalars(f"train/lora_ga/alignment_limit/{name}")
-        assert limit.value == pytest.approx(late.estimate[name].limit(4))
+        assert limit.value == pytest.approx(lora_ga_callback.estimate[name].limit(4))
     assert not any("lora_ga" in key for entry in trainer.state.log_history for key in entry)
 
 
@@ -46,20 +46,20 @@ def test_the_numbers_reach_other_trackers(tracker: str, tmp_path: Path, monkeypa
     home = package.Run if tracker == "wandb" else package
     log = home.log
 
-    def kept(*given: Any, **named: Any) -> Any:
+    def log_and_keep(*given: Any, **named: Any) -> Any:
         sent.append(given[-1])
         return log(*given, **named)
 
-    monkeypatch.setattr(home, "log", kept)
-    late = callback()
-    transformers_trainer([late], tmp_path, report_to=[tracker], max_steps=1).train()
-    assert late.estimate is not None
+    monkeypatch.setattr(home, "log", log_and_keep)
+    lora_ga_callback = callback()
+    transformers_trainer([lora_ga_callback], tmp_path, report_to=[tracker], max_steps=1).train()
+    assert lora_ga_callback.estimate is not None
     values = next(values for values in sent if any("lora_ga" in key for key in values))
-    assert sum("gradient_norm" in key for key in values) == len(late.estimate)
+    assert sum("gradient_norm" in key for key in values) == len(lora_ga_callback.estimate)
 
 
 @pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
-def test_model_cards_say_how_the_adapter_was_started(kind: str, tmp_path: Path) -> None:
+def test_model_cards_state_how_the_adapter_was_started(kind: str, tmp_path: Path) -> None:
     make = {"Trainer": transformers_trainer, "SFTTrainer": sft}[kind]
     trainer = make([callback()], tmp_path)
     trainer.train()
@@ -76,7 +76,7 @@ def test_model_cards_say_how_the_adapter_was_started(kind: str, tmp_path: Path) 
     assert "over 3 batches" in (tmp_path / "README.md").read_text()
 
 
-def test_a_saved_start_is_in_pefts_model_card(tmp_path: Path) -> None:
+def test_pefts_model_card_describes_a_saved_start_once(tmp_path: Path) -> None:
     model = adapted(llama(), TARGETS)
     lora_ga.initialize(model, causal(), CONFIG)
     for _ in range(2):

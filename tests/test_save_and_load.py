@@ -1,4 +1,4 @@
-"""Saved adapters: what stock PEFT makes of them, and how training goes on."""
+"""Saved adapters: stock PEFT loads them, training resumes from them, and unsuitable ones are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from toys import FAMILIES, adapted, bert, causal, classified, llama, logits, t5,
 def trained(
     folder: Path, make: Callable[..., Any] = llama, data: Any = causal, offset: str = "adapter", **lora: Any
 ) -> Any:
-    """Align, train, save; returns the model in evaluation mode."""
+    """Align, train and save a model, and return it in evaluation mode."""
     model = adapted(make(), lora.pop("targets", "all-linear"), **lora)
     lora_ga.initialize(model, data(), LoraGAConfig(offset=offset))
     train(model, data())
@@ -51,16 +51,16 @@ def test_stock_peft_loads_the_adapter_on_the_original_base(tmp_path: Path, famil
     assert not torch.allclose(expected, logits(make(), data(1)[0]), atol=1e-3)
 
 
-def test_the_file_on_disk_has_the_form_of_the_theorem(tmp_path: Path) -> None:
+def test_the_saved_factors_join_the_start_and_the_trained_part(tmp_path: Path) -> None:
     trained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    beside = load_file(tmp_path / FILE)
+    starts = load_file(tmp_path / FILE)
     layer = "model.layers.0.self_attn.q_proj"
     a, b = (tensors[f"base_model.model.{layer}.lora_{letter}.weight"] for letter in "AB")
     assert a.shape == (8, 32)
     assert b.shape == (32, 8)
-    assert torch.equal(b[:, :4], beside[f"{layer}.B0"])
-    assert torch.equal(a[4:], beside[f"{layer}.A0"] + a[:4])
+    assert torch.equal(b[:, :4], starts[f"{layer}.B0"])
+    assert torch.equal(a[4:], starts[f"{layer}.A0"] + a[:4])
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_a_named_adapter_is_saved_in_its_folder_with_its_sidecar(tmp_path: Path)
 
 
 @pytest.mark.parametrize("offset", CHOICES["offset"])
-def test_training_goes_on_bit_for_bit_after_save_and_load(tmp_path: Path, offset: str) -> None:
-    unbroken = adapted(llama())
-    lora_ga.initialize(unbroken, causal(), LoraGAConfig(offset=offset))
+def test_training_resumes_bit_for_bit_after_save_and_load(tmp_path: Path, offset: str) -> None:
+    uninterrupted = adapted(llama())
+    lora_ga.initialize(uninterrupted, causal(), LoraGAConfig(offset=offset))
     optimizers = []
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, index: int) -> None:
@@ -128,28 +128,28 @@ def test_training_goes_on_bit_for_bit_after_save_and_load(tmp_path: Path, offset
         optimizer.step()
         optimizer.zero_grad()
 
-    optimizers.append(torch.optim.AdamW([p for p in unbroken.parameters() if p.requires_grad], lr=1e-2))
+    optimizers.append(torch.optim.AdamW([p for p in uninterrupted.parameters() if p.requires_grad], lr=1e-2))
     for index in range(4):
-        step(unbroken, optimizers[0], index)
-    unbroken.save_pretrained(tmp_path)
+        step(uninterrupted, optimizers[0], index)
+    uninterrupted.save_pretrained(tmp_path)
     state = copy.deepcopy(optimizers[0].state_dict())
     resumed = lora_ga.load(llama(), tmp_path, is_trainable=True)
     optimizers.append(torch.optim.AdamW([p for p in resumed.parameters() if p.requires_grad], lr=1e-2))
     optimizers[1].load_state_dict(state)
     check_optimizer_state(optimizers[1])
-    # A trainer loads the weights a second time, into the structure: that must not round what is exact.
+    # A trainer loads the weights a second time, into the structure. This must not round the exact values.
     resumed.load_adapter(tmp_path, "default", is_trainable=True)
     for index in range(4, 8):
-        step(unbroken, optimizers[0], index)
+        step(uninterrupted, optimizers[0], index)
         step(resumed, optimizers[1], index)
-    assert torch.equal(logits(unbroken, causal(1)[0]), logits(resumed, causal(1)[0]))
-    for (name, mine), (other, theirs) in zip(unbroken.named_parameters(), resumed.named_parameters(), strict=True):
+    assert torch.equal(logits(uninterrupted, causal(1)[0]), logits(resumed, causal(1)[0]))
+    for (name, mine), (other, theirs) in zip(uninterrupted.named_parameters(), resumed.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(mine, theirs), name
 
 
 @pytest.mark.parametrize("offset", CHOICES["offset"])
-def test_saving_what_was_loaded_writes_the_same_files(tmp_path: Path, offset: str) -> None:
+def test_saving_a_loaded_adapter_writes_the_same_files(tmp_path: Path, offset: str) -> None:
     trained(tmp_path / "first", offset=offset)
     lora_ga.load(llama(), tmp_path / "first", is_trainable=True).save_pretrained(tmp_path / "second")
     for file in ("adapter_model.safetensors", FILE):
@@ -162,7 +162,7 @@ def test_saving_what_was_loaded_writes_the_same_files(tmp_path: Path, offset: st
     assert configs[0] == configs[1]
 
 
-def test_a_base_offset_adapter_to_use_leaves_the_base_alone(tmp_path: Path) -> None:
+def test_loading_a_base_offset_adapter_for_inference_leaves_the_base_unchanged(tmp_path: Path) -> None:
     model = trained(tmp_path, offset="base")
     loaded = lora_ga.load(llama(), tmp_path)
     torch.testing.assert_close(logits(loaded, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
@@ -170,7 +170,7 @@ def test_a_base_offset_adapter_to_use_leaves_the_base_alone(tmp_path: Path) -> N
         assert torch.equal(logits(loaded, causal(1)[0]), logits(llama(), causal(1)[0]))
 
 
-def test_an_adapter_loaded_to_use_does_not_train(tmp_path: Path) -> None:
+def test_an_adapter_loaded_for_inference_does_not_train(tmp_path: Path) -> None:
     trained(tmp_path)
     assert not any(parameter.requires_grad for parameter in lora_ga.load(llama(), tmp_path).parameters())
     again = lora_ga.load(llama(), tmp_path, is_trainable=True)
@@ -180,7 +180,7 @@ def test_an_adapter_loaded_to_use_does_not_train(tmp_path: Path) -> None:
 
 
 def test_an_adapter_stored_in_bfloat16_is_close_and_loads(tmp_path: Path) -> None:
-    # The learning rate of the published runs is small, so B A is close to B0 A0: the hard case for rounding.
+    # The learning rate of the published runs is small, so B A is close to B0 A0, and rounding matters most.
     model = adapted(llama())
     lora_ga.initialize(model, causal())
     train(model, causal(), steps=20, lr=1e-4)
@@ -198,10 +198,10 @@ def test_an_adapter_stored_in_bfloat16_is_close_and_loads(tmp_path: Path) -> Non
     torch.testing.assert_close(logits(again, causal(1)[0]), logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-2)
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_another_base_model_is_refused_and_given_back_as_it_was(tmp_path: Path) -> None:
+def test_another_base_model_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     trained(tmp_path)
     base = llama(intermediate_size=64)
     with pytest.raises(ValueError, match="trained on another base model: its fingerprint is"):
@@ -210,15 +210,15 @@ def test_another_base_model_is_refused_and_given_back_as_it_was(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["no-such-owner/no-such-adapter", "no/such/folder"])
-def test_an_adapter_that_is_nowhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it tries for half a minute
+def test_an_adapter_that_does_not_exist_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # otherwise it retries for half a minute
     base = llama()
     with pytest.raises(FileNotFoundError, match=f"{name}: not a local folder, and the hub does not give it"):
         lora_ga.load(base, name)
     assert not any("lora" in path for path, _ in base.named_modules())
 
 
-def test_an_adapter_on_the_hub_without_a_sidecar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_on_the_hub_may_have_no_sidecar(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: object) -> str:
         raise EntryNotFoundError("404")
 
@@ -246,7 +246,7 @@ def test_the_sidecar_of_another_adapter_is_refused(tmp_path: Path) -> None:
     assert not any("lora" in name for name, _ in base.named_modules())
 
 
-def test_without_a_sidecar_it_trains_on_as_plain_lora_and_says_so(tmp_path: Path) -> None:
+def test_an_adapter_without_its_sidecar_trains_as_plain_lora_with_a_warning(tmp_path: Path) -> None:
     trained(tmp_path)
     (tmp_path / FILE).unlink()
     with pytest.warns(UserWarning, match="has no lora_ga.safetensors: it trains on as plain LoRA"):
@@ -254,7 +254,7 @@ def test_without_a_sidecar_it_trains_on_as_plain_lora_and_says_so(tmp_path: Path
     assert not any(isinstance(module, Factor) for module in model.modules())
 
 
-def test_a_lora_ga_optimizer_state_does_not_get_into_a_plain_structure(tmp_path: Path) -> None:
+def test_the_optimizer_state_of_a_lora_ga_run_is_refused_for_a_plain_adapter(tmp_path: Path) -> None:
     model = trained(tmp_path)
     (tmp_path / FILE).unlink()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -270,15 +270,15 @@ def test_a_lora_ga_optimizer_state_does_not_get_into_a_plain_structure(tmp_path:
         lora_ga.load(llama(), tmp_path, is_trainable=True)
 
 
-def loaded_as_plain(folder: Path) -> PeftModel:
+def load_as_plain(folder: Path) -> PeftModel:
     trained(folder)
     (folder / FILE).unlink()
     with pytest.warns(UserWarning, match="trains on as plain LoRA"):
         return lora_ga.load(llama(), folder, is_trainable=True)
 
 
-def with_state_of_half_the_size(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer with states like those of a LoRA-GA run, in which A and B are half as large."""
+def optimizer_with_halved_state(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer with a state like that of a LoRA-GA run, in which A and B are half as large."""
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
@@ -286,24 +286,24 @@ def with_state_of_half_the_size(parameters: Iterable[nn.Parameter]) -> torch.opt
     return optimizer
 
 
-def test_the_first_step_of_a_plain_adapters_optimizer_is_checked(tmp_path: Path) -> None:
-    model = loaded_as_plain(tmp_path)
-    optimizer = with_state_of_half_the_size(p for p in model.parameters() if p.requires_grad)
+def test_the_first_step_of_a_plain_adapter_checks_the_optimizer_state(tmp_path: Path) -> None:
+    model = load_as_plain(tmp_path)
+    optimizer = optimizer_with_halved_state(p for p in model.parameters() if p.requires_grad)
     for _ in range(2):
         with pytest.raises(ValueError, match="the state of a LoRA-GA run .* does not fit a plain rank-2r adapter"):
             optimizer.step()
 
 
 def test_the_optimizers_of_other_models_are_not_checked(tmp_path: Path) -> None:
-    model = loaded_as_plain(tmp_path)
-    with_state_of_half_the_size(nn.Linear(4, 4).parameters()).step()
-    model.base_model.model.lm_head.requires_grad_(True)  # nor other parameters of this one
-    with_state_of_half_the_size(model.base_model.model.lm_head.parameters()).step()
+    model = load_as_plain(tmp_path)
+    optimizer_with_halved_state(nn.Linear(4, 4).parameters()).step()
+    model.base_model.model.lm_head.requires_grad_(True)  # nor are those of other parameters of this model
+    optimizer_with_halved_state(model.base_model.model.lm_head.parameters()).step()
 
 
-def test_the_check_ends_with_the_model(tmp_path: Path) -> None:
+def test_the_check_is_removed_with_the_model(tmp_path: Path) -> None:
     before = len(hooks)
-    model = loaded_as_plain(tmp_path)
+    model = load_as_plain(tmp_path)
     assert len(hooks) == before + 1
     del model
     gc.collect()
@@ -318,7 +318,7 @@ def test_an_adapter_of_another_rank_does_not_load_into_an_aligned_one(tmp_path: 
         model.load_adapter(tmp_path, "default")
 
 
-def test_another_plain_adapter_of_twice_the_rank_loads_into_an_aligned_one(tmp_path: Path) -> None:
+def test_a_plain_adapter_of_twice_the_rank_loads_into_an_aligned_one(tmp_path: Path) -> None:
     plain = adapted(llama(), r=8, lora_alpha=8 * 2**0.5)
     train(plain, causal())
     plain.save_pretrained(tmp_path)
