@@ -59,10 +59,11 @@ def test_a_layer_has_converged_when_batches_times_change_is_small_twice_in_a_row
         found.append(progress.update_converged({"a": change}, 0.01))
     # n · change: 0.5, 0.008, 0.06, 0.008, 0.01, 0
     assert found[:5] == [[], [], [], [], ["a"]]
+    # The loop would have removed the hooks at 5.
     assert (progress.settled, progress.settled_weight) == (
         {"a": 6},
         {"a": 60.0},
-    )  # the loop would have removed its hooks at 5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,8 @@ def test_converged_layers_lose_their_hooks_and_the_pass_ends_when_all_have_conve
     for name in early:
         lost = 1 - torch.linalg.svdvals(whole[name].V[:, :8].mT @ early[name].V[:, :8])[0]
         assert lost < 0.01, name
-        assert early[name].norm == pytest.approx(whole[name].norm, rel=0.1), (
-            name
-        )  # a mean over the batches until it converged
+        # The mean is over the batches until the layer converged.
+        assert early[name].norm == pytest.approx(whole[name].norm, rel=0.1), name
         assert early.weight_of(name) == early.settled[name] * 14 * 11  # 14 rows of 11 label tokens a batch
 
 

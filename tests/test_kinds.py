@@ -185,7 +185,7 @@ def test_a_4_bit_layer_that_evaluation_packed_still_gets_its_gradient() -> None:
     assert any(layer.weight.quant_state.packing_format_for_cpu for layer in layers)
     model = adapted(base)
     found = lora_ga.estimate_gradients(model, causal(), DENSE)
-    # Packing rounded the blocks' scales, so the truth is the gradient of the model as it is now.
+    # Packing rounded the blocks' scales, so the reference is the gradient of the packed model.
     truth = gradients(dequantised(wide_llama(), model), causal())
     for name, part in found.items():
         assert ((part.U * part.S) @ part.V.mT - truth[name]).norm() <= 1e-4 * truth[name].norm(), name

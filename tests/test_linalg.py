@@ -55,7 +55,7 @@ def test_many_blocks_keep_nearly_all_the_energy_that_one_svd_keeps() -> None:
     assert captured >= 0.995 * s[:8].norm()
 
 
-def test_a_gradient_of_low_rank_is_held_exactly() -> None:
+def test_a_low_rank_gradient_is_held_exactly() -> None:
     g, _ = with_known_spectrum()
     u, s, vh = torch.linalg.svd(g, full_matrices=False)
     low = (u[:, :5] * s[:5]) @ vh[:5]

@@ -235,7 +235,7 @@ def test_the_model_is_left_unchanged_even_after_an_error(failing: int | None, es
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
 
 
-def test_the_probe_does_not_change_the_function() -> None:
+def test_the_probe_does_not_change_the_outputs() -> None:
     model, batches, seen = fused_llama(), causal(), []
 
     def loss_fn(adapted: Any, batch: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What we claim holds on pretrained models: the packaged MiniLM, and the small Llamas of LORA_GA_DATA."""
+"""Our claims, tested on pretrained models: the packaged MiniLM, and the small Llamas of LORA_GA_DATA."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_start_does_not_depend_on_the_size_of_the_loss(case: Case, factor: f
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_at_the_start_equal_the_base_models_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
+def test_outputs_at_the_start_equal_those_of_the_base_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
     model = fresh(case, dtype)
     lora_ga.initialize(model, case.batches[:4])
     assert torch.equal(logits(model.eval(), case.batches[0]), logits(case.make().to(dtype), case.batches[0]))

@@ -51,9 +51,8 @@ def test_a_structure_without_an_estimate_keeps_the_outputs_and_takes_the_same_st
     give_structure(late, CONFIG, "default")
     assert torch.equal(case.outputs(late, batch), before)
     assert {id(parameter) for parameter in late.parameters() if parameter.requires_grad} == trained
-    ranks = {
-        name: target.rank for name, target in find_targets(late).items()
-    }  # has the structure, but is not aligned yet
+    # `late` has the structure, but is not aligned yet.
+    ranks = {name: target.rank for name, target in find_targets(late).items()}
     assert ranks == {name: target.rank for name, target in find_targets(direct).items()}
     for model in (late, direct):
         lora_ga.initialize(model, case.batches(), CONFIG, loss_fn=case.loss_fn)

@@ -111,7 +111,7 @@ def test_the_estimated_gradient_equals_autograds(case: Case) -> None:
 
 
 @rows("start")
-def test_outputs_at_the_start_equal_the_base_models_bit_for_bit(case: Case) -> None:
+def test_outputs_at_the_start_equal_those_of_the_base_bit_for_bit(case: Case) -> None:
     model = fresh(case)
     with model.disable_adapter():
         before = output(case, model)

@@ -91,7 +91,7 @@ def test_the_processes_find_the_gradient_of_the_unsplit_model(
         dense, streamed = (result[name] for result in (found[0]["dense"]["layers"], found[0]["streaming"]["layers"]))
         torch.testing.assert_close(gradient(dense), gradient(exact), rtol=1e-4, atol=1e-6)
         assert dense[3] == pytest.approx(exact[3], rel=1e-4)
-        # Each process keeps as many directions of its block as one process keeps of the whole, so no more is lost.
+        # Each process keeps as many directions of its block as one process keeps of the whole, so hardly more is lost.
         lost = (gradient(streamed) - gradient(exact)).norm() / exact[3]
         assert lost <= (gradient(alone["streaming"]["layers"][name]) - gradient(exact)).norm() / exact[3] + 0.01, name
         torch.testing.assert_close(streamed[4], exact[4], rtol=1e-4, atol=1e-6)  # the sketch
@@ -107,7 +107,7 @@ def test_batches_and_labels_are_counted_once(found: list[dict[str, Any]], alone:
     assert found[0]["at most"]["about"][0] == 3
 
 
-def test_both_processes_end_with_the_same_bits(found: list[dict[str, Any]]) -> None:
+def test_both_processes_end_with_the_same_values_bit_for_bit(found: list[dict[str, Any]]) -> None:
     first, second = found
     for name in ("dense", "streaming", "at most", "in part"):
         assert first[name]["about"] == second[name]["about"]

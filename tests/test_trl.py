@@ -73,9 +73,9 @@ def test_an_adapter_that_trl_casts_to_bfloat16_is_aligned_and_loads_in_stock_pef
     trainer.train()
     assert {factor.start.dtype for factor in factors(trainer.model)} == {torch.bfloat16}
     stock = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-8")
-    moved = (logits(stock, batch) - logits(llama(), batch)).abs().max()
-    apart = (logits(stock, batch) - logits(trainer.model.eval(), batch)).abs().max()
-    assert apart < 0.02 * moved
+    change = (logits(stock, batch) - logits(llama(), batch)).abs().max()
+    difference = (logits(stock, batch) - logits(trainer.model.eval(), batch)).abs().max()
+    assert difference < 0.02 * change
 
 
 def test_an_adapter_on_a_4_bit_base_is_trained_saved_and_loaded_by_stock_peft(tmp_path: Path) -> None:
@@ -90,9 +90,9 @@ def test_an_adapter_on_a_4_bit_base_is_trained_saved_and_loaded_by_stock_peft(tm
     assert sum(found[-2:]) < sum(found[:2])
     stock = PeftModel.from_pretrained(nf4(), tmp_path / "checkpoint-8").eval()
     assert stock.peft_config["default"].r == 8
-    moved = (logits(stock, batch) - untrained).abs().max()
-    apart = (logits(stock, batch) - logits(trainer.model.eval(), batch)).abs().max()
-    assert apart < 0.02 * moved  # TRL makes the adapter of a 4-bit base compute in bfloat16
+    change = (logits(stock, batch) - untrained).abs().max()
+    difference = (logits(stock, batch) - logits(trainer.model.eval(), batch)).abs().max()
+    assert difference < 0.02 * change  # TRL makes the adapter of a 4-bit base compute in bfloat16
 
 
 def test_a_reference_copied_from_a_trained_adapter_equals_it(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_the_gradient_equals_that_of_the_plain_run(way: Way, tmp_path: Path) -> 
 
 
 @rows("start")
-def test_outputs_at_the_start_equal_the_base_models(way: Way, tmp_path: Path) -> None:
+def test_outputs_at_the_start_equal_those_of_the_base_model(way: Way, tmp_path: Path) -> None:
     model, batch = way.make(tmp_path), causal(1)[0]
     with way.context():
         with model.disable_adapter():
