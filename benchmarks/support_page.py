@@ -1,6 +1,7 @@
 """Draws docs/support.md from the record that the tests of supported models and settings write.
 
-pytest tests/test_support.py tests/test_ways_of_running.py tests/test_kinds.py tests/test_after.py tests/test_probe.py \
+pytest tests/test_support.py tests/test_ways_of_running.py tests/test_kinds.py tests/test_trained_adapters.py \
+        tests/test_probe.py --support-record benchmarks/results/support.json
         --support-record benchmarks/results/support.json
 python benchmarks/support_page.py --write
 """

@@ -57,32 +57,32 @@ def assert_same_trained(one: Trainer, other: Trainer) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- effects ----------------------------------------------------------------------------------------------------------
+# --- effects ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_start_is_that_of_initialize_on_the_same_batches(tmp_path: Path) -> None:
+def test_the_callback_gives_the_start_of_initialize_on_the_same_batches(tmp_path: Path) -> None:
     model = adapted(llama(), TARGETS)
     estimate = lora_ga.initialize(model, causal())
-    late = callback(batches=causal())
-    trainer = transformers_trainer([late], tmp_path, learning_rate=0.0, max_steps=1)
+    lora_callback = callback(batches=causal())
+    trainer = transformers_trainer([lora_callback], tmp_path, learning_rate=0.0, max_steps=1)
     trainer.train()
     assert_same_start(trainer.model, model)
-    assert late.estimate is not None
-    assert late.estimate.batches == estimate.batches == 3
-    assert late.estimate.weight == estimate.weight
+    assert lora_callback.estimate is not None
+    assert lora_callback.estimate.batches == estimate.batches == 3
+    assert lora_callback.estimate.weight == estimate.weight
 
 
-def test_a_loss_function_replaces_that_of_the_trainer(tmp_path: Path) -> None:
+def test_loss_fn_replaces_the_loss_of_the_trainer(tmp_path: Path) -> None:
     def halved(model: Any, batch: Any) -> tuple[torch.Tensor, float]:
         return model(**batch).loss, 1.0
 
-    late = callback(batches=causal(), loss_fn=halved)
-    transformers_trainer([late], tmp_path, max_steps=1).train()
-    assert late.estimate is not None
-    assert late.estimate.weight == 3.0
+    lora_callback = callback(batches=causal(), loss_fn=halved)
+    transformers_trainer([lora_callback], tmp_path, max_steps=1).train()
+    assert lora_callback.estimate is not None
+    assert lora_callback.estimate.weight == 3.0
 
 
-def test_the_optimizer_holds_the_parameters_that_are_filled(tmp_path: Path) -> None:
+def test_the_optimizer_holds_the_parameters_that_the_callback_fills(tmp_path: Path) -> None:
     trainer = transformers_trainer([callback()], tmp_path)
     before = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     assert all(not bool(b.weight.any()) for b in factors(trainer.model)[1::2])
@@ -111,13 +111,13 @@ def test_the_structure_alone_trains_as_plain_lora() -> None:
 
 
 def test_a_second_call_of_train_continues_without_a_new_estimate(tmp_path: Path) -> None:
-    late = callback()
-    trainer = transformers_trainer([late], tmp_path)
+    lora_callback = callback()
+    trainer = transformers_trainer([lora_callback], tmp_path)
     trainer.train()
-    first, starts = late.estimate, [factor.start.clone() for factor in factors(trainer.model)]
+    first, starts = lora_callback.estimate, [factor.start.clone() for factor in factors(trainer.model)]
     moved = [factor.trainable.clone() for factor in factors(trainer.model)]
     trainer.train()
-    assert late.estimate is first
+    assert lora_callback.estimate is first
     assert all(torch.equal(factor.start, start) for factor, start in zip(factors(trainer.model), starts, strict=True))
     assert not any(torch.equal(f.trainable, held) for f, held in zip(factors(trainer.model), moved, strict=True))
 
@@ -131,17 +131,17 @@ def test_a_callback_added_after_the_trainer_was_made_gives_the_same_start(tmp_pa
 
 
 def test_a_new_model_of_model_init_gets_a_new_estimate(tmp_path: Path) -> None:
-    late = callback()
+    lora_callback = callback()
     trainer = Trainer(
         model_init=lambda: adapted(llama(), TARGETS),
         args=TrainingArguments(**settings(tmp_path)),
         train_dataset=tokenised(),
-        callbacks=[late],
+        callbacks=[lora_callback],
     )
     trainer.train()
-    first = late.estimate
+    first = lora_callback.estimate
     trainer.train()
-    assert late.estimate is not first
+    assert lora_callback.estimate is not first
     assert all(bool(factor.start.any()) for factor in factors(trainer.model))
 
 
@@ -152,9 +152,12 @@ def test_layers_without_a_gradient_remain_plain_lora(tmp_path: Path) -> None:
     def without_the_last_layer(model: Any, batch: Any) -> torch.Tensor:
         return model(**batch, output_hidden_states=True).hidden_states[1].square().mean()
 
-    late = LoraGACallback(LoraGAConfig(on_missing="lora"), batches=causal(), loss_fn=without_the_last_layer)
+    lora_callback = LoraGACallback(LoraGAConfig(on_missing="lora"), batches=causal(), loss_fn=without_the_last_layer)
     trainer = Trainer(
-        model, TrainingArguments(**settings(tmp_path, learning_rate=0.0)), train_dataset=tokenised(), callbacks=[late]
+        model,
+        TrainingArguments(**settings(tmp_path, learning_rate=0.0)),
+        train_dataset=tokenised(),
+        callbacks=[lora_callback],
     )
     with pytest.warns(UserWarning, match=r"3 of 6 layers cannot be aligned(.|\n)*They start as plain LoRA"):
         trainer.train()
@@ -166,11 +169,11 @@ def test_layers_without_a_gradient_remain_plain_lora(tmp_path: Path) -> None:
     assert_same_start(again, model)
 
 
-# --- where the trainer comes from ------------------------------------------------------------------------------------
+# --- how the callback finds the trainer ------------------------------------------------------------------------------
 
 
 def passed(make: Any, folder: Path, **changes: Any) -> Trainer:
-    """The callback is passed to the trainer, and finds it in the call stack."""
+    """The callback is passed to the trainer, and finds the trainer in the call stack."""
     return make([callback()], folder, **changes)
 
 
@@ -188,12 +191,12 @@ def added(make: Any, folder: Path, **changes: Any) -> Trainer:
     return trainer
 
 
-WAYS = [passed, attached, added]
+SETUPS = [passed, attached, added]
 
 
 @pytest.fixture
 def no_call_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the fallback fail."""
+    """Make every reading of the call stack fail."""
 
     def fail(_: Any) -> None:
         raise AssertionError("the call stack was read")
@@ -201,19 +204,19 @@ def no_call_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_ga.integrations.trainer, "_trainer_from_call_stack", fail)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_structure_is_there_before_the_optimizer(way: Any, tmp_path: Path) -> None:
-    trainer = way(transformers_trainer, tmp_path)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_the_structure_exists_before_the_optimizer(setup: Any, tmp_path: Path) -> None:
+    trainer = setup(transformers_trainer, tmp_path)
     assert len(factors(trainer.model)) == 2 * 2 * len(TARGETS)
     assert sum(type(each) is LoraGACallback for each in trainer.callback_handler.callbacks) == 1
 
 
 @pytest.mark.usefixtures("no_call_stack")
-@pytest.mark.parametrize("way", [attached, added])
-def test_a_named_trainer_is_used_without_the_call_stack(
-    way: Any, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("setup", [attached, added])
+def test_an_attached_callback_does_not_read_the_call_stack(
+    setup: Any, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = way(transformers_trainer, tmp_path / "named")
+    trainer = setup(transformers_trainer, tmp_path / "named")
     trainer.train()
     with pytest.raises(AssertionError, match="the call stack was read"):
         passed(transformers_trainer, tmp_path)
@@ -224,48 +227,48 @@ def test_a_named_trainer_is_used_without_the_call_stack(
 
 
 @pytest.mark.usefixtures("no_call_stack")
-@pytest.mark.parametrize("way", [attached, added])
-def test_a_named_trainer_resumes_bit_for_bit(way: Any, tmp_path: Path) -> None:
-    whole, parts = (way(transformers_trainer, tmp_path / name) for name in ("whole", "parts"))
+@pytest.mark.parametrize("setup", [attached, added])
+def test_an_attached_callback_resumes_bit_for_bit(setup: Any, tmp_path: Path) -> None:
+    whole, parts = (setup(transformers_trainer, tmp_path / name) for name in ("whole", "parts"))
     for trainer in (whole, parts):
         trainer.train()
     shutil.rmtree(tmp_path / "parts" / "checkpoint-8")
-    again = way(transformers_trainer, tmp_path / "parts")  # its own folder
+    again = setup(transformers_trainer, tmp_path / "parts")  # resumes from its output folder
     again.train(resume_from_checkpoint=True)
     assert_same_trained(whole, again)
     checkpoint = str(tmp_path / "whole" / "checkpoint-4")
-    moved = way(transformers_trainer, tmp_path / "moved", resume_from_checkpoint=checkpoint)
+    moved = setup(transformers_trainer, tmp_path / "moved", resume_from_checkpoint=checkpoint)
     moved.train(resume_from_checkpoint=checkpoint)
     assert_same_trained(whole, moved)
 
 
-def test_an_attached_callback_that_finds_no_checkpoint_says_what_to_set(tmp_path: Path) -> None:
+def test_an_attached_callback_that_finds_no_checkpoint_raises_an_error(tmp_path: Path) -> None:
     attached(transformers_trainer, tmp_path / "a").train()
     checkpoints = [str(tmp_path / "a" / f"checkpoint-{step}") for step in (4, 8)]
-    # The folder that the arguments name is of another step than the one that is resumed.
+    # The checkpoint in the arguments is of another step than the one that is resumed.
     again = attached(transformers_trainer, tmp_path / "b", resume_from_checkpoint=checkpoints[1])
     with pytest.raises(ValueError, match=r"resumes at step 4.*looked in .*checkpoint-8, .*b/checkpoint-4\. Set Trai"):
         again.train(resume_from_checkpoint=checkpoints[0])
 
 
 def test_attach_has_no_effect_on_a_trainer_that_has_the_callback(tmp_path: Path) -> None:
-    late = callback()
-    trainer = transformers_trainer([late], tmp_path)
+    lora_callback = callback()
+    trainer = transformers_trainer([lora_callback], tmp_path)
     parameters = [factor.trainable for factor in factors(trainer.model)]
     for _ in range(2):
-        late.attach(trainer)
+        lora_callback.attach(trainer)
     now = [factor.trainable for factor in factors(trainer.model)]
     assert all(one is other for one, other in zip(parameters, now, strict=True))
-    assert sum(each is late for each in trainer.callback_handler.callbacks) == 1
+    assert sum(each is lora_callback for each in trainer.callback_handler.callbacks) == 1
     trainer.train()
-    late.attach(trainer)
+    lora_callback.attach(trainer)
 
 
-def test_a_callback_attached_to_one_trainer_is_not_used_by_another(tmp_path: Path) -> None:
-    late = callback()
-    late.attach(transformers_trainer([], tmp_path))
+def test_a_callback_attached_to_one_trainer_is_refused_by_another(tmp_path: Path) -> None:
+    lora_callback = callback()
+    lora_callback.attach(transformers_trainer([], tmp_path))
     with pytest.raises(RuntimeError, match="attached to one trainer, but called by another. Make a new LoraGACallback"):
-        transformers_trainer([late], tmp_path)
+        transformers_trainer([lora_callback], tmp_path)
 
 
 def test_attach_refuses_what_on_init_end_refuses(tmp_path: Path) -> None:
@@ -286,7 +289,7 @@ def test_attach_after_trl_has_copied_the_adapter_to_a_reference(tmp_path: Path) 
 
 
 class CallStack(TrainerCallback):
-    """Keeps the methods of the trainer that call each event, the innermost first, with their local variables."""
+    """Keeps, for each event, the trainer's methods on the call stack and their local variables, innermost first."""
 
     def __init__(self) -> None:
         self.calls: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -300,11 +303,11 @@ class CallStack(TrainerCallback):
         ]
 
     def on_init_end(self, *_: Any, **named: Any) -> None:
-        """Keep."""
+        """Keep the call stack of this event."""
         self._keep("on_init_end")
 
     def on_train_begin(self, *_: Any, **named: Any) -> None:
-        """Keep."""
+        """Keep the call stack of this event."""
         self._keep("on_train_begin")
 
 
@@ -330,7 +333,7 @@ def test_the_installed_transformers_calls_its_events_as_the_fallback_expects(
 
 
 def test_the_fallback_reads_the_checkpoint_from_the_call_of_train(tmp_path: Path) -> None:
-    """Nothing but the argument of `train` names the checkpoint here."""
+    """Only the argument of `train` names the checkpoint here."""
     whole = passed(transformers_trainer, tmp_path / "whole")
     whole.train()
     again = passed(transformers_trainer, tmp_path / "again")
@@ -338,31 +341,29 @@ def test_the_fallback_reads_the_checkpoint_from_the_call_of_train(tmp_path: Path
     assert_same_trained(whole, again)
 
 
-# --- what is logged and kept -----------------------------------------------------------------------------------------
+# --- logs and checkpoints --------------------------------------------------------------------------------------------
 
 
-class LogCounts(TrainerCallback):
+class KeepLogs(TrainerCallback):
     """Keeps the logs."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep a copy."""
+        """Keep a copy of the logs."""
         self.seen.append(dict(logs))
 
 
-def test_the_losses_of_the_estimate_are_not_in_what_the_trainer_logs(tmp_path: Path) -> None:
+def test_the_trainer_does_not_log_the_losses_of_the_estimate(tmp_path: Path) -> None:
     logs = []
     for name, callbacks in (("with", [callback()]), ("without", [])):
-        counts = LogCounts()
+        kept = KeepLogs()
         data = rows("prompt", "completion", count=8)
-        trainer = sft([*callbacks, counts], tmp_path / name, eval_on_start=True, eval_strategy="no", max_steps=1)
+        trainer = sft([*callbacks, kept], tmp_path / name, eval_on_start=True, eval_strategy="no", max_steps=1)
         trainer.eval_dataset = trainer._prepare_dataset(data, tokenizer(), trainer.args, False, None, "eval")
         trainer.train()
-        logs.append(
-            {key: value for key, value in counts.seen[0].items() if "runtime" not in key and "per_s" not in key}
-        )
+        logs.append({key: value for key, value in kept.seen[0].items() if "runtime" not in key and "per_s" not in key})
     assert logs[0] == logs[1]
     assert "eval_entropy" in logs[0]
 
@@ -370,7 +371,7 @@ def test_the_losses_of_the_estimate_are_not_in_what_the_trainer_logs(tmp_path: P
 def test_the_best_checkpoint_is_loaded_at_the_end_and_others_are_removed(tmp_path: Path) -> None:
     model = adapted(llama(), TARGETS)
     arguments = settings(tmp_path, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True, save_total_limit=1)
-    arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # so that it is not the last
+    arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # so that the best is not the last
     data = tokenised()
     trainer = Trainer(
         model, TrainingArguments(**arguments), train_dataset=data, eval_dataset=data, callbacks=[callback()]
@@ -421,6 +422,7 @@ class Once(IterableDataset[Any]):
 
 
 def made(tmp_path: Path, model: Any, data: Any = None, **changes: Any) -> Trainer:
+    """A trainer with a new callback."""
     return Trainer(
         model,
         TrainingArguments(**settings(tmp_path, **changes)),
@@ -472,7 +474,7 @@ assert started.estimate.batches == 1
 """
 
 
-def test_the_datasets_library_is_not_needed(tmp_path: Path) -> None:
+def test_the_callback_works_without_the_datasets_library(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_DATASETS, str(tmp_path)], capture_output=True, text=True, check=False
     )
@@ -507,7 +509,7 @@ def test_offset_base_is_refused() -> None:
         LoraGACallback(LoraGAConfig(offset="base"))
 
 
-def test_a_caller_that_is_no_trainer_is_refused() -> None:
+def test_a_caller_that_is_not_a_trainer_is_refused() -> None:
     with pytest.raises(RuntimeError, match="was not called by a transformers.Trainer that has it among its callbacks"):
         callback().on_init_end(None, None, None, model=adapted(llama(), TARGETS))
 
@@ -556,7 +558,7 @@ torch.save([type(trainer.model_wrapped).__name__, tensors], Path(sys.argv[1]) / 
 
 
 @pytest.mark.slow
-def test_processes_estimate_on_their_shares_and_get_one_start(tmp_path: Path) -> None:
+def test_processes_estimate_on_their_shares_and_get_the_same_start(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     run = [

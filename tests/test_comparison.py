@@ -1,4 +1,4 @@
-"""The numbers that compare runs, and the tables that show them."""
+"""The numbers by which runs are compared, and the tables that show them."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ from runs import falling, make_run
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_the_trailing_mean_is_that_of_a_slow_loop(every: int) -> None:
+def test_the_trailing_mean_equals_that_of_a_slow_loop(every: int) -> None:
     values = np.random.default_rng(0).normal(size=50)
     curve = tuple((step, float(value)) for step, value in zip(range(every, 151, every), values, strict=False))
     slow = [(t, float(np.mean([value for step, value in curve if t - 7 < step <= t]))) for t, _ in curve if t >= 7]
@@ -29,21 +29,23 @@ def test_the_trailing_mean_is_that_of_a_slow_loop(every: int) -> None:
     assert [value for _, value in smooth(curve, 7)] == pytest.approx([value for _, value in slow], abs=1e-12)
 
 
-def test_a_loss_that_is_not_finite_spoils_its_own_windows_only() -> None:
+def test_a_loss_that_is_not_finite_affects_only_the_means_that_include_it() -> None:
     smoothed = smooth(((1, 1.0), (2, math.nan), (3, 3.0), (4, 5.0)), 2)
     assert [math.isnan(value) for _, value in smoothed] == [True, True, False]
     assert smoothed[-1] == (4, 4.0)
 
 
 @pytest.mark.parametrize(
-    ("every", "said"), [(1, "10 optimiser steps"), (4, "10 optimiser steps, logged every 4 steps")]
+    ("every", "expected"), [(1, "10 optimiser steps"), (4, "10 optimiser steps, logged every 4 steps")]
 )
-def test_how_finely_the_loss_is_known_is_said(tmp_path: Path, every: int, said: str) -> None:
+def test_the_comparison_states_the_window_and_how_often_the_loss_was_logged(
+    tmp_path: Path, every: int, expected: str
+) -> None:
     run = make_run(tmp_path / "a", curve=falling(1.0)[every - 1 :: every])
-    assert compare_runs([run]).smoothing == f"trailing mean over {said}"
+    assert compare_runs([run]).smoothing == f"trailing mean over {expected}"
 
 
-def test_steps_to_is_the_first_step_at_or_below() -> None:
+def test_steps_to_is_the_first_step_at_or_below_the_loss() -> None:
     curve = ((1, 3.0), (2, math.nan), (3, 2.0), (4, 2.5), (5, 1.0))
     assert [steps_to(curve, loss) for loss in (3.0, 2.0, 1.5, 0.5)] == [1, 3, 5, None]
 
@@ -52,18 +54,18 @@ def test_a_mean_curve_has_the_steps_that_all_curves_have() -> None:
     assert mean_curve([((1, 1.0), (2, 2.0)), ((2, 4.0), (3, 9.0))]) == ((2, 3.0),)
 
 
-def test_standard_errors_are_those_of_numpy() -> None:
+def test_standard_errors_equal_those_of_numpy() -> None:
     values = [0.3, 0.1, 0.7, 0.4]
     assert mean_and_error(values) == pytest.approx((np.mean(values), np.std(values, ddof=1) / 2))
     assert math.isnan(mean_and_error([1.0])[1])
 
 
-def test_numbers_have_the_digits_of_their_error() -> None:
+def test_numbers_are_rounded_to_the_digits_of_their_error() -> None:
     assert [format_values([]), format_values([0.123456]), format_values([math.nan])] == ["–", "0.1235", "not finite"]
     assert [format_values([100.0, 110.0]), format_values([0.75, 0.752])] == ["105.0 ± 5.0", "0.7510 ± 0.0010"]
 
 
-def test_runs_that_differ_by_their_seed_only_are_one_row(tmp_path: Path) -> None:
+def test_runs_that_differ_only_in_their_seed_form_one_group(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / f"{rate}-{seed}", seed=seed, learning_rate=rate, name=f"lora-seed{seed}")
         for rate in (1e-3, 3e-3)
@@ -74,12 +76,12 @@ def test_runs_that_differ_by_their_seed_only_are_one_row(tmp_path: Path) -> None
     assert [len(group.runs) for group in groups] == [3, 3]
 
 
-def test_a_second_run_of_one_seed_is_no_second_sample(tmp_path: Path) -> None:
+def test_two_runs_of_one_seed_form_two_groups(tmp_path: Path) -> None:
     groups = group_runs([make_run(tmp_path / "first"), make_run(tmp_path / "again")])
     assert [group.label for group in groups] == ["lora (first)", "lora (again)"]
 
 
-def test_the_target_is_the_final_loss_of_plain_lora_and_the_table_counts_the_steps_to_it(tmp_path: Path) -> None:
+def test_the_table_counts_the_steps_to_the_final_loss_of_plain_lora(tmp_path: Path) -> None:
     lora = make_run(tmp_path / "lora", curve=falling(1.0))
     fast = make_run(tmp_path / "fast", curve=falling(2.0), method="lora-ga", name="lora-ga")
     comparison = compare_runs([fast, lora], window=1)
@@ -103,13 +105,13 @@ def test_every_seed_of_the_reference_reaches_the_default_target(tmp_path: Path) 
     assert [row[3] for row in runs_table(comparison).rows] == ["40", "37", "34"]
 
 
-def test_the_seeds_that_did_not_arrive_are_not_left_out_of_the_mean(tmp_path: Path) -> None:
+def test_the_table_says_how_many_seeds_reached_the_target(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"{seed}", curve=falling(1.0 + seed), seed=seed) for seed in range(2)]
     assert "reached by 1 of 2" in summary_table(compare_runs(runs, window=1, target_loss=1.0)).rows[0]
     assert "not reached" in summary_table(compare_runs(runs, window=1, target_loss=-5.0)).rows[0]
 
 
-def test_a_run_that_diverged_is_not_the_reference_and_is_mentioned(tmp_path: Path) -> None:
+def test_a_diverged_run_is_not_the_reference_and_gets_a_notice(tmp_path: Path) -> None:
     broken = [*falling(1.0, 39), {"step": 40, "loss": math.nan}]
     runs = [
         make_run(tmp_path / "broken", curve=broken, learning_rate=9.0),
@@ -121,7 +123,7 @@ def test_a_run_that_diverged_is_not_the_reference_and_is_mentioned(tmp_path: Pat
     assert "not finite" in summary_table(comparison).rows[0]
 
 
-def test_runs_of_different_data_are_called_incomparable(tmp_path: Path) -> None:
+def test_runs_on_different_data_get_a_notice_that_they_cannot_be_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", dataset="other", steps=80)]
     notices = compare_runs(runs).notices
     assert notices[0] == "The runs differ in their dataset (texts.jsonl, other): their losses cannot be compared."
@@ -135,24 +137,24 @@ def test_runs_of_different_data_are_called_incomparable(tmp_path: Path) -> None:
         ({"window": 0}, "smooth: 0 steps, but the width of the mean must be at least 1"),
     ],
 )
-def test_settings_without_a_meaning_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare_runs([make_run(tmp_path / "a")], **settings)
 
 
-def test_nothing_to_compare_is_refused() -> None:
+def test_an_empty_list_of_runs_is_refused() -> None:
     with pytest.raises(ValueError, match="0 runs: there is nothing to compare"):
         compare_runs([])
 
 
-def test_only_options_that_differ_are_listed(tmp_path: Path) -> None:
+def test_the_tables_list_only_options_and_versions_that_differ(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", learning_rate=3e-3, versions={"torch": "3"})]
     comparison = compare_runs(runs)
     assert differences_table(comparison).rows == [["learning_rate", "0.001", "0.003"]]
     assert versions_table(comparison).rows == [["lora_ga", "0.1.0, –"], ["torch", "2.13.0, 3"]]
 
 
-def test_what_a_run_did_not_do_costs_nothing_and_is_blank(tmp_path: Path) -> None:
+def test_the_cost_table_leaves_blank_what_a_run_did_not_do(tmp_path: Path) -> None:
     seconds = {"estimate": 3.0, "train": 60.0, "total": 63.0}
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", method="lora-ga", seconds=seconds)]
     table = cost_table(compare_runs(runs))

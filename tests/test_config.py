@@ -1,4 +1,4 @@
-"""Settings are checked where they are made."""
+"""LoraGAConfig checks its settings when it is made."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from lora_ga import LoraGAConfig
         ("tolerance", True, "tolerance is True; it must be None or between 0 and 1"),
     ],
 )
-def test_a_wrong_value_is_refused_with_what_is_allowed(field: str, value: Any, message: str) -> None:
+def test_an_invalid_value_raises_an_error_that_says_what_is_allowed(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoraGAConfig(**{field: value})
 
 
-def test_a_tolerance_needs_the_estimator_that_follows_directions() -> None:
+def test_a_tolerance_needs_the_streaming_estimator() -> None:
     for other in ("dense", "probe"):
         with pytest.raises(ValueError, match=rf'tolerance is 0.1 with estimator="{other}".* estimator="streaming"'):
             LoraGAConfig(tolerance=0.1, estimator=other)
 
 
-def test_an_estimate_keeps_twice_the_rank_and_the_oversampling() -> None:
+def test_the_number_of_directions_is_twice_the_rank_plus_oversample() -> None:
     assert LoraGAConfig(oversample=5).directions(8) == 21
     assert LoraGAConfig(oversample=0).directions(3) == 6
 
 
-def test_settings_survive_the_way_to_plain_values_and_back() -> None:
+def test_settings_survive_the_conversion_to_a_dict_and_back() -> None:
     config = LoraGAConfig(direction="random", stable_gamma=64, max_batches=None, tolerance=0.01)
     assert LoraGAConfig.from_dict(config.to_dict()) == config
 
 
-def test_an_unknown_setting_is_named_beside_the_known() -> None:
+def test_an_unknown_setting_raises_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no setting gamma; it has direction, estimator, .*stable_gamma"):
         LoraGAConfig.from_dict({"gamma": 16})

@@ -1,4 +1,4 @@
-"""Old runs, made with PEFT's own LoRA-GA, as adapters for the original base."""
+"""The conversion of runs of PEFT's own LoRA-GA to adapters for the original base."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @dataclasses.dataclass
 class OldRun:
-    """A run on a changed base, as PEFT makes it: its two adapters on disk, and the trained model."""
+    """A run of PEFT's LoRA-GA, on a changed base: its initial and final adapter on disk, and the trained model."""
 
     init: Path
     final: Path
@@ -36,7 +36,7 @@ def old_run(folder: Path, make: Callable[[], Any], batches: list[Any], targets: 
     lora_bias = lora.pop("lora_bias", False)
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": targets} | lora
     config = LoraConfig(**settings, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
-    config.lora_bias = lora_bias  # PEFT's constructor refuses it beside LoRA-GA, the authors' fork does not
+    config.lora_bias = lora_bias  # PEFT's constructor refuses it with LoRA-GA; the authors' fork does not
 
     def train_step() -> None:
         for batch in batches:
@@ -78,9 +78,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[..., list[Any]], list[str], d
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_converted_adapter_computes_on_the_original_base_what_the_run_did_on_its_own(
-    kind: str, tmp_path: Path
-) -> None:
+def test_the_converted_adapter_gives_the_original_base_the_function_of_the_run(kind: str, tmp_path: Path) -> None:
     make, batches_of, targets, lora = KINDS[kind]
     batches = batches_of()
     run = old_run(tmp_path, make, batches, targets, **lora)
@@ -90,14 +88,15 @@ def test_the_converted_adapter_computes_on_the_original_base_what_the_run_did_on
     stock = PeftModel.from_pretrained(make(), tmp_path / "out").eval()
     torch.testing.assert_close(logits(stock, batches[0]), wanted, rtol=0, atol=1e-5)
     changed_config(run.final, init_lora_weights=True, lora_ga_config=None)
-    as_it_was = PeftModel.from_pretrained(make(), run.final).eval()
-    assert (logits(as_it_was, batches[0]) - wanted).abs().max() > 1e-4
+    unconverted = PeftModel.from_pretrained(make(), run.final).eval()
+    assert (logits(unconverted, batches[0]) - wanted).abs().max() > 1e-4
     assert stock.peft_config["default"].r == 8
 
 
-def test_the_converted_file_is_float32_and_exacter_in_low_precision_than_its_plain_difference(tmp_path: Path) -> None:
+def test_the_converted_file_is_float32_and_loses_less_in_low_precision_than_stacked_factors(tmp_path: Path) -> None:
     run = old_run(tmp_path, llama, causal(), ["q_proj"])
-    # The authors' start is of size 1 where PEFT's B is that of the gradient, and a step of training is small to it.
+    # As in the authors' fork: initial factors of size 1, and a change by training that is small beside them. (In PEFT's
+    # runs B has the size of the gradient.)
     draw = torch.Generator().manual_seed(1)
     start = {key: torch.randn(value.shape, generator=draw) / 4 for key, value in load_file(run.init / WEIGHTS).items()}
     altered(run.init, lambda _: start)
@@ -116,7 +115,7 @@ def test_the_converted_file_is_float32_and_exacter_in_low_precision_than_its_pla
     assert ours < stored(torch.cat([b, -b_0], dim=1), torch.cat([a, a_0])) / 10
 
 
-def test_a_run_of_the_authors_fork_is_read(run: OldRun, tmp_path: Path) -> None:
+def test_a_run_of_the_authors_fork_is_converted(run: OldRun, tmp_path: Path) -> None:
     for folder in (run.init, run.final):
         config = json.loads((folder / "adapter_config.json").read_text())
         config |= {"peft_type": "LORAGA", "bsz": 2, "iters": 2, "direction": "ArB2r", "stable_gamma": 16}
@@ -154,7 +153,7 @@ def test_adapters_that_do_not_belong_together_or_cannot_be_converted_are_refused
     assert not (tmp_path / "out").exists()
 
 
-def test_other_bases_are_named(run: OldRun, tmp_path: Path) -> None:
+def test_adapters_of_different_bases_are_refused(run: OldRun, tmp_path: Path) -> None:
     changed_config(run.init, base_model_name_or_path="one/model")
     changed_config(run.final, base_model_name_or_path="another/model")
     with pytest.raises(ValueError, match="their base models are one/model and another/model"):
@@ -165,7 +164,7 @@ def altered(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, 
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
-def test_other_layers_and_shapes_are_named(run: OldRun, tmp_path: Path) -> None:
+def test_adapters_with_different_layers_or_shapes_are_refused(run: OldRun, tmp_path: Path) -> None:
     whole = load_file(run.final / WEIGHTS)
     altered(run.final, lambda file: {key: value for key, value in file.items() if "layers.1.mlp" not in key})
     with pytest.raises(ValueError, match="only one of them holds .*layers.1.mlp.down_proj.lora_A.weight .2 such"):
@@ -200,14 +199,14 @@ def test_an_adapter_that_needs_no_conversion_is_refused(run: OldRun, tmp_path: P
         convert_run(tmp_path / "plain", tmp_path / "trained", tmp_path / "out")
 
 
-def test_an_initial_adapter_of_another_run_is_noticed(run: OldRun, tmp_path: Path) -> None:
+def test_an_initial_adapter_of_another_run_gives_a_warning(run: OldRun, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     altered(run.init, lambda file: {key: torch.randn(value.shape, generator=generator) for key, value in file.items()})
     with pytest.warns(UserWarning, match="may not be of one run: the cosine between their A is "):
         convert_run(run.init, run.final, tmp_path / "out")
 
 
-def test_damaged_and_missing_files_are_named(run: OldRun, tmp_path: Path) -> None:
+def test_damaged_and_missing_files_raise_errors_that_name_them(run: OldRun, tmp_path: Path) -> None:
     altered(run.final, lambda file: file | {min(file): file[min(file)] * float("nan")})
     with pytest.raises(ValueError, match="holds numbers that are not finite"):
         convert_run(run.init, run.final, tmp_path / "out")
@@ -222,7 +221,9 @@ def test_damaged_and_missing_files_are_named(run: OldRun, tmp_path: Path) -> Non
         convert_run(run.init, run.final, tmp_path / "out")
 
 
-def test_the_command_converts_and_refuses(run: OldRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_converts_and_reports_errors(
+    run: OldRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["convert", str(run.init), str(run.final)]
     assert main([*argv, "--output", str(tmp_path / "out")]) == 0
     assert "out: 6 layers for the original base, read back with a relative error of " in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The demonstration's task, on made-up packages (and once on the installed ones)."""
+"""The data of the demonstration (`examples/corpus.py`), from made-up packages."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def corpus() -> ModuleType:
-    """`examples/` is no package: its files are programs."""
+    """The module, loaded from its file, because `examples/` is not a package."""
     spec = importlib.util.spec_from_file_location("corpus", Path(__file__).parents[1] / "examples" / "corpus.py")
     assert spec
     assert spec.loader
@@ -20,7 +20,7 @@ def corpus() -> ModuleType:
 
 
 def package(root: Path, name: str, files: int) -> None:
-    """A package that must not be imported; every file has two long docstrings, one of them the same in all files."""
+    """Write a package that fails on import. Each file has two long docstrings; one is the same in all files."""
     (root / name / "tests").mkdir(parents=True)
     (root / name / "__init__.py").write_text("raise RuntimeError('imported')")
     (root / name / "tests" / "test_it.py").write_text(f'def f():\n    """{"Never read. " * 20}"""\n')
@@ -33,7 +33,7 @@ def package(root: Path, name: str, files: int) -> None:
         )
 
 
-def test_rows_are_balanced_split_by_file_without_repeats_and_without_the_packages_names(
+def test_rows_are_balanced_and_unique_and_do_not_name_their_packages(
     corpus: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -63,16 +63,16 @@ def test_rows_are_balanced_split_by_file_without_repeats_and_without_the_package
         ("input, spy, gnp, explicit, sketch", "input, spy, gnp, explicit, sketch"),
     ],
 )
-def test_names_are_taken_out_as_whole_words_only(corpus: ModuleType, text: str, expected: str) -> None:
+def test_names_are_removed_as_whole_words_only(corpus: ModuleType, text: str, expected: str) -> None:
     assert corpus.cleaned(text) == expected
 
 
-def test_a_package_that_is_not_installed_is_named(corpus: ModuleType) -> None:
+def test_a_package_that_is_not_installed_raises_an_error_that_names_it(corpus: ModuleType) -> None:
     with pytest.raises(RuntimeError, match="no_such_package: not installed, but its docstrings are a class"):
         corpus.source_files("no_such_package")
 
 
-def test_lines_are_json_that_reads_back(corpus: ModuleType, tmp_path: Path) -> None:
+def test_every_written_line_is_json_that_reads_back(corpus: ModuleType, tmp_path: Path) -> None:
     rows = [{"text": "line\nbreak, “quotes”, \u2028", "label": 1}, {"text": "b", "label": 0}]
     corpus.write_jsonl(tmp_path / "rows.jsonl", rows)
     lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")

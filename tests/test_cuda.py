@@ -1,4 +1,4 @@
-"""On a CUDA device: the start is the CPU's, the first step meets the theorem, and what is saved is read on a CPU."""
+"""LoRA-GA on a CUDA device: the same start as on a CPU, the theorem, and files that a CPU reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.layers.factors import Factor
-from test_adapter import sgd_alignment
+from test_initialize import sgd_alignment
 from toys import FAMILIES, adapted, autograd_gradients, causal, llama, logits, train
 from trainers import TARGETS, callback, transformers_trainer
 
@@ -27,24 +27,24 @@ def moved(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_start_is_that_of_the_cpu(family: str) -> None:
+def test_the_start_equals_that_of_the_cpu(family: str) -> None:
     make, batches, targets = FAMILIES[family]
-    here, there = adapted(make().double(), targets), adapted(make().double().cuda(), targets)
-    lora_ga.initialize(here, batches(), DENSE)
-    lora_ga.initialize(there, moved(batches()), DENSE)
-    pairs = [(m, there.get_submodule(path)) for path, m in here.named_modules() if isinstance(m, Factor)]
+    on_cpu, on_cuda = adapted(make().double(), targets), adapted(make().double().cuda(), targets)
+    lora_ga.initialize(on_cpu, batches(), DENSE)
+    lora_ga.initialize(on_cuda, moved(batches()), DENSE)
+    pairs = [(m, on_cuda.get_submodule(path)) for path, m in on_cpu.named_modules() if isinstance(m, Factor)]
     assert len(pairs) > 0
     for one, other in pairs:
         assert other.start.is_cuda
         assert all(parameter.is_cuda for parameter in other.parameters())
         a, b = (start if start.shape[0] <= start.shape[1] else start.mT for start in (one.start, other.start.cpu()))
-        # The signs of directions are free. The norms of these two are computed in float32 whatever the model is.
+        # The signs of directions are free. The norm layers of these two families always compute in float32.
         noise = 1e-7 if family in {"llama", "t5"} else 1e-9
         torch.testing.assert_close(b.mT @ b, a.mT @ a, rtol=1e-6, atol=noise)
 
 
 @pytest.mark.parametrize("estimator", ["dense", "streaming"])
-def test_the_first_step_follows_the_best_rank_2r_gradient(estimator: str) -> None:
+def test_the_first_sgd_step_follows_the_best_rank_2r_gradient(estimator: str) -> None:
     base, batch = llama(hidden_size=64, intermediate_size=96).double().cuda(), moved(causal(1, rows=8, length=24))[0]
     gradients = autograd_gradients(copy.deepcopy(base), lambda model: model(**batch).loss)
     model = adapted(base)
@@ -53,7 +53,7 @@ def test_the_first_step_follows_the_best_rank_2r_gradient(estimator: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_function_is_unchanged_and_the_loss_falls(dtype: torch.dtype) -> None:
+def test_initialisation_keeps_the_function_and_the_loss_falls(dtype: torch.dtype) -> None:
     model, batches = adapted(llama().to(dtype).cuda()), moved(causal())
     before = logits(model, batches[0])
     lora_ga.initialize(model, batches)
@@ -62,7 +62,7 @@ def test_the_function_is_unchanged_and_the_loss_falls(dtype: torch.dtype) -> Non
     assert losses[-1] < losses[0]
 
 
-def test_what_is_saved_there_is_read_by_stock_peft_on_a_cpu(tmp_path: Path) -> None:
+def test_stock_peft_on_a_cpu_loads_what_was_saved_on_cuda(tmp_path: Path) -> None:
     model, batches = adapted(llama().cuda()), moved(causal())
     lora_ga.initialize(model, batches)
     train(model, batches)
@@ -74,17 +74,17 @@ def test_what_is_saved_there_is_read_by_stock_peft_on_a_cpu(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
-def test_the_callback_in_a_trainer(precision: dict[str, Any], tmp_path: Path) -> None:
-    late = callback()
-    trainer = transformers_trainer([late], tmp_path / "run", use_cpu=False, **precision)
+def test_the_callback_works_in_a_trainer(precision: dict[str, Any], tmp_path: Path) -> None:
+    lora_callback = callback()
+    trainer = transformers_trainer([lora_callback], tmp_path / "run", use_cpu=False, **precision)
     trainer.train()
-    assert late.estimate is not None
+    assert lora_callback.estimate is not None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert next(trainer.model.parameters()).is_cuda
     trainer.save_model(str(tmp_path / "adapter"))
     again = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
-    plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()  # out of autocast
+    plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()  # without autocast
     expected = logits(plain, moved(causal())[0]).cpu()
     torch.testing.assert_close(logits(again, causal()[0]), expected, rtol=1e-4, atol=1e-4)
     assert set(again.peft_config["default"].target_modules) == set(TARGETS)

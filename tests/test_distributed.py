@@ -1,4 +1,4 @@
-"""Several processes: the estimate adds up, the starts are one, and what goes wrong in one is said in all."""
+"""Several processes give the same estimate and start as one, and an error in one of them stops them all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Results = dict[int, list[dict[str, dict[str, Any]]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What 1 (without a process group), 2 and 4 processes found; every group is started once."""
+    """The results of 1 (without a process group), 2 and 4 processes. Each group is started once."""
     folder = tmp_path_factory.mktemp("processes")
     alone = {name: getattr(workers, name)(0, 1, folder) for name in ["estimates", *DATA]}
     two = processes.run(workers.all_of(["estimates", *DATA, "bad_input", "interrupted"]), 2, folder / "2")
@@ -44,7 +44,7 @@ def cosine(one: dict[str, Any], other: dict[str, Any], count: int) -> float:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal bit for bit, however nested."""
+    """Whether two nested values are equal bit for bit."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
@@ -55,7 +55,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def ratio(directions: tuple[Tensor, ...], gradient: Tensor, rank: int) -> float:
-    """Alignment of the start that directions give, over its limit."""
+    """The alignment of the start that these directions give, divided by its limit."""
     a, b = directions[2][:, :rank].mT, directions[0][:, rank : 2 * rank]
     step = gradient @ a.mT @ a + b @ b.mT @ gradient
     values = torch.linalg.svdvals(gradient)
@@ -63,61 +63,65 @@ def ratio(directions: tuple[Tensor, ...], gradient: Tensor, rank: int) -> float:
     return float((step * gradient).sum() / step.norm() / gradient.norm() / limit)
 
 
-# --- what they find --------------------------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_all_processes_end_with_the_same_bits(results: Results, size: int) -> None:
+def test_all_processes_get_the_same_results_bit_for_bit(results: Results, size: int) -> None:
     first, *others = (result["estimates"] for result in results[size])
     compared = ("streaming", "dense", "starts", "uneven", "at most", "few", "probe", "unseen", "said")
     assert all(same(first[key], other[key]) for other in others for key in compared)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_processes_find_what_one_finds_on_the_same_batches(results: Results, size: int) -> None:
+def test_several_processes_give_the_estimate_of_one_on_the_same_batches(results: Results, size: int) -> None:
     one, many = results[1][0]["estimates"], results[size][0]["estimates"]
     for key in ("streaming", "dense", "uneven", "few"):
         assert many[key]["about"] == one[key]["about"]
         for name, each in one[key]["layers"].items():
             torch.testing.assert_close(many[key]["layers"][name][4], each[4], rtol=1e-4, atol=1e-7)  # the sketch
     assert cosine(one["dense"], many["dense"], 8) >= 0.999
-    assert cosine(one["few"], many["few"], 8) >= 0.999  # 20 tokens: all of the gradient fits what is held
+    assert cosine(one["few"], many["few"], 8) >= 0.999  # the kept directions hold all of a gradient of 20 tokens
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("way", ["probe", "unseen"])
-def test_layers_that_are_never_called_are_heard_by_processes_as_by_one(results: Results, way: str, size: int) -> None:
-    """The probe's rank is that of the gradients here, so it is exact; 3 batches leave one of 4 processes without."""
+@pytest.mark.parametrize("case", ["probe", "unseen"])
+def test_several_processes_give_the_estimate_of_one_for_layers_that_are_never_called(
+    results: Results, case: str, size: int
+) -> None:
+    """The probe is exact, because its rank is that of the gradients. With 3 batches, one of 4 processes has none."""
     one, many = (results[count][0]["estimates"] for count in (1, size))
-    assert many[way]["about"] == one[way]["about"]
-    assert many[way]["layers"].keys() == one[way]["layers"].keys()
-    for name, each in one[way]["layers"].items():
-        whole, found = ((layer[0] * layer[1]) @ layer[2].mT for layer in (each, many[way]["layers"][name]))
+    assert many[case]["about"] == one[case]["about"]
+    assert many[case]["layers"].keys() == one[case]["layers"].keys()
+    for name, each in one[case]["layers"].items():
+        whole, found = ((layer[0] * layer[1]) @ layer[2].mT for layer in (each, many[case]["layers"][name]))
         assert (found - whole).norm() <= 1e-3 * whole.norm(), name
-        assert many[way]["layers"][name][3] == pytest.approx(each[3], rel=1e-3)
+        assert many[case]["layers"][name][3] == pytest.approx(each[3], rel=1e-3)
     assert any("12 of 14 layers ran without being called" in text for text in many["said"])
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.skipif(not DATA, reason="set LORA_GA_DATA to the folder of the research data to run this test")
-def test_processes_align_as_well_as_one_on_a_pretrained_model(results: Results, size: int) -> None:
+def test_several_processes_align_a_pretrained_model_as_well_as_one(results: Results, size: int) -> None:
     one, many = results[1][0]["real"], results[size][0]["real"]
     assert cosine(one["dense"], many["dense"], 16) >= 0.999
     for name, exact in one["dense"]["layers"].items():
         gradient = (exact[0] * exact[1]) @ exact[2].mT  # its leading 32 directions
         alone, together = (ratio(each["streaming"]["layers"][name], gradient, 8) for each in (one, many))
         assert together >= alone - 0.002, name
-        # Of the energy of one process's leading 2r directions, what lies outside those of many.
+        # The directions of several processes hold this share of the energy of the leading 2r directions of one.
         u, s, v = one["streaming"]["layers"][name][:3]
         others = many["streaming"]["layers"][name]
-        for mine, theirs in ((u, others[0]), (v, others[2])):
-            kept = ((theirs[:, :16].mT @ mine[:, :16]).square().sum(0) * s[:16].square()).sum() / s[:16].square().sum()
+        for of_one, of_many in ((u, others[0]), (v, others[2])):
+            kept = ((of_many[:, :16].mT @ of_one[:, :16]).square().sum(0) * s[:16].square()).sum() / s[
+                :16
+            ].square().sum()
             assert kept >= 0.98, name
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_uneven_batches_count_by_their_labels_in_all_processes(results: Results, size: int) -> None:
-    """The exact estimate against autograd's gradient of the mean over all label tokens."""
+def test_batches_are_weighted_by_their_label_tokens_over_all_processes(results: Results, size: int) -> None:
+    """Compares the exact estimate with autograd's gradient of the mean loss over all label tokens."""
     batches = workers.uneven(3)
     counts = [float((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
 
@@ -133,28 +137,28 @@ def test_uneven_batches_count_by_their_labels_in_all_processes(results: Results,
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_max_batches_counts_those_of_all_processes(results: Results, size: int) -> None:
+def test_max_batches_counts_the_batches_of_all_processes(results: Results, size: int) -> None:
     assert results[size][0]["estimates"]["at most"]["about"][0] == size
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_the_start_preserves_the_function_in_every_process(results: Results, size: int) -> None:
+def test_initialisation_keeps_the_function_in_every_process(results: Results, size: int) -> None:
     base = logits(llama(), causal(1)[0])
     assert all(torch.equal(result["estimates"]["logits"], base) for result in results[size])
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_no_process_sends_more_than_the_bound(results: Results, size: int) -> None:
+def test_no_process_sends_more_bytes_than_the_bound(results: Results, size: int) -> None:
     layers = results[1][0]["estimates"]["streaming"]["layers"].values()
     bound = 2 * math.log2(size) * sum((u.shape[0] + v.shape[0]) * s.numel() * 4 for u, s, v, _, _ in layers)
     for result in results[size]:
         factors, values = result["estimates"]["bytes"]
         assert 0 < factors <= bound
-        assert values < 20_000 * (size - 1)  # names, counts and digests: they do not grow with the layers' widths
+        assert values < 20_000 * (size - 1)  # names, counts, digests: independent of the layers' widths
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_tensors_of_all_kinds_are_summed_and_shared(tmp_path: Path, size: int) -> None:
+def test_tensors_of_all_dtypes_and_shapes_are_summed_and_shared(tmp_path: Path, size: int) -> None:
     found = processes.run(processes.sums, size, tmp_path)
     assert all(same(each["shared"], found[0]["shared"]) for each in found)
     shared = found[0]["shared"]
@@ -168,7 +172,7 @@ def test_tensors_of_all_kinds_are_summed_and_shared(tmp_path: Path, size: int) -
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 13])
-def test_every_layer_is_the_work_of_one_process_and_none_has_more_than_its_share(size: int) -> None:
+def test_every_layer_belongs_to_one_process_and_the_layers_are_spread_evenly(size: int) -> None:
     layers = [f"layer {number}" for number in range(29)]
     shares = [Processes(rank, size).own(layers) for rank in range(size)]
     assert sorted(layer for share in shares for layer in share) == sorted(layers)
@@ -177,20 +181,20 @@ def test_every_layer_is_the_work_of_one_process_and_none_has_more_than_its_share
     assert all(not share for share in shares[working:])
 
 
-def test_one_process_talks_to_nobody() -> None:
+def test_one_process_sends_nothing() -> None:
     with workers.Traffic() as traffic:
         lora_ga.initialize(adapted(llama()), causal(2))
     assert (traffic.factors, traffic.values) == (0, 0)
     assert Processes().gather("value") == ["value"]
 
 
-def test_buckets_keep_the_order_and_the_bound() -> None:
+def test_buckets_keep_the_order_and_the_size_limit() -> None:
     assert list(buckets([1, 2, 3])) == [[0, 1, 2]]
     assert list(buckets([2**25, 2**25, 1, 2**30, 1])) == [[0, 1], [2], [3], [4]]
     assert list(buckets([])) == []
 
 
-# --- what goes wrong -------------------------------------------------------------------------------------------------
+# --- errors and warnings ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,7 @@ def test_buckets_keep_the_order_and_the_bound() -> None:
         ("no data", "The data holds no batch"),
     ],
 )
-def test_what_differs_is_refused_by_all_with_one_text(results: Results, case: str, text: str) -> None:
+def test_all_processes_refuse_differing_input_with_the_same_error(results: Results, case: str, text: str) -> None:
     first, second = (result["bad_input"][case] for result in results[2])
     assert first == second
     assert first.startswith(f"ValueError: {text}")
@@ -220,36 +224,36 @@ def test_what_differs_is_refused_by_all_with_one_text(results: Results, case: st
         ("no labels", "ValueError: batch 1: every label is -100, so it has no loss"),
     ],
 )
-def test_an_error_of_one_process_stops_all_and_is_named(results: Results, case: str, text: str) -> None:
+def test_an_error_in_one_process_stops_all_and_the_others_quote_it(results: Results, case: str, text: str) -> None:
     other, own = (result["bad_input"][case] for result in results[2])
     assert own.startswith(text)
     assert other.startswith(f"RuntimeError: Process 1 of 2 failed, so all of them stop: {text}")
     assert other.endswith("The model is unchanged.")
 
 
-def test_a_process_without_a_batch_is_named_and_the_others_go_on(results: Results) -> None:
-    (estimate, said), (other, said_there) = (result["bad_input"]["idle"] for result in results[2])
+def test_a_process_without_a_batch_gives_a_warning_and_the_others_continue(results: Results) -> None:
+    (estimate, warnings), (other, other_warnings) = (result["bad_input"]["idle"] for result in results[2])
     assert same(estimate, other)
     assert estimate["about"][0] == 2
-    assert said == said_there
-    assert "1 of 2 processes had no batch (the first is process 1)" in said[0]
+    assert warnings == other_warnings
+    assert "1 of 2 processes had no batch (the first is process 1)" in warnings[0]
 
 
-def test_processes_that_read_the_same_data_are_warned(results: Results) -> None:
+def test_processes_that_read_the_same_data_get_a_warning(results: Results) -> None:
     for result in results[2]:
-        (said,) = result["bad_input"]["same"][1]
-        assert "All 2 processes begin with the same batch" in said
+        (warning,) = result["bad_input"]["same"][1]
+        assert "All 2 processes begin with the same batch" in warning
     assert digest_of({"x": torch.ones(2)}) != digest_of({"x": torch.zeros(2)})
     assert digest_of(object()) == ""
 
 
-def test_a_group_of_one_process_keeps_the_others_out(results: Results) -> None:
+def test_a_process_group_of_one_process_estimates_alone(results: Results) -> None:
     first, second = (result["bad_input"]["alone"] for result in results[2])
     assert first["about"][0] == second["about"][0] == 2
     assert not same(first, second)
 
 
-def test_an_interrupted_estimate_of_two_processes_ends_as_the_unbroken_one(results: Results) -> None:
+def test_an_interrupted_estimate_of_two_processes_continues_to_the_same_result(results: Results) -> None:
     first, second = (result["interrupted"] for result in results[2])
     assert first["error"] == "OSError: broken off"
     assert first["files"] == ["state-0-of-2.safetensors", "state-1-of-2.safetensors"]
@@ -257,7 +261,7 @@ def test_an_interrupted_estimate_of_two_processes_ends_as_the_unbroken_one(resul
     assert same(first["again"], second["again"])
 
 
-def test_layers_settle_in_several_processes_and_all_know_of_it(results: Results) -> None:
+def test_all_processes_agree_on_the_layers_that_have_converged(results: Results) -> None:
     alone = lora_ga.estimate_gradients(adapted(llama()), causal(1, rows=16) * 12, lora_ga.LoraGAConfig(tolerance=0.01))
     (batches, settled), other = (result["interrupted"]["early"] for result in results[2])
     assert (batches, settled) == other
@@ -269,7 +273,7 @@ def test_layers_settle_in_several_processes_and_all_know_of_it(results: Results)
     assert (total.settled, total.settled_weight) == ({"a": 4}, {"a": 28.0})
 
 
-def test_the_others_end_when_a_process_dies(tmp_path: Path) -> None:
+def test_the_other_processes_stop_if_one_dies(tmp_path: Path) -> None:
     survivor, dead = processes.run(workers.dying, 2, tmp_path, timeout=60)
     assert dead is None
     assert "RuntimeError: Process 0 of 2: an exchange with the other processes failed" in survivor["error"]
@@ -278,7 +282,7 @@ def test_the_others_end_when_a_process_dies(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} <= {"0.pt", "meeting"}
 
 
-def test_a_backend_without_a_device_here_is_refused() -> None:
+def test_a_backend_without_a_device_on_this_machine_is_refused() -> None:
     assert device_for("cpu:gloo,cuda:gloo") == "cpu"
     with pytest.raises(
         ValueError, match="backend .other:exotic. serves neither the CPU nor a device that this machine"
@@ -286,7 +290,7 @@ def test_a_backend_without_a_device_here_is_refused() -> None:
         device_for("other:exotic")
 
 
-def test_an_error_waits_for_the_exchange_and_interrupts_do_not() -> None:
+def test_an_error_waits_for_the_next_exchange_and_an_interrupt_does_not() -> None:
     deferred, error = DeferredError(), ValueError("found in a block")
     with deferred:
         raise error

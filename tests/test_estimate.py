@@ -1,4 +1,4 @@
-"""The loop over batches: what it finds, what it leaves behind, what it refuses."""
+"""`estimate_gradients`: the gradients that it finds, the model it leaves unchanged, the input it refuses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rebuilt(estimate: GradientEstimate, name: str) -> Tensor:
 
 
 def uneven(whole: dict[str, Tensor], sizes: list[int], labels: list[int]) -> list[dict[str, Tensor]]:
-    """Cut a batch into micro-batches of unlike numbers of label tokens; masks the whole's labels alike."""
+    """Cut a batch into micro-batches with different numbers of label tokens. Masks labels of the batch itself too."""
     parts, row = [], 0
     for size, kept in zip(sizes, labels, strict=True):
         if whole["labels"].dim() > 1:
@@ -38,19 +38,19 @@ def uneven(whole: dict[str, Tensor], sizes: list[int], labels: list[int]) -> lis
 
 
 def precise(model: nn.Module, batch: Any) -> Tensor:
-    """The model's loss in float64: Transformers computes its own in float32, whatever the model's dtype."""
+    """The model's loss in float64. Transformers computes it in float32, whatever the dtype of the model."""
     logits, labels = model(**batch).logits, batch["labels"]
-    if label_tokens(model, {"labels": torch.ones(1, 2, dtype=torch.long)}) == 1:  # a decoder: the labels are shifted
+    if label_tokens(model, {"labels": torch.ones(1, 2, dtype=torch.long)}) == 1:  # a decoder, whose labels are shifted
         logits, labels = logits[:, :-1], labels[:, 1:]
     return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
 
 
-# Llama's and T5's norms compute in float32 whatever the model's dtype, so that cutting a batch rounds them anew.
-WHOLE = {"llama": 1e-6, "t5": 1e-6, "gpt2": 1e-9, "bert": 1e-9}
+# The norm layers of Llama and T5 always compute in float32, so parts of a batch are rounded differently.
+TOLERANCE = {"llama": 1e-6, "t5": 1e-6, "gpt2": 1e-9, "bert": 1e-9}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_many_uneven_micro_batches_give_autograds_gradient_of_the_one_large_batch(family: str) -> None:
+def test_uneven_micro_batches_give_the_gradient_of_the_whole_batch(family: str) -> None:
     make, batches, targets = FAMILIES[family]
     base = make().double()
     whole = {key: torch.cat([batch[key] for batch in batches(3)])[:12] for key in batches(1)[0]}
@@ -66,24 +66,24 @@ def test_many_uneven_micro_batches_give_autograds_gradient_of_the_one_large_batc
     estimate = lora_ga.estimate_gradients(adapted(base, targets), parts, DENSE, loss_fn=precise)
     assert estimate.batches == 4
     for name in estimate:
-        for truth, tolerance in ((in_parts, 1e-9), (at_once, WHOLE[family])):
+        for truth, tolerance in ((in_parts, 1e-9), (at_once, TOLERANCE[family])):
             true = truth[name].mT if family == "gpt2" else truth[name]
             assert (rebuilt(estimate, name) - true).norm() <= tolerance * true.norm(), name
             assert estimate[name].norm == pytest.approx(true.norm().item(), rel=tolerance)
 
 
-def test_unweighted_micro_batches_would_give_another_gradient() -> None:
+def test_unweighted_micro_batches_give_another_gradient() -> None:
     whole = {key: torch.cat([batch[key] for batch in causal(3)]) for key in ("input_ids", "labels")}
     parts = uneven(whole, [1, 5, 2, 4], [6, 2, 5, 1])
     model = adapted(llama())
-    weighed = lora_ga.estimate_gradients(model, parts, DENSE)
-    unweighed = lora_ga.estimate_gradients(model, parts, DENSE, loss_fn=lambda m, batch: (m(**batch).loss, 1))
-    a, b = (rebuilt(estimate, next(iter(weighed))) for estimate in (weighed, unweighed))
+    weighted = lora_ga.estimate_gradients(model, parts, DENSE)
+    unweighted = lora_ga.estimate_gradients(model, parts, DENSE, loss_fn=lambda m, batch: (m(**batch).loss, 1))
+    a, b = (rebuilt(estimate, next(iter(weighted))) for estimate in (weighted, unweighted))
     assert (a * b).sum() / (a.norm() * b.norm()) < 0.99
 
 
 def snapshot(model: Any) -> dict[str, Any]:
-    """All of a model that an estimate could change."""
+    """Everything that an estimate could change: of the model, and of the random generators."""
     return {
         "training": [module.training for module in model.modules()],
         "active": [getattr(module, "_active_adapter", None) for module in model.modules()],
@@ -112,11 +112,13 @@ def broken(model: nn.Module, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("loss_fn", [None, broken])
-def test_the_model_is_left_exactly_as_it_was(mode: str, loss_fn: Callable[..., Tensor] | None) -> None:
+def test_an_estimate_does_not_change_the_model_even_if_the_loss_raises(
+    mode: str, loss_fn: Callable[..., Tensor] | None
+) -> None:
     model = adapted(bert(), FAMILIES["bert"][2], task_type="SEQ_CLS", lora_dropout=0.1)
     model.config.use_cache = True
     getattr(model, mode)()
-    model(**classified(1)[0]).loss.backward()  # gradients that must survive
+    model(**classified(1)[0]).loss.backward()  # the estimate must keep these gradients
     before = snapshot(model)
 
     def shuffled() -> Any:
@@ -133,14 +135,14 @@ def test_the_model_is_left_exactly_as_it_was(mode: str, loss_fn: Callable[..., T
     assert [key for key in before if not same(before[key], after[key])] == []
 
 
-def test_dropout_does_not_reach_the_estimate() -> None:
+def test_dropout_does_not_change_the_estimate() -> None:
     model = adapted(bert(), FAMILIES["bert"][2], lora_dropout=0.5).train()
     first, again = (lora_ga.estimate_gradients(model, classified()) for _ in range(2))
     assert all(torch.equal(first[name].U, again[name].U) for name in first)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_factors_and_is_really_used(reentrant: bool) -> None:
+def test_gradient_checkpointing_is_used_and_gives_the_same_factors(reentrant: bool) -> None:
     plain = lora_ga.estimate_gradients(adapted(llama()), causal(), DENSE)
     base = llama()
     base.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -156,7 +158,7 @@ def test_gradient_checkpointing_gives_the_same_factors_and_is_really_used(reentr
         torch.testing.assert_close(whole[name].S, plain[name].S)
 
 
-def test_the_same_seed_gives_the_same_factors_whatever_the_order_of_layers() -> None:
+def test_the_factors_of_a_layer_depend_on_the_seed_but_not_on_the_other_layers() -> None:
     model = adapted(llama())
     first = lora_ga.estimate_gradients(model, causal())
     torch.manual_seed(99)
@@ -166,7 +168,7 @@ def test_the_same_seed_gives_the_same_factors_whatever_the_order_of_layers() -> 
     assert all(torch.equal(first[name].V, few[name].V) for name in few)
 
 
-def test_max_batches_caps_what_is_read() -> None:
+def test_max_batches_limits_the_number_of_batches_read() -> None:
     read = []
 
     def endless() -> Any:
@@ -178,7 +180,7 @@ def test_max_batches_caps_what_is_read() -> None:
     assert len(read) == 3
 
 
-def test_other_active_adapters_stay_in_the_pass_and_the_fresh_one_out_of_it() -> None:
+def test_the_forward_pass_uses_other_active_adapters_but_not_the_fresh_one() -> None:
     model = adapted(llama())
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     alone = lora_ga.estimate_gradients(model, causal(), DENSE)
@@ -206,25 +208,25 @@ def test_bfloat16_models_give_nearly_the_float32_factors() -> None:
 
 
 @pytest.mark.parametrize("data", [[], iter(())])
-def test_no_batch_at_all(data: Any) -> None:
+def test_data_without_a_batch_is_refused(data: Any) -> None:
     with pytest.raises(ValueError, match=r"The data holds no batch; the gradient needs at least one\."):
         lora_ga.estimate_gradients(adapted(llama()), data)
 
 
-def test_a_batch_without_labels_is_named_by_its_number() -> None:
+def test_a_batch_without_labels_raises_an_error_with_its_number() -> None:
     data = [*causal(1), {"input_ids": causal(1)[0]["input_ids"]}]
     with pytest.raises(ValueError, match="batch 2: The model returned no loss for a batch of input_ids"):
         lora_ga.estimate_gradients(adapted(llama()), data)
 
 
-def test_labels_all_ignored_are_named_by_their_batch() -> None:
+def test_a_batch_whose_labels_are_all_ignored_raises_an_error_with_its_number() -> None:
     data = causal(3)
     data[2]["labels"][:] = -100
     with pytest.raises(ValueError, match="batch 3: every label is -100"):
         lora_ga.estimate_gradients(adapted(llama()), data)
 
 
-def test_a_loss_that_is_not_finite_is_named_by_its_batch() -> None:
+def test_a_loss_that_is_not_finite_raises_an_error_with_its_batch() -> None:
     with pytest.raises(ValueError, match="batch 1: its loss is nan"):
         lora_ga.estimate_gradients(
             adapted(llama()), causal(), loss_fn=lambda model, batch: model(**batch).loss * float("nan")
@@ -232,7 +234,7 @@ def test_a_loss_that_is_not_finite_is_named_by_its_batch() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["dense", "streaming"])
-def test_a_gradient_that_is_not_finite_is_named_by_its_layer_and_batch(estimator: str) -> None:
+def test_a_gradient_that_is_not_finite_raises_an_error_with_its_layer_and_batch(estimator: str) -> None:
     class Poison(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -258,8 +260,8 @@ def encoder_only(model: nn.Module, batch: Any) -> Tensor:
     return model.get_encoder()(batch["input_ids"]).last_hidden_state.square().mean()  # type: ignore[operator]
 
 
-def unused(model: nn.Module, batch: Any) -> Tensor:
-    """A loss that uses the first layer's hidden states alone."""
+def first_layer_only(model: nn.Module, batch: Any) -> Tensor:
+    """A loss that uses only the hidden states of the first layer."""
     return model(**batch, output_hidden_states=True).hidden_states[1].square().mean()
 
 
@@ -273,7 +275,7 @@ def vanishing(model: nn.Module, batch: Any) -> Tensor:
     ("make", "data", "loss_fn", "reason", "count"),
     [
         (t5, translated, encoder_only, "never ran in 3 batches", "20 of 32"),
-        (llama, causal, unused, "ran, but got no gradient", "7 of 14"),
+        (llama, causal, first_layer_only, "ran, but got no gradient", "7 of 14"),
         (llama, causal, vanishing, "its gradient is exactly zero", "7 of 14"),
     ],
 )
@@ -288,14 +290,14 @@ def test_layers_without_a_gradient_are_an_error_or_by_choice_a_warning(
     assert all(reason in why for why in estimate.missing.values())
 
 
-def test_a_loss_that_uses_no_layer_at_all_is_an_error_whatever_the_choice() -> None:
+def test_a_loss_that_uses_no_layer_is_always_an_error() -> None:
     with pytest.raises(ValueError, match="(?s)14 of 14 layers cannot be aligned.*No layer is left"):
         lora_ga.estimate_gradients(
             adapted(llama()), causal(), LoraGAConfig(on_missing="lora"), loss_fn=lambda model, batch: torch.ones(())
         )
 
 
-def test_a_rank_above_half_the_smaller_side_is_refused_before_any_batch_is_read() -> None:
+def test_a_rank_above_half_the_smaller_side_is_refused_before_a_batch_is_read() -> None:
     model = adapted(llama(), rank_pattern={"k_proj": 9})
 
     def unread() -> Any:

@@ -31,7 +31,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("side", [JoinedA, JoinedB])
-def test_what_is_joined_comes_apart_again(side: Side, parts: int) -> None:
+def test_joined_matrices_can_be_split_again(side: Side, parts: int) -> None:
     algebra, start, delta = side(parts), drawn(*SHAPES[side]), drawn(*SHAPES[side], seed=1)
     joined = algebra.joined(start, delta)
     assert joined.shape[side.dim] == 2 * RANK
@@ -45,7 +45,7 @@ def test_what_is_joined_comes_apart_again(side: Side, parts: int) -> None:
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_product_of_joined_factors_is_the_change_of_the_product(parts: int) -> None:
-    """Part by part: B's columns and A's rows of a part are joined within the part."""
+    """The columns of B and the rows of A are joined within each part."""
     a0, da = (drawn(*SHAPES[JoinedA], seed=seed) for seed in (0, 1))
     b0, db = (drawn(*SHAPES[JoinedB], seed=seed) for seed in (2, 3))
     a_P2I = JoinedA(parts).joined(a0, da).unflatten(0, (parts, -1))
@@ -56,7 +56,7 @@ def test_the_product_of_joined_factors_is_the_change_of_the_product(parts: int) 
         torch.testing.assert_close(b_O2 @ a_P2I[part], expected)
 
 
-def test_a_joined_matrix_agrees_up_to_the_rounding_of_its_file() -> None:
+def test_agree_allows_for_the_rounding_of_the_file_and_no_more() -> None:
     algebra, start, delta = JoinedA(), drawn(RANK, INPUTS), 1e-3 * drawn(RANK, INPUTS, seed=1)
     joined = algebra.joined(start, delta)
     assert algebra.agree(joined, delta.abs(), joined.bfloat16().float())
@@ -72,7 +72,7 @@ def factor(kind: type[Factor]) -> Factor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_factor_computes_with_the_matrix_whose_sizes_it_states(kind: type[Factor]) -> None:
+def test_the_weight_of_a_factor_has_the_sizes_that_the_factor_states(kind: type[Factor]) -> None:
     made = factor(kind)
     assert tuple(made.weight.shape) == (made.out_features, made.in_features)
     assert torch.equal(made.weight, made.joined() if kind.computes_joined else made.trainable)
@@ -98,7 +98,7 @@ def test_a_narrower_dtype_rounds_the_parameter_but_not_the_start() -> None:
     assert torch.equal(made.float().start, exact)
 
 
-def test_the_rows_of_a_scaled_embedding_are_the_gradient_of_its_weight() -> None:
+def test_the_rows_of_a_scaled_embedding_give_the_gradient_of_its_weight() -> None:
     """Gemma's embeddings multiply their output by `embed_scale`."""
     base = nn.Embedding(7, 3, padding_idx=0)
     base.embed_scale = torch.tensor(2.5)
@@ -114,7 +114,7 @@ def test_a_trainable_part_of_another_shape_is_refused() -> None:
         DeltaA(drawn(RANK, INPUTS), nn.Parameter(torch.zeros(2, INPUTS)))
 
 
-def test_a_plain_parameter_gets_the_whole_tensor() -> None:
+def test_the_part_of_a_plain_parameter_is_the_whole_tensor() -> None:
     storage = storage_of(nn.Parameter(torch.zeros(3, 2)))
     assert type(storage) is Storage
     assert not storage.spread
@@ -122,14 +122,16 @@ def test_a_plain_parameter_gets_the_whole_tensor() -> None:
 
 
 @pytest.mark.parametrize(("kind", "dim"), [(DeltaA, 1), (DeltaB, 0)])
-def test_in_a_planned_forward_pass_a_factor_joins_this_processs_share_of_its_start(kind: type[Delta], dim: int) -> None:
+def test_in_a_tensor_parallel_forward_pass_a_factor_joins_the_share_of_this_process(
+    kind: type[Delta], dim: int
+) -> None:
     made = factor(kind)
     shape, width = tuple(made.start.shape), made.start.shape[dim]
     made.split = Split((OUTPUTS, INPUTS), dim, 2, width - 2)
     assert type(made.storage) is Storage  # outside a forward pass
     share = made.trainable.detach().narrow(dim, 2, width - 2)
     whole = made.joined()
-    made.register_parameter(made.trainable_name, nn.Parameter(share))  # as the plan's hook does
+    made.register_parameter(made.trainable_name, nn.Parameter(share))  # as the hook of the plan does
     assert isinstance(made.storage, PlannedStorage)
     assert made.storage.spread
     assert torch.equal(made.joined(), whole.narrow(dim, 2, width - 2))
@@ -137,8 +139,8 @@ def test_in_a_planned_forward_pass_a_factor_joins_this_processs_share_of_its_sta
 
 
 @pytest.fixture
-def partition(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A parameter as ZeRO-3 leaves it: without values, its shape kept aside, until it is gathered."""
+def zero3_parameter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A parameter as ZeRO-3 leaves it: empty until it is gathered, with its shape in `ds_shape`."""
     values = torch.zeros(RANK, INPUTS)
     parameter: Any = nn.Parameter(torch.empty(0))
     parameter.ds_id, parameter.ds_shape, parameter.ds_numel = 0, values.shape, values.numel()
@@ -158,19 +160,19 @@ def partition(monkeypatch: pytest.MonkeyPatch) -> Any:
     return parameter
 
 
-def test_a_partition_of_zero3_is_written_while_it_is_gathered_and_only_where_it_differs(partition: Any) -> None:
-    storage = storage_of(partition)
+def test_a_zero3_parameter_is_written_while_gathered_and_only_if_its_values_differ(zero3_parameter: Any) -> None:
+    storage = storage_of(zero3_parameter)
     assert isinstance(storage, Zero3Storage)
     assert storage.spread
-    made = DeltaA(drawn(RANK, INPUTS), partition)
+    made = DeltaA(drawn(RANK, INPUTS), zero3_parameter)
     made.set_delta(drawn(RANK, INPUTS, seed=1))
-    assert torch.equal(partition.values, drawn(RANK, INPUTS, seed=1))
-    assert partition.writes == 1
+    assert torch.equal(zero3_parameter.values, drawn(RANK, INPUTS, seed=1))
+    assert zero3_parameter.writes == 1
     made.set_delta(drawn(RANK, INPUTS, seed=1))
-    assert partition.writes == 1
-    assert partition.numel() == 0
+    assert zero3_parameter.writes == 1
+    assert zero3_parameter.numel() == 0
 
 
-def test_a_partition_is_saved_under_its_name_for_deepspeed_to_gather(partition: Any) -> None:
-    made = DeltaA(drawn(RANK, INPUTS), partition)
+def test_a_zero3_parameter_keeps_its_name_in_the_state_dict_so_that_deepspeed_gathers_it(zero3_parameter: Any) -> None:
+    made = DeltaA(drawn(RANK, INPUTS), zero3_parameter)
     assert list(made.state_dict()) == ["delta_weight"]

@@ -1,4 +1,4 @@
-"""The functions that ms-swift imports, called as ms-swift calls them, and by ms-swift itself where it is installed."""
+"""The functions that ms-swift imports, called as ms-swift calls them, and by ms-swift itself if it is installed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {key: torch.tensor([example[key] for example in examples]) for key in examples[0]}
 
 
-def as_ms_swift_does(model: nn.Module, dataset: Any = EXAMPLES, lora: Any = None, **changes: Any) -> Any:
-    """Calls as `swift.pipelines.train.tuner.prepare_adapter` of ms-swift 3 and 4 does.
+def call_as_ms_swift(model: nn.Module, dataset: Any = EXAMPLES, lora: Any = None, **changes: Any) -> Any:
+    """Call `get_lora_ga_model` as `swift.pipelines.train.tuner.prepare_adapter` of ms-swift 3 and 4 does.
 
-    It makes `lora_config` of the user's flags, and passes the arguments below, among which the configuration is not.
+    That function makes `lora_config` from the user's flags. It passes the arguments below, but not `lora_config`.
     """
     lora_config = lora or LoraConfig(
         task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights="lora-ga"
@@ -39,8 +39,8 @@ def as_ms_swift_does(model: nn.Module, dataset: Any = EXAMPLES, lora: Any = None
     )
 
 
-def test_rank_alpha_and_targets_are_the_callers(tmp_path: Path) -> None:
-    model = as_ms_swift_does(llama())
+def test_rank_alpha_and_targets_are_those_of_the_caller(tmp_path: Path) -> None:
+    model = call_as_ms_swift(llama())
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.task_type) == (6, 14, "CAUSAL_LM")
     assert config.target_modules == {"q_proj", "down_proj"}
@@ -56,8 +56,8 @@ def starts(model: Any) -> list[torch.Tensor]:
     return [module.start for module in model.modules() if hasattr(module, "start")]
 
 
-def test_the_estimate_uses_the_first_examples_cut_to_the_length() -> None:
-    model = as_ms_swift_does(llama(), iter(EXAMPLES))
+def test_the_estimate_uses_the_first_examples_cut_to_max_length() -> None:
+    model = call_as_ms_swift(llama(), iter(EXAMPLES))
     own = lora_ga.get_lora_ga_model(
         llama(),
         LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"]),
@@ -66,13 +66,13 @@ def test_the_estimate_uses_the_first_examples_cut_to_the_length() -> None:
     )
     assert starts(own)
     assert all(torch.equal(one, other) for one, other in zip(starts(model), starts(own), strict=True))
-    whole = as_ms_swift_does(llama(), max_length=None)
+    whole = call_as_ms_swift(llama(), max_length=None)
     assert not torch.equal(starts(whole)[0], starts(own)[0])
 
 
 @pytest.mark.parametrize("scale", ["gd", "unit", "stable", "weightS", "weights"])
-def test_ms_swifts_scales_and_dtypes_are_known(scale: str) -> None:
-    model = as_ms_swift_does(llama(), scale=scale, dtype="bfloat16", direction="random", stable_gamma=64)
+def test_the_scales_and_dtypes_of_ms_swift_are_accepted(scale: str) -> None:
+    model = call_as_ms_swift(llama(), scale=scale, dtype="bfloat16", direction="random", stable_gamma=64)
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
     assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.float32}
 
@@ -85,7 +85,7 @@ def test_ms_swifts_scales_and_dtypes_are_known(scale: str) -> None:
         ("embed_tokens", {}, "lora_embedding_A"),
     ],
 )
-def test_all_parameters_of_an_adapter_are_cast(target: str, changes: dict[str, Any], part: str) -> None:
+def test_all_parameters_of_the_adapter_are_cast(target: str, changes: dict[str, Any], part: str) -> None:
     lora = LoraConfig(r=3, target_modules=[target], **changes)
     model = get_lora_ga_model(llama(), collate, EXAMPLES, dtype="float16", peft_config=lora)
     cast = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16}
@@ -100,7 +100,7 @@ def test_a_caller_without_a_configuration_is_refused() -> None:
     assert lora_config is None
 
 
-def test_the_configuration_that_is_passed_counts_before_the_callers() -> None:
+def test_a_passed_configuration_takes_precedence_over_that_of_the_caller() -> None:
     lora_config = LoraConfig(r=3, target_modules=["down_proj"])
     passed = LoraConfig(r=2, target_modules=["q_proj"])
     model = get_lora_ga_model(llama(), collate, EXAMPLES, peft_config=passed)
@@ -109,22 +109,22 @@ def test_the_configuration_that_is_passed_counts_before_the_callers() -> None:
     assert found.peft_config["default"].target_modules == lora_config.target_modules == {"down_proj"}
 
 
-def test_a_refused_call_leaves_the_base_model_as_it_was() -> None:
+def test_a_refused_call_does_not_change_the_base_model() -> None:
     model = llama()
     with pytest.raises(ValueError, match="The data set holds no example"):
-        as_ms_swift_does(model, [])
+        call_as_ms_swift(model, [])
     with pytest.raises(ValueError, match="dtype is 'int8'; it must be one of float32, float16, bfloat16"):
-        as_ms_swift_does(model, dtype="int8")
+        call_as_ms_swift(model, dtype="int8")
     with pytest.raises(ValueError, match=r"LoraGAConfig.scale is 'huge'"):
-        as_ms_swift_does(model, scale="huge")
+        call_as_ms_swift(model, scale="huge")
     with pytest.raises(ValueError, match="rank 20 needs 40 gradient directions"):
-        as_ms_swift_does(model, lora=LoraConfig(r=20, target_modules=["q_proj"]))
+        call_as_ms_swift(model, lora=LoraConfig(r=20, target_modules=["q_proj"]))
     assert not any("lora" in name for name, _ in model.named_modules())
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_inside_the_context_saving_converts_nothing(tmp_path: Path) -> None:
-    model = as_ms_swift_does(llama())
+def test_saving_inside_the_context_converts_nothing(tmp_path: Path) -> None:
+    model = call_as_ms_swift(llama())
     train(model, causal(), lr=1e-3)
     with LoraGAContext(model):
         model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path / "initial_model"))
@@ -151,7 +151,7 @@ def test_the_installed_ms_swift_calls_as_the_fallback_expects() -> None:
     assert "get_lora_ga_model" in prepare_adapter.__code__.co_names
 
 
-def test_ms_swift_makes_the_model(tmp_path: Path) -> None:
+def test_the_installed_ms_swift_makes_an_aligned_model(tmp_path: Path) -> None:
     prepare_adapter = prepare_adapter_of_ms_swift()
     flags = SimpleNamespace(
         task_type="causal_lm", target_modules=["q_proj", "v_proj"], modules_to_save=[], lora_rank=2, lora_alpha=6

@@ -1,4 +1,4 @@
-"""After training: what PEFT does with a finished adapter, with both offsets."""
+"""What PEFT can do with a trained adapter: merge, disable, save, load, combine, swap. Tested with both offsets."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ BATCH = causal(1)[0]
 
 
 def cell(row: str) -> Any:
+    """Marks a test as the one of a row of the support matrix."""
     return pytest.mark.support("after training", row, "works")
 
 
@@ -33,7 +34,7 @@ def model(offset: str) -> PeftModel:
 
 
 def trained(offset: str) -> PeftModel:
-    """Without rsLoRA, whose scaling PEFT's weighted sums forget (of any adapter)."""
+    """A trained adapter without rsLoRA, because PEFT's weighted sums ignore the scaling of rsLoRA."""
     made = adapted(llama(), use_rslora=False)
     lora_ga.initialize(made, causal(), LoraGAConfig(offset=offset))
     train(made, causal(), steps=3)
@@ -41,7 +42,7 @@ def trained(offset: str) -> PeftModel:
 
 
 @cell("merge_and_unload")
-def test_merging_gives_what_the_adapted_model_computes(model: PeftModel, offset: str) -> None:
+def test_merging_keeps_the_adapted_function(model: PeftModel, offset: str) -> None:
     expected = logits(model, BATCH)
     merged = model.merge_and_unload()
     assert not any(isinstance(module, LoraLayer) for module in merged.modules())
@@ -49,15 +50,17 @@ def test_merging_gives_what_the_adapted_model_computes(model: PeftModel, offset:
 
 
 @cell("unload")
-def test_unloading_gives_the_base_the_adapter_stood_on(model: PeftModel, offset: str) -> None:
+def test_unload_gives_the_original_base_unless_the_offset_changed_it(model: PeftModel, offset: str) -> None:
     base = model.unload()
     assert not any(isinstance(module, LoraLayer) for module in base.modules())
     same = torch.equal(logits(base, BATCH), logits(llama(), BATCH))
-    assert same == (offset == "adapter")  # offset="base" has changed it
+    assert same == (offset == "adapter")  # offset="base" has changed the base
 
 
 @cell("disable_adapter as a DPO reference")
-def test_disabling_shows_the_reference(model: PeftModel, offset: str) -> None:
+def test_disabling_gives_the_original_function_unless_the_offset_changed_the_base(
+    model: PeftModel, offset: str
+) -> None:
     with model.disable_adapter():
         shown = logits(model, BATCH)
     same = torch.equal(shown, logits(llama(), BATCH))
@@ -65,7 +68,7 @@ def test_disabling_shows_the_reference(model: PeftModel, offset: str) -> None:
 
 
 @cell("saved, then loaded with low_cpu_mem_usage")
-def test_loading_with_low_cpu_mem_usage(model: PeftModel, offset: str, tmp_path: Path) -> None:
+def test_loading_with_low_cpu_mem_usage_gives_the_saved_function(model: PeftModel, offset: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True).eval()
     torch.testing.assert_close(logits(stock, BATCH), logits(model, BATCH), rtol=0, atol=1e-5)
@@ -73,7 +76,9 @@ def test_loading_with_low_cpu_mem_usage(model: PeftModel, offset: str, tmp_path:
 
 @cell("add_weighted_adapter")
 @pytest.mark.parametrize("combination", ["cat", "linear", "svd"])
-def test_weighted_sums_of_saved_adapters(model: PeftModel, offset: str, combination: str, tmp_path: Path) -> None:
+def test_a_sum_with_weights_1_and_0_is_the_first_saved_adapter(
+    model: PeftModel, offset: str, combination: str, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path / "one")
     other = trained("adapter")
     train(other, causal()[1:], steps=2)
@@ -87,9 +92,11 @@ def test_weighted_sums_of_saved_adapters(model: PeftModel, offset: str, combinat
 
 
 @cell("several adapters")
-def test_an_adapter_beside_another(model: PeftModel, offset: str, tmp_path: Path) -> None:
+def test_another_adapter_does_not_change_the_function_of_the_first(
+    model: PeftModel, offset: str, tmp_path: Path
+) -> None:
     if offset == "base":
-        pytest.skip('offset="base" is for one adapter; that others are refused is tested in test_hardened.py')
+        pytest.skip('offset="base" is for one adapter; that others are refused is tested in test_edge_cases.py')
     expected = logits(model, BATCH)
     model.add_adapter("plain", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     model.set_adapter("plain")
@@ -102,7 +109,7 @@ def test_an_adapter_beside_another(model: PeftModel, offset: str, tmp_path: Path
 
 
 @cell("hot-swap")
-def test_hot_swapping_saved_adapters(model: PeftModel, offset: str, tmp_path: Path) -> None:
+def test_hot_swapping_gives_the_function_of_the_new_adapter(model: PeftModel, offset: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "one")
     other = trained("adapter")
     train(other, causal()[1:], steps=2)
@@ -113,7 +120,7 @@ def test_hot_swapping_saved_adapters(model: PeftModel, offset: str, tmp_path: Pa
 
 
 @cell("set_scale")
-def test_scaling_a_saved_adapter(model: PeftModel, offset: str, tmp_path: Path) -> None:
+def test_set_scale_scales_the_effect_of_the_adapter(model: PeftModel, offset: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(llama(), tmp_path).eval()
     for scale, expected in ((0.0, llama()), (1.0, model)):
@@ -121,7 +128,7 @@ def test_scaling_a_saved_adapter(model: PeftModel, offset: str, tmp_path: Path) 
             if isinstance(layer, LoraLayer):
                 layer.set_scale("default", scale)
         torch.testing.assert_close(logits(stock, BATCH), logits(expected, BATCH), rtol=0, atol=1e-5)
-    if offset == "adapter":  # the same on the model it was trained in
+    if offset == "adapter":  # the same on the model in which the adapter was trained
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 layer.set_scale("default", 0.0)
@@ -129,7 +136,7 @@ def test_scaling_a_saved_adapter(model: PeftModel, offset: str, tmp_path: Path) 
 
 
 @cell("modules_to_save")
-def test_modules_to_save_go_along(offset: str, tmp_path: Path) -> None:
+def test_modules_to_save_are_saved_with_the_adapter(offset: str, tmp_path: Path) -> None:
     made, batch = adapted(bert(), ["query", "value"], modules_to_save=["classifier"]), classified(1)[0]
     lora_ga.initialize(made, classified(), LoraGAConfig(offset=offset))
     train(made, classified(), steps=3)
@@ -139,7 +146,7 @@ def test_modules_to_save_go_along(offset: str, tmp_path: Path) -> None:
 
 
 @cell("merged and saved in shards")
-def test_a_merged_model_saved_in_shards(model: PeftModel, offset: str, tmp_path: Path) -> None:
+def test_a_merged_model_saved_in_shards_keeps_its_function(model: PeftModel, offset: str, tmp_path: Path) -> None:
     expected = logits(model, BATCH)
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -149,7 +156,7 @@ def test_a_merged_model_saved_in_shards(model: PeftModel, offset: str, tmp_path:
 
 
 @cell("a copy of the model")
-def test_a_deep_copy_is_another_model_of_the_same_function(model: PeftModel, offset: str) -> None:
+def test_training_a_deep_copy_does_not_change_the_original(model: PeftModel, offset: str) -> None:
     expected, other = logits(model, BATCH), copy.deepcopy(model)
     train(other, causal(), steps=1)
     assert torch.equal(logits(model, BATCH), expected)
@@ -157,7 +164,7 @@ def test_a_deep_copy_is_another_model_of_the_same_function(model: PeftModel, off
 
 
 @cell("trained on a 4-bit base, loaded on it and on the full-precision base")
-def test_an_adapter_of_a_4_bit_base_loads_on_both_bases(offset: str, tmp_path: Path) -> None:
+def test_an_adapter_trained_on_a_4_bit_base_loads_on_both_bases(offset: str, tmp_path: Path) -> None:
     LAYERS["bitsandbytes nf4"].check_installed()
     if offset == "base":
         pytest.skip('offset="base" is refused on quantised weights, which test_support.py tests')
@@ -175,12 +182,12 @@ def test_an_adapter_of_a_4_bit_base_loads_on_both_bases(offset: str, tmp_path: P
     for name, product in products[0].items():
         torch.testing.assert_close(product, products[1][name], rtol=0, atol=1e-6)
     assert not torch.equal(logits(full, BATCH), logits(wide_llama(), BATCH))
-    resumed = lora_ga.load(wide_llama(), tmp_path, is_trainable=True).eval()  # one fingerprint for both
+    resumed = lora_ga.load(wide_llama(), tmp_path, is_trainable=True).eval()  # both bases have the same fingerprint
     torch.testing.assert_close(logits(resumed, BATCH), logits(full, BATCH), rtol=0, atol=1e-5)
 
 
 @cell("trained on the full-precision base, loaded on a 4-bit one")
-def test_an_adapter_of_the_full_base_loads_on_a_4_bit_one(offset: str, tmp_path: Path) -> None:
+def test_an_adapter_trained_on_the_full_base_loads_on_a_4_bit_base(offset: str, tmp_path: Path) -> None:
     LAYERS["bitsandbytes nf4"].check_installed()
     made = adapted(wide_llama())
     lora_ga.initialize(made, causal(), LoraGAConfig(offset=offset))

@@ -1,4 +1,4 @@
-"""The gradients that hooks record, against those that autograd computes."""
+"""The gradients that hooks record, compared with those of autograd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toys import FAMILIES, adapted, autograd_gradients
 
 
 class Summed:
-    """A sink that adds up gᵀx by name."""
+    """A sink that adds up gᵀx for each layer name."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -27,7 +27,7 @@ class Summed:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_captured_gradients_equal_autograds_in_every_layer(family: str) -> None:
+def test_recorded_gradients_equal_those_of_autograd_in_every_layer(family: str) -> None:
     make, batches, targets = FAMILIES[family]
     base = make().double()
     batch = batches(1)[0]
@@ -37,13 +37,13 @@ def test_captured_gradients_equal_autograds_in_every_layer(family: str) -> None:
     with isolated(model, "default"), record_layers({n: t.layer for n, t in found.items()}, sink):
         model(**batch).loss.backward()
     assert set(sink.sums) == set(found)
-    for name, captured in sink.sums.items():
-        stored = captured.mT if family == "gpt2" else captured  # Conv1D stores its weight as (inputs, outputs)
+    for name, recorded in sink.sums.items():
+        stored = recorded.mT if family == "gpt2" else recorded  # Conv1D stores its weight as (inputs, outputs)
         assert (stored - truth[name]).norm() <= 1e-9 * truth[name].norm(), name
 
 
 class Block(nn.Module):
-    """A block that changes outputs in place, shares a layer, and gives a linear layer with bias a 3-D input."""
+    """A block that changes outputs in place, calls a layer twice, and gives linear layers with bias a 3-D input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,15 +58,15 @@ class Block(nn.Module):
         return z
 
 
-def run(block: nn.Module, x: Tensor, way: str) -> Tensor:
-    if way == "plain":
+def run(block: nn.Module, x: Tensor, mode: str) -> Tensor:
+    if mode == "plain":
         return block(x)
-    return checkpoint(block, x.requires_grad_(), use_reentrant=way == "reentrant")
+    return checkpoint(block, x.requires_grad_(), use_reentrant=mode == "reentrant")
 
 
-@pytest.mark.parametrize("way", ["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("mode", ["plain", "checkpointed", "reentrant"])
 @pytest.mark.parametrize("trainable", [True, False])
-def test_in_place_changes_shared_layers_and_checkpointing_are_recorded_exactly(way: str, trainable: bool) -> None:
+def test_recording_is_exact_with_in_place_changes_shared_layers_and_checkpointing(mode: str, trainable: bool) -> None:
     torch.manual_seed(0)
     block = Block().double()
     x = torch.randn(2, 3, 6, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_in_place_changes_shared_layers_and_checkpointing_are_recorded_exactly(w
         parameter.requires_grad_(trainable)
     sink = Summed()
     with record_layers(dict(block.named_children()), sink) as coverage:
-        run(block, x.clone(), way).square().sum().backward()
+        run(block, x.clone(), mode).square().sum().backward()
     assert coverage.ran == coverage.got_gradient == {"first", "shared", "last"}
     for name, true in truth.items():
         torch.testing.assert_close(sink.sums[name], true)
@@ -108,7 +108,7 @@ def test_hooks_are_gone_when_the_loss_raises() -> None:
     assert not any(layer._forward_hooks for layer in block.modules())
 
 
-def test_layers_that_ran_without_a_gradient_are_distinguished_from_those_that_never_ran() -> None:
+def test_coverage_distinguishes_layers_without_a_gradient_from_layers_that_never_ran() -> None:
     class Forked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -125,7 +125,7 @@ def test_layers_that_ran_without_a_gradient_are_distinguished_from_those_that_ne
     assert coverage.got_gradient == {"used"}
 
 
-def test_of_a_layer_that_got_no_token_nothing_is_recorded() -> None:
+def test_nothing_is_recorded_for_a_layer_without_tokens() -> None:
     calls: list[Any] = []
     layer = nn.Linear(4, 4)
     with record_layers({"layer": layer}, lambda *call: calls.append(call)) as coverage:

@@ -1,4 +1,4 @@
-"""Accumulators against the dense sum."""
+"""The accumulators of the gradient, compared with a dense sum."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES = {name: Size(kept=10, used=4) for name in ("layer", "other", "third")}
 
 
 def blocks(count: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Blocks:
-    """Blocks whose gradients share a few strong directions, with weights."""
+    """Inputs, output gradients and weights of blocks. The gradients of all blocks share a few strong directions."""
     draw = torch.Generator().manual_seed(seed)
     shared = torch.randn(5, INPUTS, generator=draw), torch.randn(5, OUTPUTS, generator=draw)
     made = []
@@ -37,11 +37,12 @@ def blocks(count: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Blo
 
 
 def total(parts: Blocks) -> Tensor:
-    """The oracle."""
+    """The exact sum of the gradients."""
     return torch.stack([weight * g.double().mT @ x.double() for x, g, weight in parts]).sum(dim=0)
 
 
 def filled(kind: Kind, parts: Blocks, names: tuple[str, ...] = ("layer",)) -> Dense | Streaming:
+    """An accumulator after all blocks, each of which counts for every named layer."""
     accumulator = kind(SIZES, 0, 0)
     for x, g, weight in parts:
         for name in names:
@@ -51,7 +52,7 @@ def filled(kind: Kind, parts: Blocks, names: tuple[str, ...] = ("layer",)) -> De
 
 
 def test_every_estimator_of_the_configuration_has_an_accumulator() -> None:
-    assert {*ESTIMATORS, "probe"} == set(CHOICES["estimator"])  # the probe has its own sums
+    assert {*ESTIMATORS, "probe"} == set(CHOICES["estimator"])  # the probe sums by itself
 
 
 def test_dense_keeps_the_exact_sum_and_norm() -> None:
@@ -78,7 +79,7 @@ def test_streaming_finds_the_leading_directions_of_the_sum(dtype: torch.dtype) -
         torch.testing.assert_close(factor.mT @ factor, torch.eye(10, dtype=dtype), atol=1e-5, rtol=0)
 
 
-def test_layers_truncated_together_hold_what_each_would_alone() -> None:
+def test_truncating_layers_together_gives_the_factors_of_truncating_each_alone() -> None:
     parts = blocks(4)
     together = filled(Streaming, parts, ("layer", "other", "third"))
     alone = filled(Streaming, parts, ("other",))
@@ -101,7 +102,7 @@ def test_a_layer_that_runs_twice_in_a_pass_counts_twice(kind: Kind) -> None:
     torch.testing.assert_close(factors.S[:4], s[:4], rtol=1e-3, atol=0)
 
 
-def test_directions_that_appear_late_are_found_after_a_first_block_of_one_token() -> None:
+def test_streaming_finds_late_directions_after_a_first_block_of_one_token() -> None:
     (x, g, _), parts = blocks(1)[0], blocks(12, seed=1)
     accumulator = Streaming(SIZES, 0, 0)
     for block in [(x[:1], g[:1], 1.0), *parts]:
@@ -115,7 +116,7 @@ def test_directions_that_appear_late_are_found_after_a_first_block_of_one_token(
 
 
 @pytest.mark.parametrize("kind", [Dense, Streaming])
-def test_the_state_restored_goes_on_as_the_unbroken_run(kind: Kind) -> None:
+def test_a_restored_accumulator_continues_as_the_uninterrupted_one(kind: Kind) -> None:
     parts = blocks(9, torch.float32)
     names = ("layer", "other")
     whole, first = filled(kind, parts, names), filled(kind, parts[:4], names)
@@ -135,21 +136,21 @@ def test_the_state_restored_goes_on_as_the_unbroken_run(kind: Kind) -> None:
             assert torch.equal(getattr(mine, part), getattr(true, part)), (name, part)
 
 
-def test_changes_are_told_once_a_batch_where_they_are_asked_for() -> None:
+def test_a_watched_accumulator_reports_changes_once_per_batch() -> None:
     accumulator = Streaming(SIZES, 0, 0, watched=True)
     found = []
     for x, g, weight in blocks(30):
         accumulator.add("layer", x, g, weight=weight**0)
         accumulator.flush()
         found.append(accumulator.changes())
-    assert found[0] == {}  # nothing to compare the first with
+    assert found[0] == {}  # the first batch has no batch before it to compare with
     assert all(set(change) == {"layer"} for change in found[1:])
     assert found[1]["layer"] > 10 * found[-1]["layer"] > 0
     assert accumulator.changes() == {}
     assert filled(Streaming, blocks(2)).changes() == filled(Dense, blocks(2)).changes() == {}
 
 
-def test_nothing_seen_gives_nothing() -> None:
+def test_an_empty_accumulator_has_no_factors_and_no_state() -> None:
     for kind in (Dense, Streaming):
         empty: Accumulator = kind(SIZES, 0, 0)
         empty.flush()
@@ -170,19 +171,19 @@ def test_sums_are_kept_in_float32_for_models_of_lower_precision(dtype: torch.dty
 
 
 @pytest.mark.parametrize("kind", [Dense, Streaming])
-@pytest.mark.parametrize("spoiled", ["x", "g"])
-def test_a_number_that_is_not_finite_is_refused_by_the_layers_name(kind: Kind, spoiled: str) -> None:
+@pytest.mark.parametrize("broken", ["x", "g"])
+def test_a_value_that_is_not_finite_raises_an_error_that_names_the_layer(kind: Kind, broken: str) -> None:
     x, g, weight = blocks(1)[0]
     accumulator = kind(SIZES, 0, 0)
     accumulator.add("other", x, g, weight)
-    (x if spoiled == "x" else g)[3, 4] = torch.nan
+    (x if broken == "x" else g)[3, 4] = torch.nan
     accumulator.add("layer", x, g, weight)
     with pytest.raises(FloatingPointError, match=r"^layer: the gradient is not finite$"):
         accumulator.flush()
 
 
 class OneDevice(TorchDispatchMode):
-    """Raises where an operation other than a copy takes tensors of two devices, scalars aside."""
+    """Raises an error if an operation takes tensors of two devices. Copies and scalars may."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -193,24 +194,24 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def read(tensor: Tensor) -> Any:
-    """What stands in for the values of tensors that have none."""
+def made_up_values(tensor: Tensor) -> Any:
+    """The values that the test gives to tensors without values."""
     shape: Any = tensor.shape
     if len(shape) > 1:
-        return [read(tensor[0])] * shape[0]
+        return [made_up_values(tensor[0])] * shape[0]
     one = True if tensor.dtype == torch.bool else 1.0
     return [one] * shape[0] if shape else one
 
 
 @pytest.mark.parametrize("kind", [Dense, Streaming])
-def test_all_that_is_computed_stays_on_the_device_of_the_gradients(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device is "meta", which every machine has; values that are read of its tensors are made up."""
+def test_all_computation_stays_on_the_device_of_the_gradients(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is "meta", which every machine has. Its tensors have no values, so the test makes them up."""
     for name in ("item", "tolist"):
-        monkeypatch.setattr(torch.Tensor, name, read)
-    away = [tuple(part.to("meta") for part in block[:2]) for block in blocks(3, torch.float32)]
+        monkeypatch.setattr(torch.Tensor, name, made_up_values)
+    on_meta = [tuple(part.to("meta") for part in block[:2]) for block in blocks(3, torch.float32)]
     with OneDevice():
         accumulator, other = (kind(SIZES, 1, 0, watched=kind is Streaming) for _ in range(2))
-        for x, g in away:
+        for x, g in on_meta:
             for each in (accumulator, other):
                 each.add("layer", x, g, 2.0)
                 each.flush()

@@ -1,4 +1,4 @@
-"""Compressing and merging finished adapters."""
+"""Compressing and merging saved adapters."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from toys import adapted, bert, causal, classified, llama, logits, saved, train
 
 
 def close_in_effect(small: Any, whole: Any, base: Any, batch: Any) -> bool:
-    """Whether losing the last of eight directions costs less than a tenth of the adapter's effect on the logits."""
+    """Whether the two adapters' logits differ by at most a tenth of the whole adapter's effect on the logits."""
     effect = logits(whole, batch) - logits(base, batch)
     return bool((logits(small, batch) - logits(whole, batch)).norm() <= 0.1 * effect.norm())
 
 
 def product(folder: Path, layer: str) -> torch.Tensor:
+    """B A of a layer of the saved adapter."""
     tensors = load_file(folder / "adapter_model.safetensors")
     a, b = (tensors[f"base_model.model.{layer}.lora_{letter}.weight"].double() for letter in "AB")
     return b @ a
 
 
-def test_compressing_gives_the_best_product_of_the_rank_and_reports_what_is_lost(tmp_path: Path) -> None:
+def test_compressing_gives_the_best_product_of_the_rank_and_reports_its_error(tmp_path: Path) -> None:
     model = saved(tmp_path / "whole", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 32})
     errors = lora_ga.compress_adapter(tmp_path / "whole", tmp_path / "small", 3)
     assert len(errors) == 14
@@ -50,7 +51,7 @@ def test_stock_peft_loads_the_compressed_adapter(tmp_path: Path) -> None:
     assert not (tmp_path / "small" / "lora_ga.safetensors").exists()
 
 
-def test_compressing_to_what_the_product_really_needs_loses_nothing(tmp_path: Path) -> None:
+def test_compressing_to_the_rank_of_the_product_loses_nothing(tmp_path: Path) -> None:
     model = saved(tmp_path / "whole", rank_pattern={"q_proj": 2}, lora_bias=False)
     tensors = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     assert max(t.shape[0] for name, t in tensors.items() if "lora_A" in name) == 8
@@ -60,7 +61,7 @@ def test_compressing_to_what_the_product_really_needs_loses_nothing(tmp_path: Pa
     assert torch.isfinite(logits(model, causal(1)[0])).all()
 
 
-def test_lora_biases_are_kept(tmp_path: Path) -> None:
+def test_compressing_keeps_lora_biases(tmp_path: Path) -> None:
     model = adapted(bert(), ["query", "dense"], lora_bias=True)
     lora_ga.initialize(model, classified())
     train(model, classified())
@@ -70,7 +71,7 @@ def test_lora_biases_are_kept(tmp_path: Path) -> None:
     assert close_in_effect(small, model.eval(), bert(), classified(1)[0])
 
 
-def test_bad_ranks_folders_and_kinds_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+def test_bad_ranks_folders_and_adapters_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     saved(tmp_path / "whole")
     saved(tmp_path / "dora", use_dora=True)
     saved(tmp_path / "embedding", use_dora=True, targets=["q_proj"])
@@ -89,14 +90,14 @@ def test_bad_ranks_folders_and_kinds_are_refused_and_nothing_is_written(tmp_path
     assert [file.name for file in full.iterdir()] == ["file"]
 
 
-def test_an_embedding_adapter_is_refused(tmp_path: Path) -> None:
+def test_compressing_an_embedding_adapter_is_refused(tmp_path: Path) -> None:
     model = adapted(llama(), ["embed_tokens", "q_proj"])
     model.save_pretrained(tmp_path / "whole")
     with pytest.raises(ValueError, match="lora_embedding_A is not a factor of a linear layer"):
         lora_ga.compress_adapter(tmp_path / "whole", tmp_path / "out", 2)
 
 
-def test_the_merged_checkpoint_computes_what_the_adapter_did(tmp_path: Path) -> None:
+def test_the_merged_checkpoint_has_the_function_of_the_adapted_model(tmp_path: Path) -> None:
     model = saved(tmp_path / "adapter")
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=llama())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

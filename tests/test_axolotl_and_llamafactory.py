@@ -1,4 +1,4 @@
-"""Axolotl and LLaMA-Factory: with stand-ins for their interfaces, and with the packages where they are installed."""
+"""Axolotl and LLaMA-Factory: stand-ins for their interfaces, and the packages themselves if they are installed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def axolotl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.pop("lora_ga.integrations.axolotl", None)
 
 
-def test_axolotls_plugin_declares_its_settings_and_checks_them(axolotl: Any) -> None:
+def test_the_axolotl_plugin_declares_and_checks_its_settings(axolotl: Any) -> None:
     module, _, name = axolotl.LoraGAPlugin().get_input_args().rpartition(".")
     arguments = getattr(importlib.import_module(module), name)
     assert arguments(lora_ga={"stable_gamma": 64}).model_dump(exclude_none=True) == {"lora_ga": {"stable_gamma": 64}}
@@ -72,7 +72,7 @@ def test_the_documented_line_for_llamafactory_adds_the_callback(
     assert [type(callback) for _, callbacks in llamafactory for callback in callbacks] == [lora_ga.LoraGACallback]
 
 
-def test_axolotls_plugin_switches_fused_kernels_off(axolotl: Any) -> None:
+def test_the_axolotl_plugin_turns_fused_kernels_off(axolotl: Any) -> None:
     configuration: dict[str, Any] = {"adapter": "lora"}
     axolotl.LoraGAPlugin().register(configuration)
     assert all(configuration[kernel] is False for kernel in axolotl.KERNELS)
@@ -93,14 +93,14 @@ def test_axolotls_plugin_switches_fused_kernels_off(axolotl: Any) -> None:
         ),
     ],
 )
-def test_axolotls_plugin_refuses_what_cannot_be_aligned(
+def test_the_axolotl_plugin_refuses_settings_that_cannot_be_aligned(
     axolotl: Any, configuration: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         axolotl.LoraGAPlugin().register(configuration)
 
 
-def test_axolotls_plugin_gives_the_trainer_the_callback_with_the_settings(axolotl: Any) -> None:
+def test_the_axolotl_plugin_gives_the_trainer_a_callback_with_the_settings(axolotl: Any) -> None:
     plugin = axolotl.LoraGAPlugin()
     (callback,) = plugin.add_callbacks_pre_trainer({"lora_ga": {"stable_gamma": 64}}, None)
     assert callback.config == lora_ga.LoraGAConfig(stable_gamma=64)
@@ -121,7 +121,7 @@ def llamafactory(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def test_llamafactorys_launcher_adds_the_callback_and_removes_its_settings(llamafactory: list[Any]) -> None:
+def test_the_llamafactory_launcher_adds_the_callback_and_removes_its_settings(llamafactory: list[Any]) -> None:
     from lora_ga.integrations.llamafactory import run_exp
 
     given = {"stage": "sft", "lora_ga": {"stable_gamma": 64}}
@@ -143,7 +143,7 @@ def test_llamafactorys_launcher_adds_the_callback_and_removes_its_settings(llama
         ({"lora_ga": {"gamma": 1}}, "LoraGAConfig has no setting gamma"),
     ],
 )
-def test_llamafactorys_launcher_refuses_what_cannot_be_aligned(
+def test_the_llamafactory_launcher_refuses_settings_that_cannot_be_aligned(
     llamafactory: list[Any], settings: dict[str, Any], message: str
 ) -> None:
     from lora_ga.integrations.llamafactory import run_exp
@@ -153,11 +153,11 @@ def test_llamafactorys_launcher_refuses_what_cannot_be_aligned(
     assert llamafactory == []
 
 
-def really(module: str) -> Any:
+def import_or_skip(module: str) -> Any:
     """Import a framework's module; skip the test if that fails."""
     try:
         return importlib.import_module(module)
-    except Exception as error:  # without all its requirements a framework fails to import with many kinds of errors
+    except Exception as error:  # a framework without all its requirements can raise any error on import
         pytest.skip(f"{module} or one of its requirements is not installed ({type(error).__name__}: {error})")
 
 
@@ -173,7 +173,7 @@ def instructions(path: Path) -> Path:
     return path
 
 
-def is_trained_adapter_for(adapter: Path, base: Path) -> None:
+def assert_trained_adapter(adapter: Path, base: Path) -> None:
     assert (adapter / "lora_ga.safetensors").exists()
     ids = torch.arange(5, 12)[None]
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -184,9 +184,9 @@ def is_trained_adapter_for(adapter: Path, base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_llamafactory_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_installed_llamafactory_trains_an_aligned_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
-    really("llamafactory.train.tuner")
+    import_or_skip("llamafactory.train.tuner")
     from lora_ga.integrations.llamafactory import run_exp
 
     base = model_folder(tmp_path / "base")
@@ -199,12 +199,12 @@ def test_llamafactory_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     run_exp(
         settings | {"use_cpu": True, "disable_gradient_checkpointing": True, "plot_loss": False, "logging_steps": 1}
     )
-    is_trained_adapter_for(tmp_path / "out", base)
+    assert_trained_adapter(tmp_path / "out", base)
 
 
-def test_axolotl_reads_the_plugin_and_its_settings(tmp_path: Path) -> None:
-    base = really("axolotl.integrations.base")
-    really("axolotl.integrations.config")
+def test_the_installed_axolotl_reads_the_plugin_and_its_settings(tmp_path: Path) -> None:
+    base = import_or_skip("axolotl.integrations.base")
+    import_or_skip("axolotl.integrations.config")
     manager = base.PluginManager.get_instance()
     manager.register("lora_ga.integrations.axolotl.LoraGAPlugin")
     configuration = yaml.safe_load(

@@ -1,4 +1,4 @@
-"""PEFT's own flow on this library: what a script written for it may rely on, and what is refused."""
+"""Scripts written for PEFT's LoRA-GA, on this library: what they may rely on, and what is refused."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def config(targets: Any = "all-linear", **changes: Any) -> LoraConfig:
     return LoraConfig(**(settings | changes))
 
 
-def steps(model: nn.Module, batches: list[Any], *, forgetting: bool = False) -> Callable[[], None]:
-    """A script's train_step; with `forgetting` it clears the gradients before each pass, as PEFT's example does."""
+def steps(model: nn.Module, batches: list[Any], *, clear_gradients: bool = False) -> Callable[[], None]:
+    """A script's train_step. With `clear_gradients` it clears them before each pass, as PEFT's example does."""
 
     def train_step() -> None:
         for batch in batches:
-            if forgetting:
+            if clear_gradients:
                 model.zero_grad()
             model(**batch).loss.backward()
 
@@ -39,6 +39,7 @@ def steps(model: nn.Module, batches: list[Any], *, forgetting: bool = False) -> 
 
 
 def ready(model: Any, batches: Any = None, **changes: Any) -> Any:
+    """The model with an aligned adapter, made by the flow."""
     lora = config(**changes)
     preprocess_loraga(model, lora, steps(model, batches or causal()))
     return get_peft_model(model, lora)
@@ -48,19 +49,19 @@ def ready(model: Any, batches: Any = None, **changes: Any) -> Any:
     ("family", "targets"),
     [("llama", "all-linear"), ("bert", ["query", "value"]), ("t5", ["q", "v", "wo"])],
 )
-@pytest.mark.parametrize("forgetting", [False, True])
-def test_the_flow_reaches_the_alignment_limit(family: str, targets: Any, forgetting: bool) -> None:
+@pytest.mark.parametrize("clear_gradients", [False, True])
+def test_the_flow_reaches_the_alignment_limit(family: str, targets: Any, clear_gradients: bool) -> None:
     make, batches_of, _ = FAMILIES[family]
     batches, base = batches_of(), make().double()
     truth = gradients(make().double(), batches)
     lora = config(targets)
-    preprocess_loraga(base, lora, steps(base, batches, forgetting=forgetting), config=DENSE)
+    preprocess_loraga(base, lora, steps(base, batches, clear_gradients=clear_gradients), config=DENSE)
     ratios = alignment_ratios(get_peft_model(base, lora), truth, batches, 4)
     assert ratios
     assert min(ratios.values()) > 1 - 1e-6
 
 
-def test_the_flow_gives_the_start_that_the_librarys_own_functions_give() -> None:
+def test_the_flow_gives_the_start_of_initialize() -> None:
     model = gpt2()
     flow = ready(model, targets=["c_attn", "c_fc"], use_rslora=True)
     own = adapted(gpt2(), ["c_attn", "c_fc"])
@@ -72,7 +73,7 @@ def test_the_flow_gives_the_start_that_the_librarys_own_functions_give() -> None
             assert torch.allclose(module.start, starts[name], atol=1e-5), name
 
 
-def test_preprocessing_leaves_the_model_and_the_generators_as_they_were() -> None:
+def test_preprocessing_does_not_change_the_model_or_the_random_generator() -> None:
     model = llama().train()
     model.lm_head.weight.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -87,7 +88,7 @@ def test_preprocessing_leaves_the_model_and_the_generators_as_they_were() -> Non
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_preprocessing_undoes_itself_when_the_script_fails() -> None:
+def test_preprocessing_restores_the_model_if_the_script_fails() -> None:
     model = llama()
 
     def broken() -> None:
@@ -101,7 +102,7 @@ def test_preprocessing_undoes_itself_when_the_script_fails() -> None:
     assert lora.init_lora_weights == "lora_ga"
 
 
-def test_weights_that_need_no_gradient_are_enough() -> None:
+def test_the_flow_works_if_no_weight_requires_a_gradient() -> None:
     model = llama().requires_grad_(False)
     adapter = ready(model)
     assert torch.equal(logits(adapter, causal(1)[0]), logits(llama(), causal(1)[0]))
@@ -124,9 +125,7 @@ def test_every_direction_and_scale_of_peft_saves_and_loads_on_the_original_base(
 
 @pytest.mark.filterwarnings("ignore:.*no lora_ga.safetensors was written:UserWarning")
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_pefts_conversion_with_the_initial_adapter_is_no_longer_needed_and_does_no_harm(
-    use_rslora: bool, tmp_path: Path
-) -> None:
+def test_saving_with_pefts_conversion_gives_an_adapter_for_the_original_base(use_rslora: bool, tmp_path: Path) -> None:
     model = ready(llama(), use_rslora=use_rslora)
     model.save_pretrained(tmp_path / "init")
     train(model, causal(), lr=1e-3)
@@ -165,7 +164,7 @@ def test_low_precision_models_keep_their_dtype(dtype: torch.dtype, tmp_path: Pat
     torch.testing.assert_close(logits(stock, causal(1)[0]), logits(adapter, causal(1)[0]), rtol=0, atol=1e-2)
 
 
-def test_heads_and_biases_that_train_in_full_are_the_scripts_own_matter() -> None:
+def test_heads_and_biases_stay_trainable() -> None:
     make, _, _ = FAMILIES["bert"]
     model = ready(make(), classified(), targets=["query"], task_type="SEQ_CLS", bias="lora_only")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -174,20 +173,21 @@ def test_heads_and_biases_that_train_in_full_are_the_scripts_own_matter() -> Non
     assert train(model, classified())[-1] > 0
 
 
-def test_other_configurations_pass_through_to_peft() -> None:
+def test_other_configurations_are_passed_on_to_peft() -> None:
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]), "other")
     assert list(model.peft_config) == ["other"]
     assert model.peft_config["other"].r == 2
 
 
-def test_a_start_without_gradients_is_refused_where_peft_makes_a_plain_lora() -> None:
+def test_a_model_without_estimated_gradients_is_refused() -> None:
+    """PEFT itself makes a plain LoRA here."""
     with pytest.raises(
         ValueError, match=r"no gradients were estimated for this LlamaForCausalLM. Call .*preprocess_lor"
     ):
         get_peft_model(llama(), config())
 
 
-def test_an_estimate_serves_one_adapter() -> None:
+def test_an_estimate_is_used_for_one_adapter_only() -> None:
     model = llama()
     lora = config()
     preprocess_loraga(model, lora, steps(model, causal()))
@@ -196,7 +196,7 @@ def test_an_estimate_serves_one_adapter() -> None:
         get_peft_model(model, lora)
 
 
-def test_pefts_own_get_peft_model_does_not_make_a_plain_lora_of_it() -> None:
+def test_pefts_own_get_peft_model_is_refused_after_preprocessing() -> None:
     model = llama()
     lora = config()
     preprocess_loraga(model, lora, steps(model, causal()))
@@ -204,7 +204,7 @@ def test_pefts_own_get_peft_model_does_not_make_a_plain_lora_of_it() -> None:
         peft.get_peft_model(model, lora)
 
 
-def test_a_configuration_without_its_sub_configuration_is_refused() -> None:
+def test_a_configuration_without_lora_ga_config_is_refused() -> None:
     model = llama()
     with pytest.raises(ValueError, match="LoraConfig.lora_ga_config is None"):
         preprocess_loraga(model, config(lora_ga_config=None), steps(model, causal()))
@@ -213,7 +213,7 @@ def test_a_configuration_without_its_sub_configuration_is_refused() -> None:
         get_peft_model(model, config(lora_ga_config=None))
 
 
-def test_a_rank_that_does_not_fit_the_estimate_is_refused_and_the_model_given_back() -> None:
+def test_a_rank_too_large_for_the_estimate_is_refused_and_the_model_is_restored() -> None:
     model = llama()
     preprocess_loraga(model, config(), steps(model, causal()), config=lora_ga.LoraGAConfig(oversample=0))
     with pytest.raises(ValueError, match="rank 8 needs 16 gradient directions, but the estimate holds 8"):
@@ -222,7 +222,8 @@ def test_a_rank_that_does_not_fit_the_estimate_is_refused_and_the_model_given_ba
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_an_embedding_among_the_targets_is_aligned_where_peft_leaves_it_plain() -> None:
+def test_an_embedding_among_the_targets_is_aligned() -> None:
+    """PEFT itself makes a plain LoRA of it."""
     model, settings = llama(), config(["q_proj", "embed_tokens"])
     estimate = preprocess_loraga(model, settings, steps(model, causal()))
     assert estimate["model.embed_tokens"].norm > 0
@@ -230,7 +231,8 @@ def test_an_embedding_among_the_targets_is_aligned_where_peft_leaves_it_plain() 
     assert "model.embed_tokens" in started.peft_config["default"].alignment.factors
 
 
-def test_targets_without_a_gradient_are_named_where_peft_leaves_them_plain() -> None:
+def test_targets_without_a_gradient_are_refused() -> None:
+    """PEFT itself makes a plain LoRA of them."""
     model = llama()
     with pytest.raises(ValueError, match="14 of 14 layers cannot be aligned"):
         preprocess_loraga(model, config(), lambda: None)

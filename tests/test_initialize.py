@@ -1,4 +1,4 @@
-"""The start as written into a model: the theorem, the unchanged function, PEFT's own operations, refusals."""
+"""`initialize`: the theorem, the unchanged function, PEFT's operations on the model, and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DENSE = LoraGAConfig(estimator="dense", max_batches=None)
 
 
 def deltas(model: PeftModel) -> dict[str, Tensor]:
-    """s·(B A − B₀A₀) of every layer, by base name, as a (d_out, d_in) matrix, for either offset."""
+    """Base name of a layer → s·(B A − B₀A₀), a (d_out, d_in) matrix. Works with both offsets."""
     found = {}
     for path, layer in model.named_modules():
         factors = getattr(layer, "lora_A", {})
@@ -42,7 +42,7 @@ def deltas(model: PeftModel) -> dict[str, Tensor]:
 
 
 def sgd_alignment(model: PeftModel, gradients: dict[str, Tensor], batch: Any, rank: int) -> dict[str, float]:
-    """Alignment ratio by its definition: one SGD step of what trains, the change of each delta weight against G."""
+    """The alignment ratio of each layer, by definition: one SGD step, and the cosine of the product's change and G."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = deltas(model)
     model(**batch).loss.backward()
@@ -58,7 +58,7 @@ def sgd_alignment(model: PeftModel, gradients: dict[str, Tensor], batch: Any, ra
 
 @pytest.mark.parametrize("offset", CHOICES["offset"])
 @pytest.mark.parametrize("direction", CHOICES["direction"])
-def test_first_sgd_step_follows_the_best_rank_2r_gradient(offset: str, direction: str) -> None:
+def test_the_first_sgd_step_follows_the_best_rank_2r_gradient(offset: str, direction: str) -> None:
     base, batch = llama(hidden_size=64, intermediate_size=96).double(), causal(1, rows=8, length=24)[0]
     gradients = autograd_gradients(copy.deepcopy(base), lambda model: model(**batch).loss)
     model = adapted(base)
@@ -77,8 +77,8 @@ def test_the_alignment_of_plain_lora_is_far_below_one() -> None:
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
 @pytest.mark.parametrize("estimator", CHOICES["estimator"])
-def test_the_start_does_not_depend_on_the_size_of_the_loss(factor: float, estimator: str) -> None:
-    # In float64: in float32 the loss's own rounding, amplified by close singular values, reaches 1e-4 in some layers.
+def test_the_start_does_not_depend_on_the_scale_of_the_loss(factor: float, estimator: str) -> None:
+    # In float32 the rounding of the loss, amplified by close singular values, reaches 1e-4 in some layers.
     plain, scaled = adapted(llama().double()), adapted(llama().double())
     config = LoraGAConfig(estimator=estimator)
     lora_ga.initialize(plain, causal(), config)
@@ -92,7 +92,7 @@ def test_the_start_does_not_depend_on_the_size_of_the_loss(factor: float, estima
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_model_function_is_unchanged_by_initialisation_bit_for_bit(family: str, dtype: torch.dtype) -> None:
+def test_initialisation_keeps_the_model_function_bit_for_bit(family: str, dtype: torch.dtype) -> None:
     make, batches, targets = FAMILIES[family]
     base = make().to(dtype)
     before = logits(base, batches(1)[0])
@@ -101,7 +101,7 @@ def test_model_function_is_unchanged_by_initialisation_bit_for_bit(family: str, 
     assert torch.equal(logits(model, batches(1)[0]), before)
 
 
-def test_model_function_is_unchanged_even_in_training_mode_with_dropout() -> None:
+def test_initialisation_keeps_the_model_function_in_training_mode_with_dropout() -> None:
     base = bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     model = adapted(base, FAMILIES["bert"][2], lora_dropout=0.1).train()
     batch = classified(1)[0]
@@ -114,11 +114,11 @@ def test_model_function_is_unchanged_even_in_training_mode_with_dropout() -> Non
     torch.manual_seed(4)
     other = logits(model, batch)
     assert torch.equal(*outputs)
-    assert not torch.equal(outputs[0], other)  # dropout was at work
+    assert not torch.equal(outputs[0], other)  # dropout was active
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_base_offset_preserves_the_function_up_to_rounding(family: str) -> None:
+def test_the_base_offset_keeps_the_model_function_up_to_rounding(family: str) -> None:
     make, batches, targets = FAMILIES[family]
     base = make()
     before = logits(base, batches(1)[0])
@@ -128,18 +128,18 @@ def test_the_base_offset_preserves_the_function_up_to_rounding(family: str) -> N
 
 
 @pytest.mark.parametrize("offset", CHOICES["offset"])
-def test_both_offsets_train_along_the_same_path(offset: str) -> None:
-    paths = []
-    for way in ("adapter", offset):
+def test_both_offsets_give_the_same_training_losses(offset: str) -> None:
+    losses = []
+    for each in ("adapter", offset):
         model = adapted(llama())
-        lora_ga.initialize(model, causal(), LoraGAConfig(offset=way))
-        paths.append(train(model, causal(), steps=10, lr=1e-3))
-    assert paths[0] == pytest.approx(paths[1], rel=1e-5)
-    assert paths[0][-1] < paths[0][0]
+        lora_ga.initialize(model, causal(), LoraGAConfig(offset=each))
+        losses.append(train(model, causal(), steps=10, lr=1e-3))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0]
 
 
 @pytest.mark.parametrize("offset", CHOICES["offset"])
-def test_exactly_the_parameters_of_rank_r_train_and_stay_the_same_objects(offset: str) -> None:
+def test_the_same_parameter_objects_train_before_and_after_initialisation(offset: str) -> None:
     model = adapted(bert(), FAMILIES["bert"][2], task_type="SEQ_CLS")
     before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(before, lr=1e-2)
@@ -154,7 +154,7 @@ def test_exactly_the_parameters_of_rank_r_train_and_stay_the_same_objects(offset
     assert model(**classified(1)[0]).loss < first
 
 
-def test_the_base_is_never_touched() -> None:
+def test_initialisation_and_training_do_not_change_the_base() -> None:
     base = llama()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     model = adapted(base)
@@ -165,7 +165,7 @@ def test_the_base_is_never_touched() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_disable_adapter_shows_the_base_bit_for_bit() -> None:
+def test_disable_adapter_gives_the_function_of_the_base_bit_for_bit() -> None:
     base = llama()
     batch = causal(1)[0]
     before = logits(base, batch)
@@ -179,7 +179,7 @@ def test_disable_adapter_shows_the_base_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("offset", CHOICES["offset"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_merging_gives_the_adapted_function(offset: str, family: str) -> None:
+def test_merging_keeps_the_adapted_function(offset: str, family: str) -> None:
     make, batches, targets = FAMILIES[family]
     model = adapted(make(), targets)
     lora_ga.initialize(model, batches(), LoraGAConfig(offset=offset))
@@ -210,7 +210,7 @@ def test_ranks_alphas_and_scaling_follow_the_patterns(offset: str) -> None:
 
 
 @pytest.mark.parametrize("rslora", [True, False])
-def test_set_scale_keeps_meaning_a_multiple_of_the_first_scaling(rslora: bool) -> None:
+def test_set_scale_multiplies_the_initial_scaling(rslora: bool) -> None:
     model = adapted(llama(), use_rslora=rslora)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     scaling = layer.scaling["default"]
@@ -220,14 +220,14 @@ def test_set_scale_keeps_meaning_a_multiple_of_the_first_scaling(rslora: bool) -
     assert layer.scaling["default"] == pytest.approx(3 * scaling)
 
 
-def test_the_users_configuration_object_is_not_changed() -> None:
+def test_get_lora_ga_model_does_not_change_the_configuration_of_the_user() -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"])
     model = lora_ga.get_lora_ga_model(llama(), config, causal())
     assert (config.r, config.lora_alpha) == (4, 8)
     assert model.peft_config["default"].r == 8
 
 
-def test_set_adapter_and_moves_keep_the_frozen_halves_frozen_and_in_place() -> None:
+def test_set_adapter_keeps_the_starts_frozen_and_a_new_dtype_reaches_them() -> None:
     model = adapted(llama())
     lora_ga.initialize(model, causal())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -241,8 +241,8 @@ def test_set_adapter_and_moves_keep_the_frozen_halves_frozen_and_in_place() -> N
     assert model(**causal(1)[0]).logits.dtype == torch.float64
 
 
-def test_several_adapters_live_side_by_side() -> None:
-    model = adapted(llama(), use_rslora=False)  # with rsLoRA PEFT's own combined adapters are scaled wrongly
+def test_two_initialised_adapters_work_in_one_model() -> None:
+    model = adapted(llama(), use_rslora=False)  # PEFT scales combined adapters wrongly with rsLoRA
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     batch = causal(1)[0]
     plain = logits(model, batch)
@@ -263,7 +263,7 @@ def test_several_adapters_live_side_by_side() -> None:
     assert torch.equal(logits(model, batch), first)
 
 
-def test_lora_bias_trains_along() -> None:
+def test_lora_bias_keeps_the_function_and_trains() -> None:
     model = adapted(bert(), FAMILIES["bert"][2], lora_bias=True)
     before = logits(model, classified(1)[0])
     lora_ga.initialize(model, classified())
@@ -273,7 +273,7 @@ def test_lora_bias_trains_along() -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_deep_copy_is_an_aligned_model_of_its_own() -> None:
+def test_a_deep_copy_is_an_independent_aligned_model() -> None:
     model = adapted(llama())
     lora_ga.initialize(model, causal())
     twin = copy.deepcopy(model)
@@ -291,7 +291,7 @@ def pickled(model: PeftModel) -> Any:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
-def test_a_copy_of_the_model_saves_its_own_factors_and_gives_its_own_structure(
+def test_a_copy_of_the_model_saves_and_adds_its_own_adapters(
     duplicate: Callable[[PeftModel], Any], tmp_path: Path
 ) -> None:
     model = adapted(llama())
@@ -309,7 +309,7 @@ def test_a_copy_of_the_model_saves_its_own_factors_and_gives_its_own_structure(
         torch.testing.assert_close(logits(again.eval(), causal(1)[0]), expected, rtol=0, atol=1e-6)
 
 
-def test_a_copy_of_the_configuration_is_of_the_same_model_and_a_replaced_one_of_none() -> None:
+def test_a_copied_configuration_keeps_its_model_and_a_replaced_one_has_none() -> None:
     model = adapted(llama())
     lora_ga.initialize(model, causal())
     config = model.peft_config["default"]
@@ -319,7 +319,7 @@ def test_a_copy_of_the_configuration_is_of_the_same_model_and_a_replaced_one_of_
     assert dataclasses.replace(config, r=2).alignment is None
 
 
-def test_a_deleted_model_is_gone_without_the_garbage_collector() -> None:
+def test_a_deleted_model_is_freed_without_the_garbage_collector() -> None:
     model = adapted(llama())
     lora_ga.initialize(model, causal())
     reference = weakref.ref(model)
@@ -343,7 +343,7 @@ def test_the_configuration_of_a_deleted_model_writes_no_sidecar(tmp_path: Path) 
     assert not (tmp_path / "lora_ga.safetensors").exists()
 
 
-def test_only_an_aligned_adapters_structure_can_be_copied() -> None:
+def test_only_an_aligned_adapter_has_a_structure_to_copy() -> None:
     model = adapted(llama())
     model.add_adapter("second", LoraConfig(r=8, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="Adapter 'default' has no structure to copy"):
@@ -354,7 +354,7 @@ def test_only_an_aligned_adapters_structure_can_be_copied() -> None:
     assert all(not b.weight[:, 4:].any() and b.weight[:, :4].any() for _, b in factors_of(model, "second").values())
 
 
-def test_every_offset_of_the_configuration_has_its_factors() -> None:
+def test_every_offset_of_the_configuration_has_factor_classes() -> None:
     assert set(FACTORS) == set(CHOICES["offset"])
 
 
@@ -369,22 +369,22 @@ def test_layers_that_cannot_be_aligned_stay_plain_lora_at_their_rank() -> None:
     config = LoraGAConfig(on_missing="lora")
     with pytest.warns(UserWarning, match="20 of 32 layers cannot be aligned") as caught:
         lora_ga.initialize(model, translated(), config, loss_fn=encoder_only)
-    assert len([w for w in caught if "cannot be aligned" in str(w.message)]) == 1  # once, not by both functions
+    assert len([w for w in caught if "cannot be aligned" in str(w.message)]) == 1  # not one from each function
     assert torch.equal(logits(model, translated(1)[0]), before)
     plain = model.base_model.model.decoder.block[0].layer[0].SelfAttention.q
     assert (plain.r["default"], plain.scaling["default"]) == (4, 2.0)
     assert not isinstance(plain.lora_A["default"], Factor)
 
 
-# --- refusals: each before anything is changed -----------------------------------------------------------------------
+# --- errors, which leave the model unchanged -------------------------------------------------------------------------
 
 
-def assert_untouched(model: PeftModel) -> None:
+def assert_unchanged(model: PeftModel) -> None:
     assert not any(isinstance(module, Factor) for module in model.modules())
     assert type(model.peft_config["default"]) is LoraConfig
 
 
-def test_a_model_without_lora_layers() -> None:
+def test_a_model_without_lora_layers_is_refused() -> None:
     with pytest.raises(TypeError, match="LlamaForCausalLM, not a PeftModel with LoRA layers.*get_peft_model"):
         lora_ga.initialize(llama(), causal())
     prefix = get_peft_model(llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
@@ -392,21 +392,21 @@ def test_a_model_without_lora_layers() -> None:
         lora_ga.initialize(prefix, causal())
 
 
-def test_an_adapter_that_does_not_exist() -> None:
+def test_an_adapter_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="The model has no adapter 'mine'; it has default"):
         lora_ga.initialize(adapted(llama()), causal(), adapter_name="mine")
 
 
-def test_an_adapter_that_was_trained() -> None:
+def test_a_trained_adapter_is_refused() -> None:
     model = adapted(llama())
     train(model, causal(), steps=1)
     with pytest.raises(ValueError, match="not fresh: lora_B of .*q_proj is not zero.*delete_adapter"):
         lora_ga.initialize(model, causal())
-    assert_untouched(model)
+    assert_unchanged(model)
 
 
 @pytest.mark.parametrize("offset", CHOICES["offset"])
-def test_an_adapter_that_is_aligned(offset: str) -> None:
+def test_an_aligned_adapter_is_refused(offset: str) -> None:
     model = adapted(llama())
     estimate = lora_ga.initialize(model, causal(), LoraGAConfig(offset=offset))
     reset = "delete_adapter" if offset == "adapter" else "Load the base model again"
@@ -416,49 +416,49 @@ def test_an_adapter_that_is_aligned(offset: str) -> None:
         lora_ga.apply_estimate(model, estimate)
 
 
-def test_variants_whose_start_is_not_known_to_keep_the_function() -> None:
+def test_an_unsupported_lora_variant_is_refused() -> None:
     model = adapted(llama(), velora_config=VeloraConfig())
     with pytest.raises(ValueError, match="uses the LoRA variant Velora.*, which is not supported; switch the variant"):
         lora_ga.initialize(model, causal())
 
 
-def test_an_unknown_layer_kind_is_named_with_its_class_and_what_to_exclude() -> None:
+def test_an_unknown_layer_kind_raises_an_error_that_says_what_to_exclude() -> None:
     model = adapted(nn.Sequential(nn.Conv1d(3, 8, 3), nn.Linear(8, 8)), ["0", "1"])
     message = r"0 is a Conv1d \(PEFT: layer.Conv1d\); known are Linear4bit, .*Embedding.*exclude_modules=\['0"
     with pytest.raises(ValueError, match=message):
         lora_ga.initialize(model, causal())
-    assert_untouched(model)
+    assert_unchanged(model)
 
 
-def test_merged_adapters() -> None:
+def test_merged_adapters_are_refused() -> None:
     model = adapted(llama())
     model.merge_adapter()
     with pytest.raises(ValueError, match="has merged adapters .default.; call model.unmerge_adapter"):
         lora_ga.initialize(model, causal())
 
 
-def test_an_estimate_of_another_model() -> None:
+def test_an_estimate_of_another_model_is_refused() -> None:
     estimate = lora_ga.estimate_gradients(adapted(llama()), causal())
     model = adapted(llama(num_hidden_layers=3))
     with pytest.raises(ValueError, match="The estimate belongs to another model: its fingerprint is"):
         lora_ga.initialize(model, estimate)
-    assert_untouched(model)
+    assert_unchanged(model)
 
 
-def test_an_estimate_with_too_few_directions() -> None:
+def test_an_estimate_with_too_few_directions_is_refused() -> None:
     estimate = lora_ga.estimate_gradients(adapted(llama(), r=2), causal(), LoraGAConfig(oversample=1))
     model = adapted(llama(), r=8)
     with pytest.raises(ValueError, match="rank 8 needs 16 gradient directions, but the estimate holds 5"):
         lora_ga.initialize(model, estimate)
-    assert_untouched(model)
+    assert_unchanged(model)
 
 
-def test_an_estimate_that_does_not_cover_a_layer() -> None:
+def test_an_estimate_that_lacks_layers_is_an_error_or_by_choice_a_warning() -> None:
     estimate = lora_ga.estimate_gradients(adapted(llama(), ["q_proj"]), causal())
     model = adapted(llama(), ["q_proj", "v_proj"])
     with pytest.raises(ValueError, match="(?s)2 of 4 layers.*v_proj: the estimate does not cover it"):
         lora_ga.initialize(model, estimate)
-    assert_untouched(model)
+    assert_unchanged(model)
     with pytest.warns(UserWarning, match="2 of 4 layers"):
         lora_ga.initialize(model, estimate, LoraGAConfig(on_missing="lora"))
 
@@ -467,12 +467,12 @@ def test_the_base_offset_refuses_a_shared_weight() -> None:
     model = adapted(llama(tie_word_embeddings=True), ["lm_head", "q_proj"], r=2)
     with pytest.raises(ValueError, match=r"lm_head: its weight is shared \(.*embed_tokens.*offset=\"adapter\""):
         lora_ga.initialize(model, causal(), LoraGAConfig(offset="base"))
-    assert_untouched(model)
+    assert_unchanged(model)
     lora_ga.initialize(model, causal())
     assert math.isfinite(model(**causal(1)[0]).loss.item())
 
 
-def test_a_refused_start_gives_the_base_back_without_lora_layers() -> None:
+def test_a_failed_get_lora_ga_model_leaves_no_lora_layers_in_the_base() -> None:
     base = llama()
     with pytest.raises(ValueError, match="holds no batch"):
         lora_ga.get_lora_ga_model(base, LoraConfig(r=4, target_modules=["q_proj"]), [])

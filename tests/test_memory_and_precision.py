@@ -1,4 +1,4 @@
-"""What the estimate may not do (allocate a gradient, wait for the device), and ways of running that may not matter."""
+"""The estimate allocates no gradient, does not wait for the device, and is the same with other kernels and dtypes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lora_ga.linalg.streaming import Streaming
 from toys import adapted, causal, llama
 
 
-class Watch(TorchDispatchMode):
-    """Notes the shapes of all new tensors; views of others are not new."""
+class NewShapes(TorchDispatchMode):
+    """Keeps the shapes of all new tensors. Views of other tensors are not new."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Watch(TorchDispatchMode):
         return result
 
 
-# Widths that no batch, head or rank has, so that a shape tells a gradient.
+# No batch, head or rank has these widths, so a shape with two of them is that of a gradient.
 SIZES: dict[str, Any] = {
     "hidden_size": 92,
     "intermediate_size": 104,
@@ -45,20 +45,20 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("settings", [{}, {"power_steps": 1}, {"tolerance": 0.5}, {"estimator": "dense"}])
-def test_nothing_of_the_size_of_a_gradient_is_allocated(settings: dict[str, Any]) -> None:
+def test_no_tensor_of_the_size_of_a_gradient_is_allocated(settings: dict[str, Any]) -> None:
     model = adapted(llama(**SIZES))
     forbidden = {(t.outputs, t.inputs) for t in find_targets(model).values()}
     assert len(forbidden) == 4
     forbidden |= {(inputs, outputs) for outputs, inputs in forbidden}
-    with Watch() as watch:
+    with NewShapes() as new:
         lora_ga.estimate_gradients(model, causal(4, rows=3, length=7), LoraGAConfig(**settings))
-    found = {shape for shape in watch.shapes if shape[-2:] in forbidden}
-    assert len(watch.shapes) > 30
-    assert bool(found) == (settings.get("estimator") == "dense")  # the watch sees them where they are
+    found = {shape for shape in new.shapes if shape[-2:] in forbidden}
+    assert len(new.shapes) > 30
+    assert bool(found) == (settings.get("estimator") == "dense")  # so the check can fail
 
 
-def test_a_block_never_waits_for_the_device() -> None:
-    # Tensors without values: whatever asks for one, as a wait for the device does, raises.
+def test_adding_a_block_does_not_wait_for_the_device() -> None:
+    # These tensors have no values. Code that reads one, and so would wait for the device, raises an error.
     with FakeTensorMode():
         accumulator = Streaming({"layer": Size(kept=12, used=4)}, 1, 0, watched=True)
         for _ in range(2):
@@ -67,11 +67,11 @@ def test_a_block_never_waits_for_the_device() -> None:
             accumulator.streams["layer"].held, accumulator.streams["layer"].pending = (u, s, v), None
         accumulator.add("layer", torch.randn(50, 40), torch.randn(50, 30), 2.0)
         with pytest.raises(Exception, match=r"(?i)data.dependent|_local_scalar_dense|fake"):
-            accumulator.flush()  # the one place that does
+            accumulator.flush()  # only this reads a value
 
 
-def relative(one: Any, other: Any) -> float:
-    """The largest relative difference of two estimates, layer by layer, as matrices."""
+def relative_error(one: Any, other: Any) -> float:
+    """The largest relative difference of a layer's matrix between two estimates."""
     errors = []
     for name in one:
         a, b = ((e[name].U[:, :8] * e[name].S[:8]) @ e[name].V[:, :8].mT for e in (one, other))
@@ -83,7 +83,7 @@ def test_eager_attention_gives_the_factors_of_sdpa() -> None:
     found = [
         lora_ga.estimate_gradients(adapted(llama(attn_implementation=kind)), causal(4)) for kind in ("sdpa", "eager")
     ]
-    assert relative(*found) < 1e-3
+    assert relative_error(*found) < 1e-3
     assert found[0]["model.layers.0.self_attn.q_proj"].norm > 0
 
 
@@ -93,14 +93,14 @@ def test_autocast_gives_the_factors_of_float32_within_its_rounding(dtype: torch.
     with torch.autocast("cpu", dtype=dtype):
         rounded = lora_ga.estimate_gradients(model, batches)
     assert {part.U.dtype for part in rounded.values()} == {torch.float32}
-    assert 0 < relative(lora_ga.estimate_gradients(model, batches), rounded) < error
+    assert 0 < relative_error(lora_ga.estimate_gradients(model, batches), rounded) < error
 
 
-def test_float16_weights_with_gradients_below_its_smallest_number_give_the_factors_of_float32() -> None:
+def test_float16_models_give_the_factors_of_float32_even_for_tiny_gradients() -> None:
     def small(model: nn.Module, batch: Any) -> tuple[Tensor, float]:
-        # A mean over so many terms that its gradients would vanish in float16, were it passed back as it is.
+        # A mean over very many terms: unless the loss is scaled, its gradients vanish in float16.
         return model(**batch).loss.float() * 2.0**-14, 2.0**14
 
     exact = lora_ga.estimate_gradients(adapted(llama()), causal(4), loss_fn=small)
     half = lora_ga.estimate_gradients(adapted(llama().half()), causal(4), loss_fn=small)
-    assert 0 < relative(exact, half) < 0.05
+    assert 0 < relative_error(exact, half) < 0.05

@@ -1,4 +1,4 @@
-"""Cases that an adversarial reading of the library found; each once ended in a wrong result without a word."""
+"""Edge cases that once gave a wrong result without an error."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def cosine(a: lora_ga.LowRank, b: lora_ga.LowRank) -> float:
     return ((left * right).sum() / (left.norm() * right.norm())).item()
 
 
-# --- the changed base ------------------------------------------------------------------------------------------------
+# --- a base changed by offset="base" --------------------------------------------------------------------------------
 
 
-def test_a_changed_base_is_refused_for_another_start_after_its_adapter_is_gone() -> None:
+def test_a_changed_base_is_refused_for_a_new_start_even_after_its_adapter_is_deleted() -> None:
     model = adapted(llama())
     lora_ga.initialize(model, causal(), BASE)
     model.delete_adapter("default")
@@ -46,7 +46,7 @@ def test_a_changed_base_is_refused_for_another_start_after_its_adapter_is_gone()
         lora_ga.initialize(adapted(base), causal())
 
 
-def test_the_base_is_not_changed_under_another_adapter() -> None:
+def test_the_base_offset_is_refused_if_a_layer_has_another_adapter() -> None:
     model = adapted(llama())
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"would change the weight under the other adapters of the layer \(default\)"):
@@ -66,7 +66,7 @@ def test_other_adapters_on_a_changed_base_are_not_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(stock, BATCH), logits(model, BATCH), rtol=0, atol=1e-5)
 
 
-def test_a_checkpoint_of_another_start_does_not_load_onto_a_changed_base(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_start_is_refused_on_a_changed_base(tmp_path: Path) -> None:
     first = adapted(llama())
     lora_ga.initialize(first, causal(3)[2:], BASE)
     train(first, causal())
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_another_start_does_not_load_onto_a_changed_base(tmp_pat
     assert torch.equal(logits(other, BATCH), before)
 
 
-def test_a_checkpoint_of_another_start_loads_into_the_adapter_offset(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_start_loads_with_the_adapter_offset(tmp_path: Path) -> None:
     first, other = adapted(llama()), adapted(llama())
     lora_ga.initialize(first, causal(3)[2:])
     train(first, causal())
@@ -89,12 +89,12 @@ def test_a_checkpoint_of_another_start_loads_into_the_adapter_offset(tmp_path: P
     torch.testing.assert_close(logits(other.eval(), BATCH), logits(first.eval(), BATCH), rtol=0, atol=1e-5)
 
 
-# --- patterns on disk ------------------------------------------------------------------------------------------------
+# --- rank and alpha patterns in saved files --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offset", ["adapter", "base"])
 @pytest.mark.parametrize("lora", [{"alpha_pattern": {"k": 32}}, {"rank_pattern": {"k": 2}}, {"use_rslora": False}])
-def test_plain_layers_keep_their_rank_and_scaling_whatever_the_order_of_patterns(
+def test_plain_layers_keep_their_rank_and_scaling_with_any_patterns(
     tmp_path: Path, lora: dict[str, Any], offset: str
 ) -> None:
     def encoder_only(model: nn.Module, batch: Any) -> Tensor:
@@ -114,7 +114,7 @@ def test_plain_layers_keep_their_rank_and_scaling_whatever_the_order_of_patterns
 
 
 class Nested(nn.Module):
-    """A layer whose name is the last part of another's."""
+    """A model in which the name of one layer is the last part of the name of another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Nested(nn.Module):
         return self.block(x) + 0 * self.lin(x).detach()
 
 
-def test_a_plain_layer_whose_name_ends_another_does_not_catch_it(tmp_path: Path) -> None:
+def test_the_pattern_of_a_plain_layer_does_not_match_a_longer_name_that_ends_alike(tmp_path: Path) -> None:
     base = Nested()
     model = adapted(copy.deepcopy(base), ["lin"])
     x = torch.randn(30, 12)
@@ -140,7 +140,7 @@ def test_a_plain_layer_whose_name_ends_another_does_not_catch_it(tmp_path: Path)
 # --- the estimate ----------------------------------------------------------------------------------------------------
 
 
-def test_functional_dropout_stays_out_of_a_checkpointed_estimate() -> None:
+def test_functional_dropout_does_not_change_an_estimate_with_gradient_checkpointing() -> None:
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.3,
@@ -157,7 +157,7 @@ def test_functional_dropout_stays_out_of_a_checkpointed_estimate() -> None:
         torch.testing.assert_close(checkpointed[name].S, plain[name].S)
 
 
-def test_batches_whose_labels_have_other_names_weigh_by_their_rows() -> None:
+def test_batches_whose_labels_have_other_names_are_weighted_by_their_rows() -> None:
     torch.manual_seed(0)
     base = BertForQuestionAnswering(
         BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -195,14 +195,14 @@ def test_sums_stay_in_float32_under_autocast() -> None:
         torch.testing.assert_close(part.V.mT @ part.V, torch.eye(part.V.shape[1]), rtol=0, atol=1e-5)
 
 
-def test_a_gradient_of_too_few_directions_is_named() -> None:
+def test_a_gradient_with_too_few_directions_gives_a_warning() -> None:
     with pytest.warns(
         UserWarning, match=r"(?s)Fewer gradient directions than the start uses, in .*pooler\.dense: [12] directions, ra"
     ):
         lora_ga.estimate_gradients(adapted(bert(), FAMILIES["bert"][2]), classified(1, rows=2))
 
 
-def test_a_model_made_under_inference_mode_is_refused_by_name() -> None:
+def test_a_model_made_under_inference_mode_is_refused() -> None:
     with torch.inference_mode():
         model = adapted(llama())
     with pytest.raises(
@@ -211,7 +211,7 @@ def test_a_model_made_under_inference_mode_is_refused_by_name() -> None:
         lora_ga.estimate_gradients(model, causal())
 
 
-def test_an_adapter_made_for_inference_is_started_with_a_warning_that_nothing_trains() -> None:
+def test_an_adapter_made_for_inference_is_initialised_with_a_warning_that_nothing_trains() -> None:
     model = adapted(llama(), inference_mode=True)
     with pytest.warns(
         UserWarning, match=r"Adapter 'default' was made for inference .* Call model\.set_adapter\('default'"
@@ -222,7 +222,7 @@ def test_an_adapter_made_for_inference_is_started_with_a_warning_that_nothing_tr
     assert all(factor.trainable.requires_grad for factor in model.modules() if isinstance(factor, Factor))
 
 
-def test_gradients_are_found_under_no_grad_and_refused_under_inference_mode() -> None:
+def test_an_estimate_works_under_no_grad_and_is_refused_under_inference_mode() -> None:
     model = adapted(llama())
     with torch.no_grad():
         assert len(lora_ga.estimate_gradients(model, causal())) == 14
@@ -230,7 +230,7 @@ def test_gradients_are_found_under_no_grad_and_refused_under_inference_mode() ->
         lora_ga.estimate_gradients(model, causal())
 
 
-def test_an_error_of_the_callers_loss_is_not_taken_for_ours() -> None:
+def test_an_error_in_loss_fn_is_raised_unchanged() -> None:
     def broken(model: nn.Module, batch: Any) -> Tensor:
         raise ValueError("too many values to unpack")
 
@@ -238,7 +238,7 @@ def test_an_error_of_the_callers_loss_is_not_taken_for_ours() -> None:
         lora_ga.estimate_gradients(adapted(llama()), causal(), loss_fn=broken)
 
 
-def test_an_estimate_with_a_wrong_shape_changes_nothing() -> None:
+def test_an_estimate_with_a_wrong_shape_is_refused_and_changes_nothing() -> None:
     model = adapted(llama())
     estimate = lora_ga.estimate_gradients(model, causal())
     layers = dict(estimate)
@@ -256,6 +256,7 @@ def test_an_estimate_with_a_wrong_shape_changes_nothing() -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
+    """The folder of a trained adapter with its sidecar."""
     model = adapted(llama())
     lora_ga.initialize(model, causal())
     train(model, causal())
@@ -263,7 +264,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_a_sidecar_from_before_plain_training_is_refused(saved: Path) -> None:
+def test_a_sidecar_older_than_plain_training_is_refused(saved: Path) -> None:
     stock = PeftModel.from_pretrained(llama(), saved, is_trainable=True)
     train(stock, causal(), steps=3, lr=1e-4)
     stock.save_pretrained(saved)
@@ -272,7 +273,7 @@ def test_a_sidecar_from_before_plain_training_is_refused(saved: Path) -> None:
     torch.testing.assert_close(logits(lora_ga.load(llama(), saved), BATCH), logits(stock.eval(), BATCH))
 
 
-def test_a_sidecar_that_lacks_a_part_is_damaged(saved: Path) -> None:
+def test_a_sidecar_that_lacks_a_tensor_is_refused(saved: Path) -> None:
     tensors, record = read_tensors(saved / FILE, FILE_KIND)
     tensors.pop("model.layers.0.mlp.up_proj.B0")
     write_tensors(saved / FILE, FILE_KIND, tensors, record)
@@ -280,8 +281,8 @@ def test_a_sidecar_that_lacks_a_part_is_damaged(saved: Path) -> None:
         lora_ga.load(llama(), saved)
 
 
-def test_the_sidecar_is_not_written_beside_another_adapter(saved: Path, tmp_path: Path) -> None:
-    """PEFT takes the configuration of an aligned adapter for a new adapter on another model."""
+def test_no_sidecar_is_written_for_an_adapter_of_another_model(saved: Path, tmp_path: Path) -> None:
+    """PEFT accepts the configuration of an aligned adapter for a new adapter of another model."""
     model = lora_ga.load(llama(), saved, is_trainable=True)
     other = get_peft_model(llama(), model.peft_config["default"])
     with pytest.warns(UserWarning, match=r"no lora_ga\.safetensors was written, because the adapter"):
@@ -289,7 +290,7 @@ def test_the_sidecar_is_not_written_beside_another_adapter(saved: Path, tmp_path
     assert not (tmp_path / FILE).exists()
 
 
-def test_an_adapter_added_with_an_aligned_ones_configuration_has_its_start_and_a_sidecar_of_its_own(
+def test_an_adapter_added_with_an_aligned_configuration_is_aligned_and_has_its_own_sidecar(
     saved: Path, tmp_path: Path
 ) -> None:
     model = lora_ga.load(llama(), saved, is_trainable=True)
@@ -322,7 +323,7 @@ def test_loading_onto_an_adapted_model_is_refused(saved: Path) -> None:
         lora_ga.load(adapted(llama()), saved)
 
 
-def test_a_trainers_optimizer_state_in_a_plain_structure_ends_in_words(saved: Path, tmp_path: Path) -> None:
+def test_the_optimizer_state_of_an_aligned_adapter_is_refused_for_plain_lora(saved: Path, tmp_path: Path) -> None:
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"), max_steps=4, save_steps=2, report_to=[], disable_tqdm=True, use_cpu=True
     )
@@ -335,7 +336,7 @@ def test_a_trainers_optimizer_state_in_a_plain_structure_ends_in_words(saved: Pa
         Trainer(plain, arguments, train_dataset=data).train(str(tmp_path / "run" / "checkpoint-2"))
 
 
-def test_merging_into_a_tied_head_is_refused_and_nothing_written(tmp_path: Path) -> None:
+def test_merging_into_a_tied_head_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     model = adapted(llama(tie_word_embeddings=True), ["lm_head", "q_proj"])
     lora_ga.initialize(model, causal())
     model.save_pretrained(tmp_path / "adapter")
@@ -348,7 +349,7 @@ def test_merging_into_a_tied_head_is_refused_and_nothing_written(tmp_path: Path)
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_refused_start_leaves_the_bases_parameters_trainable() -> None:
+def test_a_failed_get_lora_ga_model_leaves_the_parameters_of_the_base_trainable() -> None:
     base = gpt2()
     with pytest.raises(ValueError, match="holds no batch"):
         lora_ga.get_lora_ga_model(base, LoraConfig(r=4, target_modules=["c_attn"]), [])
