@@ -42,7 +42,7 @@ def total(parts: Blocks) -> Tensor:
 
 
 def filled(kind: Kind, parts: Blocks, names: tuple[str, ...] = ("layer",)) -> Dense | Streaming:
-    """An accumulator after all blocks, each of which counts for every named layer."""
+    """An accumulator to which every block was added, for each of the named layers."""
     accumulator = kind(SIZES, 0, 0)
     for x, g, weight in parts:
         for name in names:
@@ -52,7 +52,7 @@ def filled(kind: Kind, parts: Blocks, names: tuple[str, ...] = ("layer",)) -> De
 
 
 def test_every_estimator_of_the_configuration_has_an_accumulator() -> None:
-    assert {*ESTIMATORS, "probe"} == set(CHOICES["estimator"])  # the probe sums by itself
+    assert {*ESTIMATORS, "probe"} == set(CHOICES["estimator"])  # the probe adds up without an accumulator
 
 
 def test_dense_keeps_the_exact_sum_and_norm() -> None:
@@ -183,7 +183,7 @@ def test_a_value_that_is_not_finite_raises_an_error_that_names_the_layer(kind: K
 
 
 class OneDevice(TorchDispatchMode):
-    """Raises an error if an operation takes tensors of two devices. Copies and scalars may."""
+    """Raises an error if an operation takes tensors of two devices. Copies and scalars are allowed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

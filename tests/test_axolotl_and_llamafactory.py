@@ -161,13 +161,13 @@ def import_or_skip(module: str) -> Any:
         pytest.skip(f"{module} or one of its requirements is not installed ({type(error).__name__}: {error})")
 
 
-def model_folder(folder: Path) -> Path:
+def save_model(folder: Path) -> Path:
     llama(vocab_size=len(VOCABULARY)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
 
-def instructions(path: Path) -> Path:
+def write_instructions(path: Path) -> Path:
     rows = [{"instruction": f"a b {'c d'[i % 3 :]}", "input": "", "output": "e f g h"[i % 4 :]} for i in range(24)]
     path.write_text(json.dumps(rows))
     return path
@@ -189,8 +189,8 @@ def test_the_installed_llamafactory_trains_an_aligned_adapter(tmp_path: Path, mo
     import_or_skip("llamafactory.train.tuner")
     from lora_ga.integrations.llamafactory import run_exp
 
-    base = model_folder(tmp_path / "base")
-    instructions(tmp_path / "toys.json")
+    base = save_model(tmp_path / "base")
+    write_instructions(tmp_path / "toys.json")
     (tmp_path / "dataset_info.json").write_text(json.dumps({"toys": {"file_name": "toys.json"}}))
     settings = {"model_name_or_path": str(base), "stage": "sft", "do_train": True, "finetuning_type": "lora"}
     settings |= {"lora_rank": 2, "lora_target": "all", "dataset": "toys", "dataset_dir": str(tmp_path)}

@@ -281,7 +281,7 @@ def test_attach_refuses_what_on_init_end_refuses(tmp_path: Path) -> None:
     callback(batches=causal(), trainer=trainer)
 
 
-def test_attach_after_trl_has_copied_the_adapter_to_a_reference(tmp_path: Path) -> None:
+def test_attach_works_after_trl_has_copied_the_adapter_to_a_reference(tmp_path: Path) -> None:
     trainer = attached(ready(preferences("DPO")), tmp_path, max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
@@ -421,7 +421,7 @@ class Once(IterableDataset[Any]):
         yield from ()
 
 
-def made(tmp_path: Path, model: Any, data: Any = None, **changes: Any) -> Trainer:
+def make_trainer(tmp_path: Path, model: Any, data: Any = None, **changes: Any) -> Trainer:
     """A trainer with a new callback."""
     return Trainer(
         model,
@@ -433,15 +433,15 @@ def made(tmp_path: Path, model: Any, data: Any = None, **changes: Any) -> Traine
 
 def test_iterables_that_may_not_restart_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a Once, an iterable that may not restart.*LoraGACallback\(batches="):
-        made(tmp_path, adapted(llama(), TARGETS), Once())
+        make_trainer(tmp_path, adapted(llama(), TARGETS), Once())
 
 
 def test_empty_training_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="The training data of the Trainer is empty"):
-        made(tmp_path, adapted(llama(), TARGETS), Dataset.from_list([]))
+        make_trainer(tmp_path, adapted(llama(), TARGETS), Dataset.from_list([]))
     stream = datasets.IterableDataset.from_generator(lambda: iter(()))
     with pytest.raises(ValueError, match="The data holds no batch"):
-        made(tmp_path, adapted(llama(), TARGETS), stream).train()
+        make_trainer(tmp_path, adapted(llama(), TARGETS), stream).train()
 
 
 WITHOUT_DATASETS = """
@@ -486,14 +486,14 @@ def test_the_callback_works_without_the_datasets_library(tmp_path: Path) -> None
 
 def test_a_model_without_lora_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"The model is a LlamaForCausalLM, not a PeftModel.*get_peft_model"):
-        made(tmp_path, llama())
+        make_trainer(tmp_path, llama())
 
 
 def test_an_adapter_that_is_aligned_already_is_refused(tmp_path: Path) -> None:
     model = adapted(llama(), TARGETS)
     lora_ga.initialize(model, causal())
     with pytest.raises(ValueError, match="'default' is already aligned: it comes from lora_ga.initialize or a che"):
-        made(tmp_path, model)
+        make_trainer(tmp_path, model)
 
 
 def test_an_adapter_that_has_trained_without_the_callback_is_refused(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_the_converted_adapter_gives_the_original_base_the_function_of_the_run(k
     wanted = logits(run.model, batches[0])
     stock = PeftModel.from_pretrained(make(), tmp_path / "out").eval()
     torch.testing.assert_close(logits(stock, batches[0]), wanted, rtol=0, atol=1e-5)
-    changed_config(run.final, init_lora_weights=True, lora_ga_config=None)
+    change_config(run.final, init_lora_weights=True, lora_ga_config=None)
     unconverted = PeftModel.from_pretrained(make(), run.final).eval()
     assert (logits(unconverted, batches[0]) - wanted).abs().max() > 1e-4
     assert stock.peft_config["default"].r == 8
@@ -95,12 +95,12 @@ def test_the_converted_adapter_gives_the_original_base_the_function_of_the_run(k
 
 def test_the_converted_file_is_float32_and_loses_less_in_low_precision_than_stacked_factors(tmp_path: Path) -> None:
     run = old_run(tmp_path, llama, causal(), ["q_proj"])
-    # As in the authors' fork: initial factors of size 1, and a change by training that is small beside them. (In PEFT's
-    # runs B has the size of the gradient.)
+    # As in the authors' fork, the initial factors have size 1, and training changes them little.
+    # (In PEFT, B has the size of the gradient.)
     draw = torch.Generator().manual_seed(1)
     start = {key: torch.randn(value.shape, generator=draw) / 4 for key, value in load_file(run.init / WEIGHTS).items()}
-    altered(run.init, lambda _: start)
-    altered(run.final, lambda _: {k: v + 1e-3 * torch.randn(v.shape, generator=draw) for k, v in start.items()})
+    change_tensors(run.init, lambda _: start)
+    change_tensors(run.final, lambda _: {k: v + 1e-3 * torch.randn(v.shape, generator=draw) for k, v in start.items()})
     convert_run(run.init, run.final, tmp_path / "out")
     written, first, last = (load_file(path / WEIGHTS) for path in (tmp_path / "out", run.init, run.final))
     assert all(tensor.dtype == torch.float32 for tensor in written.values())
@@ -108,11 +108,11 @@ def test_the_converted_file_is_float32_and_loses_less_in_low_precision_than_stac
     a_0, b_0, a, b = (file[key.format(letter)].double() for file in (first, last) for letter in "AB")
     change = b @ a - b_0 @ a_0
 
-    def stored(left: torch.Tensor, right: torch.Tensor) -> float:
+    def rounding_error(left: torch.Tensor, right: torch.Tensor) -> float:
         return ((left.bfloat16().double() @ right.bfloat16().double() - change).norm() / change.norm()).item()
 
-    ours = stored(written[key.format("B")], written[key.format("A")])
-    assert ours < stored(torch.cat([b, -b_0], dim=1), torch.cat([a, a_0])) / 10
+    ours = rounding_error(written[key.format("B")], written[key.format("A")])
+    assert ours < rounding_error(torch.cat([b, -b_0], dim=1), torch.cat([a, a_0])) / 10
 
 
 def test_a_run_of_the_authors_fork_is_converted(run: OldRun, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_run_of_the_authors_fork_is_converted(run: OldRun, tmp_path: Path) -> 
     torch.testing.assert_close(logits(stock, causal(1)[0]), logits(run.model, causal(1)[0]), rtol=0, atol=1e-5)
 
 
-def changed_config(folder: Path, **changes: Any) -> None:
+def change_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | changes))
 
@@ -147,26 +147,26 @@ def changed_config(folder: Path, **changes: Any) -> None:
 def test_adapters_that_do_not_belong_together_or_cannot_be_converted_are_refused(
     changes: dict[str, Any], message: str, run: OldRun, tmp_path: Path
 ) -> None:
-    changed_config(run.final, **changes)
+    change_config(run.final, **changes)
     with pytest.raises(ValueError, match=message):
         convert_run(run.init, run.final, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_adapters_of_different_bases_are_refused(run: OldRun, tmp_path: Path) -> None:
-    changed_config(run.init, base_model_name_or_path="one/model")
-    changed_config(run.final, base_model_name_or_path="another/model")
+    change_config(run.init, base_model_name_or_path="one/model")
+    change_config(run.final, base_model_name_or_path="another/model")
     with pytest.raises(ValueError, match="their base models are one/model and another/model"):
         convert_run(run.init, run.final, tmp_path / "out")
 
 
-def altered(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
 def test_adapters_with_different_layers_or_shapes_are_refused(run: OldRun, tmp_path: Path) -> None:
     whole = load_file(run.final / WEIGHTS)
-    altered(run.final, lambda file: {key: value for key, value in file.items() if "layers.1.mlp" not in key})
+    change_tensors(run.final, lambda file: {key: value for key, value in file.items() if "layers.1.mlp" not in key})
     with pytest.raises(ValueError, match="only one of them holds .*layers.1.mlp.down_proj.lora_A.weight .2 such"):
         convert_run(run.init, run.final, tmp_path / "out")
     key = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
@@ -201,13 +201,15 @@ def test_an_adapter_that_needs_no_conversion_is_refused(run: OldRun, tmp_path: P
 
 def test_an_initial_adapter_of_another_run_gives_a_warning(run: OldRun, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
-    altered(run.init, lambda file: {key: torch.randn(value.shape, generator=generator) for key, value in file.items()})
+    change_tensors(
+        run.init, lambda file: {key: torch.randn(value.shape, generator=generator) for key, value in file.items()}
+    )
     with pytest.warns(UserWarning, match="may not be of one run: the cosine between their A is "):
         convert_run(run.init, run.final, tmp_path / "out")
 
 
 def test_damaged_and_missing_files_raise_errors_that_name_them(run: OldRun, tmp_path: Path) -> None:
-    altered(run.final, lambda file: file | {min(file): file[min(file)] * float("nan")})
+    change_tensors(run.final, lambda file: file | {min(file): file[min(file)] * float("nan")})
     with pytest.raises(ValueError, match="holds numbers that are not finite"):
         convert_run(run.init, run.final, tmp_path / "out")
     (run.final / WEIGHTS).write_bytes(b"{}")

@@ -19,16 +19,16 @@ def corpus() -> ModuleType:
     return module
 
 
-def package(root: Path, name: str, files: int) -> None:
-    """Write a package that fails on import. Each file has two long docstrings; one is the same in all files."""
+def write_package(root: Path, name: str, files: int) -> None:
+    """Write a package that fails on import. Each module has two long docstrings; one is the same in all modules."""
     (root / name / "tests").mkdir(parents=True)
     (root / name / "__init__.py").write_text("raise RuntimeError('imported')")
     (root / name / "tests" / "test_it.py").write_text(f'def f():\n    """{"Never read. " * 20}"""\n')
     (root / name / "old.py").write_text("print 'not Python 3'")
     for number in range(files):
-        own = f"Uses {name} and np.dot for thing {number} of {files} of {name.title()}. " + "Long enough. " * 40
+        docstring = f"Uses {name} and np.dot for thing {number} of {files} of {name.title()}. " + "Long enough. " * 40
         (root / name / f"m{number}.py").write_text(
-            f'class C:\n    def f(self):\n        """{own}"""\n\n'
+            f'class C:\n    def f(self):\n        """{docstring}"""\n\n'
             f'def short():\n    """Short."""\n\nasync def g():\n    """{"The same in every file. " * 10}"""\n'
         )
 
@@ -38,8 +38,8 @@ def test_rows_are_balanced_and_unique_and_do_not_name_their_packages(
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     names = {"firstpackage": ("firstpackage",), "secondpackage": ("secondpackage",)}
-    package(tmp_path, "firstpackage", 30)
-    package(tmp_path, "secondpackage", 12)
+    write_package(tmp_path, "firstpackage", 30)
+    write_package(tmp_path, "secondpackage", 12)
     monkeypatch.setattr(corpus, "PACKAGES", names)
     monkeypatch.setattr(corpus, "NAMES", corpus.names_pattern(names | {"numpy": ("np",)}))
     train, test, classes = corpus.docstring_rows(20, seed=0)

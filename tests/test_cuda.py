@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 DENSE = LoraGAConfig(estimator="dense")
 
 
-def moved(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def to_cuda(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return [{name: tensor.cuda() for name, tensor in batch.items()} for batch in batches]
 
 
@@ -31,7 +31,7 @@ def test_the_start_equals_that_of_the_cpu(family: str) -> None:
     make, batches, targets = FAMILIES[family]
     on_cpu, on_cuda = adapted(make().double(), targets), adapted(make().double().cuda(), targets)
     lora_ga.initialize(on_cpu, batches(), DENSE)
-    lora_ga.initialize(on_cuda, moved(batches()), DENSE)
+    lora_ga.initialize(on_cuda, to_cuda(batches()), DENSE)
     pairs = [(m, on_cuda.get_submodule(path)) for path, m in on_cpu.named_modules() if isinstance(m, Factor)]
     assert len(pairs) > 0
     for one, other in pairs:
@@ -45,7 +45,7 @@ def test_the_start_equals_that_of_the_cpu(family: str) -> None:
 
 @pytest.mark.parametrize("estimator", ["dense", "streaming"])
 def test_the_first_sgd_step_follows_the_best_rank_2r_gradient(estimator: str) -> None:
-    base, batch = llama(hidden_size=64, intermediate_size=96).double().cuda(), moved(causal(1, rows=8, length=24))[0]
+    base, batch = llama(hidden_size=64, intermediate_size=96).double().cuda(), to_cuda(causal(1, rows=8, length=24))[0]
     gradients = autograd_gradients(copy.deepcopy(base), lambda model: model(**batch).loss)
     model = adapted(base)
     lora_ga.initialize(model, [batch], LoraGAConfig(estimator=estimator, oversample=32))
@@ -54,7 +54,7 @@ def test_the_first_sgd_step_follows_the_best_rank_2r_gradient(estimator: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_initialisation_keeps_the_function_and_the_loss_falls(dtype: torch.dtype) -> None:
-    model, batches = adapted(llama().to(dtype).cuda()), moved(causal())
+    model, batches = adapted(llama().to(dtype).cuda()), to_cuda(causal())
     before = logits(model, batches[0])
     lora_ga.initialize(model, batches)
     assert torch.equal(logits(model, batches[0]), before)
@@ -63,7 +63,7 @@ def test_initialisation_keeps_the_function_and_the_loss_falls(dtype: torch.dtype
 
 
 def test_stock_peft_on_a_cpu_loads_what_was_saved_on_cuda(tmp_path: Path) -> None:
-    model, batches = adapted(llama().cuda()), moved(causal())
+    model, batches = adapted(llama().cuda()), to_cuda(causal())
     lora_ga.initialize(model, batches)
     train(model, batches)
     model.save_pretrained(tmp_path)
@@ -85,6 +85,6 @@ def test_the_callback_works_in_a_trainer(precision: dict[str, Any], tmp_path: Pa
     trainer.save_model(str(tmp_path / "adapter"))
     again = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
     plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()  # without autocast
-    expected = logits(plain, moved(causal())[0]).cpu()
+    expected = logits(plain, to_cuda(causal())[0]).cpu()
     torch.testing.assert_close(logits(again, causal()[0]), expected, rtol=1e-4, atol=1e-4)
     assert set(again.peft_config["default"].target_modules) == set(TARGETS)

@@ -33,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def cosine(one: dict[str, Any], other: dict[str, Any], count: int) -> float:
-    """The lowest cosine of a principal angle between the leading left, and right, subspaces of any layer."""
+    """The lowest cosine of the principal angles between leading subspaces, left and right, over all layers."""
     return min(
         torch.linalg.svdvals(one["layers"][name][side][:, :count].mT @ other["layers"][name][side][:, :count])
         .min()
@@ -54,7 +54,7 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
-def ratio(directions: tuple[Tensor, ...], gradient: Tensor, rank: int) -> float:
+def alignment_ratio(directions: tuple[Tensor, ...], gradient: Tensor, rank: int) -> float:
     """The alignment of the start that these directions give, divided by its limit."""
     a, b = directions[2][:, :rank].mT, directions[0][:, rank : 2 * rank]
     step = gradient @ a.mT @ a + b @ b.mT @ gradient
@@ -107,7 +107,7 @@ def test_several_processes_align_a_pretrained_model_as_well_as_one(results: Resu
     assert cosine(one["dense"], many["dense"], 16) >= 0.999
     for name, exact in one["dense"]["layers"].items():
         gradient = (exact[0] * exact[1]) @ exact[2].mT  # its leading 32 directions
-        alone, together = (ratio(each["streaming"]["layers"][name], gradient, 8) for each in (one, many))
+        alone, together = (alignment_ratio(each["streaming"]["layers"][name], gradient, 8) for each in (one, many))
         assert together >= alone - 0.002, name
         # The directions of several processes hold this share of the energy of the leading 2r directions of one.
         u, s, v = one["streaming"]["layers"][name][:3]
@@ -172,7 +172,7 @@ def test_tensors_of_all_dtypes_and_shapes_are_summed_and_shared(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 13])
-def test_every_layer_belongs_to_one_process_and_the_layers_are_spread_evenly(size: int) -> None:
+def test_every_layer_belongs_to_one_process_and_no_process_has_more_than_its_share(size: int) -> None:
     layers = [f"layer {number}" for number in range(29)]
     shares = [Processes(rank, size).own(layers) for rank in range(size)]
     assert sorted(layer for share in shares for layer in share) == sorted(layers)
@@ -225,8 +225,8 @@ def test_all_processes_refuse_differing_input_with_the_same_error(results: Resul
     ],
 )
 def test_an_error_in_one_process_stops_all_and_the_others_quote_it(results: Results, case: str, text: str) -> None:
-    other, own = (result["bad_input"][case] for result in results[2])
-    assert own.startswith(text)
+    other, failed = (result["bad_input"][case] for result in results[2])
+    assert failed.startswith(text)
     assert other.startswith(f"RuntimeError: Process 1 of 2 failed, so all of them stop: {text}")
     assert other.endswith("The model is unchanged.")
 

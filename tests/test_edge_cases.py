@@ -303,10 +303,10 @@ def test_an_adapter_added_with_an_aligned_configuration_is_aligned_and_has_its_o
     model.set_adapter("default")
     assert torch.equal(logits(model, BATCH), trained)
     model.save_pretrained(tmp_path)
-    for folder, own in ((tmp_path, trained), (tmp_path / "twin", twin)):
+    for folder, expected in ((tmp_path, trained), (tmp_path / "twin", twin)):
         assert (folder / FILE).exists()
         again = lora_ga.load(llama(), folder, is_trainable=True).eval()
-        torch.testing.assert_close(logits(again, BATCH), own, rtol=0, atol=1e-6)
+        torch.testing.assert_close(logits(again, BATCH), expected, rtol=0, atol=1e-6)
 
 
 def test_trained_tokens_do_not_change_the_fingerprint(tmp_path: Path) -> None:

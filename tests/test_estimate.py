@@ -21,13 +21,13 @@ from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified
 DENSE = LoraGAConfig(estimator="dense", oversample=64, max_batches=None)
 
 
-def rebuilt(estimate: GradientEstimate, name: str) -> Tensor:
+def matrix(estimate: GradientEstimate, name: str) -> Tensor:
     part = estimate[name]
     return (part.U * part.S) @ part.V.mT
 
 
 def uneven(whole: dict[str, Tensor], sizes: list[int], labels: list[int]) -> list[dict[str, Tensor]]:
-    """Cut a batch into micro-batches with different numbers of label tokens. Masks labels of the batch itself too."""
+    """Cut a batch into micro-batches with different numbers of label tokens. Masks the labels of the batch in place."""
     parts, row = [], 0
     for size, kept in zip(sizes, labels, strict=True):
         if whole["labels"].dim() > 1:
@@ -37,7 +37,7 @@ def uneven(whole: dict[str, Tensor], sizes: list[int], labels: list[int]) -> lis
     return parts
 
 
-def precise(model: nn.Module, batch: Any) -> Tensor:
+def float64_loss(model: nn.Module, batch: Any) -> Tensor:
     """The model's loss in float64. Transformers computes it in float32, whatever the dtype of the model."""
     logits, labels = model(**batch).logits, batch["labels"]
     if label_tokens(model, {"labels": torch.ones(1, 2, dtype=torch.long)}) == 1:  # a decoder, whose labels are shifted
@@ -57,18 +57,18 @@ def test_uneven_micro_batches_give_the_gradient_of_the_whole_batch(family: str) 
     parts = uneven(whole, [1, 5, 2, 4], [6, 2, 5, 1])
 
     counts = [label_tokens(base, part) or 0 for part in parts]
-    each = [autograd_gradients(copy.deepcopy(base), lambda m, part=part: precise(m, part)) for part in parts]  # type: ignore[misc]
+    each = [autograd_gradients(copy.deepcopy(base), lambda m, part=part: float64_loss(m, part)) for part in parts]  # type: ignore[misc]
     in_parts = {
         name: torch.stack([count * one[name] for count, one in zip(counts, each, strict=True)]).sum(dim=0) / sum(counts)
         for name in each[0]
     }
-    at_once = autograd_gradients(copy.deepcopy(base), lambda model: precise(model, whole))
-    estimate = lora_ga.estimate_gradients(adapted(base, targets), parts, DENSE, loss_fn=precise)
+    at_once = autograd_gradients(copy.deepcopy(base), lambda model: float64_loss(model, whole))
+    estimate = lora_ga.estimate_gradients(adapted(base, targets), parts, DENSE, loss_fn=float64_loss)
     assert estimate.batches == 4
     for name in estimate:
         for truth, tolerance in ((in_parts, 1e-9), (at_once, TOLERANCE[family])):
             true = truth[name].mT if family == "gpt2" else truth[name]
-            assert (rebuilt(estimate, name) - true).norm() <= tolerance * true.norm(), name
+            assert (matrix(estimate, name) - true).norm() <= tolerance * true.norm(), name
             assert estimate[name].norm == pytest.approx(true.norm().item(), rel=tolerance)
 
 
@@ -78,12 +78,12 @@ def test_unweighted_micro_batches_give_another_gradient() -> None:
     model = adapted(llama())
     weighted = lora_ga.estimate_gradients(model, parts, DENSE)
     unweighted = lora_ga.estimate_gradients(model, parts, DENSE, loss_fn=lambda m, batch: (m(**batch).loss, 1))
-    a, b = (rebuilt(estimate, next(iter(weighted))) for estimate in (weighted, unweighted))
+    a, b = (matrix(estimate, next(iter(weighted))) for estimate in (weighted, unweighted))
     assert (a * b).sum() / (a.norm() * b.norm()) < 0.99
 
 
 def snapshot(model: Any) -> dict[str, Any]:
-    """Everything that an estimate could change: of the model, and of the random generators."""
+    """Everything that an estimate could change, in the model and in the random generators."""
     return {
         "training": [module.training for module in model.modules()],
         "active": [getattr(module, "_active_adapter", None) for module in model.modules()],
@@ -152,7 +152,7 @@ def test_gradient_checkpointing_is_used_and_gives_the_same_factors(reentrant: bo
     model = adapted(base)
     checkpointed = lora_ga.estimate_gradients(model, causal(2), DENSE)
     whole = lora_ga.estimate_gradients(model, causal(), DENSE)
-    assert len(calls) == 2 * (2 + 3)  # once forward and once more backward, per batch
+    assert len(calls) == 2 * (2 + 3)  # per batch: once in the forward pass, once in the backward pass
     assert checkpointed.batches == 2
     for name in plain:
         torch.testing.assert_close(whole[name].S, plain[name].S)
@@ -200,7 +200,7 @@ def test_bfloat16_models_give_nearly_the_float32_factors() -> None:
     rough = lora_ga.estimate_gradients(adapted(llama().to(torch.bfloat16)), causal(), DENSE)
     for name in exact:
         assert rough[name].U.dtype == torch.float32
-        a, b = rebuilt(exact, name), rebuilt(rough, name)
+        a, b = matrix(exact, name), matrix(rough, name)
         assert (a * b).sum() / (a.norm() * b.norm()) > 0.99, name
 
 

@@ -25,14 +25,14 @@ SHAPES: dict[Side, tuple[int, int]] = {JoinedA: (RANK, INPUTS), JoinedB: (OUTPUT
 KINDS = [kind for pair in FACTORS.values() for kind in pair]
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
+def random_tensor(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("side", [JoinedA, JoinedB])
 def test_joined_matrices_can_be_split_again(side: Side, parts: int) -> None:
-    algebra, start, delta = side(parts), drawn(*SHAPES[side]), drawn(*SHAPES[side], seed=1)
+    algebra, start, delta = side(parts), random_tensor(*SHAPES[side]), random_tensor(*SHAPES[side], seed=1)
     joined = algebra.joined(start, delta)
     assert joined.shape[side.dim] == 2 * RANK
     assert torch.equal(algebra.delta_in(joined), delta)
@@ -46,8 +46,8 @@ def test_joined_matrices_can_be_split_again(side: Side, parts: int) -> None:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_product_of_joined_factors_is_the_change_of_the_product(parts: int) -> None:
     """The columns of B and the rows of A are joined within each part."""
-    a0, da = (drawn(*SHAPES[JoinedA], seed=seed) for seed in (0, 1))
-    b0, db = (drawn(*SHAPES[JoinedB], seed=seed) for seed in (2, 3))
+    a0, da = (random_tensor(*SHAPES[JoinedA], seed=seed) for seed in (0, 1))
+    b0, db = (random_tensor(*SHAPES[JoinedB], seed=seed) for seed in (2, 3))
     a_P2I = JoinedA(parts).joined(a0, da).unflatten(0, (parts, -1))
     for part in range(parts):
         rows = slice(part * RANK // parts, (part + 1) * RANK // parts)
@@ -57,7 +57,7 @@ def test_the_product_of_joined_factors_is_the_change_of_the_product(parts: int) 
 
 
 def test_agree_allows_for_the_rounding_of_the_file_and_no_more() -> None:
-    algebra, start, delta = JoinedA(), drawn(RANK, INPUTS), 1e-3 * drawn(RANK, INPUTS, seed=1)
+    algebra, start, delta = JoinedA(), random_tensor(RANK, INPUTS), 1e-3 * random_tensor(RANK, INPUTS, seed=1)
     joined = algebra.joined(start, delta)
     assert algebra.agree(joined, delta.abs(), joined.bfloat16().float())
     assert algebra.agree(joined, delta.abs(), joined * (1 + 1e-7))
@@ -66,13 +66,13 @@ def test_agree_allows_for_the_rounding_of_the_file_and_no_more() -> None:
 
 def factor(kind: type[Factor]) -> Factor:
     shape = (RANK, INPUTS) if kind.joining_class is JoinedA else (OUTPUTS, RANK)
-    made = kind(drawn(*shape), nn.Parameter(torch.zeros(shape)))
-    made.set_delta(drawn(*shape, seed=1))
+    made = kind(random_tensor(*shape), nn.Parameter(torch.zeros(shape)))
+    made.set_delta(random_tensor(*shape, seed=1))
     return made
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weight_of_a_factor_has_the_sizes_that_the_factor_states(kind: type[Factor]) -> None:
+def test_the_weight_of_a_factor_is_the_matrix_whose_sizes_it_states(kind: type[Factor]) -> None:
     made = factor(kind)
     assert tuple(made.weight.shape) == (made.out_features, made.in_features)
     assert torch.equal(made.weight, made.joined() if kind.computes_joined else made.trainable)
@@ -102,7 +102,7 @@ def test_the_rows_of_a_scaled_embedding_give_the_gradient_of_its_weight() -> Non
     """Gemma's embeddings multiply their output by `embed_scale`."""
     base = nn.Embedding(7, 3, padding_idx=0)
     base.embed_scale = torch.tensor(2.5)
-    ids, g = torch.tensor([[1, 4, 0], [4, 4, 6]]), drawn(2, 3, 3)
+    ids, g = torch.tensor([[1, 4, 0], [4, 4, 6]]), random_tensor(2, 3, 3)
     ((base(ids) * base.embed_scale) * g).sum().backward()
     ((_, x_TI, g_TO),) = EMBEDDING.rows(SimpleNamespace(get_base_layer=lambda: base), ids, g)
     assert base.weight.grad is not None
@@ -111,14 +111,14 @@ def test_the_rows_of_a_scaled_embedding_give_the_gradient_of_its_weight() -> Non
 
 def test_a_trainable_part_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"The trainable part is \(2, 6\), its start \(4, 6\)"):
-        DeltaA(drawn(RANK, INPUTS), nn.Parameter(torch.zeros(2, INPUTS)))
+        DeltaA(random_tensor(RANK, INPUTS), nn.Parameter(torch.zeros(2, INPUTS)))
 
 
 def test_the_part_of_a_plain_parameter_is_the_whole_tensor() -> None:
     storage = storage_of(nn.Parameter(torch.zeros(3, 2)))
     assert type(storage) is Storage
     assert not storage.spread
-    assert torch.equal(storage.part_of(drawn(3, 2)), drawn(3, 2))
+    assert torch.equal(storage.part_of(random_tensor(3, 2)), random_tensor(3, 2))
 
 
 @pytest.mark.parametrize(("kind", "dim"), [(DeltaA, 1), (DeltaB, 0)])
@@ -164,15 +164,15 @@ def test_a_zero3_parameter_is_written_while_gathered_and_only_if_its_values_diff
     storage = storage_of(zero3_parameter)
     assert isinstance(storage, Zero3Storage)
     assert storage.spread
-    made = DeltaA(drawn(RANK, INPUTS), zero3_parameter)
-    made.set_delta(drawn(RANK, INPUTS, seed=1))
-    assert torch.equal(zero3_parameter.values, drawn(RANK, INPUTS, seed=1))
+    made = DeltaA(random_tensor(RANK, INPUTS), zero3_parameter)
+    made.set_delta(random_tensor(RANK, INPUTS, seed=1))
+    assert torch.equal(zero3_parameter.values, random_tensor(RANK, INPUTS, seed=1))
     assert zero3_parameter.writes == 1
-    made.set_delta(drawn(RANK, INPUTS, seed=1))
+    made.set_delta(random_tensor(RANK, INPUTS, seed=1))
     assert zero3_parameter.writes == 1
     assert zero3_parameter.numel() == 0
 
 
 def test_a_zero3_parameter_keeps_its_name_in_the_state_dict_so_that_deepspeed_gathers_it(zero3_parameter: Any) -> None:
-    made = DeltaA(drawn(RANK, INPUTS), zero3_parameter)
+    made = DeltaA(random_tensor(RANK, INPUTS), zero3_parameter)
     assert list(made.state_dict()) == ["delta_weight"]

@@ -1,4 +1,4 @@
-"""The estimate allocates no gradient, does not wait for the device, and is the same with other kernels and dtypes."""
+"""The estimate allocates no gradient, does not wait for the device, and hardly depends on kernels and dtypes."""
 
 from __future__ import annotations
 

@@ -58,16 +58,16 @@ def starts(model: Any) -> list[torch.Tensor]:
 
 def test_the_estimate_uses_the_first_examples_cut_to_max_length() -> None:
     model = call_as_ms_swift(llama(), iter(EXAMPLES))
-    own = lora_ga.get_lora_ga_model(
+    expected = lora_ga.get_lora_ga_model(
         llama(),
         LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"]),
         [collate([{k: v[:16] for k, v in e.items()} for e in EXAMPLES[i : i + 2]]) for i in (0, 2, 4)],
         lora_ga.LoraGAConfig(stable_gamma=16),
     )
-    assert starts(own)
-    assert all(torch.equal(one, other) for one, other in zip(starts(model), starts(own), strict=True))
+    assert starts(expected)
+    assert all(torch.equal(one, other) for one, other in zip(starts(model), starts(expected), strict=True))
     whole = call_as_ms_swift(llama(), max_length=None)
-    assert not torch.equal(starts(whole)[0], starts(own)[0])
+    assert not torch.equal(starts(whole)[0], starts(expected)[0])
 
 
 @pytest.mark.parametrize("scale", ["gd", "unit", "stable", "weightS", "weights"])

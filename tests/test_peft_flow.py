@@ -26,7 +26,7 @@ def config(targets: Any = "all-linear", **changes: Any) -> LoraConfig:
     return LoraConfig(**(settings | changes))
 
 
-def steps(model: nn.Module, batches: list[Any], *, clear_gradients: bool = False) -> Callable[[], None]:
+def make_train_step(model: nn.Module, batches: list[Any], *, clear_gradients: bool = False) -> Callable[[], None]:
     """A script's train_step. With `clear_gradients` it clears them before each pass, as PEFT's example does."""
 
     def train_step() -> None:
@@ -38,10 +38,10 @@ def steps(model: nn.Module, batches: list[Any], *, clear_gradients: bool = False
     return train_step
 
 
-def ready(model: Any, batches: Any = None, **changes: Any) -> Any:
+def aligned_model(model: Any, batches: Any = None, **changes: Any) -> Any:
     """The model with an aligned adapter, made by the flow."""
     lora = config(**changes)
-    preprocess_loraga(model, lora, steps(model, batches or causal()))
+    preprocess_loraga(model, lora, make_train_step(model, batches or causal()))
     return get_peft_model(model, lora)
 
 
@@ -55,7 +55,7 @@ def test_the_flow_reaches_the_alignment_limit(family: str, targets: Any, clear_g
     batches, base = batches_of(), make().double()
     truth = gradients(make().double(), batches)
     lora = config(targets)
-    preprocess_loraga(base, lora, steps(base, batches, clear_gradients=clear_gradients), config=DENSE)
+    preprocess_loraga(base, lora, make_train_step(base, batches, clear_gradients=clear_gradients), config=DENSE)
     ratios = alignment_ratios(get_peft_model(base, lora), truth, batches, 4)
     assert ratios
     assert min(ratios.values()) > 1 - 1e-6
@@ -63,10 +63,10 @@ def test_the_flow_reaches_the_alignment_limit(family: str, targets: Any, clear_g
 
 def test_the_flow_gives_the_start_of_initialize() -> None:
     model = gpt2()
-    flow = ready(model, targets=["c_attn", "c_fc"], use_rslora=True)
-    own = adapted(gpt2(), ["c_attn", "c_fc"])
-    lora_ga.initialize(own, causal(), lora_ga.LoraGAConfig(stable_gamma=16))
-    starts = {name: module.start for name, module in own.named_modules() if hasattr(module, "start")}
+    flow = aligned_model(model, targets=["c_attn", "c_fc"], use_rslora=True)
+    initialised = adapted(gpt2(), ["c_attn", "c_fc"])
+    lora_ga.initialize(initialised, causal(), lora_ga.LoraGAConfig(stable_gamma=16))
+    starts = {name: module.start for name, module in initialised.named_modules() if hasattr(module, "start")}
     assert starts
     for name, module in flow.named_modules():
         if hasattr(module, "start"):
@@ -79,7 +79,7 @@ def test_preprocessing_does_not_change_the_model_or_the_random_generator() -> No
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     required = [p.requires_grad for p in model.parameters()]
     state = torch.get_rng_state()
-    preprocess_loraga(model, config(), steps(model, causal()))
+    preprocess_loraga(model, config(), make_train_step(model, causal()))
     assert torch.equal(torch.get_rng_state(), state)
     assert [p.requires_grad for p in model.parameters()] == required
     assert all(p.grad is None for p in model.parameters())
@@ -104,7 +104,7 @@ def test_preprocessing_restores_the_model_if_the_script_fails() -> None:
 
 def test_the_flow_works_if_no_weight_requires_a_gradient() -> None:
     model = llama().requires_grad_(False)
-    adapter = ready(model)
+    adapter = aligned_model(model)
     assert torch.equal(logits(adapter, causal(1)[0]), logits(llama(), causal(1)[0]))
 
 
@@ -113,7 +113,9 @@ def test_the_flow_works_if_no_weight_requires_a_gradient() -> None:
 def test_every_direction_and_scale_of_peft_saves_and_loads_on_the_original_base(
     direction: Any, scale: Any, tmp_path: Path
 ) -> None:
-    model = ready(llama(), targets=["q_proj", "v_proj"], lora_ga_config=LoraGAConfig(direction=direction, scale=scale))
+    model = aligned_model(
+        llama(), targets=["q_proj", "v_proj"], lora_ga_config=LoraGAConfig(direction=direction, scale=scale)
+    )
     batch = causal(1)[0]
     assert torch.equal(logits(model, batch), logits(llama(), batch))
     train(model, causal(), lr=1e-3)
@@ -126,7 +128,7 @@ def test_every_direction_and_scale_of_peft_saves_and_loads_on_the_original_base(
 @pytest.mark.filterwarnings("ignore:.*no lora_ga.safetensors was written:UserWarning")
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_saving_with_pefts_conversion_gives_an_adapter_for_the_original_base(use_rslora: bool, tmp_path: Path) -> None:
-    model = ready(llama(), use_rslora=use_rslora)
+    model = aligned_model(llama(), use_rslora=use_rslora)
     model.save_pretrained(tmp_path / "init")
     train(model, causal(), lr=1e-3)
     model.save_pretrained(tmp_path / "final", path_initial_model_for_weight_conversion=str(tmp_path / "init"))
@@ -137,7 +139,7 @@ def test_saving_with_pefts_conversion_gives_an_adapter_for_the_original_base(use
 def test_a_cached_estimate_is_read_and_the_script_does_not_run(tmp_path: Path) -> None:
     cache = tmp_path / "folder" / "gradients.pt"
     model, again = llama(), llama()
-    preprocess_loraga(model, config(), steps(model, causal()), cache_file=str(cache))
+    preprocess_loraga(model, config(), make_train_step(model, causal()), cache_file=str(cache))
 
     def never() -> None:
         raise AssertionError("the cache was not read")
@@ -154,7 +156,7 @@ def test_a_cached_estimate_is_read_and_the_script_does_not_run(tmp_path: Path) -
 def test_low_precision_models_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     model = llama().to(dtype)
     lora = config()
-    preprocess_loraga(model, lora, steps(model, causal()))
+    preprocess_loraga(model, lora, make_train_step(model, causal()))
     adapter = get_peft_model(model, lora, autocast_adapter_dtype=False)
     layer = adapter.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.lora_A["default"].weight.dtype == layer.lora_B["default"].weight.dtype == dtype
@@ -166,7 +168,7 @@ def test_low_precision_models_keep_their_dtype(dtype: torch.dtype, tmp_path: Pat
 
 def test_heads_and_biases_stay_trainable() -> None:
     make, _, _ = FAMILIES["bert"]
-    model = ready(make(), classified(), targets=["query"], task_type="SEQ_CLS", bias="lora_only")
+    model = aligned_model(make(), classified(), targets=["query"], task_type="SEQ_CLS", bias="lora_only")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("classifier" in name for name in trained)
     assert any(name.endswith("query.base_layer.bias") for name in trained)
@@ -190,7 +192,7 @@ def test_a_model_without_estimated_gradients_is_refused() -> None:
 def test_an_estimate_is_used_for_one_adapter_only() -> None:
     model = llama()
     lora = config()
-    preprocess_loraga(model, lora, steps(model, causal()))
+    preprocess_loraga(model, lora, make_train_step(model, causal()))
     get_peft_model(model, lora).unload()
     with pytest.raises(ValueError, match="no gradients were estimated"):
         get_peft_model(model, lora)
@@ -199,7 +201,7 @@ def test_an_estimate_is_used_for_one_adapter_only() -> None:
 def test_pefts_own_get_peft_model_is_refused_after_preprocessing() -> None:
     model = llama()
     lora = config()
-    preprocess_loraga(model, lora, steps(model, causal()))
+    preprocess_loraga(model, lora, make_train_step(model, causal()))
     with pytest.raises(ValueError, match="call lora_ga.compat.get_peft_model"):
         peft.get_peft_model(model, lora)
 
@@ -207,15 +209,15 @@ def test_pefts_own_get_peft_model_is_refused_after_preprocessing() -> None:
 def test_a_configuration_without_lora_ga_config_is_refused() -> None:
     model = llama()
     with pytest.raises(ValueError, match="LoraConfig.lora_ga_config is None"):
-        preprocess_loraga(model, config(lora_ga_config=None), steps(model, causal()))
-    preprocess_loraga(model, config(), steps(model, causal()))
+        preprocess_loraga(model, config(lora_ga_config=None), make_train_step(model, causal()))
+    preprocess_loraga(model, config(), make_train_step(model, causal()))
     with pytest.raises(ValueError, match="LoraConfig.lora_ga_config is None"):
         get_peft_model(model, config(lora_ga_config=None))
 
 
 def test_a_rank_too_large_for_the_estimate_is_refused_and_the_model_is_restored() -> None:
     model = llama()
-    preprocess_loraga(model, config(), steps(model, causal()), config=lora_ga.LoraGAConfig(oversample=0))
+    preprocess_loraga(model, config(), make_train_step(model, causal()), config=lora_ga.LoraGAConfig(oversample=0))
     with pytest.raises(ValueError, match="rank 8 needs 16 gradient directions, but the estimate holds 8"):
         get_peft_model(model, config(r=8))
     assert not any("lora" in name for name, _ in model.named_modules())
@@ -225,7 +227,7 @@ def test_a_rank_too_large_for_the_estimate_is_refused_and_the_model_is_restored(
 def test_an_embedding_among_the_targets_is_aligned() -> None:
     """PEFT itself makes a plain LoRA of it."""
     model, settings = llama(), config(["q_proj", "embed_tokens"])
-    estimate = preprocess_loraga(model, settings, steps(model, causal()))
+    estimate = preprocess_loraga(model, settings, make_train_step(model, causal()))
     assert estimate["model.embed_tokens"].norm > 0
     started = get_peft_model(model, settings)
     assert "model.embed_tokens" in started.peft_config["default"].alignment.factors

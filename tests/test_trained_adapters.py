@@ -23,7 +23,7 @@ BATCH = causal(1)[0]
 
 
 def cell(row: str) -> Any:
-    """Marks a test as the one of a row of the support matrix."""
+    """The marker of a test that fills a row of the support matrix."""
     return pytest.mark.support("after training", row, "works")
 
 
