@@ -2,7 +2,6 @@
 
 pytest tests/test_support.py tests/test_ways_of_running.py tests/test_kinds.py tests/test_trained_adapters.py \
         tests/test_probe.py --support-record benchmarks/results/support.json
-        --support-record benchmarks/results/support.json
 python benchmarks/support_page.py --write
 """
 
