@@ -38,5 +38,5 @@ def make_run(folder: Path, **changes: Any) -> Run:
     return load_run(write_run(folder, **changes))
 
 
-def falling(speed: float, steps: int = 40) -> list[dict[str, float]]:
+def falling_losses(speed: float, steps: int = 40) -> list[dict[str, float]]:
     return [{"step": step, "loss": 4.0 - speed * step / 20} for step in range(1, steps + 1)]

@@ -36,16 +36,16 @@ def save_tokenizer(folder: Path, *, template: str | None = None, pad: bool = Tru
         special = [(token, VOCABULARY[token]) for token in ("[CLS]", "[SEP]", "</s>")]
         pair = f"{template} $B:1 [SEP]:1" if "[SEP]" in template else f"{template} $B </s>"
         words.post_processor = TemplateProcessing(single=template, pair=pair, special_tokens=special)
-    given: dict[str, Any] = {"pad_token": "[PAD]"} if pad else {}
+    options: dict[str, Any] = {"pad_token": "[PAD]"} if pad else {}
     if template is not None and "[SEP]" in template:
-        given["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        options["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", eos_token="</s>", model_max_length=64, **given
+        tokenizer_object=words, unk_token="[UNK]", eos_token="</s>", model_max_length=64, **options
     ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quiet_and_private(tmp_path_factory: pytest.TempPathFactory) -> None:
+def temporary_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps the datasets library's cache out of the user's home, and its bars out of the output."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     datasets.disable_progress_bars()
@@ -117,7 +117,7 @@ def text(number: int, length: int = 8) -> str:
 
 
 @pytest.fixture
-def sorting(tmp_path: Path) -> Path:
+def labelled_texts(tmp_path: Path) -> Path:
     """40 texts in two classes with names."""
     return write_rows(
         tmp_path / "sorting.jsonl",
@@ -126,7 +126,7 @@ def sorting(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asking(tmp_path: Path) -> Path:
+def prompts(tmp_path: Path) -> Path:
     """40 prompts with their targets."""
     return write_rows(
         tmp_path / "asking.jsonl",
@@ -144,7 +144,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[object]], str]:
+def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[[list[object]], str]:
     """Runs a command that must be refused with exit code 2 and one message; returns the message."""
 
     def run(argv: list[object]) -> str:

@@ -6,22 +6,22 @@ from pathlib import Path
 import pytest
 
 from lora_ga.cli.main import main
-from runs import falling, write_run
+from runs import falling_losses, write_run
 
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     for name, speed in (("lora", 1), ("lora-ga", 2)):
-        write_run(Path(name), name=name, method=name, curve=falling(speed))
+        write_run(Path(name), name=name, method=name, curve=falling_losses(speed))
     return ["lora", "lora-ga"]
 
 
-def written(tmp_path: Path) -> set[str]:
+def other_names(tmp_path: Path) -> set[str]:
     return {path.name for path in tmp_path.iterdir()} - {"lora", "lora-ga"}
 
 
-def test_the_table_is_shown_and_the_page_written(
+def test_compare_shows_the_table_and_writes_the_page_and_the_picture(
     folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", *folders, "--output", "out/page.html", "--png", "curve.png", "--smooth", "1"]) == 0
@@ -32,7 +32,9 @@ def test_the_table_is_shown_and_the_page_written(
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_options_may_come_first_and_from_a_file(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_may_precede_the_folders_or_come_from_a_file(
+    folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("compare.json").write_text(
         json.dumps({"runs": folders, "target_loss": 3.0, "output": "page.html", "smooth": 1})
     )
@@ -41,7 +43,7 @@ def test_options_may_come_first_and_from_a_file(folders: list[str], capsys: pyte
     assert "steps to loss 3" in capsys.readouterr().out
 
 
-def test_many_runs_are_rows(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_names_of_many_runs_are_shown_literally(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for rate in (1, 2, 3):
         folders.append(f"rate-{rate}")
         write_run(Path(folders[-1]), name=f"[b]{rate}[/b]", learning_rate=rate)
@@ -68,7 +70,7 @@ def test_many_runs_are_rows(folders: list[str], capsys: pytest.CaptureFixture[st
         (["lora", "--overwrite", "lora-ga"], "lora-ga: not understood. Give all the run folders together"),
     ],
 )
-def test_bad_input_is_refused_in_words_and_nothing_is_written(
+def test_bad_input_gets_an_error_message_and_nothing_is_written(
     arguments: list[str], message: str, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert folders
@@ -78,16 +80,16 @@ def test_bad_input_is_refused_in_words_and_nothing_is_written(
     Path("damaged/run.json").write_text("{")
     for name in ("old.html", "old.png"):
         Path(name).write_text("old")
-    before = written(tmp_path)
+    before = other_names(tmp_path)
     assert main(["compare", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("lora-ga compare: error: ")
     assert message in error
-    assert written(tmp_path) == before
+    assert other_names(tmp_path) == before
     assert Path("old.html").read_text() == "old"
 
 
-def test_a_folder_that_may_not_be_written_to_is_named(
+def test_a_page_that_cannot_be_written_is_named(
     folders: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(path: Path, content: bytes) -> None:

@@ -35,7 +35,7 @@ def trl() -> None:
 
 
 @pytest.fixture(scope="session")
-def chatty(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Llama with a chat template."""
     folder = tmp_path_factory.mktemp("chatty")
     AutoModelForCausalLM.from_pretrained(llama).save_pretrained(folder)
@@ -45,16 +45,18 @@ def chatty(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def said(*turns: str) -> list[dict[str, str]]:
+def conversation(*turns: str) -> list[dict[str, str]]:
     """A conversation that the user begins."""
     return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
 
 
 @pytest.fixture
-def talks(tmp_path: Path) -> Path:
+def chats(tmp_path: Path) -> Path:
     """40 conversations of two turns, as messages and as prompts with their completions."""
     turns = [(text(n), text(n + 1, 4)) for n in range(40)]
-    rows = [{"messages": said(q, a), "asked": said(q), "answered": said(q, a)[1:]} for q, a in turns]
+    rows = [
+        {"messages": conversation(q, a), "asked": conversation(q), "answered": conversation(q, a)[1:]} for q, a in turns
+    ]
     return write_rows(tmp_path / "talks.jsonl", rows)
 
 
@@ -70,7 +72,7 @@ def encode(model: Path, row: dict[str, Any], length: int = 64, **given: Any) -> 
     return conversations.encode(rows, columns, load_tokenizer(str(model)), options, length, "f")[0]
 
 
-def test_prompts_carry_no_loss_and_long_ones_are_cut(llama: Path) -> None:
+def test_prompts_have_no_loss_and_long_rows_are_cut(llama: Path) -> None:
     columns: dict[str, Any] = {"prompt_column": "p", "target_column": "t"}
     found = encode(llama, {"p": "a b ", "t": "c"}, **columns)
     assert found == {"input_ids": ids("a b c </s>"), "labels": [-100, -100, *ids("c </s>")]}
@@ -78,14 +80,16 @@ def test_prompts_carry_no_loss_and_long_ones_are_cut(llama: Path) -> None:
     assert found == {"input_ids": ids("a b c d"), "labels": [-100, *ids("b c d")]}
 
 
-def test_conversations_are_written_by_the_chat_template(chatty: Path) -> None:
-    row = {"m": said("a b", "c", "d", "e f")}
+def test_the_chat_template_formats_conversations(chat_llama: Path) -> None:
+    row = {"m": conversation("a b", "c", "d", "e f")}
     whole = ids("[CLS] a b [SEP] c </s> [CLS] d [SEP] e f </s>")
-    assert encode(chatty, row, messages_column="m") == {"input_ids": whole, "labels": whole}
-    found = encode(chatty, row, messages_column="m", assistant_only_loss=True)
+    assert encode(chat_llama, row, messages_column="m") == {"input_ids": whole, "labels": whole}
+    found = encode(chat_llama, row, messages_column="m", assistant_only_loss=True)
     spoken = [-100] * 4 + ids("c </s>") + [-100] * 3 + ids("e f </s>")
     assert found == {"input_ids": whole, "labels": spoken}
-    found = encode(chatty, {"p": said("a b"), "t": said("", "c")[1:]}, prompt_column="p", target_column="t")
+    found = encode(
+        chat_llama, {"p": conversation("a b"), "t": conversation("", "c")[1:]}, prompt_column="p", target_column="t"
+    )
     assert found == {"input_ids": ids("[CLS] a b [SEP] c </s>"), "labels": [-100] * 4 + ids("c </s>")}
 
 
@@ -109,27 +113,27 @@ def by_trl(model: Path, row: dict[str, Any], length: int, *, assistant_only: boo
         {"prompt": "a b ", "completion": "c </s>"},
         {"prompt": "a b", "completion": "c d"},  # the last token of the prompt merges with the first of the target
         {"prompt": "a ", "completion": ""},
-        {"messages": said("a b", "c", "d", "e f")},
-        {"messages": said("a b", "c", "d")},
-        {"prompt": said("a b"), "completion": said("", "c d e f g")[1:]},
-        {"prompt": said("a b", "c", "d"), "completion": said("", "e", "f", "g")[1:]},
+        {"messages": conversation("a b", "c", "d", "e f")},
+        {"messages": conversation("a b", "c", "d")},
+        {"prompt": conversation("a b"), "completion": conversation("", "c d e f g")[1:]},
+        {"prompt": conversation("a b", "c", "d"), "completion": conversation("", "e", "f", "g")[1:]},
         # The prompt ends in the middle of an answer, so that the generation prompt after it is not in the whole.
-        {"prompt": said("a b", "c"), "completion": said("d", "e")},
+        {"prompt": conversation("a b", "c"), "completion": conversation("d", "e")},
     ],
 )
-def test_tokens_and_labels_are_those_of_trls_trainer(row: dict[str, Any], length: int, chatty: Path) -> None:
+def test_tokens_and_labels_equal_those_of_trls_trainer(row: dict[str, Any], length: int, chat_llama: Path) -> None:
     given = {"messages_column": "messages"} if "messages" in row else {}
     given |= {"prompt_column": "prompt", "target_column": "completion"} if "prompt" in row else {}
     for assistant_only in [False] if isinstance(row.get("prompt"), str) else [False, True]:  # text has no turns
-        expected = by_trl(chatty, row, length, assistant_only=assistant_only)
+        expected = by_trl(chat_llama, row, length, assistant_only=assistant_only)
         if expected:
-            assert encode(chatty, row, length, assistant_only_loss=assistant_only, **given) == expected
+            assert encode(chat_llama, row, length, assistant_only_loss=assistant_only, **given) == expected
         else:
             with pytest.raises(ValueError, match=f"no row has a token to learn within {length} tokens"):
-                encode(chatty, row, length, assistant_only_loss=assistant_only, **given)
+                encode(chat_llama, row, length, assistant_only_loss=assistant_only, **given)
 
 
-def test_a_target_that_starts_within_the_prompts_tokens_is_announced(
+def test_a_target_whose_first_token_merges_with_the_prompt_gives_a_warning(
     llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode(llama, {"p": "a b ", "t": "c"}, prompt_column="p", target_column="t")
@@ -139,11 +143,11 @@ def test_a_target_that_starts_within_the_prompts_tokens_is_announced(
 
 
 def test_assistant_only_loss_needs_a_template_that_marks_the_turns_and_their_end(
-    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chat_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = DataOptions(train_file="f.jsonl", messages_column="m", assistant_only_loss=True)
-    rows = datasets.Dataset.from_list([{"m": said("a", "b")}])
-    tokenizer = load_tokenizer(str(chatty))
+    rows = datasets.Dataset.from_list([{"m": conversation("a", "b")}])
+    tokenizer = load_tokenizer(str(chat_llama))
     columns = {"messages_column": "m"}
     conversations.encode(rows, columns, tokenizer, options, 64, "f")
     assert capsys.readouterr().err == ""
@@ -156,10 +160,10 @@ def test_assistant_only_loss_needs_a_template_that_marks_the_turns_and_their_end
         conversations.encode(rows, columns, tokenizer, options, 64, "f")
 
 
-def test_rows_that_cannot_be_formatted_are_named(chatty: Path) -> None:
-    tokenizer = load_tokenizer(str(chatty))
+def test_rows_that_cannot_be_formatted_are_refused_with_the_reason(chat_llama: Path) -> None:
+    tokenizer = load_tokenizer(str(chat_llama))
     pairs: dict[str, Any] = {"prompt_column": "p", "target_column": "t"}
-    mixed = datasets.Dataset.from_list([{"p": "a", "t": said("", "b")[1:]}])
+    mixed = datasets.Dataset.from_list([{"p": "a", "t": conversation("", "b")[1:]}])
     with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(prompt and target must both be text"):
         conversations.encode(mixed, pairs, tokenizer, DataOptions(train_file="f", **pairs), 64, "f")
     texts = datasets.Dataset.from_list([{"p": "a ", "t": "b"}])
@@ -167,14 +171,14 @@ def test_rows_that_cannot_be_formatted_are_named(chatty: Path) -> None:
     with pytest.raises(ValueError, match="f: --assistant_only_loss needs messages, but the columns hold text"):
         conversations.encode(texts, pairs, tokenizer, options, 64, "f")
     tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
-    spoken = datasets.Dataset.from_list([{"m": said("a", "b")}])
+    spoken = datasets.Dataset.from_list([{"m": conversation("a", "b")}])
     options = DataOptions(train_file="f", messages_column="m")
     with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(roles must alternate\)"):
         conversations.encode(spoken, {"messages_column": "m"}, tokenizer, options, 64, "f")
-    silent = datasets.Dataset.from_list([{"m": said("a")}])
+    silent = datasets.Dataset.from_list([{"m": conversation("a")}])
     options = DataOptions(train_file="f", messages_column="m", assistant_only_loss=True)
     with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(the chat template marks no token as the"):
-        conversations.encode(silent, {"messages_column": "m"}, load_tokenizer(str(chatty)), options, 64, "f")
+        conversations.encode(silent, {"messages_column": "m"}, load_tokenizer(str(chat_llama)), options, 64, "f")
 
 
 @pytest.mark.parametrize("method", ["lora-ga", "lora", "full"])
@@ -182,7 +186,7 @@ def test_rows_that_cannot_be_formatted_are_named(chatty: Path) -> None:
     "columns", [["--messages_column=messages"], ["--prompt_column=asked", "--target_column=answered"]]
 )
 def test_every_method_learns_conversations(
-    method: str, columns: list[str], chatty: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, columns: list[str], chat_llama: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained, begin = [], Trainer.train
 
@@ -192,7 +196,14 @@ def test_every_method_learns_conversations(
 
     monkeypatch.setattr(Trainer, "train", train)
     out = tmp_path / "run"
-    argv = ["train", f"--model={chatty}", "--task=causal-lm", f"--train_file={talks}", f"--eval_file={talks}", *columns]
+    argv = [
+        "train",
+        f"--model={chat_llama}",
+        "--task=causal-lm",
+        f"--train_file={chats}",
+        f"--eval_file={chats}",
+        *columns,
+    ]
     argv += [f"--output_dir={out}", f"--method={method}", "--rank=2", "--max_steps=12", "--logging_steps=2"]
     assert main([*argv, "--learning_rate=3e-3", "--estimate_batches=2", "--warmup_ratio=0"]) == 0
     assert trained == ["SFTTrainer"]
@@ -201,26 +212,38 @@ def test_every_method_learns_conversations(
     assert losses[-1] < losses[0]
     assert record["metrics"]["eval_loss"] < losses[0]
     if method != "full":
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chatty), out / "adapter")
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chat_llama), out / "adapter")
 
 
-def test_a_resumed_run_ends_as_the_unbroken_one(chatty: Path, talks: Path, tmp_path: Path) -> None:
-    argv = [f"--model={chatty}", "--task=causal-lm", f"--train_file={talks}", "--messages_column=messages", "--rank=2"]
+def test_a_resumed_run_equals_the_uninterrupted_one(chat_llama: Path, chats: Path, tmp_path: Path) -> None:
+    argv = [
+        f"--model={chat_llama}",
+        "--task=causal-lm",
+        f"--train_file={chats}",
+        "--messages_column=messages",
+        "--rank=2",
+    ]
     argv += ["--max_steps=6", "--save_steps=3", "--logging_steps=1", "--estimate_batches=2", "--lora_dropout=0.1"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for out in (whole, broken):
+    whole, interrupted = tmp_path / "whole", tmp_path / "broken"
+    for out in (whole, interrupted):
         assert main(["train", *argv, f"--output_dir={out}"]) == 0
     for path in ("run.json", "checkpoints/checkpoint-6/trainer_state.json"):
-        (broken / path).unlink()
-    assert main(["train", "--resume", f"--output_dir={broken}"]) == 0
-    one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (whole, broken))
+        (interrupted / path).unlink()
+    assert main(["train", "--resume", f"--output_dir={interrupted}"]) == 0
+    one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (whole, interrupted))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    curves = [json.loads((out / "run.json").read_text())["curve"] for out in (whole, broken)]
+    curves = [json.loads((out / "run.json").read_text())["curve"] for out in (whole, interrupted)]
     assert curves[0] == curves[1]
 
 
-def test_an_estimate_alone_is_that_of_the_run(chatty: Path, talks: Path, tmp_path: Path) -> None:
-    argv = [f"--model={chatty}", "--task=causal-lm", f"--train_file={talks}", "--messages_column=messages", "--rank=2"]
+def test_lora_ga_estimate_gives_the_estimate_of_the_run(chat_llama: Path, chats: Path, tmp_path: Path) -> None:
+    argv = [
+        f"--model={chat_llama}",
+        "--task=causal-lm",
+        f"--train_file={chats}",
+        "--messages_column=messages",
+        "--rank=2",
+    ]
     assert main(["estimate", *argv, "--estimate_batches=2", f"--output={tmp_path / 'e.safetensors'}"]) == 0
     assert main(["train", *argv, "--estimate_batches=2", "--max_steps=1", f"--output_dir={tmp_path / 'run'}"]) == 0
     one, other = load_file(tmp_path / "e.safetensors"), load_file(tmp_path / "run" / "estimate.safetensors")
@@ -228,7 +251,7 @@ def test_an_estimate_alone_is_that_of_the_run(chatty: Path, talks: Path, tmp_pat
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_rows_left_out_are_counted_in_a_warning(
+def test_a_warning_counts_the_rows_that_are_left_out(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_rows(tmp_path / "f.jsonl", [{"p": "a b c d ", "t": "e"}, {"p": "a ", "t": "b"}])
@@ -243,30 +266,30 @@ def test_rows_left_out_are_counted_in_a_warning(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"m": said("a", "b")}, {"m": []}], "row 1 has nothing in column 'm'"),
+        ([{"m": conversation("a", "b")}, {"m": []}], "row 1 has nothing in column 'm'"),
         ([{"m": "a b"}], r"row 0 of column 'm' \(--messages_column\) is 'a b', but must be a list of messages, each"),
         ([{"other": "a b"}], r"there is no column 'm' \(--messages_column\); its columns are other"),
     ],
 )
 def test_rows_without_a_conversation_are_refused(
-    rows: list[dict[str, Any]], message: str, chatty: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+    rows: list[dict[str, Any]], message: str, chat_llama: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
     file = write_rows(tmp_path / "f.jsonl", rows)
-    argv = ["train", "--task=causal-lm", f"--model={chatty}", f"--train_file={file}", "--messages_column=m"]
-    shown = refused([*argv, f"--output_dir={tmp_path / 'run'}"])
+    argv = ["train", "--task=causal-lm", f"--model={chat_llama}", f"--train_file={file}", "--messages_column=m"]
+    shown = error_of([*argv, f"--output_dir={tmp_path / 'run'}"])
     assert re.search(message, shown)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_without_a_chat_template(
-    llama: Path, talks: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+def test_a_tokenizer_without_a_chat_template_is_refused(
+    llama: Path, chats: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
-    argv = ["train", "--task=causal-lm", f"--model={llama}", f"--train_file={talks}", "--messages_column=messages"]
-    assert "tokenizer has no chat template" in refused([*argv, f"--output_dir={tmp_path / 'run'}"])
+    argv = ["train", "--task=causal-lm", f"--model={llama}", f"--train_file={chats}", "--messages_column=messages"]
+    assert "tokenizer has no chat template" in error_of([*argv, f"--output_dir={tmp_path / 'run'}"])
 
 
-def test_without_trl_the_extra_is_named_and_plain_text_works(
-    llama: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
+def test_without_trl_the_extra_is_named_and_plain_text_still_works(
+    llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
@@ -274,10 +297,10 @@ def test_without_trl_the_extra_is_named_and_plain_text_works(
         "train",
         "--task=causal-lm",
         f"--model={llama}",
-        f"--train_file={asking}",
+        f"--train_file={prompts}",
         f"--output_dir={tmp_path / 'run'}",
     ]
-    shown = refused([*argv, "--prompt_column=prompt", "--target_column=target"])
+    shown = error_of([*argv, "--prompt_column=prompt", "--target_column=target"])
     assert 'pip install "lora-ga[trl]"' in shown
     assert not (tmp_path / "run").exists()
     assert main([*argv, "--max_steps=1", "--rank=2"]) == 0

@@ -34,13 +34,13 @@ def options(**given: Any) -> DataOptions:
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_every_kind_of_file_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
+def test_every_file_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"rows{suffix}"
     WRITERS[suffix](datasets.Dataset.from_list(ROWS), file)
     assert load_file(file).to_list() == ROWS
 
 
-def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+def test_unknown_missing_damaged_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a.xlsx: a data file ends in .jsonl, .json, .csv, .tsv, .parquet"):
         load_file(tmp_path / "a.xlsx")
     with pytest.raises(FileNotFoundError, match=r"a.csv: there is no such data file"):
@@ -56,7 +56,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         load_file(tmp_path / "empty.csv")
 
 
-def test_hub_data_is_asked_for_by_its_three_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_is_loaded_by_name_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def load(name: str, config: str | None, *, split: str) -> datasets.Dataset:
@@ -70,7 +70,7 @@ def test_hub_data_is_asked_for_by_its_three_names(monkeypatch: pytest.MonkeyPatc
         load_hub("glue", "mrpc", "test")
 
 
-def test_hub_data_that_cannot_be_had_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_that_cannot_be_loaded_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str, config: str | None, *, split: str) -> datasets.Dataset:
         raise ConnectionError("no route")
 
@@ -80,7 +80,7 @@ def test_hub_data_that_cannot_be_had_is_refused_with_the_reason(monkeypatch: pyt
         load_hub("glue", None, "train")
 
 
-def test_missing_column_is_refused_with_those_that_exist() -> None:
+def test_a_missing_column_is_refused_and_the_existing_ones_are_listed() -> None:
     with pytest.raises(ValueError, match=r"f.csv: there is no column 'txt' \(--text_column\); its columns are text, y"):
         check_columns(rows(text=["a"], y=[1]), {"text_column": "txt"}, "f.csv")
 
@@ -89,7 +89,7 @@ def test_missing_column_is_refused_with_those_that_exist() -> None:
     ("option", "values", "found"),
     [("text_column", [1, 2], "int64"), ("text_column", [["a"]], "List"), ("label_column", [0.5], "float64")],
 )
-def test_column_of_the_wrong_type_is_refused(option: str, values: list[Any], found: str) -> None:
+def test_a_column_of_the_wrong_type_is_refused(option: str, values: list[Any], found: str) -> None:
     with pytest.raises(ValueError, match=rf"column 'c' \(--{option}\) holds {found}, but it must hold"):
         check_columns(rows(c=values), {option: "c"}, "f.csv")
 
@@ -102,19 +102,19 @@ def test_column_of_the_wrong_type_is_refused(option: str, values: list[Any], fou
         ([True, False], ("False", "True")),
     ],
 )
-def test_classes_are_the_values_in_order(values: list[Any], names: tuple[str, ...]) -> None:
+def test_the_classes_are_the_sorted_values_of_the_label_column(values: list[Any], names: tuple[str, ...]) -> None:
     labels = read_labels(rows(y=values), "y", "f")
     assert labels.names == names
     assert list(labels.ids.values()) == list(range(len(names)))
 
 
-def test_declared_classes_are_kept_even_where_the_data_lacks_one() -> None:
+def test_declared_classes_are_kept_even_if_one_has_no_rows() -> None:
     declared = datasets.Features({"y": datasets.ClassLabel(names=["no", "maybe", "yes"])})
     labels = read_labels(datasets.Dataset.from_dict({"y": [2, 0]}, features=declared), "y", "f")
     assert labels == Labels(("no", "maybe", "yes"), {0: 0, 1: 1, 2: 2})
 
 
-def test_labels_that_teach_nothing_are_refused() -> None:
+def test_missing_labels_and_labels_of_one_class_are_refused() -> None:
     with pytest.raises(ValueError, match="f: row 1 has no label in column 'y'"):
         read_labels(rows(y=["a", None, "b"]), "y", "f")
     with pytest.raises(ValueError, match="f: row 2 has no label in column 'y'"):
@@ -127,7 +127,7 @@ def ids(text: str) -> list[int]:
     return [VOCABULARY[word] for word in text.split()]
 
 
-def test_pairs_are_classified_together_and_cut_to_length(bert: Path) -> None:
+def test_a_pair_of_texts_becomes_one_sequence_cut_to_the_length(bert: Path) -> None:
     encoder = RowEncoder(
         load_tokenizer(str(bert)), options(text_pair_column="other"), 6, Labels(("x", "y"), {"x": 0, "y": 1})
     )
@@ -140,7 +140,7 @@ def test_pairs_are_classified_together_and_cut_to_length(bert: Path) -> None:
     assert found["labels"][:] == [1, 0]
 
 
-def test_label_unknown_in_training_is_refused(bert: Path) -> None:
+def test_a_label_that_is_not_in_the_training_data_is_refused(bert: Path) -> None:
     encoder = RowEncoder(load_tokenizer(str(bert)), options(), 8, Labels(("x", "y"), {"x": 0, "y": 1}))
     with pytest.raises(
         ValueError, match=r"f: row 1 has the label 'z', but the classes of the training data are 'x', 'y'"
@@ -148,20 +148,20 @@ def test_label_unknown_in_training_is_refused(bert: Path) -> None:
         encode_rows(rows(text=["a", "b"], label=["x", "z"]), RowEncoder.classes, encoder, "f")
 
 
-def test_missing_text_is_refused_by_its_row(bert: Path) -> None:
+def test_a_missing_text_is_refused_with_its_row(bert: Path) -> None:
     encoder = RowEncoder(load_tokenizer(str(bert)), options(), 8, Labels(("x", "y"), {"x": 0, "y": 1}))
     with pytest.raises(ValueError, match=r"f: row 1 has nothing in column 'text'"):
         encode_rows(rows(text=["a", None], label=["x", "y"]), RowEncoder.classes, encoder, "f")
 
 
-def test_plain_text_is_divided_and_nothing_is_lost(llama: Path) -> None:
+def test_plain_text_is_divided_without_loss_of_tokens(llama: Path) -> None:
     encoder = RowEncoder(load_tokenizer(str(llama)), options(), 4)
     found = encode_rows(rows(text=["a b c d e", "f", ""]), RowEncoder.plain_text, encoder, "f")
     assert found["input_ids"][:] == [ids("a b c d"), ids("e </s>"), ids("f </s>")]
     assert found["labels"][:] == found["input_ids"][:]
 
 
-def test_sequences_are_mapped_to_sequences(t5: Path) -> None:
+def test_prompts_and_targets_of_seq2seq_become_inputs_and_labels(t5: Path) -> None:
     encoder = RowEncoder(load_tokenizer(str(t5)), options(prompt_column="p", target_column="t"), 3)
     found = encode_rows(rows(p=["a b c d"], t=["e"]), RowEncoder.pairs, encoder, "f")
     assert found[0] == {"input_ids": ids("a b </s>"), "attention_mask": [1, 1, 1], "labels": ids("e </s>")}
@@ -182,7 +182,7 @@ def test_columns_of_another_task_are_refused(task: str, given: dict[str, str], m
         tasks.columns_of(task, options(**given))
 
 
-def test_length_is_what_the_model_can_read(llama: Path, tmp_path: Path) -> None:
+def test_the_length_is_at_most_what_the_model_reads(llama: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "f.jsonl", [{"text": " ".join("a" * 100)}])
     model = ModelOptions(model=str(llama), task="causal-lm")
     prepared = tasks.prepare_data(model, DataOptions(train_file=str(file)))
@@ -191,11 +191,11 @@ def test_length_is_what_the_model_can_read(llama: Path, tmp_path: Path) -> None:
         tasks.prepare_data(model, DataOptions(train_file=str(file), max_length=65))
 
 
-def test_tokenizer_without_padding_pads_with_the_end(llama: Path) -> None:
+def test_a_tokenizer_without_a_padding_token_pads_with_the_end_token(llama: Path) -> None:
     assert load_tokenizer(str(llama)).pad_token == "</s>"
 
 
-def test_tokenizer_with_neither_token_is_refused(llama: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_padding_and_end_tokens_is_refused(llama: Path, tmp_path: Path) -> None:
     for file in llama.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -205,6 +205,6 @@ def test_tokenizer_with_neither_token_is_refused(llama: Path, tmp_path: Path) ->
         load_tokenizer(str(tmp_path))
 
 
-def test_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--model .*none: AutoTokenizer could not load it"):
         load_tokenizer(str(tmp_path / "none"))

@@ -22,18 +22,18 @@ def command(model: Path, data: Path, out: Path, /, **options: object) -> list[st
     return ["estimate", *(f"--{name}={value}" for name, value in given.items())]
 
 
-def test_file_holds_what_the_library_estimates(
-    llama: Path, asking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_file_holds_the_librarys_estimate(
+    llama: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "estimate.safetensors"
-    assert main(command(llama, asking, file, seed=3)) == 0
+    assert main(command(llama, prompts, file, seed=3)) == 0
     shown = capsys.readouterr().out
     found = lora_ga.GradientEstimate.load(file)
     assert f"{file}: the gradient of {len(found)} layers from 3 batches with {found.weight:.0f} labels" in shown
     assert "a rank of 2 can follow 0." in shown
 
     model = ModelOptions(model=str(llama), task="causal-lm", seed=3)
-    data = DataOptions(train_file=str(asking), batch_size=4)
+    data = DataOptions(train_file=str(prompts), batch_size=4)
     base, prepared, collate = tasks.prepare_model(model, tasks.prepare_data(model, data))
     options = EstimateOptions(estimate_batches=3)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
@@ -45,85 +45,96 @@ def test_file_holds_what_the_library_estimates(
     assert found.config.max_batches == 3
 
 
-def test_train_starts_from_the_file(llama: Path, asking: Path, tmp_path: Path) -> None:
+def test_train_gives_the_same_adapter_from_the_file_as_from_its_own_estimate(
+    llama: Path, prompts: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "estimate.safetensors"
-    assert main(command(llama, asking, file)) == 0
-    argv = [f"--model={llama}", "--task=causal-lm", f"--train_file={asking}", "--batch_size=4", "--max_steps=2"]
+    assert main(command(llama, prompts, file)) == 0
+    argv = [f"--model={llama}", "--task=causal-lm", f"--train_file={prompts}", "--batch_size=4", "--max_steps=2"]
     for name, more in (("given", [f"--estimate_file={file}"]), ("own", ["--estimate_batches=3"])):
         assert main(["train", *argv, "--rank=2", f"--output_dir={tmp_path / name}", *more]) == 0
     given, own = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("given", "own"))
     assert given.read_bytes() == own.read_bytes()
 
 
-def test_estimate_of_another_model_is_refused_by_train(
-    llama: Path, bert: Path, asking: Path, sorting: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+def test_train_refuses_the_estimate_of_another_model(
+    llama: Path,
+    bert: Path,
+    prompts: Path,
+    labelled_texts: Path,
+    tmp_path: Path,
+    error_of: Callable[[list[object]], str],
 ) -> None:
     file = tmp_path / "estimate.safetensors"
-    assert main(command(bert, sorting, file, task="seq-cls")) == 0
-    argv = [f"--model={llama}", "--task=causal-lm", f"--train_file={asking}", f"--estimate_file={file}", "--rank=2"]
-    message = refused(["train", *argv, f"--output_dir={tmp_path / 'run'}"])
+    assert main(command(bert, labelled_texts, file, task="seq-cls")) == 0
+    argv = [f"--model={llama}", "--task=causal-lm", f"--train_file={prompts}", f"--estimate_file={file}", "--rank=2"]
+    message = error_of(["train", *argv, f"--output_dir={tmp_path / 'run'}"])
     assert "The estimate belongs to another model" in message
     assert not (tmp_path / "run").exists()
 
 
-def test_output_is_checked_before_anything_is_loaded(tmp_path: Path, refused: Callable[[list[object]], str]) -> None:
+def test_the_output_is_checked_before_anything_is_loaded(
+    tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
     nothing = Path("/none")
     (tmp_path / "there.safetensors").touch()
-    assert "this file exists. Give another name" in refused(
+    assert "this file exists. Give another name" in error_of(
         [*command(nothing, nothing, tmp_path / "there.safetensors")]
     )
-    assert "an estimate is a .safetensors file" in refused([*command(nothing, nothing, tmp_path / "estimate.pt")])
-    assert "there is no folder" in refused([*command(nothing, nothing, tmp_path / "no" / "e.safetensors")])
-    assert "--output is missing" in refused(["estimate", "--model=m", "--task=seq-cls", "--train_file=f"])
+    assert "an estimate is a .safetensors file" in error_of([*command(nothing, nothing, tmp_path / "estimate.pt")])
+    assert "there is no folder" in error_of([*command(nothing, nothing, tmp_path / "no" / "e.safetensors")])
+    assert "--output is missing" in error_of(["estimate", "--model=m", "--task=seq-cls", "--train_file=f"])
 
 
-def test_nothing_is_written_when_the_estimate_is_refused(
-    llama: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+def test_a_refused_estimate_writes_nothing(
+    llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
-    message = refused([*command(llama, asking, tmp_path / "e.safetensors", rank=17)])
+    message = error_of([*command(llama, prompts, tmp_path / "e.safetensors", rank=17)])
     assert "rank 17" in message
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
-def test_bfloat16_base_gives_a_float32_estimate_close_to_its_own(llama: Path, asking: Path, tmp_path: Path) -> None:
+def test_a_bfloat16_base_gives_a_float32_estimate_close_to_that_of_a_float32_base(
+    llama: Path, prompts: Path, tmp_path: Path
+) -> None:
     for dtype in ("float32", "bfloat16"):
-        assert main(command(llama, asking, tmp_path / f"{dtype}.safetensors", dtype=dtype)) == 0
+        assert main(command(llama, prompts, tmp_path / f"{dtype}.safetensors", dtype=dtype)) == 0
     full, half = (lora_ga.GradientEstimate.load(tmp_path / f"{d}.safetensors") for d in ("float32", "bfloat16"))
     assert {layer.U.dtype for layer in half.values()} == {torch.float32}
     assert all(half[name].norm == pytest.approx(full[name].norm, rel=0.05) for name in full)
     assert AutoModelForCausalLM.from_pretrained(llama).dtype == torch.float32
 
 
-def test_checkpoint_is_gone_on_from_to_the_same_file(
-    llama: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
+def test_an_estimate_resumed_from_a_checkpoint_equals_the_uninterrupted_one(
+    llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, whole, again = (tmp_path / f"{name}.safetensors" for name in ("state", "whole", "again"))
-    assert main(command(llama, asking, whole)) == 0
-    broken = EstimateBatches.__iter__
+    assert main(command(llama, prompts, whole)) == 0
+    original = EstimateBatches.__iter__
 
-    def breaking(self: EstimateBatches) -> Iterator[Any]:
-        for index, batch in enumerate(broken(self)):
+    def interrupted(self: EstimateBatches) -> Iterator[Any]:
+        for index, batch in enumerate(original(self)):
             if index == 2:
                 raise KeyboardInterrupt
             yield batch
 
     options = {"checkpoint": state, "checkpoint_every": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(EstimateBatches, "__iter__", breaking)
-        assert main(command(llama, asking, again, **options)) == 130
+        patch.setattr(EstimateBatches, "__iter__", interrupted)
+        assert main(command(llama, prompts, again, **options)) == 130
     assert state.exists()
     assert not again.exists()
-    message = refused(list(command(llama, asking, again, **options, seed=1)))
+    message = error_of(list(command(llama, prompts, again, **options, seed=1)))
     assert "state.safetensors belongs to another estimate: config.seed is 0 in one, 1 in the other" in message
-    assert main(command(llama, asking, again, **options)) == 0
+    assert main(command(llama, prompts, again, **options)) == 0
     first, second = (lora_ga.GradientEstimate.load(file) for file in (whole, again))
     assert all(torch.equal(first[name].U, second[name].U) for name in first)
     assert first.weight == second.weight
 
 
-def test_tolerance_reaches_the_estimate(llama: Path, asking: Path, tmp_path: Path) -> None:
+def test_tolerance_and_power_steps_reach_the_estimate(llama: Path, prompts: Path, tmp_path: Path) -> None:
     file = tmp_path / "estimate.safetensors"
-    assert main(command(llama, asking, file, tolerance=0.9, power_steps=1, estimate_batches=6)) == 0
+    assert main(command(llama, prompts, file, tolerance=0.9, power_steps=1, estimate_batches=6)) == 0
     found = lora_ga.GradientEstimate.load(file)
     assert (found.config.tolerance, found.config.power_steps) == (0.9, 1)
     assert found.settled

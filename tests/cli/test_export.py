@@ -31,8 +31,8 @@ def trained(model: Path, data: Path, out: Path, task: str) -> Path:
 
 
 @pytest.fixture
-def adapter(llama: Path, asking: Path, tmp_path: Path) -> Path:
-    return trained(llama, asking, tmp_path / "run", "causal-lm")
+def adapter(llama: Path, prompts: Path, tmp_path: Path) -> Path:
+    return trained(llama, prompts, tmp_path / "run", "causal-lm")
 
 
 def batch(task: str) -> dict[str, torch.Tensor]:
@@ -41,12 +41,15 @@ def batch(task: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("task", "model"), [("seq-cls", "bert"), ("causal-lm", "llama"), ("seq2seq", "t5")])
-def test_merged_model_computes_what_base_and_adapter_compute(
+def test_a_merged_model_computes_what_base_and_adapter_compute(
     task: str, model: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base_folder = request.getfixturevalue(model)
     adapter = trained(
-        base_folder, request.getfixturevalue("sorting" if task == "seq-cls" else "asking"), tmp_path / "run", task
+        base_folder,
+        request.getfixturevalue("labelled_texts" if task == "seq-cls" else "prompts"),
+        tmp_path / "run",
+        task,
     )
     assert main(["export", str(adapter), "--output", str(tmp_path / "merged"), "--merge"]) == 0
     assert capsys.readouterr().out.endswith(f"merged: {base_folder} with the adapter merged in\n")
@@ -60,12 +63,12 @@ def test_merged_model_computes_what_base_and_adapter_compute(
         assert merged.config.id2label == {0: "bad", 1: "good"}
 
 
-def test_merged_model_has_the_precision_asked_for(adapter: Path, tmp_path: Path) -> None:
+def test_a_merged_model_has_the_requested_dtype(adapter: Path, tmp_path: Path) -> None:
     assert main(["export", str(adapter), "--output", str(tmp_path / "m"), "--merge", "--dtype", "bfloat16"]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").dtype == torch.bfloat16
 
 
-def test_smaller_adapter_is_written_with_a_table_of_what_is_lost(
+def test_a_smaller_adapter_is_written_and_a_table_shows_what_is_lost(
     adapter: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(adapter), "--output", str(tmp_path / "small"), "--rank", "3"]) == 0
@@ -77,25 +80,25 @@ def test_smaller_adapter_is_written_with_a_table_of_what_is_lost(
     assert (tmp_path / "small" / "tokenizer.json").exists()
 
 
-def test_smaller_adapter_keeps_the_names_of_the_classes(bert: Path, sorting: Path, tmp_path: Path) -> None:
-    adapter = trained(bert, sorting, tmp_path / "run", "seq-cls")
+def test_a_smaller_adapter_keeps_the_names_of_the_classes(bert: Path, labelled_texts: Path, tmp_path: Path) -> None:
+    adapter = trained(bert, labelled_texts, tmp_path / "run", "seq-cls")
     assert main(["export", str(adapter), "--output", str(tmp_path / "small"), "--rank", "1"]) == 0
     assert main(["export", str(tmp_path / "small"), "--output", str(tmp_path / "merged"), "--merge"]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.id2label == {0: "bad", 1: "good"}
 
 
-def test_merged_classifier_reads_padded_batches_although_its_base_had_no_padding(
-    llama: Path, sorting: Path, tmp_path: Path
+def test_a_merged_classifier_reads_padded_batches_even_if_its_base_had_no_padding_token(
+    llama: Path, labelled_texts: Path, tmp_path: Path
 ) -> None:
-    adapter = trained(llama, sorting, tmp_path / "run", "seq-cls")
+    adapter = trained(llama, labelled_texts, tmp_path / "run", "seq-cls")
     assert main(["export", str(adapter), "--output", str(tmp_path / "merged"), "--merge"]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     texts = AutoTokenizer.from_pretrained(tmp_path / "merged")(["a b c", "a"], padding=True, return_tensors="pt")
     assert model(**texts).logits.shape == (2, 2)
 
 
-def test_base_given_on_the_command_line_is_used(adapter: Path, llama: Path, tmp_path: Path) -> None:
+def test_the_base_given_on_the_command_line_is_used(adapter: Path, llama: Path, tmp_path: Path) -> None:
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     moved = shutil.copytree(llama, tmp_path / "moved")
@@ -129,30 +132,32 @@ def test_a_tokenizer_that_cannot_be_loaded_is_left_out_with_a_warning(
         (["--merge", "--model", "/none"], "--model /none: AutoModelForCausalLM could not load it"),
     ],
 )
-def test_request_that_cannot_be_met_is_refused_and_nothing_is_written(
-    argv: list[str], message: str, adapter: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+def test_an_impossible_request_is_refused_and_nothing_is_written(
+    argv: list[str], message: str, adapter: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
-    assert message in refused(["export", adapter, "--output", tmp_path / "out", *argv])
+    assert message in error_of(["export", adapter, "--output", tmp_path / "out", *argv])
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_are_checked(adapter: Path, tmp_path: Path, refused: Callable[[list[object]], str]) -> None:
-    assert "there is no adapter (no adapter_config.json)" in refused(
+def test_a_missing_adapter_and_an_output_folder_that_is_not_empty_are_refused(
+    adapter: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    assert "there is no adapter (no adapter_config.json)" in error_of(
         ["export", tmp_path, "--output", tmp_path / "out", "--merge"]
     )
     for argv in (["--merge"], ["--rank", "2"]):
-        assert "not empty. Choose another output folder" in refused(["export", adapter, "--output", tmp_path, *argv])
-    assert "--output is missing" in refused(["export", adapter, "--merge"])
+        assert "not empty. Choose another output folder" in error_of(["export", adapter, "--output", tmp_path, *argv])
+    assert "--output is missing" in error_of(["export", adapter, "--merge"])
 
 
-def test_adapter_that_does_not_fit_or_name_its_base_is_refused(
-    adapter: Path, bert: Path, t5: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+def test_an_adapter_without_base_name_or_task_or_of_another_base_is_refused(
+    adapter: Path, bert: Path, t5: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
     settings = json.loads((adapter / "adapter_config.json").read_text())
 
     def attempt(**changes: object) -> str:
         (adapter / "adapter_config.json").write_text(json.dumps(settings | changes))
-        return refused(["export", adapter, "--output", tmp_path / "out", "--merge"])
+        return error_of(["export", adapter, "--output", tmp_path / "out", "--merge"])
 
     assert "the adapter does not name its base model. Give it by --model" in attempt(base_model_name_or_path=None)
     assert "its task type is None, but --merge knows SEQ_CLS, CAUSAL_LM, SEQ_2_SEQ_LM" in attempt(task_type=None)
@@ -166,10 +171,10 @@ def test_adapter_that_does_not_fit_or_name_its_base_is_refused(
 @pytest.mark.parametrize("what", [["--rank", 2], ["--merge"]])
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
 def test_a_damaged_adapter_is_refused_by_name(
-    adapter: Path, tmp_path: Path, refused: Callable[[list[object]], str], what: list[object], file: str
+    adapter: Path, tmp_path: Path, error_of: Callable[[list[object]], str], what: list[object], file: str
 ) -> None:
     content = (adapter / file).read_bytes()
     (adapter / file).write_bytes(content[: len(content) // 3])
-    message = refused(["export", adapter, "--output", tmp_path / "out", *what])
+    message = error_of(["export", adapter, "--output", tmp_path / "out", *what])
     assert f"{adapter}: damaged, adapter_config.json or adapter_model.safetensors cannot be read" in message
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ def layer(singular_values: list[float], norm: float) -> LowRank:
     return LowRank(torch.eye(12, kept), torch.tensor(singular_values), torch.eye(10, kept), norm)
 
 
-def known() -> GradientEstimate:
+def known_estimate() -> GradientEstimate:
     """Three layers: shares (r = 1, 2) of (0.5, 0.7071), (0.8, blank) and (1, 1)."""
     layers = {
         "base_model.model.layers.10.q": layer([1.0, 1.0, 1.0, 1.0], norm=math.sqrt(8)),
@@ -35,12 +35,12 @@ def known() -> GradientEstimate:
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    known().save("estimate.safetensors")
+    known_estimate().save("estimate.safetensors")
     return "estimate.safetensors"
 
 
-def test_shares_are_those_of_the_spectrum_and_blank_where_too_little_is_held() -> None:
-    estimate = known()
+def test_shares_follow_from_the_spectrum_and_are_blank_if_too_few_directions_are_held() -> None:
+    estimate = known_estimate()
     shares = {name: {rank: estimate[name].limit(rank) for rank in RANKS} for name in estimate}
     table = layer_table(estimate, shares, list(estimate))
     assert table.headers == [
@@ -70,20 +70,20 @@ def test_shares_are_those_of_the_spectrum_and_blank_where_too_little_is_held() -
     ("by", "expected"),
     [("name", ["2.k", "2.q", "10.q"]), ("norm", ["2.q", "10.q", "2.k"]), ("share", ["10.q", "2.q", "2.k"])],
 )
-def test_layers_are_sorted_as_asked(by: str, expected: list[str]) -> None:
-    estimate = known()
+def test_layers_are_sorted_by_name_norm_or_share(by: str, expected: list[str]) -> None:
+    estimate = known_estimate()
     shares = {name: {rank: estimate[name].limit(rank) for rank in RANKS} for name in estimate}
     assert short_names(ordered(estimate, shares, by)) == expected
 
 
-def test_names_are_shortened_by_what_they_share_but_never_to_nothing() -> None:
+def test_names_lose_their_common_prefix_but_never_become_empty() -> None:
     assert short_names(["a.b.c", "a.b.d"]) == ["c", "d"]
     assert short_names(["a.b", "a.b.c"]) == ["b", "b.c"]
     assert short_names(["a.b.c"]) == ["c"]
 
 
-def test_the_summary_says_how_the_estimate_was_made_and_what_it_lacks() -> None:
-    text = "\n".join(summary(known()))
+def test_the_summary_states_how_the_estimate_was_made_and_what_is_missing() -> None:
+    text = "\n".join(summary(known_estimate()))
     assert "3 layers; 5 batches, 1,234 label tokens; seed 7." in text
     assert "estimator=streaming" in text
     assert "The streaming estimator estimates ‖G‖ from eight random probes" in text
@@ -91,7 +91,9 @@ def test_the_summary_says_how_the_estimate_was_made_and_what_it_lacks() -> None:
     assert "No gradient for lost.layer: never ran in 5 batches." in text
 
 
-def test_table_and_plot_are_made_of_a_file(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_the_table_and_writes_the_plot(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", file, "--sort", "share", "--plot", "shares.png"]) == 0
     shown = capsys.readouterr().out
     assert "0.707" in shown
@@ -100,7 +102,7 @@ def test_table_and_plot_are_made_of_a_file(file: str, tmp_path: Path, capsys: py
     assert Path("shares.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plot_of_very_many_layers_keeps_its_size() -> None:
+def test_the_plot_of_1000_layers_has_the_size_of_that_of_60() -> None:
     known_shares = dict.fromkeys(RANKS, math.nan) | {1: 0.5, 2: 0.7}
     figures = [share_figure([known_shares] * n, [str(i) for i in range(n)]) for n in (60, 1000)]
     assert figures[0].get_size_inches().tolist() == figures[1].get_size_inches().tolist()
@@ -120,7 +122,7 @@ def test_a_plot_of_very_many_layers_keeps_its_size() -> None:
         (["estimate.safetensors", "--sort", "size"], "invalid choice: 'size'"),
     ],
 )
-def test_bad_input_is_refused_in_words_and_nothing_is_written(
+def test_bad_input_gets_an_error_message_and_nothing_is_written(
     arguments: list[str], message: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("damaged.safetensors").write_bytes(Path(file).read_bytes()[:-100])

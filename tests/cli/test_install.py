@@ -70,7 +70,7 @@ def test_the_library_needs_five_packages(project: dict[str, Any]) -> None:
     assert names(project["dependencies"]) == {"torch", "transformers", "peft", "accelerate", "safetensors"}
 
 
-def test_the_command_checks_for_what_its_extra_installs(project: dict[str, Any]) -> None:
+def test_the_command_line_checks_for_every_package_of_the_extra_cli(project: dict[str, Any]) -> None:
     assert names(project["optional-dependencies"]["cli"]) == set(EXTRA.values())
 
 

@@ -18,17 +18,17 @@ def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture
     assert "LORA_GA_DEBUG=1" in shown
 
 
-def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_command_the_help_is_shown_and_the_exit_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "usage: lora-ga COMMAND" in capsys.readouterr().out
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("lora-ga 0.")
 
 
-def test_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_refused_and_the_known_ones_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "lora-ga: error: 'trian' is not a command; the commands are train, estimate, merge, inspect, export, convert, "
@@ -52,7 +52,7 @@ def test_user_errors_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[
     )
 
 
-def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_mode_raises_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_GA_DEBUG", "1")
     with pytest.raises(ValueError, match="--model is missing"):
         main(["train"])
@@ -69,7 +69,9 @@ def test_bugs_are_not_reported_as_user_errors(monkeypatch: pytest.MonkeyPatch) -
         main(["train"])
 
 
-def test_interruption_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_command_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Interrupted:
         @staticmethod
         def main(argv: list[str]) -> int:
@@ -89,6 +91,6 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     assert shown.splitlines()[-1] == "[]"
 
 
-def test_module_is_the_command() -> None:
+def test_python_m_lora_ga_runs_the_command() -> None:
     shown = subprocess.run([sys.executable, "-m", "lora_ga", "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("lora-ga ")

@@ -12,7 +12,7 @@ from lora_ga.cli.main import main
 from toys import adapted, causal, llama
 
 
-def made(folder: Path, count: int = 3, seed: int = 0) -> list[str]:
+def estimate_files(folder: Path, count: int = 3, seed: int = 0) -> list[str]:
     """Estimate files of different batches of one model."""
     files = []
     for index in range(count):
@@ -23,11 +23,11 @@ def made(folder: Path, count: int = 3, seed: int = 0) -> list[str]:
     return files
 
 
-def test_the_sum_of_the_files_is_the_estimate_of_all_their_batches(
+def test_merged_files_give_the_estimate_of_all_their_batches(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "all.safetensors"
-    assert main(["merge", *made(tmp_path), "-o", str(out)]) == 0
+    assert main(["merge", *estimate_files(tmp_path), "-o", str(out)]) == 0
     assert "from 9 batches with 396 labels in 3 files" in capsys.readouterr().out
     merged, whole = GradientEstimate.load(out), lora_ga.estimate_gradients(adapted(llama()), causal(9))
     assert (merged.batches, merged.weight) == (whole.batches, whole.weight)
@@ -39,10 +39,10 @@ def test_the_sum_of_the_files_is_the_estimate_of_all_their_batches(
 
 
 @pytest.mark.parametrize("shards", [2, 3])
-def test_shards_share_out_the_batches_of_one_job_and_add_up_to_its_estimate(
-    llama: Path, asking: Path, tmp_path: Path, shards: int
+def test_shards_divide_the_batches_and_merge_to_the_estimate_of_them_all(
+    llama: Path, prompts: Path, tmp_path: Path, shards: int
 ) -> None:
-    given = ["--model", llama, "--task", "causal-lm", "--train_file", asking, "--rank", 4, "--max_length", 16]
+    given = ["--model", llama, "--task", "causal-lm", "--train_file", prompts, "--rank", 4, "--max_length", 16]
     given += ["--estimate_batches", 8, "--batch_size", 4, "--on_missing", "lora"]
 
     def estimate(name: str, *more: object) -> str:
@@ -62,28 +62,28 @@ def test_shards_share_out_the_batches_of_one_job_and_add_up_to_its_estimate(
 
 
 @pytest.mark.parametrize("shard", ["3/3", "1", "-1/2", "0/0", "a/b"])
-def test_a_shard_that_is_none_is_refused(
-    llama: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str], shard: str
+def test_an_impossible_shard_is_refused(
+    llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str], shard: str
 ) -> None:
-    given = ["estimate", "--model", llama, "--task", "causal-lm", "--train_file", asking]
+    given = ["estimate", "--model", llama, "--task", "causal-lm", "--train_file", prompts]
     given += ["--output", tmp_path / "one.safetensors", f"--shard={shard}"]
-    assert f"--shard {shard}: it must be i/n with i from 0 to n-1" in refused(given)
+    assert f"--shard {shard}: it must be i/n with i from 0 to n-1" in error_of(given)
 
 
 def test_a_shard_without_a_batch_is_refused(
-    llama: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+    llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
-    given = ["estimate", "--model", llama, "--task", "causal-lm", "--train_file", asking, "--estimate_batches", 2]
+    given = ["estimate", "--model", llama, "--task", "causal-lm", "--train_file", prompts, "--estimate_batches", 2]
     given += ["--output", tmp_path / "one.safetensors", "--shard", "2/3"]
-    assert "--shard 2/3: the data gives 2 batches, so this shard has none" in refused(given)
+    assert "--shard 2/3: the data gives 2 batches, so this shard has none" in error_of(given)
 
 
-def test_what_does_not_add_up_is_refused_and_nothing_written(
-    tmp_path: Path, refused: Callable[[list[object]], str]
+def test_files_that_cannot_be_merged_are_refused_and_nothing_is_written(
+    tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
-    first, second, _ = made(tmp_path)
+    first, second, _ = estimate_files(tmp_path)
     (tmp_path / "seeded").mkdir()
-    other = made(tmp_path / "seeded", seed=4)[0]
+    other = estimate_files(tmp_path / "seeded", seed=4)[0]
     out = tmp_path / "all.safetensors"
     cases = {
         "1 estimate files given, but it must be two or more": [first, "-o", str(out)],
@@ -96,5 +96,5 @@ def test_what_does_not_add_up_is_refused_and_nothing_written(
         "a .safetensors file": [first, second, "-o", str(tmp_path / "all.bin")],
     }
     for message, argv in cases.items():
-        assert message in refused(["merge", *argv])
+        assert message in error_of(["merge", *argv])
     assert not out.exists()

@@ -44,7 +44,7 @@ def write(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
-def test_command_line_overrides_the_file_and_the_file_the_defaults(suffix: str, tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file_and_the_file_overrides_the_defaults(suffix: str, tmp_path: Path) -> None:
     text = {
         ".json": '{"rank": 4, "alpha": 32, "learning-rate": 1e-4, "target_modules": ["q", "v"], "use_rslora": false}'
     }.get(suffix, "rank: 4\nalpha: 32\nlearning-rate: 1e-4\ntarget_modules: [q, v]\nuse_rslora: false\nmax_steps: null")
@@ -61,7 +61,7 @@ def test_required_options_may_come_from_the_file(tmp_path: Path) -> None:
     assert job("--output_dir", "o", config=file).model.model == "m"
 
 
-def test_options_survive_writing_and_reading_a_file(tmp_path: Path) -> None:
+def test_options_written_to_a_file_are_read_back_unchanged(tmp_path: Path) -> None:
     from lora_ga.cli import checkpoints
 
     before = job(*NEEDED, "--learning_rate", "3e-5", "--target_modules", "q_proj", "v_proj", "--no_use_rslora")
@@ -82,12 +82,12 @@ def test_options_survive_writing_and_reading_a_file(tmp_path: Path) -> None:
         ("rank: [", r"file.yaml: could not be read as YAML"),
     ],
 )
-def test_wrong_files_are_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
+def test_files_with_wrong_content_are_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         job(*NEEDED, config=write(tmp_path / "file.yaml", text))
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_missing_files_and_other_formats_are_refused_and_an_empty_file_holds_no_options(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"file.toml: a configuration file ends in .yaml, .yml, .json"):
         job(*NEEDED, config=write(tmp_path / "file.toml", "rank = 1"))
     with pytest.raises(FileNotFoundError, match=r"none.yaml: there is no such configuration file"):
@@ -144,7 +144,7 @@ def test_each_method_has_a_default_learning_rate(method: str) -> None:
     assert job(*NEEDED, "--method", method, "--learning_rate", "1").training.learning_rate == 1
 
 
-def test_choices_and_defaults_are_those_of_the_library() -> None:
+def test_choices_and_defaults_equal_those_of_the_library() -> None:
     hints: dict[str, Any] = get_type_hints(AdapterOptions) | get_type_hints(EstimateOptions)
     assert {name: get_args(hints[name]) for name in CHOICES} == dict(CHOICES)
     defaults = {item.name: item.default for group in (AdapterOptions, EstimateOptions) for item in fields(group)}
@@ -198,7 +198,7 @@ class Grown(LoraGAConfig):
     warmth: float | None = 0.5
 
 
-def test_a_new_setting_becomes_an_option_by_itself() -> None:
+def test_a_new_setting_of_the_library_becomes_an_option() -> None:
     @dataclass
     @settings_as_options(estimate_settings(Grown), Grown)
     class Options:

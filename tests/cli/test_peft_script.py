@@ -41,7 +41,7 @@ def test_the_scripts_start_is_aligned(llama: Path, notes: Path) -> None:
     assert min(ratios.values()) > 0.999
 
 
-def test_the_script_imports_peft_nowhere_else() -> None:
+def test_the_script_imports_lora_ga_compat_in_place_of_peft() -> None:
     tree = ast.parse(Path(peft_script.__file__).read_text(encoding="utf-8"))
     modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert modules.count("lora_ga.compat") == 1

@@ -52,13 +52,13 @@ def command(model: Path, data: Path, out: Path, **options: object) -> list[str]:
     return ["train", *(f"--{name}={value}" for name, value in given.items())]
 
 
-def broken_copy(whole: Path, broken: Path) -> Path:
+def interrupted_copy(uninterrupted: Path, interrupted: Path) -> Path:
     """The folder of a run as it is when the process dies after step 4 and before step 8."""
-    shutil.copytree(whole, broken)
-    (broken / "run.json").unlink()
-    shutil.rmtree(broken / "checkpoints" / "checkpoint-8")
-    shutil.rmtree(broken / ("model" if (broken / "model").exists() else "adapter"))
-    return broken
+    shutil.copytree(uninterrupted, interrupted)
+    (interrupted / "run.json").unlink()
+    shutil.rmtree(interrupted / "checkpoints" / "checkpoint-8")
+    shutil.rmtree(interrupted / ("model" if (interrupted / "model").exists() else "adapter"))
+    return interrupted
 
 
 def weights(folder: Path) -> bytes:
@@ -67,7 +67,7 @@ def weights(folder: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def whole(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA-GA run that was not interrupted; its data lie beside it."""
     folder = tmp_path_factory.mktemp("unbroken")
     rows = [{"text": text(number, 5 + number % 4), "label": ("good", "bad")[number % 2]} for number in range(40)]
@@ -75,9 +75,9 @@ def whole(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def assert_same_end(broken: Path, unbroken: Path) -> None:
-    assert weights(broken) == weights(unbroken)
-    records = [json.loads((folder / "run.json").read_text()) for folder in (broken, unbroken)]
+def assert_same_result(interrupted: Path, uninterrupted: Path) -> None:
+    assert weights(interrupted) == weights(uninterrupted)
+    records = [json.loads((folder / "run.json").read_text()) for folder in (interrupted, uninterrupted)]
     for key in ("curve", "eval", "metrics", "steps", "trainable_parameters"):
         assert records[0][key] == records[1][key], key
 
@@ -91,108 +91,118 @@ def assert_same_end(broken: Path, unbroken: Path) -> None:
         pytest.param({"method": "full"}, id="full"),
     ],
 )
-def test_resumed_run_ends_as_the_unbroken_one_bit_for_bit(
-    options: dict[str, str], bert: Path, sorting: Path, tmp_path: Path
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    options: dict[str, str], bert: Path, labelled_texts: Path, tmp_path: Path
 ) -> None:
-    assert main(command(bert, sorting, tmp_path / "whole", **options)) == 0
-    broken = broken_copy(tmp_path / "whole", tmp_path / "broken")
-    assert main(["train", "--resume", "--output_dir", str(broken)]) == 0
-    assert_same_end(broken, tmp_path / "whole")
+    assert main(command(bert, labelled_texts, tmp_path / "whole", **options)) == 0
+    interrupted = interrupted_copy(tmp_path / "whole", tmp_path / "broken")
+    assert main(["train", "--resume", "--output_dir", str(interrupted)]) == 0
+    assert_same_result(interrupted, tmp_path / "whole")
 
 
-def test_resumed_lora_ga_run_needs_neither_the_estimate_nor_the_first_folder(whole: Path, tmp_path: Path) -> None:
-    broken = broken_copy(whole, tmp_path / "broken")
-    (broken / "estimate.safetensors").unlink()
-    assert main(["train", "--resume", "--output_dir", str(broken)]) == 0
-    assert_same_end(broken, whole)
-    first, second = (json.loads((folder / "run.json").read_text())["seconds"] for folder in (whole, broken))
+def test_a_resumed_lora_ga_run_needs_neither_the_estimate_nor_the_original_folder(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    interrupted = interrupted_copy(uninterrupted, tmp_path / "broken")
+    (interrupted / "estimate.safetensors").unlink()
+    assert main(["train", "--resume", "--output_dir", str(interrupted)]) == 0
+    assert_same_result(interrupted, uninterrupted)
+    first, second = (
+        json.loads((folder / "run.json").read_text())["seconds"] for folder in (uninterrupted, interrupted)
+    )
     assert second["estimate"] == first["estimate"]
     assert second["total"] > second["estimate"] + second["train"]
 
 
-def test_run_killed_by_the_system_goes_on_to_the_same_end(bert: Path, whole: Path, tmp_path: Path) -> None:
-    argv = command(bert, whole.parent / "data.jsonl", tmp_path / "broken")
+def test_a_killed_run_resumes_to_the_same_result(bert: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    argv = command(bert, uninterrupted.parent / "data.jsonl", tmp_path / "broken")
     killed = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "broken" / "run.json").exists()
     assert main([*argv, "--resume"]) == 0
-    assert_same_end(tmp_path / "broken", whole)
+    assert_same_result(tmp_path / "broken", uninterrupted)
 
 
-def test_resumed_run_may_remove_the_checkpoint_it_came_from(bert: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_may_remove_the_checkpoint_it_started_from(
+    bert: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     # Only the last two checkpoints are kept: with one at every step, that of step 6 is gone at the end.
-    argv = command(bert, whole.parent / "data.jsonl", tmp_path / "broken", save_steps=1)
+    argv = command(bert, uninterrupted.parent / "data.jsonl", tmp_path / "broken", save_steps=1)
     killed = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert main(["train", "--resume", "--output_dir", str(tmp_path / "broken")]) == 0
     assert {path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()} == {"checkpoint-7", "checkpoint-8"}
-    assert weights(tmp_path / "broken") == weights(whole)
+    assert weights(tmp_path / "broken") == weights(uninterrupted)
     assert (tmp_path / "broken" / "run.json").exists()
 
 
 @pytest.mark.parametrize("method", ["lora-ga", "lora", "full"])
-def test_run_killed_after_its_last_step_is_only_finished(
-    method: str, bert: Path, sorting: Path, tmp_path: Path
+def test_resuming_after_the_last_step_writes_the_same_results(
+    method: str, bert: Path, labelled_texts: Path, tmp_path: Path
 ) -> None:
-    argv = command(bert, sorting, tmp_path / "run", method=method, max_steps=4)
+    argv = command(bert, labelled_texts, tmp_path / "run", method=method, max_steps=4)
     assert main(argv) == 0
     copy = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
     (copy / "run.json").unlink()
     shutil.rmtree(copy / ("model" if method == "full" else "adapter"))
     assert main(["train", "--resume", "--output_dir", str(copy)]) == 0
-    assert_same_end(copy, tmp_path / "run")
+    assert_same_result(copy, tmp_path / "run")
 
 
-def test_checkpoint_cut_short_is_passed_over(whole: Path, tmp_path: Path) -> None:
-    broken = broken_copy(whole, tmp_path / "broken")
-    torn = Path(shutil.copytree(broken / "checkpoints" / "checkpoint-4", broken / "checkpoints" / "checkpoint-6"))
+def test_an_incomplete_checkpoint_is_skipped(uninterrupted: Path, tmp_path: Path) -> None:
+    interrupted = interrupted_copy(uninterrupted, tmp_path / "broken")
+    torn = Path(
+        shutil.copytree(interrupted / "checkpoints" / "checkpoint-4", interrupted / "checkpoints" / "checkpoint-6")
+    )
     (torn / "trainer_state.json").unlink()
-    assert last_checkpoint(broken, "lora-ga").name == "checkpoint-4"
+    assert last_checkpoint(interrupted, "lora-ga").name == "checkpoint-4"
 
 
-def test_finished_run_is_left_alone(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = weights(whole)
-    assert main(["train", "--resume", "--output_dir", str(whole)]) == 0
+def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = weights(uninterrupted)
+    assert main(["train", "--resume", "--output_dir", str(uninterrupted)]) == 0
     assert "is finished; there is nothing to resume" in capsys.readouterr().out
-    assert weights(whole) == before
+    assert weights(uninterrupted) == before
 
 
-def test_options_that_change_the_end_are_refused(
-    whole: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+def test_options_that_change_the_result_are_refused(
+    uninterrupted: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
-    broken = broken_copy(whole, tmp_path / "broken")
-    message = refused(["train", "--resume", "--output_dir", broken, "--rank", 4, "--learning_rate", 1])
+    interrupted = interrupted_copy(uninterrupted, tmp_path / "broken")
+    message = error_of(["train", "--resume", "--output_dir", interrupted, "--rank", 4, "--learning_rate", 1])
     assert "began with other options: rank was 2 and is now 4; learning_rate was 0.001 and is now 1.0." in message
     assert "or start a new run in another folder" in message
 
 
-def test_options_that_do_not_touch_the_result_may_change(whole: Path, tmp_path: Path) -> None:
-    broken = broken_copy(whole, tmp_path / "broken")
-    job, checkpoint = parse(["--resume", "--output_dir", str(broken), "--run_name", "other"])
+def test_options_that_do_not_affect_the_result_may_change(uninterrupted: Path, tmp_path: Path) -> None:
+    interrupted = interrupted_copy(uninterrupted, tmp_path / "broken")
+    job, checkpoint = parse(["--resume", "--output_dir", str(interrupted), "--run_name", "other"])
     assert job.training.run_name == "other"
-    assert checkpoint == broken / "checkpoints" / "checkpoint-4"
+    assert checkpoint == interrupted / "checkpoints" / "checkpoint-4"
 
 
-def test_nothing_to_resume_is_refused(whole: Path, tmp_path: Path, refused: Callable[[list[object]], str]) -> None:
-    assert f"there is no run in {tmp_path}" in refused(["train", "--resume", "--output_dir", tmp_path])
-    broken = broken_copy(whole, tmp_path / "broken")
-    shutil.rmtree(broken / "checkpoints")
-    message = refused(["train", "--resume", "--output_dir", broken])
+def test_a_folder_without_a_run_or_a_complete_checkpoint_is_refused(
+    uninterrupted: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    assert f"there is no run in {tmp_path}" in error_of(["train", "--resume", "--output_dir", tmp_path])
+    interrupted = interrupted_copy(uninterrupted, tmp_path / "broken")
+    shutil.rmtree(interrupted / "checkpoints")
+    message = error_of(["train", "--resume", "--output_dir", interrupted])
     assert "there is no complete checkpoint in" in message
     assert "the run ended before the first one (--save_steps)" in message
 
 
-def test_lora_ga_checkpoint_without_its_sidecar_is_refused(
-    whole: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+def test_a_lora_ga_checkpoint_without_its_sidecar_is_refused(
+    uninterrupted: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
-    broken = broken_copy(whole, tmp_path / "broken")
-    (broken / "checkpoints" / "checkpoint-4" / "lora_ga.safetensors").unlink()
-    message = refused(["train", "--resume", "--output_dir", broken])
+    interrupted = interrupted_copy(uninterrupted, tmp_path / "broken")
+    (interrupted / "checkpoints" / "checkpoint-4" / "lora_ga.safetensors").unlink()
+    message = error_of(["train", "--resume", "--output_dir", interrupted])
     assert "checkpoint-4 has no lora_ga.safetensors" in message
     assert "Without it the adapter would train on as plain LoRA" in message
 
 
-def test_optimizer_state_of_another_structure_is_refused() -> None:
+def test_an_optimizer_state_of_other_shapes_is_refused() -> None:
     weight = torch.nn.Parameter(torch.zeros(4, 3))
     optimizer = torch.optim.AdamW([weight])
     optimizer.state[weight] = {"exp_avg": torch.zeros(2, 3)}

@@ -71,7 +71,7 @@ def test_every_method_learns_every_task(
 ) -> None:
     if task == "causal-lm" and columns:
         pytest.importorskip("trl", reason="install the extra 'trl' to run this test")
-    data = request.getfixturevalue("sorting" if task == "seq-cls" else "asking")
+    data = request.getfixturevalue("labelled_texts" if task == "seq-cls" else "prompts")
     folder = request.getfixturevalue(model)
     # At full fine-tuning's rate a small start moves these toys in twelve steps by less than batches differ.
     rate = QUICK["learning_rate"] if method == "full" else 1e-2
@@ -85,13 +85,13 @@ def test_every_method_learns_every_task(
     assert (tmp_path / "run" / "estimate.safetensors").exists() == (method == "lora-ga")
 
 
-def test_record_and_folder_are_what_comparisons_read(bert: Path, sorting: Path, tmp_path: Path) -> None:
+def test_the_record_and_the_folder_hold_what_comparisons_read(bert: Path, labelled_texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    record = run(bert, sorting, out, eval_file=sorting, eval_steps=3, run_name="first", seed=5)
+    record = run(bert, labelled_texts, out, eval_file=labelled_texts, eval_steps=3, run_name="first", seed=5)
     found = load_run(out)
     assert (found.name, found.method, found.task, found.seed, found.steps) == ("first", "lora-ga", "seq-cls", 5, 6)
     assert (found.learning_rate, found.rank, found.alpha) == (3e-3, 2, 16.0)
-    assert (found.model, found.dataset, found.device) == (str(bert), str(sorting), "cpu")
+    assert (found.model, found.dataset, found.device) == (str(bert), str(labelled_texts), "cpu")
     assert [step for step, _ in found.curve] == [2, 4, 6]
     assert [point["step"] for point in record["eval"]] == [3, 6]
     assert set(record["metrics"]) == {"eval_loss", "eval_accuracy", "train_loss"}
@@ -109,16 +109,16 @@ def test_record_and_folder_are_what_comparisons_read(bert: Path, sorting: Path, 
     assert not any(path.name.startswith(".") for path in out.rglob("*"))
 
 
-def test_full_fine_tuning_has_no_rank(bert: Path, sorting: Path, tmp_path: Path) -> None:
-    record = run(bert, sorting, tmp_path / "run", method="full")
+def test_full_fine_tuning_has_no_rank(bert: Path, labelled_texts: Path, tmp_path: Path) -> None:
+    record = run(bert, labelled_texts, tmp_path / "run", method="full")
     assert (record["rank"], record["alpha"]) == (None, None)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert record["trainable_parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert model.config.id2label == {0: "bad", 1: "good"}
 
 
-def test_saved_config_replays_the_run(llama: Path, asking: Path, tmp_path: Path) -> None:
-    first = run(llama, asking, tmp_path / "first", task="causal-lm", use_rslora=False)
+def test_the_saved_config_repeats_the_run(llama: Path, prompts: Path, tmp_path: Path) -> None:
+    first = run(llama, prompts, tmp_path / "first", task="causal-lm", use_rslora=False)
     replay = ["train", "--config", str(tmp_path / "first" / "config.yaml"), "--output_dir", str(tmp_path / "second")]
     assert main(replay) == 0
     second = json.loads((tmp_path / "second" / "run.json").read_text())
@@ -127,31 +127,31 @@ def test_saved_config_replays_the_run(llama: Path, asking: Path, tmp_path: Path)
         assert_same_tensors(tmp_path / "first" / file, tmp_path / "second" / file)
 
 
-def test_config_file_holds_every_option(llama: Path, asking: Path, tmp_path: Path) -> None:
-    record = run(llama, asking, tmp_path / "run", task="causal-lm", learning_rate=None, method="lora")
+def test_the_config_file_holds_every_option(llama: Path, prompts: Path, tmp_path: Path) -> None:
+    record = run(llama, prompts, tmp_path / "run", task="causal-lm", learning_rate=None, method="lora")
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved == record["config"]
     assert saved["learning_rate"] == 2e-4
 
 
-def test_estimate_of_another_run_gives_the_same_start(llama: Path, asking: Path, tmp_path: Path) -> None:
-    run(llama, asking, tmp_path / "first", task="causal-lm")
+def test_the_estimate_of_an_earlier_run_gives_the_same_adapter(llama: Path, prompts: Path, tmp_path: Path) -> None:
+    run(llama, prompts, tmp_path / "first", task="causal-lm")
     file = tmp_path / "first" / "estimate.safetensors"
-    run(llama, asking, tmp_path / "second", task="causal-lm", estimate_file=file)
+    run(llama, prompts, tmp_path / "second", task="causal-lm", estimate_file=file)
     for name in ("adapter/adapter_model.safetensors", "estimate.safetensors"):
         assert_same_tensors(tmp_path / "first" / name, tmp_path / "second" / name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["lora-ga", "lora"])
-def test_adapter_works_with_stock_peft_on_the_original_base(
-    method: str, dtype: str, bert: Path, sorting: Path, tmp_path: Path
+def test_the_adapter_works_with_stock_peft_on_the_original_base(
+    method: str, dtype: str, bert: Path, labelled_texts: Path, tmp_path: Path
 ) -> None:
-    record = run(bert, sorting, tmp_path / "run", method=method, dtype=dtype, eval_file=sorting)
+    record = run(bert, labelled_texts, tmp_path / "run", method=method, dtype=dtype, eval_file=labelled_texts)
     base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")
-    rows = [json.loads(line) for line in sorting.read_text().splitlines()]
+    rows = [json.loads(line) for line in labelled_texts.read_text().splitlines()]
     batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
     labels = torch.tensor([["bad", "good"].index(row["label"]) for row in rows])
     with torch.no_grad():
@@ -166,14 +166,18 @@ def test_adapter_works_with_stock_peft_on_the_original_base(
     assert json.loads((tmp_path / "run" / "adapter" / "labels.json").read_text()) == {"0": "bad", "1": "good"}
 
 
-def test_full_fine_tuning_keeps_float32_weights_in_mixed_precision(bert: Path, sorting: Path, tmp_path: Path) -> None:
-    run(bert, sorting, tmp_path / "run", method="full", dtype="bfloat16")
+def test_full_fine_tuning_keeps_float32_weights_in_mixed_precision(
+    bert: Path, labelled_texts: Path, tmp_path: Path
+) -> None:
+    run(bert, labelled_texts, tmp_path / "run", method="full", dtype="bfloat16")
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", ["lora-ga", "lora"])
-def test_head_of_any_name_is_trained_in_full_and_not_adapted(method: str, sorting: Path, tmp_path: Path) -> None:
+def test_a_head_of_any_name_trains_in_full_and_is_not_adapted(
+    method: str, labelled_texts: Path, tmp_path: Path
+) -> None:
     set_seed(0)
     config = T5Config(
         vocab_size=len(VOCABULARY),
@@ -187,31 +191,35 @@ def test_head_of_any_name_is_trained_in_full_and_not_adapted(method: str, sortin
     )
     T5ForSequenceClassification(config).transformer.save_pretrained(tmp_path / "t5")
     save_tokenizer(tmp_path / "t5", template="$A </s>")
-    run(tmp_path / "t5", sorting, tmp_path / "run", method=method, eval_file=sorting)
+    run(tmp_path / "t5", labelled_texts, tmp_path / "run", method=method, eval_file=labelled_texts)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     head = {name.rpartition("classification_head.")[2] for name in saved if "classification_head" in name}
     assert head == {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
 
 
-def test_classes_of_other_data_take_the_place_of_a_trained_head(bert: Path, sorting: Path, tmp_path: Path) -> None:
-    run(bert, sorting, tmp_path / "two", method="full", max_steps=1)
-    rows = [json.loads(line) | {"label": number % 3} for number, line in enumerate(sorting.read_text().splitlines())]
+def test_a_trained_head_is_replaced_if_the_data_has_other_classes(
+    bert: Path, labelled_texts: Path, tmp_path: Path
+) -> None:
+    run(bert, labelled_texts, tmp_path / "two", method="full", max_steps=1)
+    rows = [
+        json.loads(line) | {"label": number % 3} for number, line in enumerate(labelled_texts.read_text().splitlines())
+    ]
     three = write_rows(tmp_path / "three.jsonl", rows)
     run(tmp_path / "two" / "model", three, tmp_path / "three", method="full", max_steps=1)
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "three" / "model").num_labels == 3
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(llama: Path, asking: Path, tmp_path: Path) -> None:
-    plain = run(llama, asking, tmp_path / "plain", task="causal-lm")
-    saving = run(llama, asking, tmp_path / "saving", task="causal-lm", gradient_checkpointing=True)
+def test_gradient_checkpointing_does_not_change_the_losses(llama: Path, prompts: Path, tmp_path: Path) -> None:
+    plain = run(llama, prompts, tmp_path / "plain", task="causal-lm")
+    saving = run(llama, prompts, tmp_path / "saving", task="causal-lm", gradient_checkpointing=True)
     assert [p["loss"] for p in saving["curve"]] == pytest.approx([p["loss"] for p in plain["curve"]], rel=1e-5)
 
 
-def test_hub_data_trains_like_a_file(
-    llama: Path, asking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_hub_data_gives_the_same_run_as_a_file(
+    llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from_file = run(llama, asking, tmp_path / "file", task="causal-lm")
-    rows = [json.loads(line) for line in asking.read_text().splitlines()]
+    from_file = run(llama, prompts, tmp_path / "file", task="causal-lm")
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     monkeypatch.setattr(reading, "load_dataset", lambda name, config, split: Dataset.from_list(rows))
     from_hub = run(
         llama, None, tmp_path / "hub", task="causal-lm", dataset="o/d", dataset_config="c", eval_split="validation"
@@ -221,7 +229,7 @@ def test_hub_data_trains_like_a_file(
     assert from_hub["metrics"]["eval_loss"] > 0
 
 
-def test_estimation_batches_leave_the_global_random_state_alone() -> None:
+def test_estimation_batches_follow_their_seed_and_leave_the_global_random_state_unchanged() -> None:
     examples = Dataset.from_dict({"x": list(range(50))})
     options = EstimateOptions(estimate_batches=3, estimate_batch_size=4)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
@@ -238,23 +246,25 @@ def test_estimation_batches_leave_the_global_random_state_alone() -> None:
     assert seen != list(other)
 
 
-def test_loss_that_is_not_finite_is_shown_and_said(
-    llama: Path, asking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_loss_that_is_not_finite_is_recorded_as_null_with_a_warning(
+    llama: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = run(llama, asking, tmp_path / "run", task="causal-lm", method="full", learning_rate=1e30)
+    record = run(llama, prompts, tmp_path / "run", task="causal-lm", method="full", learning_rate=1e30)
     assert None in [point["loss"] for point in record["curve"]]
     assert "warning: the training loss is not finite" in capsys.readouterr().err
 
 
-def test_output_folder_with_something_in_it_is_refused(
-    bert: Path, sorting: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+def test_an_output_folder_that_is_not_empty_is_refused(
+    bert: Path, labelled_texts: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
-    assert "the folder is not empty. Give a new one, or --resume" in refused(command(bert, sorting, tmp_path / "run"))
-    assert "this is a file. Give a new folder" in refused(command(bert, sorting, sorting))
+    assert "the folder is not empty. Give a new one, or --resume" in error_of(
+        command(bert, labelled_texts, tmp_path / "run")
+    )
+    assert "this is a file. Give a new folder" in error_of(command(bert, labelled_texts, labelled_texts))
     (tmp_path / "run" / "notes.txt").unlink()
-    assert parse([str(argument) for argument in command(bert, sorting, tmp_path / "run")[1:]])[1] is None
+    assert parse([str(argument) for argument in command(bert, labelled_texts, tmp_path / "run")[1:]])[1] is None
 
 
 @pytest.mark.parametrize(
@@ -271,64 +281,70 @@ def test_output_folder_with_something_in_it_is_refused(
         ({"task": "causal-lm", "text_pair_column": "label"}, "--text_pair_column belongs to --task seq-cls"),
     ],
 )
-def test_request_that_cannot_be_met_is_refused_and_nothing_is_written(
+def test_an_impossible_request_is_refused_and_nothing_is_written(
     options: dict[str, Any],
     message: str,
     bert: Path,
-    sorting: Path,
+    labelled_texts: Path,
     tmp_path: Path,
-    refused: Callable[[list[object]], str],
+    error_of: Callable[[list[object]], str],
 ) -> None:
-    assert message in refused(command(bert, sorting, tmp_path / "run", **options))
+    assert message in error_of(command(bert, labelled_texts, tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
 
 
 def test_several_processes_are_refused(
-    bert: Path, sorting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[list[object]], str]
+    bert: Path,
+    labelled_texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error_of: Callable[[list[object]], str],
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    message = refused(command(bert, sorting, tmp_path / "run"))
+    message = error_of(command(bert, labelled_texts, tmp_path / "run"))
     assert "lora-ga train runs in one process, but WORLD_SIZE is 2" in message
 
 
 @pytest.mark.parametrize(
     ("loader", "model"), [(AutoModelForCausalLM, "llama"), (AutoModelForSeq2SeqLM, "t5")], ids=["causal-lm", "seq2seq"]
 )
-def test_base_folder_is_not_touched(
-    loader: Any, model: str, asking: Path, request: pytest.FixtureRequest, tmp_path: Path
+def test_the_base_folder_is_not_changed(
+    loader: Any, model: str, prompts: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(model)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     columns = {} if model == "llama" else {"task": "seq2seq", "prompt_column": "prompt", "target_column": "target"}
-    run(folder, asking, tmp_path / "run", **({"task": "causal-lm", "max_steps": 1} | columns))
+    run(folder, prompts, tmp_path / "run", **({"task": "causal-lm", "max_steps": 1} | columns))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     PeftModel.from_pretrained(loader.from_pretrained(folder), tmp_path / "run" / "adapter")
 
 
-def test_a_model_that_sees_later_tokens_is_no_causal_model(
-    bert: Path, asking: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+def test_a_model_that_sees_later_tokens_is_refused_for_causal_lm(
+    bert: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
-    argv = ["train", "--model", bert, "--task", "causal-lm", "--train_file", asking, "--output_dir", tmp_path / "run"]
-    assert "sees later tokens, so it cannot learn to continue text" in refused(argv)
+    argv = ["train", "--model", bert, "--task", "causal-lm", "--train_file", prompts, "--output_dir", tmp_path / "run"]
+    assert "sees later tokens, so it cannot learn to continue text" in error_of(argv)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_output_folder_below_a_file_is_refused(
-    bert: Path, sorting: Path, tmp_path: Path, refused: Callable[[list[object]], str]
+    bert: Path, labelled_texts: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
     (tmp_path / "file").touch()
-    argv = ["train", "--model", bert, "--task", "seq-cls", "--train_file", sorting]
-    assert f"{tmp_path / 'file'} is a file, so no folder" in refused([*argv, "--output_dir", tmp_path / "file" / "run"])
+    argv = ["train", "--model", bert, "--task", "seq-cls", "--train_file", labelled_texts]
+    assert f"{tmp_path / 'file'} is a file, so no folder" in error_of(
+        [*argv, "--output_dir", tmp_path / "file" / "run"]
+    )
 
 
-def test_the_trainer_uses_one_gpu_where_it_would_use_several(
-    llama: Path, asking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_trainer_uses_one_gpu_even_if_several_are_visible(
+    llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def see_three(settings: TrainingArguments, **given: Any) -> None:
+    def three_gpus(settings: TrainingArguments, **given: Any) -> None:
         settings.__dict__["_n_gpu"] = 3
 
-    argv = command(llama, asking, tmp_path / "run", task="causal-lm")
+    argv = command(llama, prompts, tmp_path / "run", task="causal-lm")
     job, _ = parse([str(argument) for argument in argv[1:]])
-    monkeypatch.setattr(TrainingArguments, "__post_init__", see_three)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", three_gpus)
     assert TrainingArguments().n_gpu == 3
     assert training_arguments(job, tmp_path).n_gpu == 1

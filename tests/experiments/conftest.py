@@ -81,7 +81,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     """All that the published suites name, at toy size."""
     folder = tmp_path_factory.mktemp("places")
     write_hub(folder / "hub")
@@ -89,7 +89,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     return Sources(data=str(folder / "data"), hub=str(folder / "hub"))
 
 
-class Bench(BaseHTTPRequestHandler):
+class JudgeHandler(BaseHTTPRequestHandler):
     """A judge: says the next of the server's answers, or the last again."""
 
     def do_POST(self) -> None:
@@ -113,9 +113,9 @@ def completion(text: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def judge_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A judge on this machine; `answers` are what it will say, `asked` and `headers` what it was sent."""
-    server: Any = HTTPServer(("127.0.0.1", 0), Bench)
+    server: Any = HTTPServer(("127.0.0.1", 0), JudgeHandler)
     server.answers, server.asked, server.headers = [(200, "Rating: [[7]]")], [], []
     server.silence = threading.Event()
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -85,8 +85,8 @@ def write_hub(folder: Path) -> None:
         files = [{"split": each, "path": f"{name}/{each}.jsonl"} for each in ("train", split)]
         configurations.append({"config_name": name, "data_files": files})
     card(folder / "nyu-mll/glue", configurations)
-    told = [{"query": f"{text} ?", "response": f"{text} #### 2\nThe answer is: 2"} for text in PAIRS]
-    math = [{**row, "type": ("GSM_Rephrased", "MATH_SV")[i % 8 == 0]} for i, row in enumerate(told)]
+    solved = [{"query": f"{text} ?", "response": f"{text} #### 2\nThe answer is: 2"} for text in PAIRS]
+    math = [{**row, "type": ("GSM_Rephrased", "MATH_SV")[i % 8 == 0]} for i, row in enumerate(solved)]
     write(folder / "meta-math/MetaMathQA/train.jsonl", math)
     code = [{"query": text, "answer": f"so ```python\n{text}``` and more"} for text in PAIRS]
     write(folder / "m-a-p/CodeFeedback-Filtered-Instruction/train.jsonl", code)

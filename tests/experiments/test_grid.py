@@ -38,7 +38,7 @@ def test_every_method_runs_on_every_kind_of_task(toy: Path, task: str, label: st
     assert record["peak_memory_mib"] > 0
 
 
-def test_all_methods_start_from_the_base_models_function_on_the_same_batches(toy: Path) -> None:
+def test_all_methods_start_at_the_base_models_loss_on_the_same_batches(toy: Path) -> None:
     suite = load_suite(str(toy))
     for task in suite.tasks:
         runs = [run_cell(cell_of(suite, task, label, 1e-3, 0), PLACE) for label in ("full", "lora", "lora_ga", "olora")]
@@ -55,14 +55,14 @@ def test_the_same_cell_gives_the_same_numbers(toy: Path) -> None:
     assert other["curves"]["training"] != first["curves"]["training"]
 
 
-def test_a_run_that_diverges_is_recorded_with_its_beginning(toy: Path) -> None:
+def test_a_diverged_run_is_recorded_with_its_losses_up_to_that_step(toy: Path) -> None:
     record = run_cell(cell_of(load_suite(str(toy)), "text", "full", 1e30, 0), PLACE)
     assert record["status"] == "diverged"
     assert 0 < len(record["curves"]["training"]) < 4
     assert "not finite" in record["reason"] or "training loss is nan" in record["reason"]
 
 
-def test_the_command_runs_resumes_and_runs_nothing_twice(
+def test_the_command_runs_every_cell_once_even_if_resumed(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["reproduce", str(toy), "--only", "text/lora", "--store", str(tmp_path / "runs"), "--workers", "2"]
@@ -79,7 +79,7 @@ def test_the_command_runs_resumes_and_runs_nothing_twice(
     assert "2 of 2" in capsys.readouterr().out
 
 
-def test_a_cell_that_fails_is_recorded_the_grid_goes_on_and_it_is_tried_again_only_when_asked(
+def test_a_failed_cell_does_not_stop_the_grid_and_runs_again_only_with_retry(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite, calls = load_suite(str(toy)), []
@@ -104,7 +104,7 @@ def test_a_cell_that_fails_is_recorded_the_grid_goes_on_and_it_is_tried_again_on
     assert {record["status"] for record in records.values()} == {"done"}
 
 
-def test_a_process_that_is_killed_leaves_a_record_that_says_so(toy: Path, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_a_record_that_names_the_signal(toy: Path, tmp_path: Path) -> None:
     suite = load_suite(str(toy))
     with Store(tmp_path).locked() as store:
         records = run_grid(suite, [("text", "full")], store, Fatal(), workers=1)
@@ -143,7 +143,7 @@ def _fatal(parent: int) -> "Fatal":
         ([], "which suite. There are "),
     ],
 )
-def test_what_does_not_exist_is_refused_with_the_known(
+def test_an_unknown_suite_or_line_is_refused_and_the_known_ones_are_listed(
     toy: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_GA_DEBUG", "1")

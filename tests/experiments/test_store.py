@@ -33,7 +33,7 @@ def old_store(folder: Path, *records: dict[str, Any]) -> Path:
     return folder
 
 
-def test_what_was_added_is_read(tmp_path: Path) -> None:
+def test_added_records_are_read_back(tmp_path: Path) -> None:
     with Store(tmp_path / "runs").locked() as store:
         path = store.add(record())
         store.add(record("1" * 12))
@@ -47,7 +47,7 @@ def test_what_was_added_is_read(tmp_path: Path) -> None:
     assert sorted(found) == ["0" * 12, "1" * 12, "2" * 12]
 
 
-def test_a_file_of_a_suite_is_plain_json_lines_to_other_programs(tmp_path: Path) -> None:
+def test_the_file_of_a_suite_is_gzipped_json_lines(tmp_path: Path) -> None:
     with Store(tmp_path).locked() as store:
         path = store.add(record())
         store.add(record("1" * 12))
@@ -64,13 +64,13 @@ def test_stores_are_merged_by_appending_their_files(tmp_path: Path) -> None:
     assert sorted(Store(tmp_path / "1").records()) == ["1" * 12, "2" * 12]
 
 
-def test_a_folder_that_is_not_there_has_no_records_and_is_not_made(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_records_and_is_not_created(tmp_path: Path) -> None:
     assert Store(tmp_path / "runs").records() == {}
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("status", ["done", "diverged"])
-def test_a_cell_that_has_run_is_never_replaced(tmp_path: Path, status: str) -> None:
+def test_the_record_of_a_cell_that_has_run_is_never_replaced(tmp_path: Path, status: str) -> None:
     with Store(tmp_path).locked() as store:
         path = store.add(record(status=status))
         before = path.read_bytes()
@@ -92,14 +92,14 @@ def test_a_failed_cell_gets_a_second_record_and_keeps_the_first(tmp_path: Path) 
     assert [each["status"] for each in Store(tmp_path).attempts()] == ["failed", "done"]
 
 
-def test_two_runs_on_one_store_are_refused(tmp_path: Path) -> None:
+def test_a_second_run_on_a_locked_store_is_refused(tmp_path: Path) -> None:
     with Store(tmp_path).locked(), pytest.raises(ValueError, match=f"another run .process {os.getpid()}. is adding"):
         Store(tmp_path).locked().__enter__()
     with Store(tmp_path).locked() as store:  # free again
         store.add(record())
 
 
-def test_another_process_is_refused_too_and_leaves_the_lock_as_it_was(tmp_path: Path) -> None:
+def test_another_process_is_refused_too_and_does_not_release_the_lock(tmp_path: Path) -> None:
     code = f"from lora_ga.experiments.records.store import Store\nStore({str(tmp_path)!r}).locked().__enter__()"
     with Store(tmp_path).locked() as store:
         for _ in range(2):
@@ -116,7 +116,7 @@ def test_adding_and_compacting_need_the_lock(tmp_path: Path) -> None:
         Store(tmp_path).compact()
 
 
-def test_a_store_of_another_version_is_refused_untouched(tmp_path: Path) -> None:
+def test_a_store_of_another_version_is_refused_and_not_changed(tmp_path: Path) -> None:
     (tmp_path / HEADER).write_text(json.dumps({"schema": FORMAT + 1}))
     for use in (lambda: Store(tmp_path).records(), lambda: Store(tmp_path).locked().__enter__()):
         with pytest.raises(
@@ -134,20 +134,20 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
         Store(tmp_path).records()
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match=r"holds thesis\.tex but no store\.json, so it is no store of runs"):
         Store(tmp_path).locked().__enter__()
 
 
 @pytest.mark.parametrize("suite", ["../toy", "a/b", ""])
-def test_a_suite_whose_name_is_no_file_name_is_refused(tmp_path: Path, suite: str) -> None:
+def test_a_suite_whose_name_cannot_be_a_file_name_is_refused(tmp_path: Path, suite: str) -> None:
     with Store(tmp_path / "runs").locked() as store, pytest.raises(ValueError, match="cannot be the name of a suite"):
         store.add(record(suite=suite))
 
 
 @pytest.mark.parametrize("left", [1, 12, -1])
-def test_a_last_record_that_is_cut_off_is_ignored_and_removed_before_the_next_is_added(
+def test_an_incomplete_last_record_is_ignored_and_removed_before_the_next_one_is_added(
     tmp_path: Path, left: int
 ) -> None:
     with Store(tmp_path).locked() as store:
@@ -173,7 +173,7 @@ def test_zeros_that_a_power_failure_leaves_at_the_end_are_removed(tmp_path: Path
         assert path.read_bytes() == whole
 
 
-def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_file_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError("no space left on device")
 
@@ -189,7 +189,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatc
     assert len(Store(tmp_path).records()) == 2
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     with Store(tmp_path).locked() as store:
         path = store.add(record())
         first = len(path.read_bytes())
@@ -211,7 +211,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         Store(tmp_path).records()
 
 
-def test_an_old_store_is_read_and_added_to(tmp_path: Path) -> None:
+def test_an_old_store_is_readable_and_takes_new_records(tmp_path: Path) -> None:
     folder = old_store(tmp_path / "runs", record(), record("1" * 12, status="failed"))
     assert sorted(Store(folder).records()) == ["0" * 12, "1" * 12]
     with Store(folder).locked() as store:
@@ -224,14 +224,14 @@ def test_an_old_store_is_read_and_added_to(tmp_path: Path) -> None:
     assert json.loads((folder / HEADER).read_text())["schema"] == FORMAT
 
 
-def test_a_damaged_record_of_an_old_store_is_named(tmp_path: Path) -> None:
+def test_a_damaged_record_of_an_old_store_is_refused_by_name(tmp_path: Path) -> None:
     folder = old_store(tmp_path / "runs", record())
     (folder / "a-000000000000-1.json").write_text('{"digest": ')
     with pytest.raises(ValueError, match=r"a-000000000000-1\.json: damaged, it is not JSON"):
         Store(folder).records()
 
 
-def test_compacting_keeps_every_attempt_once_in_one_file_a_suite(
+def test_compacting_keeps_every_attempt_once_in_one_file_per_suite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = {"text": "x" * 500}
@@ -257,7 +257,7 @@ def test_compacting_keeps_every_attempt_once_in_one_file_a_suite(
     assert len(Store(folder).records()) == len(before) + 1
 
 
-def test_compacting_that_is_broken_off_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_compacting_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = old_store(tmp_path / "runs", record(), record("1" * 12, suite="other"))
 
     def killed(path: Path) -> None:
@@ -275,23 +275,23 @@ def test_compacting_that_is_broken_off_loses_nothing(tmp_path: Path, monkeypatch
     assert Store(folder).single_files() == []
 
 
-def test_only_a_folder_that_exists_is_compacted(tmp_path: Path) -> None:
+def test_compacting_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such folder. Give the folder of a store"):
         compact.main([str(tmp_path / "nothing")])
 
 
-def add_for_ever(folder: Path) -> None:
+def add_forever(folder: Path) -> None:
     with Store(folder).locked() as store:
         for number in range(10**6):
             noise = os.urandom(20000).hex()  # does not compress: the write takes its time
             store.add(record(f"{number:012}", text=noise))
 
 
-def test_killed_at_any_moment_every_record_is_whole_and_the_store_goes_on(tmp_path: Path) -> None:
+def test_a_store_whose_writer_was_killed_holds_whole_records_and_takes_new_ones(tmp_path: Path) -> None:
     added = 0
     for turn in range(5):
         folder = tmp_path / str(turn)
-        process = multiprocessing.get_context("fork").Process(target=add_for_ever, args=(folder,))
+        process = multiprocessing.get_context("fork").Process(target=add_forever, args=(folder,))
         process.start()
         while not Store(folder).records():
             time.sleep(0.001)

@@ -33,21 +33,23 @@ def suite_of(name: str, folder: Path) -> Suite:
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Cell:
+def seq2seq_cell(tmp_path: Path) -> Cell:
     return cell_of(suite_of("glue-t5", tmp_path), "sst2", "lora", 1e-3, 0)
 
 
 @pytest.fixture
-def answered(tmp_path: Path) -> Cell:
+def instruct_cell(tmp_path: Path) -> Cell:
     cell = cell_of(suite_of("llama2-math", tmp_path), "math", "lora", 1e-3, 0)
     return replace(cell, task=replace(cell.task, evaluation={}))
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["written", "answered"])
-def test_every_method_runs_on_it(method: str, kind: str, places: Sources, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("kind", ["seq2seq_cell", "instruct_cell"])
+def test_every_method_runs_on_a_seq2seq_and_an_instruct_task(
+    method: str, kind: str, sources: Sources, request: pytest.FixtureRequest
+) -> None:
     cell = replace(request.getfixturevalue(kind), method=method, learning_rate=1e-2)
-    record = run_cell(cell, Place(places))
+    record = run_cell(cell, Place(sources))
     assert record["status"] == "done", record.get("traceback")
     assert (
         record["metrics"]["report"]["loss"] != record["curves"]["report"][0]["loss"]
@@ -55,35 +57,39 @@ def test_every_method_runs_on_it(method: str, kind: str, places: Sources, reques
     )
 
 
-def test_a_word_counts_as_right_exactly_if_greedy_decoding_writes_it(written: Cell, places: Sources) -> None:
-    prepared = prepare(written, places)
-    folder = places.model(written.task.model)
+def test_a_label_counts_as_right_exactly_if_greedy_decoding_writes_its_word(
+    seq2seq_cell: Cell, sources: Sources
+) -> None:
+    prepared = prepare(seq2seq_cell, sources)
+    folder = sources.model(seq2seq_cell.task.model)
     model, tokenizer = T5ForConditionalGeneration.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     (batch,) = prepared.splits["report"]
-    said = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2, do_sample=False)
+    generated = model.generate(
+        batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2, do_sample=False
+    )
     # Labels are what the model says for half of the rows, so that both outcomes occur.
-    labels = said[:, 1:].clone()
+    labels = generated[:, 1:].clone()
     labels[::2] = (labels[::2] + 1) % len(VOCABULARY)
     with torch.no_grad():
         logits = model(**{**batch, "labels": labels}).logits
-    expected = (said[:, 1:] == labels).all(-1).double().mean().item()
+    expected = (generated[:, 1:] == labels).all(-1).double().mean().item()
     assert seq2seq.measure([(logits, {"labels": labels})])["accuracy"] == expected == 0.5
-    assert tokenizer.decode(batch["labels"][0].clamp_min(0)).split()[0] in written.task.words
+    assert tokenizer.decode(batch["labels"][0].clamp_min(0)).split()[0] in seq2seq_cell.task.words
 
 
-def test_the_losses_are_the_models_own(written: Cell, answered: Cell, places: Sources) -> None:
-    for cell in (written, answered):
-        prepared = prepare(cell, places)
+def test_the_losses_equal_those_of_the_model(seq2seq_cell: Cell, instruct_cell: Cell, sources: Sources) -> None:
+    for cell in (seq2seq_cell, instruct_cell):
+        prepared = prepare(cell, sources)
         for batch in prepared.splits["tune"]:
             output = prepared.base.eval()(**batch)
             assert prepared.loss(output.logits, batch).item() == pytest.approx(output.loss.item(), rel=1e-5)
             assert prepared.measure([(output.logits, batch)])["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
 
 
-def test_only_the_answers_tokens_are_learned_and_the_end_is(answered: Cell, places: Sources) -> None:
-    prepared = prepare(answered, places)
+def test_only_the_tokens_of_the_answer_and_its_end_are_learned(instruct_cell: Cell, sources: Sources) -> None:
+    prepared = prepare(instruct_cell, sources)
     batch = next(prepared.train_batches)
-    tokenizer = AutoTokenizer.from_pretrained(places.model(answered.task.model))
+    tokenizer = AutoTokenizer.from_pretrained(sources.model(instruct_cell.task.model))
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         learned = labels != IGNORED
         assert tokenizer.decode(ids[~learned]).startswith("Q : the")
@@ -104,16 +110,18 @@ def test_only_the_answers_tokens_are_learned_and_the_end_is(answered: Cell, plac
         ("no_refusals", {"answer": "yes"}, "yes"),
     ],
 )
-def test_rows_are_cleaned_as_the_papers_authors_do(name: str, row: dict[str, str], kept: str | None) -> None:
+def test_rows_are_cleaned_as_by_the_papers_authors(name: str, row: dict[str, str], kept: str | None) -> None:
     found = CLEANERS[name](row)
     assert (None if found is None else found["answer"]) == kept
 
 
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(answered: Cell, places: Sources) -> None:
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(instruct_cell: Cell, sources: Sources) -> None:
     gradients, losses = [], []
     for batch_size, steps in ((4, 1), (2, 2), (1, 4)):
-        settings = replace(answered.settings, batch_size=batch_size, gradient_accumulation_steps=steps, dtype="float32")
-        prepared = prepare(replace(answered, settings=settings), places)
+        settings = replace(
+            instruct_cell.settings, batch_size=batch_size, gradient_accumulation_steps=steps, dtype="float32"
+        )
+        prepared = prepare(replace(instruct_cell, settings=settings), sources)
         batch = next(prepared.train_batches)
         batch["labels"][0, :-3] = IGNORED  # rows with unequal numbers of labels
         model = prepared.base.requires_grad_(True)
@@ -127,7 +135,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(answered: Cell, places: 
 
 @pytest.mark.parametrize("method", ["full", "lora", "lora_ga"])
 def test_a_bfloat16_base_is_trained_in_float32(
-    method: str, answered: Cell, places: Sources, monkeypatch: pytest.MonkeyPatch
+    method: str, instruct_cell: Cell, sources: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
 
@@ -137,9 +145,11 @@ def test_a_bfloat16_base_is_trained_in_float32(
 
     monkeypatch.setattr("lora_ga.experiments.suites.training.autocast", looked)
     cell = replace(
-        answered, method=method, settings=replace(answered.settings, dtype="bfloat16", gradient_checkpointing=True)
+        instruct_cell,
+        method=method,
+        settings=replace(instruct_cell.settings, dtype="bfloat16", gradient_checkpointing=True),
     )
-    record = run_cell(cell, Place(places))
+    record = run_cell(cell, Place(sources))
     assert record["status"] == "done", record.get("traceback")
     assert seen[1] == {torch.float32}
 
@@ -147,30 +157,30 @@ def test_a_bfloat16_base_is_trained_in_float32(
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("written", {"words": ()}, "words must list what is written for each label"),
-        ("written", {"words": ["negative"]}, "glue:sst2:train: holds the label 1, but words has 1 entries"),
-        ("written", {"input": "{sentence}"}, "input names 'sentence' in braces; columns gives text"),
-        ("written", {"input": "sentence"}, "input is 'sentence'; it must hold one of text in braces"),
-        ("written", {"files": {}}, "files names nothing; it must name train and validation"),
-        ("written", {"columns": {"text": "words", "label": "label"}}, "row 0 has no column 'words' .for text."),
-        ("answered", {"clean": "all"}, "clean is 'all'; it must be one of grade_school, first_code_block"),
-        ("answered", {"files": {}}, "files names nothing; it must name train"),
-        ("answered", {"kind": "sums"}, "kind is 'sums'; the kinds are text, classes, seq2seq, instruct"),
+        ("seq2seq_cell", {"words": ()}, "words must list what is written for each label"),
+        ("seq2seq_cell", {"words": ["negative"]}, "glue:sst2:train: holds the label 1, but words has 1 entries"),
+        ("seq2seq_cell", {"input": "{sentence}"}, "input names 'sentence' in braces; columns gives text"),
+        ("seq2seq_cell", {"input": "sentence"}, "input is 'sentence'; it must hold one of text in braces"),
+        ("seq2seq_cell", {"files": {}}, "files names nothing; it must name train and validation"),
+        ("seq2seq_cell", {"columns": {"text": "words", "label": "label"}}, "row 0 has no column 'words' .for text."),
+        ("instruct_cell", {"clean": "all"}, "clean is 'all'; it must be one of grade_school, first_code_block"),
+        ("instruct_cell", {"files": {}}, "files names nothing; it must name train"),
+        ("instruct_cell", {"kind": "sums"}, "kind is 'sums'; the kinds are text, classes, seq2seq, instruct"),
     ],
 )
-def test_a_task_that_cannot_be_is_refused(
-    kind: str, changes: dict[str, Any], message: str, places: Sources, request: pytest.FixtureRequest
+def test_an_invalid_task_is_refused(
+    kind: str, changes: dict[str, Any], message: str, sources: Sources, request: pytest.FixtureRequest
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        check(replace(request.getfixturevalue(kind).task, **changes), places)
+        check(replace(request.getfixturevalue(kind).task, **changes), sources)
 
 
-def test_too_few_rows_are_said(answered: Cell, places: Sources) -> None:
+def test_too_few_rows_are_refused(instruct_cell: Cell, sources: Sources) -> None:
     with pytest.raises(ValueError, match="0 rows are left, but 16 are held out and a batch has 4. Give more rows"):
-        prepare(replace(answered, settings=replace(answered.settings, length=3)), places)
+        prepare(replace(instruct_cell, settings=replace(instruct_cell.settings, length=3)), sources)
 
 
-def test_a_variants_digest_ignores_what_is_only_looked_at(written: Cell) -> None:
-    looked = replace(written, task=replace(written.task, fields={"model_type": "t5"}, choose="loss"))
-    assert looked.digest() == written.digest()
-    assert replace(written, task=replace(written.task, input="{text}")).digest() != written.digest()
+def test_the_digest_depends_on_the_input_but_not_on_what_is_only_checked_or_compared(seq2seq_cell: Cell) -> None:
+    looked = replace(seq2seq_cell, task=replace(seq2seq_cell.task, fields={"model_type": "t5"}, choose="loss"))
+    assert looked.digest() == seq2seq_cell.digest()
+    assert replace(seq2seq_cell, task=replace(seq2seq_cell.task, input="{text}")).digest() != seq2seq_cell.digest()

@@ -42,11 +42,11 @@ HARNESS = importlib.util.find_spec("lm_eval") is not None
     ("text", "number"),
     [("5 apples, so #### 1,234 and 7", 1234.0), ("so it is $3.50.", 3.5), ("first 2, then -3", -3.0), ("none", None)],
 )
-def test_the_answer_is_the_marked_number_or_the_last(text: str, number: float | None) -> None:
+def test_the_answer_is_the_marked_number_or_else_the_last_one(text: str, number: float | None) -> None:
     assert by_harness.number_of(text) == number
 
 
-def test_a_number_is_right_only_if_it_is_the_references() -> None:
+def test_an_answer_is_right_only_if_its_number_equals_the_reference() -> None:
     doc = {"answer": "so\n#### 18"}
     assert by_harness.right_number(doc, ["it is 18"]) == {"gsm8k": 1.0}
     assert by_harness.right_number(doc, ["it is 19"]) == {"gsm8k": 0.0}
@@ -61,7 +61,7 @@ DOC = {
 
 
 @pytest.mark.parametrize(
-    ("said", "passed"),
+    ("program", "passed"),
     [
         ("    return x[-1]\n", 1.0),
         ("Here:\n```python\ndef last(x: List[int]) -> int:\n    return x[-1]\n```\nGood.", 1.0),
@@ -71,27 +71,31 @@ DOC = {
         ("    import os\n    return x[-1] if 'OPENAI_API_KEY' not in os.environ else 0\n", 1.0),
     ],
 )
-def test_a_program_passes_if_the_tests_do(said: str, passed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_counts_only_if_it_passes_the_tests(
+    program: str, passed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(by_harness, "SECONDS", 2.0)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    assert by_harness.passes(DOC, [said]) == {"humaneval": passed}
+    assert by_harness.passes(DOC, [program]) == {"humaneval": passed}
 
 
 @pytest.fixture
-def chat(places: Sources, tmp_path: Path) -> Cell:
+def chat(sources: Sources, tmp_path: Path) -> Cell:
     """A cell that ends at the judge."""
     suite = load_suite(str(toy_suite("llama2-chat", tmp_path, ["lora"])))
     return cell_of(suite, "chat", "lora", 1e-3, 0)
 
 
-def test_every_turn_is_rated_and_the_mean_is_reported(chat: Cell, places: Sources, bench: Any) -> None:
-    bench.answers = [(200, f"well. Rating: [[{value}]]") for value in (9, 1, 2, 8, 10)]  # the first tries the judge
-    record = run_cell(chat, Place(places))
+def test_every_turn_is_rated_and_the_mean_is_reported(chat: Cell, sources: Sources, judge_server: Any) -> None:
+    judge_server.answers = [
+        (200, f"well. Rating: [[{value}]]") for value in (9, 1, 2, 8, 10)
+    ]  # the first tries the judge
+    record = run_cell(chat, Place(sources))
     assert record["status"] == "done", record
     found = record["metrics"]["report"]
     assert (found["mt_bench"], found["first_turn"], found["second_turn"]) == (5.25, 4.5, 6.0)
-    _, first, _, third, fourth = bench.asked
-    assert {asked["model"] for asked in bench.asked} == {"gpt-4"}
+    _, first, _, third, fourth = judge_server.asked
+    assert {asked["model"] for asked in judge_server.asked} == {"gpt-4"}
     assert first["messages"][1]["content"].startswith("the cat ?")
     assert third["messages"][1]["content"].startswith("the cat ? one ")  # a question of mathematics: with its reference
     assert re.match(r"one .* two ", fourth["messages"][1]["content"])
@@ -108,98 +112,100 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("answer", "reason"), FAILURES)
-def test_a_judge_that_fails_is_found_out_before_training_after_few_tries(
-    chat: Cell, places: Sources, bench: Any, answer: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+def test_a_failing_judge_ends_the_cell_before_training_after_few_tries(
+    chat: Cell, sources: Sources, judge_server: Any, answer: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge, "SECONDS", 0.2)
-    bench.answers = [answer]
-    record = run_cell(chat, Place(places))
+    judge_server.answers = [answer]
+    record = run_cell(chat, Place(sources))
     assert record["status"] == "failed"
     assert re.search(f"JudgeError: a question to try the judge: .*{reason}", record["reason"])
     assert record["reason"].endswith("(3 tries). Fix the endpoint, then run again with --retry.")
     assert record["curves"]["training"] == []
-    assert len(bench.asked) <= judge.TRIES
+    assert len(judge_server.asked) <= judge.TRIES
 
 
-def test_a_judge_that_fails_later_ends_the_cell_with_the_question_and_the_reason(
-    chat: Cell, places: Sources, bench: Any
+def test_a_judge_that_fails_after_training_ends_the_cell_with_the_question_and_the_reason(
+    chat: Cell, sources: Sources, judge_server: Any
 ) -> None:
-    bench.answers = [(200, "[[5]]"), (200, "[[5]]"), (200, "no more ratings")]
-    record = run_cell(chat, Place(places))
+    judge_server.answers = [(200, "[[5]]"), (200, "[[5]]"), (200, "no more ratings")]
+    record = run_cell(chat, Place(sources))
     assert record["status"] == "failed"
     assert re.search("JudgeError: question 81, second turn: .*but answers 'no more ratings'", record["reason"])
     assert len(record["curves"]["training"]) == 3
-    assert len(bench.asked) == 2 + judge.TRIES
+    assert len(judge_server.asked) == 2 + judge.TRIES
 
 
-def test_a_judge_that_fails_once_is_asked_again(chat: Cell, places: Sources, bench: Any) -> None:
-    bench.answers = [(500, b""), (200, "hm"), (200, "[[9]]"), (500, b""), (200, "[[4]]")]
-    assert run_cell(chat, Place(places))["metrics"]["report"]["mt_bench"] == 4.0
+def test_a_judge_that_fails_once_is_asked_again(chat: Cell, sources: Sources, judge_server: Any) -> None:
+    judge_server.answers = [(500, b""), (200, "hm"), (200, "[[9]]"), (500, b""), (200, "[[4]]")]
+    assert run_cell(chat, Place(sources))["metrics"]["report"]["mt_bench"] == 4.0
 
 
-def test_a_judge_that_is_not_there_is_said(chat: Cell, places: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_without_an_address_or_out_of_reach_is_reported(
+    chat: Cell, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(judge, "PAUSE", 0.0)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9")
-    assert "127.0.0.1:9/chat/completions: cannot be reached" in run_cell(chat, Place(places))["reason"]
+    assert "127.0.0.1:9/chat/completions: cannot be reached" in run_cell(chat, Place(sources))["reason"]
     monkeypatch.delenv("OPENAI_BASE_URL")
-    record = run_cell(chat, Place(places))
+    record = run_cell(chat, Place(sources))
     assert "none is named. Set OPENAI_BASE_URL" in record["reason"]
     assert record["curves"]["training"] == []  # said before training, and not after
 
 
 @pytest.mark.parametrize("body", [b'{"error": {"message": "wrong key: sk-secret"}}', b"wrong key: sk-secret"])
-def test_the_key_reaches_the_judge_and_nothing_else(
-    chat: Cell, places: Sources, bench: Any, body: bytes, monkeypatch: pytest.MonkeyPatch
+def test_the_key_is_sent_to_the_judge_and_never_recorded(
+    chat: Cell, sources: Sources, judge_server: Any, body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    bench.answers = [(401, body)]
-    record = run_cell(chat, Place(places))
+    judge_server.answers = [(401, body)]
+    record = run_cell(chat, Place(sources))
     assert "HTTP 401 Unauthorized: " in record["reason"]
     assert "wrong key: [key]" in record["reason"]
     assert "sk-secret" not in json.dumps(record)
-    assert {headers["authorization"] for headers in bench.headers} == {"Bearer sk-secret"}
+    assert {headers["authorization"] for headers in judge_server.headers} == {"Bearer sk-secret"}
     monkeypatch.delenv("OPENAI_API_KEY")
-    bench.headers.clear()
-    run_cell(chat, Place(places))
-    assert all("authorization" not in headers for headers in bench.headers)
-    assert len(bench.headers) == judge.TRIES
+    judge_server.headers.clear()
+    run_cell(chat, Place(sources))
+    assert all("authorization" not in headers for headers in judge_server.headers)
+    assert len(judge_server.headers) == judge.TRIES
 
 
-def test_a_client_that_is_not_installed_is_named(
-    tasks: dict[str, Task], places: Sources, bench: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_client_of_the_judge_is_refused_with_the_extra_to_install(
+    tasks: dict[str, Task], sources: Sources, judge_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'client of the judge is not installed: pip install "lora-ga\[eval\]"'):
-        check(tasks["chat"], places)
-    assert check(tasks["chat"], replace(places, use_hub=False))
+        check(tasks["chat"], sources)
+    assert check(tasks["chat"], replace(sources, use_hub=False))
 
 
-def untrainable(*_: Any) -> None:
+def fail_to_train(*_: Any) -> None:
     raise AssertionError("trained again")
 
 
-def test_after_a_judge_that_failed_the_saved_model_is_judged_without_training(
-    places: Sources, tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
+def test_after_a_failed_judge_the_saved_model_is_judged_without_training_again(
+    sources: Sources, tmp_path: Path, judge_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_ga.experiments.suites.cells.MOST_RATES", 3)
     suite = load_suite(str(toy_suite("llama2-chat", tmp_path, ["lora"], seeds=1, paper_rate=None)))
     lines = [("chat", "lora")]
     with Store(tmp_path / "runs").locked() as store:
-        place = Place(places, commit="abc", unjudged=str(store.unjudged()))
-        bench.answers = [*[(200, "[[5]]")] * 3, (200, "no more ratings")]
+        place = Place(sources, commit="abc", unjudged=str(store.unjudged()))
+        judge_server.answers = [*[(200, "[[5]]")] * 3, (200, "no more ratings")]
         failed = run_grid(suite, lines, store, place, workers=0)
-        asked = bench.asked[1:3]
+        asked = judge_server.asked[1:3]
         assert {record["status"] for record in failed.values()} == {"failed"}
         # The first cell was trained; those after it found out before training that the judge fails.
         (digest,) = [name for name, record in failed.items() if record["curves"]["training"]]
         assert [path.name for path in store.unjudged().iterdir()] == [digest]
-        bench.answers = [(200, "[[7]]")]
-        bench.asked.clear()
+        judge_server.answers = [(200, "[[7]]")]
+        judge_server.asked.clear()
         with monkeypatch.context() as patch:
-            patch.setattr("lora_ga.experiments.suites.run.train", untrainable)
+            patch.setattr("lora_ga.experiments.suites.run.train", fail_to_train)
             run_grid(suite, lines, store, replace(place, commit="def"), workers=0)
         found = store.records()[digest]
-        assert bench.asked[1:3] == asked  # the same model: it gives the same answers
+        assert judge_server.asked[1:3] == asked  # the same model: it gives the same answers
         assert not store.unjudged().exists()
         records = run_grid(suite, lines, store, place, workers=0, retry=True)
     assert {record["status"] for record in records.values()} == {"done"}
@@ -214,12 +220,12 @@ def test_after_a_judge_that_failed_the_saved_model_is_judged_without_training(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_saved_model_is_restored_exactly(method: str, chat: Cell, places: Sources, tmp_path: Path) -> None:
+def test_a_saved_model_is_restored_exactly(method: str, chat: Cell, sources: Sources, tmp_path: Path) -> None:
     cell = replace(chat, method=method, learning_rate=1e-2, options={}, settings=replace(chat.settings, steps=10))
     cell = replace(cell, task=replace(cell.task, evaluation={}))
     expected = torch.empty(0)
     for again in (False, True):
-        prepared = prepare(cell, places)
+        prepared = prepare(cell, sources)
         base, inputs = trained.fingerprints(prepared.base), build_inputs(cell, prepared)
         torch.manual_seed(cell.seed)
         model = load_method(method).build(inputs)
@@ -263,10 +269,10 @@ def test_a_saved_model_that_does_not_fit_or_is_damaged_is_refused(tmp_path: Path
         trained.restore(tmp_path / "saved", model)
 
 
-def test_a_model_whose_saving_was_broken_off_is_trained_again(
-    chat: Cell, places: Sources, bench: Any, tmp_path: Path
+def test_a_model_whose_saving_was_interrupted_is_trained_again(
+    chat: Cell, sources: Sources, judge_server: Any, tmp_path: Path
 ) -> None:
-    place = Place(places, unjudged=str(tmp_path))
+    place = Place(sources, unjudged=str(tmp_path))
     folder = place.unjudged_folder(chat)
     assert folder is not None
     folder.mkdir()
@@ -277,7 +283,7 @@ def test_a_model_whose_saving_was_broken_off_is_trained_again(
 
 
 @pytest.fixture
-def tasks(places: Sources, tmp_path: Path) -> dict[str, Task]:
+def tasks(sources: Sources, tmp_path: Path) -> dict[str, Task]:
     """Task name → task, of the three suites that judge answers."""
     names = ("llama2-math", "llama2-code", "llama2-chat")
     suites = [load_suite(str(toy_suite(name, tmp_path, ["lora"]))) for name in names]
@@ -296,37 +302,37 @@ def tasks(places: Sources, tmp_path: Path) -> dict[str, Task]:
         ("math", {"rows": "hub:meta-math/MetaMathQA:train"}, "row 0 has no column 'question'"),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_refused_before_anything_runs(
-    task: str, changes: dict[str, Any], message: str, tasks: dict[str, Task], places: Sources
+def test_an_invalid_evaluation_is_refused_before_anything_runs(
+    task: str, changes: dict[str, Any], message: str, tasks: dict[str, Task], sources: Sources
 ) -> None:
     wrong = replace(tasks[task], evaluation={**tasks[task].evaluation, **changes})
     with pytest.raises(ValueError, match=message):
-        check(wrong, replace(places, use_hub=False))
+        check(wrong, replace(sources, use_hub=False))
 
 
 @pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")
-def test_a_harness_that_is_not_installed_is_named(tasks: dict[str, Task], places: Sources) -> None:
+def test_a_missing_harness_is_refused_with_the_extra_to_install(tasks: dict[str, Task], sources: Sources) -> None:
     with pytest.raises(ValueError, match=r'not installed: pip install "lora-ga\[eval\]"'):
-        check(tasks["math"], places)
-    assert any("3 rows" in found for found in check(tasks["math"], replace(places, use_hub=False)))
+        check(tasks["math"], sources)
+    assert any("3 rows" in found for found in check(tasks["math"], replace(sources, use_hub=False)))
 
 
-def test_programs_run_only_where_that_is_allowed(
-    tasks: dict[str, Task], places: Sources, harness: None, monkeypatch: pytest.MonkeyPatch
+def test_programs_run_only_if_the_environment_allows_it(
+    tasks: dict[str, Task], sources: Sources, harness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
     with pytest.raises(ValueError, match="humaneval runs programs that a model wrote.*HF_ALLOW_CODE_EVAL=1"):
-        check(tasks["code"], places)
+        check(tasks["code"], sources)
 
 
 @pytest.mark.skipif(not HARNESS, reason="install the extra 'eval' to run this test with lm-evaluation-harness itself")
 @pytest.mark.parametrize("name", ["math", "code"])
-def test_the_harness_itself_counts_what_the_model_writes(
-    name: str, tasks: dict[str, Task], places: Sources, monkeypatch: pytest.MonkeyPatch
+def test_the_real_harness_scores_the_models_answers(
+    name: str, tasks: dict[str, Task], sources: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     task = tasks[name]
-    folder = places.model(task.model)
+    folder = sources.model(task.model)
     base, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     seen: list[str] = []
@@ -341,6 +347,6 @@ def test_the_harness_itself_counts_what_the_model_writes(
     monkeypatch.setitem(by_harness.TESTS, test, (columns, question, judged, programs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = by_harness.run(model, tokenizer, task, places, 0)
-    assert len(seen) == len(places.rows(task.evaluation["rows"]))
+        found = by_harness.run(model, tokenizer, task, sources, 0)
+    assert len(seen) == len(sources.rows(task.evaluation["rows"]))
     assert found == {test: pytest.approx(1 / len(seen), abs=1e-6)}

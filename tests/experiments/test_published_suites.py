@@ -38,13 +38,13 @@ def test_every_published_suite_is_run_here() -> None:
 
 @pytest.mark.parametrize("name", RUN)
 def test_a_published_suite_runs_from_end_to_end(
-    name: str, places: Sources, tmp_path: Path, bench: Any, harness: None, monkeypatch: pytest.MonkeyPatch
+    name: str, sources: Sources, tmp_path: Path, judge_server: Any, harness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels, metric = RUN[name]
     monkeypatch.setattr("lora_ga.experiments.suites.cells.MOST_RATES", 3)  # a grid that does not grow
     suite = load_suite(str(toy_suite(name, tmp_path, labels)))
     with Store(tmp_path / "runs").locked() as store:
-        records = run_grid(suite, suite.lines(), store, Place(places), workers=0)
+        records = run_grid(suite, suite.lines(), store, Place(sources), workers=0)
     assert {record["status"] for record in records.values()} == {"done"}, [
         record.get("traceback") for record in records.values()
     ]
@@ -69,9 +69,9 @@ def test_a_published_page_and_its_pictures_are_drawn_from_the_published_records(
 
 @pytest.mark.parametrize("name", RUN)
 def test_the_plan_of_a_published_suite_needs_no_network(
-    name: str, places: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LORA_GA_DATA", str(places.data))
+    monkeypatch.setenv("LORA_GA_DATA", str(sources.data))
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     path = toy_suite(name, tmp_path, RUN[name][0])
     assert main(["reproduce", str(path), "--dry-run", "--store", str(tmp_path / "runs")]) == 0
@@ -84,31 +84,31 @@ def test_the_plan_of_a_published_suite_needs_no_network(
         assert ("not checked" in line) == about.model.startswith("hub:")
     assert "core-hours" in shown
     assert not (tmp_path / "runs").exists()
-    assert main(["reproduce", str(path), "--dry-run", "--hub", str(places.hub)]) == 0
+    assert main(["reproduce", str(path), "--dry-run", "--hub", str(sources.hub)]) == 0
     assert "not checked" not in capsys.readouterr().out
 
 
-def test_the_plan_counts_both_protocols_and_the_seeds_that_follow(
-    places: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_plan_counts_the_cells_of_both_protocols_with_all_their_seeds(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LORA_GA_DATA", str(places.data))
+    monkeypatch.setenv("LORA_GA_DATA", str(sources.data))
     path = toy_suite("llama2-math", tmp_path, ["lora", "full"], seeds=3)
     assert main(["reproduce", str(path), "--dry-run", "--store", str(tmp_path / "runs")]) == 0
     # For each of the two: three rates, the paper's with three seeds, two more seeds at the best.
     assert "16 cells left" in capsys.readouterr().out
 
 
-def test_a_local_copy_that_is_another_model_is_refused(places: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_copy_that_is_another_model_is_refused(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_GA_DEBUG", "1")
-    monkeypatch.setenv("LORA_GA_DATA", str(places.data))
+    monkeypatch.setenv("LORA_GA_DATA", str(sources.data))
     with pytest.raises(
         ValueError, match="google-t5/t5-base: d_model is 16, but the suite expects 768. Give that model"
     ):
-        main(["reproduce", "glue-t5", "--dry-run", "--hub", str(places.hub)])
+        main(["reproduce", "glue-t5", "--dry-run", "--hub", str(sources.hub)])
 
 
-def test_a_hub_that_cannot_be_reached_is_said_with_the_way_round_it(
-    places: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_hub_that_cannot_be_reached_is_reported_with_how_to_give_a_local_copy(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_GA_DEBUG", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -125,15 +125,17 @@ def test_a_hub_that_cannot_be_reached_is_said_with_the_way_round_it(
         "hf download nyu-mll/nothing --repo-type dataset --local-dir"
     )
     with pytest.raises(ValueError, match=message):
-        Sources(hub=places.hub).rows("hub:nyu-mll/nothing:sst2:train")
+        Sources(hub=sources.hub).rows("hub:nyu-mll/nothing:sst2:train")
     with pytest.raises(ValueError, match="--hub nowhere: there is no such folder"):
         main(["reproduce", str(path), "--hub", "nowhere"])
 
 
-def test_rows_for_a_new_head_may_come_from_the_hub_and_a_plan_does_not_ask_it(places: Sources, tmp_path: Path) -> None:
+def test_rows_for_classification_may_come_from_the_hub_and_a_plan_does_not_load_them(
+    sources: Sources, tmp_path: Path
+) -> None:
     task = load_suite(str(toy_suite("glue-minilm", tmp_path, ["lora"]))).tasks["sst2"]
     files = {"train": "hub:nyu-mll/glue:sst2:train", "validation": "hub:nyu-mll/glue:sst2:validation"}
     task = replace(task, files=files, columns={"text": "sentence", "label": "label"})
-    found = check(task, replace(places, hub=None, use_hub=False))
+    found = check(task, replace(sources, hub=None, use_hub=False))
     assert [each.endswith("(columns sentence, label; not checked)") for each in found] == [False, True, True]
-    assert "64 rows; columns sentence, label" in check(task, places)[1]
+    assert "64 rows; columns sentence, label" in check(task, sources)[1]

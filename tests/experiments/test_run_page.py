@@ -10,7 +10,7 @@ from lora_ga.experiments.pages.document import Document, Section, html_page, mar
 from lora_ga.experiments.pages.drawing import render
 from lora_ga.experiments.pages.runs import page_html, training_caption, training_figure
 from lora_ga.experiments.tables.table import Table
-from runs import falling, make_run
+from runs import falling_losses, make_run
 
 
 class Tags(HTMLParser):
@@ -98,7 +98,7 @@ def test_ids_are_unique_and_the_page_is_the_same_every_time(tmp_path: Path) -> N
 
 
 def test_the_caption_states_how_the_curve_was_made(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "a", curve=[*falling(1.0), {"step": 41, "loss": 50.0}])]
+    runs = [make_run(tmp_path / "a", curve=[*falling_losses(1.0), {"step": 41, "loss": 50.0}])]
     assert training_caption(compare_runs(runs, window=8)) == (
         "Training loss, trailing mean over 8 optimiser steps. Faint lines: the values as logged. Dashed line: the "
         "target, the final loss of “lora”; a dot marks the step that reaches it. Losses above 5.925 are cut off."

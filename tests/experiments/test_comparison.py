@@ -17,7 +17,7 @@ from lora_ga.experiments.tables.runs import (
     versions_table,
 )
 from lora_ga.experiments.tables.table import format_values
-from runs import falling, make_run
+from runs import falling_losses, make_run
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -29,7 +29,7 @@ def test_the_trailing_mean_equals_that_of_a_slow_loop(every: int) -> None:
     assert [value for _, value in smooth(curve, 7)] == pytest.approx([value for _, value in slow], abs=1e-12)
 
 
-def test_a_loss_that_is_not_finite_affects_only_the_means_that_include_it() -> None:
+def test_a_loss_that_is_not_finite_affects_only_the_windows_that_hold_it() -> None:
     smoothed = smooth(((1, 1.0), (2, math.nan), (3, 3.0), (4, 5.0)), 2)
     assert [math.isnan(value) for _, value in smoothed] == [True, True, False]
     assert smoothed[-1] == (4, 4.0)
@@ -38,10 +38,8 @@ def test_a_loss_that_is_not_finite_affects_only_the_means_that_include_it() -> N
 @pytest.mark.parametrize(
     ("every", "expected"), [(1, "10 optimiser steps"), (4, "10 optimiser steps, logged every 4 steps")]
 )
-def test_the_comparison_states_the_window_and_how_often_the_loss_was_logged(
-    tmp_path: Path, every: int, expected: str
-) -> None:
-    run = make_run(tmp_path / "a", curve=falling(1.0)[every - 1 :: every])
+def test_the_smoothing_states_how_often_the_loss_was_logged(tmp_path: Path, every: int, expected: str) -> None:
+    run = make_run(tmp_path / "a", curve=falling_losses(1.0)[every - 1 :: every])
     assert compare_runs([run]).smoothing == f"trailing mean over {expected}"
 
 
@@ -54,7 +52,7 @@ def test_a_mean_curve_has_the_steps_that_all_curves_have() -> None:
     assert mean_curve([((1, 1.0), (2, 2.0)), ((2, 4.0), (3, 9.0))]) == ((2, 3.0),)
 
 
-def test_standard_errors_equal_those_of_numpy() -> None:
+def test_means_and_standard_errors_equal_those_of_numpy() -> None:
     values = [0.3, 0.1, 0.7, 0.4]
     assert mean_and_error(values) == pytest.approx((np.mean(values), np.std(values, ddof=1) / 2))
     assert math.isnan(mean_and_error([1.0])[1])
@@ -76,14 +74,14 @@ def test_runs_that_differ_only_in_their_seed_form_one_group(tmp_path: Path) -> N
     assert [len(group.runs) for group in groups] == [3, 3]
 
 
-def test_two_runs_of_one_seed_form_two_groups(tmp_path: Path) -> None:
+def test_two_runs_of_one_seed_are_not_averaged(tmp_path: Path) -> None:
     groups = group_runs([make_run(tmp_path / "first"), make_run(tmp_path / "again")])
     assert [group.label for group in groups] == ["lora (first)", "lora (again)"]
 
 
-def test_the_table_counts_the_steps_to_the_final_loss_of_plain_lora(tmp_path: Path) -> None:
-    lora = make_run(tmp_path / "lora", curve=falling(1.0))
-    fast = make_run(tmp_path / "fast", curve=falling(2.0), method="lora-ga", name="lora-ga")
+def test_the_target_is_the_final_loss_of_plain_lora_and_the_table_counts_the_steps_to_it(tmp_path: Path) -> None:
+    lora = make_run(tmp_path / "lora", curve=falling_losses(1.0))
+    fast = make_run(tmp_path / "fast", curve=falling_losses(2.0), method="lora-ga", name="lora-ga")
     comparison = compare_runs([fast, lora], window=1)
     assert comparison.target.value == pytest.approx(2.0)
     table = summary_table(comparison)
@@ -94,28 +92,28 @@ def test_the_table_counts_the_steps_to_the_final_loss_of_plain_lora(tmp_path: Pa
 
 
 def test_without_plain_lora_the_target_is_the_largest_final_loss(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / f"{v}", curve=falling(v), method="full", learning_rate=v) for v in (1.0, 1.5)]
+    runs = [make_run(tmp_path / f"{v}", curve=falling_losses(v), method="full", learning_rate=v) for v in (1.0, 1.5)]
     assert compare_runs(runs, window=1).target == (pytest.approx(2.0), "the largest final loss of all runs", None)
 
 
 def test_every_seed_of_the_reference_reaches_the_default_target(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / f"{seed}", curve=falling(1 + seed / 10), seed=seed) for seed in range(3)]
+    runs = [make_run(tmp_path / f"{seed}", curve=falling_losses(1 + seed / 10), seed=seed) for seed in range(3)]
     comparison = compare_runs(runs, window=1)
     assert summary_table(comparison).rows[0][:3] == ["lora", "3", "0.001"]
     assert [row[3] for row in runs_table(comparison).rows] == ["40", "37", "34"]
 
 
-def test_the_table_says_how_many_seeds_reached_the_target(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / f"{seed}", curve=falling(1.0 + seed), seed=seed) for seed in range(2)]
+def test_the_table_counts_the_seeds_that_did_not_reach_the_target(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"{seed}", curve=falling_losses(1.0 + seed), seed=seed) for seed in range(2)]
     assert "reached by 1 of 2" in summary_table(compare_runs(runs, window=1, target_loss=1.0)).rows[0]
     assert "not reached" in summary_table(compare_runs(runs, window=1, target_loss=-5.0)).rows[0]
 
 
 def test_a_diverged_run_is_not_the_reference_and_gets_a_notice(tmp_path: Path) -> None:
-    broken = [*falling(1.0, 39), {"step": 40, "loss": math.nan}]
+    broken = [*falling_losses(1.0, 39), {"step": 40, "loss": math.nan}]
     runs = [
         make_run(tmp_path / "broken", curve=broken, learning_rate=9.0),
-        make_run(tmp_path / "sound", curve=falling(1.5)),
+        make_run(tmp_path / "sound", curve=falling_losses(1.5)),
     ]
     comparison = compare_runs(runs, window=1)
     assert comparison.target.value == pytest.approx(1.0)
@@ -137,24 +135,26 @@ def test_runs_on_different_data_get_a_notice_that_they_cannot_be_compared(tmp_pa
         ({"window": 0}, "smooth: 0 steps, but the width of the mean must be at least 1"),
     ],
 )
-def test_invalid_settings_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_a_target_that_is_not_finite_and_a_width_of_zero_are_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         compare_runs([make_run(tmp_path / "a")], **settings)
 
 
-def test_an_empty_list_of_runs_is_refused() -> None:
+def test_comparing_no_runs_is_refused() -> None:
     with pytest.raises(ValueError, match="0 runs: there is nothing to compare"):
         compare_runs([])
 
 
-def test_the_tables_list_only_options_and_versions_that_differ(tmp_path: Path) -> None:
+def test_only_options_that_differ_are_listed_and_versions_always(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", learning_rate=3e-3, versions={"torch": "3"})]
     comparison = compare_runs(runs)
     assert differences_table(comparison).rows == [["learning_rate", "0.001", "0.003"]]
     assert versions_table(comparison).rows == [["lora_ga", "0.1.0, –"], ["torch", "2.13.0, 3"]]
 
 
-def test_the_cost_table_leaves_blank_what_a_run_did_not_do(tmp_path: Path) -> None:
+def test_the_cost_of_the_estimate_is_blank_for_a_run_without_one(tmp_path: Path) -> None:
     seconds = {"estimate": 3.0, "train": 60.0, "total": 63.0}
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", method="lora-ga", seconds=seconds)]
     table = cost_table(compare_runs(runs))

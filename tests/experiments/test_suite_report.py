@@ -34,14 +34,14 @@ def record_of(cell: Cell, *, decay: float = 0.05, level: float = 1.0) -> dict[st
     losses = [level + math.exp(-decay * step) + 0.001 * cell.seed for step in range(STEPS)]
     tune = {"loss": 1 + distance, "accuracy": 0.9 - 0.1 * distance}
     shown = {"loss": 2 + distance + 0.1 * cell.seed, "accuracy": 0.8 - 0.1 * distance - 0.02 * cell.seed}
-    looks = [{"step": step, **shown} for step in (0, 20, 40)]
+    evaluations = [{"step": step, **shown} for step in (0, 20, 40)]
     return about(cell, Place(Sources(), commit="abc1234")) | {
         "status": "done",
         "metrics": {"tune": tune, "report": shown},
         "trained_parameters": 1234,
         "peak_memory_mib": 500.0 + cell.seed,
         "seconds": {"load": 1.0, "start": 2.0, "train": 8.0, "total": 11.0},
-        "curves": {"training": losses, "report": looks},
+        "curves": {"training": losses, "report": evaluations},
         "date": "2026-01-02T03:04:05+00:00",
     }
 
@@ -98,7 +98,7 @@ def test_a_line_shows_mean_and_standard_error_of_the_reported_split_at_the_best_
     assert "Not complete" not in text
 
 
-def test_the_race_counts_steps_to_loras_final_loss_on_the_same_seed(suite: Suite) -> None:
+def test_steps_are_counted_to_loras_final_loss_on_the_same_seed(suite: Suite) -> None:
     def twice_as_fast(cell: Cell) -> dict[str, Any]:
         return record_of(cell, decay=0.1 if cell.method == "full" else 0.05)
 
@@ -112,7 +112,7 @@ def test_the_race_counts_steps_to_loras_final_loss_on_the_same_seed(suite: Suite
     assert steps_to_loss(by_label["lora"], by_label["lora"]).ratio == 1.0  # type: ignore[union-attr]
 
 
-def test_a_seed_that_never_gets_there_is_said_and_not_averaged_away(suite: Suite) -> None:
+def test_a_seed_that_never_reaches_the_loss_is_reported_and_leaves_the_ratio_blank(suite: Suite) -> None:
     def late(cell: Cell) -> dict[str, Any]:
         return record_of(cell, level=1.1 if cell.method == "full" and cell.seed == 1 else 1.0)
 
@@ -125,7 +125,7 @@ def test_a_seed_that_never_gets_there_is_said_and_not_averaged_away(suite: Suite
     assert "| never | never |" in text_of(suite, never)
 
 
-def test_an_incomplete_grid_is_drawn_and_says_what_is_missing(suite: Suite) -> None:
+def test_the_report_of_an_incomplete_grid_states_what_is_missing(suite: Suite) -> None:
     whole = complete(suite)
     part = {
         digest: record
@@ -145,7 +145,7 @@ def test_an_incomplete_grid_is_drawn_and_says_what_is_missing(suite: Suite) -> N
     assert "## classes" not in text
 
 
-def test_cells_that_diverged_or_failed_are_named(suite: Suite) -> None:
+def test_diverged_cells_are_named_with_the_reason(suite: Suite) -> None:
     def broken(cell: Cell) -> dict[str, Any]:
         record = record_of(cell)
         if cell.method == "lora" and cell.learning_rate > 0.005:
@@ -156,7 +156,7 @@ def test_cells_that_diverged_or_failed_are_named(suite: Suite) -> None:
     assert "text/lora lr 0.01 seed 0 diverged: the training loss is nan at step 3." in notices
 
 
-def test_a_best_rate_at_the_edge_is_said(suite: Suite) -> None:
+def test_a_best_rate_at_the_edge_of_the_grid_is_reported(suite: Suite) -> None:
     def ever_better(cell: Cell) -> dict[str, Any]:
         record = record_of(cell)
         record["metrics"]["tune"] = {"loss": -cell.learning_rate, "accuracy": cell.learning_rate}
@@ -168,7 +168,7 @@ def test_a_best_rate_at_the_edge_is_said(suite: Suite) -> None:
     assert "(edge)" in readme_files(document)[README_NAME].decode()
 
 
-def test_both_protocols_are_shown_where_the_suite_has_both(suite: Suite) -> None:
+def test_both_protocols_are_shown_if_the_suite_has_both(suite: Suite) -> None:
     paper = replace(suite, paper_rate=2e-5)
     records = complete(paper)
     text = text_of(paper, records)
@@ -179,7 +179,7 @@ def test_both_protocols_are_shown_where_the_suite_has_both(suite: Suite) -> None
     assert by_line["full"].values("loss") == pytest.approx([2 + math.log10(50), 2.1 + math.log10(50)])
 
 
-def test_a_number_that_is_varied_three_times_makes_a_series(suite: Suite) -> None:
+def test_three_variants_that_differ_in_one_number_form_a_series(suite: Suite) -> None:
     twice = {"lora": suite.methods["lora"], "rank 4": Variant("lora", settings={"rank": 4}, rates=[-6])}
     assert find_series(replace(suite, methods=twice)) == []
     (found,) = find_series(suite)
@@ -187,14 +187,14 @@ def test_a_number_that_is_varied_three_times_makes_a_series(suite: Suite) -> Non
     assert "tuned-text-series.png" in report_files(suite_document(suite, complete(suite)))
 
 
-def test_equal_records_give_equal_files_whatever_their_order(suite: Suite) -> None:
+def test_equal_records_give_equal_files_in_any_order(suite: Suite) -> None:
     records = complete(suite)
     backwards = dict(reversed(list(records.items())))
     foreign = {"f" * 12: {"status": "done"}}  # of another suite in the same store
     assert report_files(suite_document(suite, records)) == report_files(suite_document(suite, backwards | foreign))
 
 
-def test_the_page_holds_everything_and_fetches_nothing(suite: Suite) -> None:
+def test_the_page_holds_every_figure_and_fetches_nothing(suite: Suite) -> None:
     made = report_files(suite_document(suite, complete(suite)))
     page = made[HTML_NAME].decode()
     assert page.count("<svg") == len([name for name in made if name.endswith(".png")]) >= 4
@@ -205,7 +205,7 @@ def test_the_page_holds_everything_and_fetches_nothing(suite: Suite) -> None:
     assert set(re.findall(r"\]\((.*?)\)", text)) == {name for name in made if name.endswith(".png")}
 
 
-def test_the_command_writes_a_report_and_replaces_none_unasked(
+def test_the_command_writes_a_report_and_replaces_one_only_with_overwrite(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LORA_GA_DEBUG", "1")
@@ -229,7 +229,7 @@ def test_the_command_writes_a_report_and_replaces_none_unasked(
     assert main([*command, "--overwrite"]) == 0
 
 
-def test_a_store_of_another_version_is_refused_by_the_report(
+def test_the_report_refuses_a_store_of_another_version(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_GA_DEBUG", "1")
@@ -238,7 +238,7 @@ def test_a_store_of_another_version_is_refused_by_the_report(
         main(["report", str(toy), "--store", str(tmp_path), "--output", str(tmp_path / "page")])
 
 
-def test_a_loss_that_explodes_is_cut_off_and_an_accuracy_never(suite: Suite) -> None:
+def test_figures_cut_off_exploding_losses_but_no_accuracies(suite: Suite) -> None:
     def wild(cell: Cell) -> dict[str, Any]:
         record = record_of(cell)
         for point, value in zip(record["curves"]["report"], (0.2, 0.5, 0.9), strict=True):

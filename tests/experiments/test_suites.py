@@ -1,0 +1,265 @@
+"""Suite files, and the cells that a suite needs: rate grids that grow, seeds, and one rate for all methods."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_ga.cli.main import main
+from lora_ga.experiments.methods import METHODS, complete
+from lora_ga.experiments.records.store import Store
+from lora_ga.experiments.suites.cells import (
+    MOST_RATES,
+    Cell,
+    Score,
+    best_rate,
+    cell_of,
+    missing,
+    rate_at,
+    sweep,
+    sweep_of,
+)
+from lora_ga.experiments.suites.spec import RECIPES, Suite, available, load_suite
+from lora_ga.experiments.tasks import KINDS
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_suite_names_only_existing_methods_options_and_kinds_of_task(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.title
+    assert {task.kind for task in suite.tasks.values()} <= set(KINDS)
+    for variant in suite.methods.values():
+        assert variant.method in METHODS
+        assert set(variant.options) <= set(complete(variant.method, variant.options))
+
+
+def test_the_package_has_suites() -> None:
+    assert {"stories-shakespeare", "glue-minilm", "ablation"} <= set(available())
+
+
+def test_the_package_contains_every_suite_file_and_nothing_else_of_recipes() -> None:
+    project = (RECIPES[0].parent / "pyproject.toml").read_text(encoding="utf-8")
+    packaged = re.findall(r'"recipes/(.*)" = "lora_ga/recipes/(.*)"', project)
+    assert packaged == [(path.name, path.name) for path in sorted(RECIPES[0].glob("*.yaml"))]
+    assert project.count('"recipes') == len(packaged)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": {}}, "the suite: unknown task. The known are name, title, tasks"),
+        ({"settings": {"step": 3}}, "settings: unknown step. The known are steps, batch_size"),
+        ({"settings": {"rows": 8}}, "settings: rows has a new name, batch_size. In place of rows and parts give"),
+        ({"settings": {"parts": 2}}, "settings: parts has a new name, gradient_accumulation_steps"),
+        ({"settings": {"recompute": True}}, "settings: recompute has a new name, gradient_checkpointing"),
+        (
+            {"methods": {"a": {"method": "lora", "rates": [-6], "settings": {"every": 5}}}},
+            "methods.a.settings: every has",
+        ),
+        ({"settings": {"steps": 0}}, "settings: steps is 0; it must be int and at least 1"),
+        ({"methods": {"lora": {}}}, "methods.lora: rates is .*; it must list whole exponents"),
+        ({"methods": {"lora": {"rates": [-6], "tasks": ["maths"]}}}, "methods.lora.tasks: unknown maths"),
+        ({"methods": {"lora": {"rate_of": "pissa"}}}, "methods.lora.rate_of: unknown pissa"),
+        ({"tasks": {}}, "a suite needs at least one task"),
+    ],
+)
+def test_unknown_keys_and_wrong_values_are_refused(
+    toy: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(toy.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"changed.yaml: {message}"):
+        load_suite(str(path))
+
+
+def test_a_method_refuses_options_it_does_not_have() -> None:
+    with pytest.raises(ValueError, match="lora_ga: has no option gamma. Its options are direction, scale"):
+        complete("lora_ga", {"gamma": 3})
+    with pytest.raises(ValueError, match="lorra: there is no such method. The methods are full, lora"):
+        complete("lorra", {})
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (
+            {"lorra": {"rates": [-6]}},
+            "methods.lorra: lorra: there is no such method. The methods are full, lora",
+        ),
+        (
+            {"γ": {"method": "lora_ga", "rates": [-6], "options": {"gamma": 3}}},
+            "methods.γ: lora_ga: has no option gamma. Its options are direction",
+        ),
+    ],
+)
+def test_a_suite_with_an_unknown_method_or_option_is_refused_before_anything_runs(
+    toy: Path, tmp_path: Path, methods: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_GA_DEBUG", "1")
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(toy.read_text()) | {"methods": methods}, allow_unicode=True))
+    with pytest.raises(ValueError, match=message):
+        main(["reproduce", str(path), "--store", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["reproduce", "report"])
+def test_an_unknown_suite_is_refused_and_the_known_ones_are_listed(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_GA_DEBUG", "1")
+    with pytest.raises(ValueError, match="glue: there is no such suite. The suites are ablation, glue-minilm, glue-t5"):
+        main([command, "glue"])
+    with pytest.raises(ValueError, match="which suite. There are ablation"):
+        main([command])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be float32 or bfloat16"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1"),
+    ],
+)
+def test_settings_that_are_not_numbers_are_checked_too(
+    toy: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(toy.read_text()) | {"settings": settings}))
+    with pytest.raises(ValueError, match=message):
+        load_suite(str(path))
+
+
+def run_sweep(first: list[int], score: Callable[[int], Score | None]) -> tuple[list[int], int | None]:
+    """Runs what a search asks for until it asks for nothing; the points in their order, and the best."""
+    ran: list[int] = []
+
+    def result_at(point: int) -> tuple[bool, Score | None]:
+        return point in ran, score(point) if point in ran else None
+
+    while (state := sweep(first, result_at)).needed:
+        ran += state.needed
+    return ran, state.best
+
+
+def test_a_grid_with_its_best_inside_does_not_grow() -> None:
+    assert run_sweep([-6, -5, -4], lambda p: (-abs(p + 5.0),)) == ([-6, -5, -4], -5)
+
+
+@pytest.mark.parametrize(("peak", "more"), [(-9, [-7, -8, -9, -10]), (-2, [-3, -2, -1])])
+def test_a_grid_grows_until_its_best_is_inside(peak: int, more: list[int]) -> None:
+    assert run_sweep([-6, -5, -4], lambda p: (-abs(p - peak),)) == ([-6, -5, -4, *more], peak)
+
+
+def test_a_grid_has_a_largest_size() -> None:
+    ran, best = run_sweep([-6, -5, -4], lambda p: (float(p),))
+    assert len(ran) == MOST_RATES
+    assert best == max(ran)
+
+
+def test_a_diverged_rate_is_never_best_and_bounds_the_grid() -> None:
+    assert run_sweep([-6, -5, -4], lambda p: None if p > -6 else (float(p),)) == ([-6, -5, -4, -7], -6)
+
+
+def test_if_all_rates_diverge_smaller_ones_are_tried() -> None:
+    assert run_sweep([-6, -5], lambda p: None if p > -8 else (float(p),)) == ([-6, -5, -7, -8, -9], -8)
+
+
+def done(cell: Cell, loss: float, accuracy: float = 0.5) -> dict[str, Any]:
+    tune = {"loss": loss, "accuracy": accuracy}
+    # The reported split says the opposite: nothing may be chosen by it.
+    return {"status": "done", "metrics": {"tune": tune, "report": {"loss": -loss, "accuracy": -accuracy}}}
+
+
+@pytest.fixture
+def suite(toy: Path) -> Suite:
+    return load_suite(str(toy))
+
+
+def run_all(suite: Suite, lines: list[tuple[str, str]], result: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
+    records: dict[str, Any] = {}
+    while cells := missing(suite, lines, records):
+        for cell in cells:
+            assert cell.digest() not in records
+            records[cell.digest()] = result(cell)
+    return records
+
+
+def test_the_best_rate_is_picked_on_the_tuning_split_with_seed_0_and_gets_all_seeds(suite: Suite) -> None:
+    asked: list[tuple[float, int]] = []
+
+    def result(cell: Cell) -> dict[str, Any]:
+        asked.append((cell.learning_rate, cell.seed))
+        return done(cell, abs(cell.learning_rate - 0.00316))
+
+    records = run_all(suite, [("text", "lora")], result)
+    assert asked == [(0.00316, 0), (0.01, 0), (0.001, 0), (0.00316, 1)]
+    assert best_rate(suite, "text", "lora", records) == 0.00316
+    assert sweep_of(suite, "text", "lora", records).inside
+
+
+def test_a_larger_accuracy_is_better_and_the_loss_decides_between_equals(suite: Suite) -> None:
+    def result(cell: Cell) -> dict[str, Any]:
+        return done(cell, loss=abs(cell.learning_rate - 0.00316), accuracy=0.7 if cell.learning_rate < 0.02 else 0.1)
+
+    records = run_all(suite, [("classes", "lora")], result)
+    assert best_rate(suite, "classes", "lora", records) == 0.00316
+
+
+def test_a_line_that_takes_the_rate_of_another_line_runs_that_line_first(suite: Suite) -> None:
+    line = [("text", "random directions")]
+    assert {cell.label for cell in missing(suite, line, {})} == {"lora_ga"}
+    records = run_all(suite, line, lambda cell: done(cell, abs(cell.learning_rate - 0.001)))
+    found = [cell_of(suite, "text", "random directions", 0.001, seed).digest() in records for seed in range(3)]
+    assert found == [True, True, False]
+
+
+def test_the_papers_protocol_gives_every_method_one_rate_and_all_seeds(suite: Suite) -> None:
+    paper = replace(suite, paper_rate=2e-5)
+    records = run_all(paper, [("text", "full")], lambda cell: done(cell, abs(cell.learning_rate - 0.001)))
+    assert all(cell_of(paper, "text", "full", 2e-5, seed).digest() in records for seed in range(2))
+
+
+def test_a_cell_has_the_digest_of_the_published_records(suite: Suite) -> None:
+    task = replace(suite.tasks["text"], model="data:models/x", files={"text": "data:x.txt"})
+    fixed = replace(suite, tasks={"text": task})
+    assert cell_of(fixed, "text", "lora", rate_at(-5), 1).digest() == "a77fc4ee76c9"
+
+
+def test_a_digest_uses_the_setting_names_of_the_first_records() -> None:
+    cell = cell_of(load_suite("llama2-chat"), "chat", "lora", 1e-3, 1)
+    assert cell.settings.batch_size * cell.settings.gradient_accumulation_steps == cell.settings.effective_batch_size
+    assert cell.identity()["settings"] == {
+        **{"steps": 1625, "rows": 32, "parts": 8, "length": 1024, "samples": 128, "every": 1000000, "recompute": True},
+        **{"train_rows": 52000, "tune_rows": 1000, "report_rows": 1000, "dtype": "bfloat16"},
+    }
+    assert cell.digest() == "0fd4764340fa"  # computed by the version whose suites had these names
+
+
+def test_todays_suites_find_every_published_record() -> None:
+    records = Store(RECIPES[0] / "results/store").records()
+    suites = {name: load_suite(name) for name in {record["suite"] for record in records.values()}}
+    assert len(records) == 485
+    for digest, record in records.items():
+        suite = suites[record["suite"]]
+        cell = cell_of(suite, record["task"], record["label"], record["learning_rate"], record["seed"])
+        assert (cell.digest(), cell.identity()) == (digest, record["cell"])
+
+
+def test_a_digest_depends_on_what_affects_the_result_and_not_on_names(suite: Suite) -> None:
+    cell = cell_of(suite, "text", "lora_ga", 0.001, 0)
+    alike = replace(cell, suite="other", task_name="t", label="l", task=replace(cell.task, seconds=7.0))
+    assert alike.digest() == cell.digest()
+    others = [
+        replace(cell, seed=1),
+        replace(cell, learning_rate=0.01),
+        replace(cell, method="lora"),
+        replace(cell, options={"stable_gamma": 4.0}),
+        replace(cell, settings=replace(cell.settings, steps=5)),
+        replace(cell, task=replace(cell.task, model="m")),
+    ]
+    assert len({each.digest() for each in (cell, *others)}) == 7
