@@ -1,4 +1,4 @@
-"""Invented records of runs, in the format that `lora-ga train` writes."""
+"""Made-up records of runs, in the format that `lora-ga train` writes."""
 
 import copy
 from pathlib import Path
@@ -27,6 +27,7 @@ RECORD: dict[str, Any] = {
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
+    """Writes the record with these changes into a new folder; returns the folder."""
     record = copy.deepcopy(RECORD)
     record["config"] |= {key: changes[key] for key in ("seed", "learning_rate", "method") if key in changes}
     folder.mkdir(parents=True)
@@ -35,8 +36,10 @@ def write_run(folder: Path, **changes: Any) -> Path:
 
 
 def make_run(folder: Path, **changes: Any) -> Run:
+    """Writes the record with these changes and loads it as a run."""
     return load_run(write_run(folder, **changes))
 
 
 def falling_losses(speed: float, steps: int = 40) -> list[dict[str, float]]:
+    """A curve of losses that fall linearly from 4, by `speed` in 20 steps."""
     return [{"step": step, "loss": 4.0 - speed * step / 20} for step in range(1, steps + 1)]

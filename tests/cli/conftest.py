@@ -1,4 +1,4 @@
-"""Small models with tokenizers, and small data files, in folders as a user would have them."""
+"""Small models with their tokenizers, and small data files, saved as a user would have them."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ VOCABULARY = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "</s
 
 
 def save_tokenizer(folder: Path, *, template: str | None = None, pad: bool = True) -> None:
-    """One token a word; `template` puts special tokens round a text, as BERT's and T5's tokenizers do."""
+    """Saves a tokenizer with one token per word; `template` adds special tokens around a text, as in BERT and T5."""
     words = Tokenizer(WordLevel(VOCABULARY, unk_token="[UNK]"))
     words.pre_tokenizer = WhitespaceSplit()
     if template is not None:
@@ -46,7 +46,7 @@ def save_tokenizer(folder: Path, *, template: str | None = None, pad: bool = Tru
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps the datasets library's cache out of the user's home, and its bars out of the output."""
+    """Puts the cache of `datasets` into a temporary folder, and turns its progress bars off."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     datasets.disable_progress_bars()
 
@@ -112,13 +112,13 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text(number: int, length: int = 8) -> str:
-    """A text of letters, another for every number."""
+    """A text of single letters, a different one for each number."""
     return " ".join(WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)] for place in range(length))
 
 
 @pytest.fixture
 def labelled_texts(tmp_path: Path) -> Path:
-    """40 texts in two classes with names."""
+    """40 texts with the labels "good" and "bad"."""
     return write_rows(
         tmp_path / "sorting.jsonl",
         [{"text": text(number, 5 + number % 4), "label": ("good", "bad")[number % 2]} for number in range(40)],
@@ -127,7 +127,7 @@ def labelled_texts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    """40 prompts with their targets."""
+    """40 rows with a prompt, its target, and a plain text."""
     return write_rows(
         tmp_path / "asking.jsonl",
         [
@@ -145,7 +145,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[[list[object]], str]:
-    """Runs a command that must be refused with exit code 2 and one message; returns the message."""
+    """Runs a command that must end with exit code 2 and without a traceback; returns its error message."""
 
     def run(argv: list[object]) -> str:
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`lora-ga compare` through the program's own entry: what is shown, what is written, and what is refused."""
+"""`lora-ga compare`: what it shows, what it writes, and what it refuses."""
 
 import json
 from pathlib import Path
@@ -18,6 +18,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def other_names(tmp_path: Path) -> set[str]:
+    """The names in the folder that are not those of the runs."""
     return {path.name for path in tmp_path.iterdir()} - {"lora", "lora-ga"}
 
 
@@ -48,7 +49,8 @@ def test_the_names_of_many_runs_are_shown_literally(folders: list[str], capsys: 
         folders.append(f"rate-{rate}")
         write_run(Path(folders[-1]), name=f"[b]{rate}[/b]", learning_rate=rate)
     assert main(["compare", *folders]) == 0
-    assert "[b]3[/b]" in capsys.readouterr().out  # as written: names are not markup
+    # A name with brackets is not read as markup.
+    assert "[b]3[/b]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`lora-ga train` on conversations and on prompts with their answers, with TRL's trainer."""
+"""`lora-ga train` on conversations and on prompts with targets, which TRL's trainer trains on."""
 
 import importlib.util
 import json
@@ -46,13 +46,13 @@ def chat_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def conversation(*turns: str) -> list[dict[str, str]]:
-    """A conversation that the user begins."""
+    """A conversation of these turns; the first is the user's."""
     return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
 
 
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
-    """40 conversations of two turns, as messages and as prompts with their completions."""
+    """40 conversations of two turns, each as messages and as a prompt with its completion."""
     turns = [(text(n), text(n + 1, 4)) for n in range(40)]
     rows = [
         {"messages": conversation(q, a), "asked": conversation(q), "answered": conversation(q, a)[1:]} for q, a in turns
@@ -65,7 +65,7 @@ def ids(words: str) -> list[int]:
 
 
 def encode(model: Path, row: dict[str, Any], length: int = 64, **given: Any) -> dict[str, list[int]]:
-    """One row as tokens and labels."""
+    """Encodes one row into tokens and labels."""
     options = DataOptions(train_file="f.jsonl", **given)
     rows = datasets.Dataset.from_list([row])
     columns = tasks.columns_of("causal-lm", options)
@@ -85,8 +85,8 @@ def test_the_chat_template_formats_conversations(chat_llama: Path) -> None:
     whole = ids("[CLS] a b [SEP] c </s> [CLS] d [SEP] e f </s>")
     assert encode(chat_llama, row, messages_column="m") == {"input_ids": whole, "labels": whole}
     found = encode(chat_llama, row, messages_column="m", assistant_only_loss=True)
-    spoken = [-100] * 4 + ids("c </s>") + [-100] * 3 + ids("e f </s>")
-    assert found == {"input_ids": whole, "labels": spoken}
+    labels = [-100] * 4 + ids("c </s>") + [-100] * 3 + ids("e f </s>")
+    assert found == {"input_ids": whole, "labels": labels}
     found = encode(
         chat_llama, {"p": conversation("a b"), "t": conversation("", "c")[1:]}, prompt_column="p", target_column="t"
     )
@@ -94,7 +94,7 @@ def test_the_chat_template_formats_conversations(chat_llama: Path) -> None:
 
 
 def by_trl(model: Path, row: dict[str, Any], length: int, *, assistant_only: bool) -> dict[str, list[int]]:
-    """The same by TRL's own SFTTrainer, from columns with TRL's names."""
+    """Encodes one row with TRL's SFTTrainer; the columns have TRL's names."""
     from trl import SFTConfig, SFTTrainer
 
     settings = SFTConfig("unused", max_length=length, assistant_only_loss=assistant_only, report_to=[], bf16=False)
@@ -111,20 +111,22 @@ def by_trl(model: Path, row: dict[str, Any], length: int, *, assistant_only: boo
     [
         {"prompt": "a b ", "completion": "c d e f g"},
         {"prompt": "a b ", "completion": "c </s>"},
-        {"prompt": "a b", "completion": "c d"},  # the last token of the prompt merges with the first of the target
+        # The last token of the prompt merges with the first of the target.
+        {"prompt": "a b", "completion": "c d"},
         {"prompt": "a ", "completion": ""},
         {"messages": conversation("a b", "c", "d", "e f")},
         {"messages": conversation("a b", "c", "d")},
         {"prompt": conversation("a b"), "completion": conversation("", "c d e f g")[1:]},
         {"prompt": conversation("a b", "c", "d"), "completion": conversation("", "e", "f", "g")[1:]},
-        # The prompt ends in the middle of an answer, so that the generation prompt after it is not in the whole.
+        # The prompt ends inside an answer, so the whole text does not contain the generation prompt after it.
         {"prompt": conversation("a b", "c"), "completion": conversation("d", "e")},
     ],
 )
 def test_tokens_and_labels_equal_those_of_trls_trainer(row: dict[str, Any], length: int, chat_llama: Path) -> None:
     given = {"messages_column": "messages"} if "messages" in row else {}
     given |= {"prompt_column": "prompt", "target_column": "completion"} if "prompt" in row else {}
-    for assistant_only in [False] if isinstance(row.get("prompt"), str) else [False, True]:  # text has no turns
+    # Plain text has no turns, so the assistant's cannot be picked out.
+    for assistant_only in [False] if isinstance(row.get("prompt"), str) else [False, True]:
         expected = by_trl(chat_llama, row, length, assistant_only=assistant_only)
         if expected:
             assert encode(chat_llama, row, length, assistant_only_loss=assistant_only, **given) == expected
@@ -151,7 +153,7 @@ def test_assistant_only_loss_needs_a_template_that_marks_the_turns_and_their_end
     columns = {"messages_column": "m"}
     conversations.encode(rows, columns, tokenizer, options, 64, "f")
     assert capsys.readouterr().err == ""
-    # TRL tries the template on a word that this small tokenizer does not know.
+    # TRL itself would test the template with a word that this small tokenizer does not know.
     monkeypatch.setattr("trl.chat_template_utils.is_chat_template_stop_token_trained", lambda *given: False)
     conversations.encode(rows, columns, tokenizer, options, 64, "f")
     assert "leaves the token that ends the assistant's turn out of the loss" in capsys.readouterr().err
@@ -171,14 +173,14 @@ def test_rows_that_cannot_be_formatted_are_refused_with_the_reason(chat_llama: P
     with pytest.raises(ValueError, match="f: --assistant_only_loss needs messages, but the columns hold text"):
         conversations.encode(texts, pairs, tokenizer, options, 64, "f")
     tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
-    spoken = datasets.Dataset.from_list([{"m": conversation("a", "b")}])
+    messages = datasets.Dataset.from_list([{"m": conversation("a", "b")}])
     options = DataOptions(train_file="f", messages_column="m")
     with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(roles must alternate\)"):
-        conversations.encode(spoken, {"messages_column": "m"}, tokenizer, options, 64, "f")
-    silent = datasets.Dataset.from_list([{"m": conversation("a")}])
+        conversations.encode(messages, {"messages_column": "m"}, tokenizer, options, 64, "f")
+    unanswered = datasets.Dataset.from_list([{"m": conversation("a")}])
     options = DataOptions(train_file="f", messages_column="m", assistant_only_loss=True)
     with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(the chat template marks no token as the"):
-        conversations.encode(silent, {"messages_column": "m"}, load_tokenizer(str(chat_llama)), options, 64, "f")
+        conversations.encode(unanswered, {"messages_column": "m"}, load_tokenizer(str(chat_llama)), options, 64, "f")
 
 
 @pytest.mark.parametrize("method", ["lora-ga", "lora", "full"])

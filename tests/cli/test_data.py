@@ -1,4 +1,4 @@
-"""From files and hub data sets to tokenised examples."""
+"""Files and hub data sets are read, checked and tokenised."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`lora-ga estimate`: a file that `inspect` and `train` can use."""
+"""`lora-ga estimate` writes a file that `train` starts from."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -138,4 +138,5 @@ def test_tolerance_and_power_steps_reach_the_estimate(llama: Path, prompts: Path
     found = lora_ga.GradientEstimate.load(file)
     assert (found.config.tolerance, found.config.power_steps) == (0.9, 1)
     assert found.settled
-    assert min(found.settled.values()) == 3  # the first batch has nothing to compare with, and it takes two in a row
+    # The first batch has no earlier one to compare with, and two comparisons in a row must be within the tolerance.
+    assert min(found.settled.values()) == 3

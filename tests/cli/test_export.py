@@ -1,4 +1,4 @@
-"""`lora-ga export`: smaller adapters and merged models."""
+"""`lora-ga export` writes smaller adapters and merged models."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ LOADERS: dict[str, Any] = {
 
 
 def trained(model: Path, data: Path, out: Path, task: str) -> Path:
-    """A LoRA-GA adapter of rank 2r = 4, trained far enough to differ from its start."""
+    """Trains a LoRA-GA adapter of rank 2r = 4 until it differs from its start; returns its folder."""
     columns = {"seq2seq": ["--prompt_column=prompt", "--target_column=target"]}.get(task, [])
     argv = [f"--model={model}", f"--task={task}", f"--train_file={data}", f"--output_dir={out}", *columns]
     assert main(["train", *argv, "--rank=2", "--max_steps=4", "--learning_rate=1e-2", "--estimate_batches=2"]) == 0

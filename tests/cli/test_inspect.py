@@ -1,4 +1,4 @@
-"""`lora-ga inspect` through the program's own entry, on estimates whose spectrum is known."""
+"""`lora-ga inspect`, on estimates with a known spectrum."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an installation needs: the library without the extra `cli`, and the command line with it."""
+"""The library works without the extra `cli`; the command line names the extra if it is missing."""
 
 import os
 import subprocess
@@ -11,11 +11,10 @@ import pytest
 from lora_ga.cli.main import COMMANDS, EXTRA
 
 ROOT = Path(__file__).parents[2]
-# torch, Transformers and the Hugging Face hub require these packages of the extra too: only the command line can be
-# tried without them.
+# The library's dependencies require these packages of the extra too. Only the command line can be tested without them.
 ALWAYS_THERE = {"yaml", "filelock", "jinja2"}
 
-# Hides modules as if they were not installed: no finder of the process finds them.
+# Hides modules as if they were not installed: wraps every import finder so that it does not find them.
 BLOCK = """
 import sys
 
@@ -62,7 +61,7 @@ def project() -> dict[str, Any]:
 
 
 def names(requirements: list[str]) -> set[str]:
-    """The package names of requirements, without versions."""
+    """The names of the required packages, without versions."""
     return {requirement.partition(">=")[0].partition("==")[0] for requirement in requirements}
 
 

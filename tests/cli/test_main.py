@@ -1,4 +1,4 @@
-"""`lora-ga`: calling the sub-command, and its error messages."""
+"""`lora-ga` calls its sub-commands and reports their errors."""
 
 import importlib
 import subprocess

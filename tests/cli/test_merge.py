@@ -1,4 +1,4 @@
-"""`lora-ga merge` and the estimate's checkpoint, through the program's own entry."""
+"""`lora-ga merge`, and the shards of `lora-ga estimate` that it merges."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from toys import adapted, causal, llama
 
 
 def estimate_files(folder: Path, count: int = 3, seed: int = 0) -> list[str]:
-    """Estimate files of different batches of one model."""
+    """Writes estimates of one model, each from other batches; returns the files."""
     files = []
     for index in range(count):
         batches = causal(3 * count)[3 * index : 3 * index + 3]

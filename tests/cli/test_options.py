@@ -1,4 +1,4 @@
-"""Options: their checks, and the configuration file, which the command line overrides."""
+"""The options of the command line, their checks, and the configuration file."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -156,14 +156,15 @@ def test_choices_and_defaults_equal_those_of_the_library() -> None:
     assert defaults["estimate_batches"] == library.max_batches
 
 
-# What a test gives for each setting: a value that is not the default.
+# A value for each setting that differs from its default.
 OTHER: dict[str, Any] = {
     "direction": "random",
     "scale": "gd",
     "stable_gamma": 4.0,
     "reach": 0.5,
     "offset": "base",
-    "estimator": "streaming",  # the only one that goes with a tolerance
+    # The only estimator that takes a tolerance.
+    "estimator": "streaming",
     "oversample": 3,
     "power_steps": 1,
     "max_batches": 5,
@@ -178,7 +179,7 @@ def test_every_setting_of_the_library_is_an_option_of_train_and_estimate() -> No
     options = {OPTION_OF.get(name, name): value for name, value in OTHER.items()}
     given = job(*NEEDED, *(f"--{name}={value}" for name, value in options.items()))
     assert library_config(given.model, given.adapter, given.estimate) == LoraGAConfig(**OTHER)
-    # Where the adapter starts does not concern an estimate.
+    # `lora-ga estimate` has no options for the start of the adapter.
     options = {name: value for name, value in options.items() if name not in START}
     argv = [*NEEDED[:-2], "--output", "e.safetensors", *(f"--{name}={value}" for name, value in options.items())]
     model, _, _, estimate, _ = parse_with_config(config_parser(GROUPS, prog="lora-ga estimate"), argv)

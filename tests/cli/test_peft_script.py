@@ -1,4 +1,4 @@
-"""The example with PEFT's flow: it runs, and its start is aligned."""
+"""The example script with PEFT's flow runs, and its start is aligned."""
 
 import ast
 from pathlib import Path

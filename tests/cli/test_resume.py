@@ -1,4 +1,4 @@
-"""`lora-ga train --resume`: to the very same end as an unbroken run, or refused."""
+"""`lora-ga train --resume` ends with the results of an uninterrupted run, or is refused."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ RUN = {
     "learning_rate": 1e-3,
 }
 
-# Kills the process as nothing but the operating system can, in the middle of the second half.
+# Trains, and sends SIGKILL to the process after step 6 of 8.
 KILLED = """
 import os, signal, sys
 from lora_ga.cli import callbacks
@@ -53,7 +53,7 @@ def command(model: Path, data: Path, out: Path, **options: object) -> list[str]:
 
 
 def interrupted_copy(uninterrupted: Path, interrupted: Path) -> Path:
-    """The folder of a run as it is when the process dies after step 4 and before step 8."""
+    """Copies a run's folder and removes what a process that dies between steps 4 and 8 has not written yet."""
     shutil.copytree(uninterrupted, interrupted)
     (interrupted / "run.json").unlink()
     shutil.rmtree(interrupted / "checkpoints" / "checkpoint-8")
@@ -62,13 +62,14 @@ def interrupted_copy(uninterrupted: Path, interrupted: Path) -> Path:
 
 
 def weights(folder: Path) -> bytes:
+    """The file of a run's trained weights."""
     (file,) = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
     return file.read_bytes()
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA-GA run that was not interrupted; its data lie beside it."""
+    """The folder of a finished LoRA-GA run; its data file is in the folder above."""
     folder = tmp_path_factory.mktemp("unbroken")
     rows = [{"text": text(number, 5 + number % 4), "label": ("good", "bad")[number % 2]} for number in range(40)]
     assert main(command(bert, write_rows(folder / "data.jsonl", rows), folder / "run")) == 0
@@ -126,7 +127,7 @@ def test_a_killed_run_resumes_to_the_same_result(bert: Path, uninterrupted: Path
 def test_a_resumed_run_may_remove_the_checkpoint_it_started_from(
     bert: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    # Only the last two checkpoints are kept: with one at every step, that of step 6 is gone at the end.
+    # Only the last two checkpoints are kept. With one at each step, that of step 6 is removed before the end.
     argv = command(bert, uninterrupted.parent / "data.jsonl", tmp_path / "broken", save_steps=1)
     killed = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -73,7 +73,7 @@ def test_every_method_learns_every_task(
         pytest.importorskip("trl", reason="install the extra 'trl' to run this test")
     data = request.getfixturevalue("labelled_texts" if task == "seq-cls" else "prompts")
     folder = request.getfixturevalue(model)
-    # At full fine-tuning's rate a small start moves these toys in twelve steps by less than batches differ.
+    # At the rate of full fine-tuning, twelve steps of a LoRA change the loss less than it varies between batches.
     rate = QUICK["learning_rate"] if method == "full" else 1e-2
     options = {"method": method, "task": task, "max_steps": 12, "eval_file": data, "learning_rate": rate, **columns}
     record = run(folder, data, tmp_path / "run", **options)
@@ -101,11 +101,12 @@ def test_the_record_and_the_folder_hold_what_comparisons_read(bert: Path, labell
     assert 0 < seconds["estimate"] < seconds["total"]
     assert 0 < seconds["train"] < seconds["total"]
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
-    # Half of what LoRA-GA saves is its start; the head is trained as a whole, and saved under one name.
+    # Half of a saved LoRA-GA factor is its start. The head trains in full and is saved once.
     trained = sum(tensor.numel() // (2 if "lora_" in name else 1) for name, tensor in saved.items())
     assert record["trainable_parameters"] == trained
     assert AutoTokenizer.from_pretrained(out / "adapter")("a b")["input_ids"] == [3, *map(VOCABULARY.get, "ab"), 4]
-    assert len(lora_ga.GradientEstimate.load(out / "estimate.safetensors")) == 13  # 6 a layer, and the pooler
+    # Six layers in each of the two blocks, and the pooler.
+    assert len(lora_ga.GradientEstimate.load(out / "estimate.safetensors")) == 13
     assert not any(path.name.startswith(".") for path in out.rglob("*"))
 
 
@@ -159,7 +160,7 @@ def test_the_adapter_works_with_stock_peft_on_the_original_base(
     assert found.loss.item() == pytest.approx(record["metrics"]["eval_loss"], abs=1e-5 if dtype == "float32" else 1e-2)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
-    # Transformers finds base and adapter by the adapter's folder alone.
+    # Transformers loads the base and the adapter from the adapter's folder alone.
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter").eval()
     with torch.no_grad():
         assert whole(**batch, labels=labels).loss.item() == pytest.approx(found.loss.item(), abs=1e-6)

@@ -1,4 +1,4 @@
-"""A suite that runs in seconds: a tiny Llama on a short text, a tiny BERT on a few rows."""
+"""A toy suite that runs in seconds, a toy hub, a local judge, and a stand-in for the harness."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ METHODS = {
 
 
 def write_models(folder: Path) -> None:
+    """Saves a Llama and a BERT of one layer, with their tokenizers."""
     sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     set_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32, max_position_embeddings=64)).save_pretrained(
@@ -43,7 +44,7 @@ def write_models(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The suite's file; models and data lie beside it."""
+    """The file of a toy suite: a tiny Llama on a short text, a tiny BERT on a few rows, all in one folder."""
     folder = tmp_path_factory.mktemp("toy")
     write_models(folder)
     words = [WORDS[(3 * number + number // 7) % 10] for number in range(2000)]
@@ -82,7 +83,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """All that the published suites name, at toy size."""
+    """The models and data that the published suites name, at toy size."""
     folder = tmp_path_factory.mktemp("places")
     write_hub(folder / "hub")
     write_data(folder / "data")
@@ -90,13 +91,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 
 
 class JudgeHandler(BaseHTTPRequestHandler):
-    """A judge: says the next of the server's answers, or the last again."""
+    """A judge's endpoint: sends the next of the server's answers; repeats the last one."""
 
     def do_POST(self) -> None:
         self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))  # type: ignore[attr-defined]
         self.server.headers.append({name.lower(): value for name, value in self.headers.items()})  # type: ignore[attr-defined]
-        said = self.server.answers  # type: ignore[attr-defined]
-        code, text = said.pop(0) if len(said) > 1 else said[0]
+        answers = self.server.answers  # type: ignore[attr-defined]
+        code, text = answers.pop(0) if len(answers) > 1 else answers[0]
         if code == 0:
             self.server.silence.wait(5)  # type: ignore[attr-defined]
             return
@@ -105,16 +106,17 @@ class JudgeHandler(BaseHTTPRequestHandler):
         self.wfile.write(text if isinstance(text, bytes) else json.dumps(completion(text)).encode())
 
     def log_message(self, *_: Any) -> None:
-        """Not on the test's output."""
+        """Logs nothing."""
 
 
 def completion(text: str) -> dict[str, Any]:
+    """The body of a chat completion."""
     return {"choices": [{"message": {"role": "assistant", "content": text}}]}
 
 
 @pytest.fixture
 def judge_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A judge on this machine; `answers` are what it will say, `asked` and `headers` what it was sent."""
+    """A judge on this machine: `answers` are its next answers, `asked` and `headers` the requests it received."""
     server: Any = HTTPServer(("127.0.0.1", 0), JudgeHandler)
     server.answers, server.asked, server.headers = [(200, "Rating: [[7]]")], [], []
     server.silence = threading.Event()
@@ -131,7 +133,7 @@ def judge_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of lm-evaluation-harness: does with a task what the harness does, and hands over what it would count."""
+    """Stands in for lm-evaluation-harness: runs a task as the harness does, and returns the mean score."""
 
     class Wrapped:
         def __init__(self, pretrained: Any, tokenizer: Any, **_: Any) -> None:
@@ -142,8 +144,8 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> None:
         most = config["generation_kwargs"]["max_gen_toks"]
         values = []
         for doc in config["custom_dataset"]()[config["test_split"]]:
-            said = judge.answer(wrapped.model, wrapped.tokenizer, config["doc_to_text"](doc), 0.0, most)
-            values.append(config["process_results"](doc, [said])[config["task"]])
+            answer = judge.answer(wrapped.model, wrapped.tokenizer, config["doc_to_text"](doc), 0.0, most)
+            values.append(config["process_results"](doc, [answer])[config["task"]])
         return {"results": {config["task"]: {f"{config['task']},none": sum(values) / len(values)}}}
 
     stubs = {name: ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")}

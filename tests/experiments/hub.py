@@ -1,4 +1,4 @@
-"""Everything the published suites name, at toy size: a hub folder, a data folder, tiny models with random weights."""
+"""What the published suites name, at toy size: a hub folder, a data folder, tiny models with random weights."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ SETTINGS = {"batch_size": 4, "length": 40, "rank": 2, "samples": 8, "tune_rows":
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A jsonl file."""
+    """Writes a jsonl file, compressed if its name ends in .gz."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
 def save_tokenizer(folder: Path, template: str | None = None) -> None:
-    """One token a word of `VOCABULARY`."""
+    """Saves a tokenizer with one token for each word of `VOCABULARY`."""
     words = Tokenizer(WordLevel({word: number for number, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     if template is not None:
@@ -56,14 +56,14 @@ def save_tokenizer(folder: Path, template: str | None = None) -> None:
 
 
 def save_llama(folder: Path) -> None:
-    """One layer, width 16."""
+    """Saves a Llama of one layer and width 16, with its tokenizer."""
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(**SIZES, **shape, max_position_embeddings=512, eos_token_id=2)).save_pretrained(folder)
     save_tokenizer(folder)
 
 
 def write_hub(folder: Path) -> None:
-    """What `hub:` names mean, each under its name as `hf download` leaves it."""
+    """Writes the models and data sets of all `hub:` names, in folders as `hf download` makes them."""
     set_seed(0)
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     T5ForConditionalGeneration(T5Config(**SIZES, **t5, decoder_start_token_id=0, eos_token_id=2)).save_pretrained(
@@ -102,13 +102,13 @@ def write_hub(folder: Path) -> None:
 
 
 def card(folder: Path, configurations: list[dict[str, Any]]) -> None:
-    """A data set's README, which says its configurations."""
+    """Writes a data set's README, which lists its configurations."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configurations})}---\n")
 
 
 def write_data(folder: Path) -> None:
-    """What `data:` names mean, and a tiny BERT in place of the packaged one."""
+    """Writes the files of all `data:` names, and a tiny BERT in place of the packaged model."""
     set_seed(0)
     for name in ("stories260k", "babyllama105"):
         save_llama(folder / "models" / name)
@@ -143,16 +143,16 @@ def write_data(folder: Path) -> None:
 
 
 def toy_suite(name: str, folder: Path, labels: Sequence[str], **changes: Any) -> Path:
-    """A published suite at toy size: its own tasks, columns, prompts and methods; tiny models, few rows, few steps.
+    """Writes a published suite at toy size: the same tasks, columns, prompts and methods, but few rows and steps.
 
     Args:
-        name: Of the suite.
-        folder: Where its file goes.
-        labels: The variants that are kept.
-        **changes: Of the suite.
+        name: The suite's name.
+        folder: The folder for the file.
+        labels: The variants to keep.
+        **changes: Other values for keys of the suite.
 
     Returns:
-        The file.
+        The suite's file.
     """
     suite = yaml.safe_load(available()[name].read_text(encoding="utf-8"))
     suite["settings"] |= SETTINGS | {"steps": 3, "eval_steps": 3}

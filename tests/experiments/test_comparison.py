@@ -147,7 +147,7 @@ def test_comparing_no_runs_is_refused() -> None:
         compare_runs([])
 
 
-def test_only_options_that_differ_are_listed_and_versions_always(tmp_path: Path) -> None:
+def test_only_options_that_differ_are_listed(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", learning_rate=3e-3, versions={"torch": "3"})]
     comparison = compare_runs(runs)
     assert differences_table(comparison).rows == [["learning_rate", "0.001", "0.003"]]

@@ -1,4 +1,4 @@
-"""A suite from end to end, at toy size."""
+"""The grid of a suite runs from end to end, at toy size."""
 
 import math
 import os
@@ -112,7 +112,7 @@ def test_a_killed_process_leaves_a_record_that_names_the_signal(toy: Path, tmp_p
 
 
 class Fatal:
-    """In place of a `Place`: kills the process that unpacks it."""
+    """Stands in for a `Place`, and kills the process that unpickles it."""
 
     device, commit = "cpu", None
 
@@ -161,6 +161,7 @@ def test_a_loss_that_is_not_finite_ends_a_run(loss: float) -> None:
 def test_a_loss_that_explodes_ends_a_run_and_a_single_peak_does_not() -> None:
     high = 2.0 * EXPLODED
     check_loss([1.0] * WINDOW + [high])
-    check_loss([1.0] + [high] * (WINDOW - 2))  # too early to say
+    # Too few steps to judge.
+    check_loss([1.0] + [high] * (WINDOW - 2))
     with pytest.raises(DivergedError, match=f"the training loss is 20 at step {WINDOW + 1}, it began at 1"):
         check_loss([1.0] + [high] * WINDOW)

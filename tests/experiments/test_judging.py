@@ -1,4 +1,4 @@
-"""Judging a trained model's answers: numbers, programs, and a judge that is wrong, late, absent or speaks nonsense."""
+"""A trained model's answers are scored by their numbers, by running programs, or by a judge, which may fail."""
 
 from __future__ import annotations
 
@@ -81,15 +81,14 @@ def test_a_program_counts_only_if_it_passes_the_tests(
 
 @pytest.fixture
 def chat(sources: Sources, tmp_path: Path) -> Cell:
-    """A cell that ends at the judge."""
+    """A cell whose answers a judge rates."""
     suite = load_suite(str(toy_suite("llama2-chat", tmp_path, ["lora"])))
     return cell_of(suite, "chat", "lora", 1e-3, 0)
 
 
 def test_every_turn_is_rated_and_the_mean_is_reported(chat: Cell, sources: Sources, judge_server: Any) -> None:
-    judge_server.answers = [
-        (200, f"well. Rating: [[{value}]]") for value in (9, 1, 2, 8, 10)
-    ]  # the first tries the judge
+    # The first answer is for the question that tries the judge.
+    judge_server.answers = [(200, f"well. Rating: [[{value}]]") for value in (9, 1, 2, 8, 10)]
     record = run_cell(chat, Place(sources))
     assert record["status"] == "done", record
     found = record["metrics"]["report"]
@@ -97,7 +96,8 @@ def test_every_turn_is_rated_and_the_mean_is_reported(chat: Cell, sources: Sourc
     _, first, _, third, fourth = judge_server.asked
     assert {asked["model"] for asked in judge_server.asked} == {"gpt-4"}
     assert first["messages"][1]["content"].startswith("the cat ?")
-    assert third["messages"][1]["content"].startswith("the cat ? one ")  # a question of mathematics: with its reference
+    # A question of mathematics is sent with its reference answer.
+    assert third["messages"][1]["content"].startswith("the cat ? one ")
     assert re.match(r"one .* two ", fourth["messages"][1]["content"])
 
 
@@ -150,7 +150,8 @@ def test_a_judge_without_an_address_or_out_of_reach_is_reported(
     monkeypatch.delenv("OPENAI_BASE_URL")
     record = run_cell(chat, Place(sources))
     assert "none is named. Set OPENAI_BASE_URL" in record["reason"]
-    assert record["curves"]["training"] == []  # said before training, and not after
+    # Found before training, not after it.
+    assert record["curves"]["training"] == []
 
 
 @pytest.mark.parametrize("body", [b'{"error": {"message": "wrong key: sk-secret"}}', b"wrong key: sk-secret"])
@@ -196,7 +197,7 @@ def test_after_a_failed_judge_the_saved_model_is_judged_without_training_again(
         failed = run_grid(suite, lines, store, place, workers=0)
         asked = judge_server.asked[1:3]
         assert {record["status"] for record in failed.values()} == {"failed"}
-        # The first cell was trained; those after it found out before training that the judge fails.
+        # The first cell was trained. The later ones tried the judge before training, and stopped.
         (digest,) = [name for name, record in failed.items() if record["curves"]["training"]]
         assert [path.name for path in store.unjudged().iterdir()] == [digest]
         judge_server.answers = [(200, "[[7]]")]
@@ -205,7 +206,8 @@ def test_after_a_failed_judge_the_saved_model_is_judged_without_training_again(
             patch.setattr("lora_ga.experiments.suites.run.train", fail_to_train)
             run_grid(suite, lines, store, replace(place, commit="def"), workers=0)
         found = store.records()[digest]
-        assert judge_server.asked[1:3] == asked  # the same model: it gives the same answers
+        # The same model gives the same answers.
+        assert judge_server.asked[1:3] == asked
         assert not store.unjudged().exists()
         records = run_grid(suite, lines, store, place, workers=0, retry=True)
     assert {record["status"] for record in records.values()} == {"done"}
@@ -241,7 +243,7 @@ def test_a_saved_model_is_restored_exactly(method: str, chat: Cell, sources: Sou
         if again:
             assert torch.equal(logits, expected)
         expected = logits
-    # A method that leaves the base alone does not save it once more.
+    # A method that does not change the base does not save it.
     changes_base = method in {"full", "pissa", "olora", "peft_lora_ga"}
     assert (
         any(re.search(r"mlp\.(?!.*lora_).*weight$", name) for name in saved_names(tmp_path / "saved")) == changes_base
@@ -279,12 +281,13 @@ def test_a_model_whose_saving_was_interrupted_is_trained_again(
     (folder / trained.TENSORS).write_bytes(b"1234")
     record = run_cell(chat, place)
     assert record["status"] == "done", record["reason"]
-    assert trained.is_saved(folder)  # until the record is in a store
+    # The model is kept until its record is in a store.
+    assert trained.is_saved(folder)
 
 
 @pytest.fixture
 def tasks(sources: Sources, tmp_path: Path) -> dict[str, Task]:
-    """Task name → task, of the three suites that judge answers."""
+    """Task name → task, of the three suites that score answers."""
     names = ("llama2-math", "llama2-code", "llama2-chat")
     suites = [load_suite(str(toy_suite(name, tmp_path, ["lora"]))) for name in names]
     return {name: task for suite in suites for name, task in suite.tasks.items()}

@@ -1,4 +1,4 @@
-"""Every published suite from end to end at toy size: its plan, its runs, its records, its report."""
+"""Every published suite runs from end to end at toy size: its plan, its cells, its records, its report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import RECIPES, available, load_suite
 from lora_ga.experiments.tasks import check
 
-# Suite → the variants that run here (all methods run on all kinds of task elsewhere), and what the runs report.
+# Suite → the variants that run here, and the metric they report. Other tests run all methods on all kinds of task.
 RUN = {
     "ablation": (["lora", "γ=16", "samples 4", "γ=4096"], "loss"),
     "glue-minilm": (["lora", "lora-ga γ=16"], "accuracy"),
@@ -41,7 +41,8 @@ def test_a_published_suite_runs_from_end_to_end(
     name: str, sources: Sources, tmp_path: Path, judge_server: Any, harness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels, metric = RUN[name]
-    monkeypatch.setattr("lora_ga.experiments.suites.cells.MOST_RATES", 3)  # a grid that does not grow
+    # With at most three rates, no grid grows.
+    monkeypatch.setattr("lora_ga.experiments.suites.cells.MOST_RATES", 3)
     suite = load_suite(str(toy_suite(name, tmp_path, labels)))
     with Store(tmp_path / "runs").locked() as store:
         records = run_grid(suite, suite.lines(), store, Place(sources), workers=0)
@@ -62,7 +63,8 @@ def test_a_published_page_and_its_pictures_are_drawn_from_the_published_records(
     files = readme_files(suite_document(load_suite(page.parent.name), records))
     assert files.pop(README_NAME).decode() == page.read_text()
     assert set(files) == {path.name for path in page.parent.glob("*.png")}
-    for name, content in files.items():  # another matplotlib may draw other pixels, but as many
+    # Another version of matplotlib may draw other pixels, but the size stays.
+    for name, content in files.items():
         with Image.open(io.BytesIO(content)) as drawn, Image.open(page.parent / name) as published:
             assert (drawn.size, drawn.mode) == (published.size, published.mode)
 
@@ -94,7 +96,7 @@ def test_the_plan_counts_the_cells_of_both_protocols_with_all_their_seeds(
     monkeypatch.setenv("LORA_GA_DATA", str(sources.data))
     path = toy_suite("llama2-math", tmp_path, ["lora", "full"], seeds=3)
     assert main(["reproduce", str(path), "--dry-run", "--store", str(tmp_path / "runs")]) == 0
-    # For each of the two: three rates, the paper's with three seeds, two more seeds at the best.
+    # Each of the two methods has three rates, three seeds at the paper's rate, and two more seeds at the best rate.
     assert "16 cells left" in capsys.readouterr().out
 
 

@@ -53,7 +53,7 @@ def test_every_text_of_a_document_is_escaped() -> None:
     document = Document(HOSTILE, HOSTILE, [HOSTILE], [Section(HOSTILE, [HOSTILE, table])])
     page = html_page(document)
     assert "<script" not in page
-    assert page.count("&lt;script") == 8  # the title is there twice
+    assert page.count("&lt;script") == 8  # the title is on the page twice
     parser = Tags()
     parser.feed(page)
     assert parser.text.count(HOSTILE) == 8
@@ -92,7 +92,7 @@ def test_the_page_fetches_nothing(tmp_path: Path) -> None:
 def test_ids_are_unique_and_the_page_is_the_same_every_time(tmp_path: Path) -> None:
     comparison = compare_runs([make_run(tmp_path / "a")])
     page = page_html(comparison)
-    ids = re.findall(r'\bid="(m?[pc]?[0-9a-f]{10,})"', page)  # those that are referred to
+    ids = re.findall(r'\bid="(m?[pc]?[0-9a-f]{10,})"', page)  # the ids that something refers to
     assert len(ids) == len(set(ids)) > 0
     assert page == page_html(comparison)
 

@@ -1,4 +1,4 @@
-"""The store of run records: one file a suite, appended to, never rewritten, one run at a time, one version."""
+"""The store of run records: one append-only file per suite, one writer at a time, one format."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ def record(digest: str = DIGEST, suite: str = "toy", **changes: Any) -> dict[str
 
 
 def old_store(folder: Path, *records: dict[str, Any]) -> Path:
-    """A store as it was before: one JSON file for each record."""
+    """Writes a store in the old format: one JSON file per record."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / HEADER).write_text(json.dumps({"schema": 1, "kind": "lora-ga runs"}))
     for each in records:
@@ -95,7 +95,8 @@ def test_a_failed_cell_gets_a_second_record_and_keeps_the_first(tmp_path: Path) 
 def test_a_second_run_on_a_locked_store_is_refused(tmp_path: Path) -> None:
     with Store(tmp_path).locked(), pytest.raises(ValueError, match=f"another run .process {os.getpid()}. is adding"):
         Store(tmp_path).locked().__enter__()
-    with Store(tmp_path).locked() as store:  # free again
+    # The lock is free again.
+    with Store(tmp_path).locked() as store:
         store.add(record())
 
 
@@ -155,7 +156,8 @@ def test_an_incomplete_last_record_is_ignored_and_removed_before_the_next_one_is
         first = path.read_bytes()
         store.add(record("1" * 12))
     path.write_bytes(first + path.read_bytes()[len(first) :][:left])
-    assert list(Store(tmp_path).records()) == [DIGEST]  # reading changes nothing
+    assert list(Store(tmp_path).records()) == [DIGEST]
+    # Reading does not change the file.
     assert len(path.read_bytes()) > len(first)
     with Store(tmp_path).locked() as store:
         assert path.read_bytes() == first
@@ -220,7 +222,7 @@ def test_an_old_store_is_readable_and_takes_new_records(tmp_path: Path) -> None:
         store.add(record("1" * 12))
     found = Store(folder).records()["1" * 12]
     assert (found["status"], found["attempt"]) == ("done", 2)
-    # A version that knows single files alone must refuse the store, and not run everything again.
+    # A version that reads only single files must refuse the store, and not run everything again.
     assert json.loads((folder / HEADER).read_text())["schema"] == FORMAT
 
 
@@ -241,7 +243,8 @@ def test_compacting_keeps_every_attempt_once_in_one_file_per_suite(
         for number in range(10, 40):
             store.add(record(f"{number:012}", **texts))
         store.add(record("2" * 12))
-    (folder / f"copy{ENDING}").write_bytes((folder / f"toy{ENDING}").read_bytes())  # merged by copying
+    # A second file with the same records, as a user who merges two stores may leave it.
+    (folder / f"copy{ENDING}").write_bytes((folder / f"toy{ENDING}").read_bytes())
     before, size = Store(folder).records(), (folder / f"toy{ENDING}").stat().st_size
     compact.main([str(folder)])
     assert f"toy{ENDING}" in capsys.readouterr().out
@@ -251,7 +254,8 @@ def test_compacting_keeps_every_attempt_once_in_one_file_per_suite(
     assert (folder / f"toy{ENDING}").stat().st_size < size / 3
     content = (folder / f"toy{ENDING}").read_bytes()
     compact.main([str(folder)])
-    assert (folder / f"toy{ENDING}").read_bytes() == content  # equal records, equal files
+    # Equal records give equal files.
+    assert (folder / f"toy{ENDING}").read_bytes() == content
     with Store(folder).locked() as store:
         store.add(record("9" * 12))
     assert len(Store(folder).records()) == len(before) + 1
@@ -283,7 +287,8 @@ def test_compacting_a_missing_folder_is_refused(tmp_path: Path) -> None:
 def add_forever(folder: Path) -> None:
     with Store(folder).locked() as store:
         for number in range(10**6):
-            noise = os.urandom(20000).hex()  # does not compress: the write takes its time
+            # Random text compresses badly, so that a write takes long.
+            noise = os.urandom(20000).hex()
             store.add(record(f"{number:012}", text=noise))
 
 
@@ -302,7 +307,8 @@ def test_a_store_whose_writer_was_killed_holds_whole_records_and_takes_new_ones(
         found = Store(folder).records()
         assert all(len(each["text"]) == 40000 for each in found.values())
         assert sorted(found) == [f"{number:012}" for number in range(len(found))]
-        with Store(folder).locked() as store:  # the lock went with the process, and so did what it left half done
+        # The lock was freed with the process, and taking it removes an incomplete record.
+        with Store(folder).locked() as store:
             store.add(record("9" * 12))
         assert len(Store(folder).records()) == len(found) + 1
         added += len(found)

@@ -1,4 +1,4 @@
-"""Reports: the tables of known records, and equal files for equal records."""
+"""The report of a suite: its tables, notices and figures, on records with known values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BEST = {"full": 0.001, "lora": 0.00316}
 
 
 def record_of(cell: Cell, *, decay: float = 0.05, level: float = 1.0) -> dict[str, Any]:
-    """A run whose loss falls by `decay` a step, and is the better the closer its rate is to the method's best."""
+    """A record whose loss decays at the rate `decay`; results are best at the method's best learning rate."""
     distance = abs(math.log10(cell.learning_rate / BEST.get(cell.method, 0.001)))
     losses = [level + math.exp(-decay * step) + 0.001 * cell.seed for step in range(STEPS)]
     tune = {"loss": 1 + distance, "accuracy": 0.9 - 0.1 * distance}
@@ -50,7 +50,7 @@ Make = Callable[[Cell], dict[str, Any]]
 
 
 def complete(suite: Suite, make: Make = record_of) -> dict[str, dict[str, Any]]:
-    """The records of every cell."""
+    """The records of every cell that the suite needs."""
     records: dict[str, dict[str, Any]] = {}
     while cells := missing(suite, suite.lines(), records):
         records |= {cell.digest(): make(cell) for cell in cells}
@@ -59,7 +59,7 @@ def complete(suite: Suite, make: Make = record_of) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def suite(toy: Path) -> Suite:
-    """Two methods, and three that differ in one number."""
+    """Two methods, and three variants that differ in one number."""
     whole = load_suite(str(toy))
     gammas = {
         f"γ={value}": Variant("lora_ga", options={"stable_gamma": value}, rates=[-7, -6, -5]) for value in (4, 16, 64)
@@ -91,7 +91,7 @@ def test_times_on_another_device_are_left_out(suite: Suite) -> None:
 
 def test_a_line_shows_mean_and_standard_error_of_the_reported_split_at_the_best_rate(suite: Suite) -> None:
     text = text_of(suite, complete(suite))
-    # Seeds 0 and 1 have 2.0 and 2.1: mean 2.05, standard error 0.05. The tuning split says 1.
+    # Seeds 0 and 1 have 2.0 and 2.1: mean 2.05, standard error 0.05. On the tuning split it is 1.
     assert re.search(r"\| lora \| 0.00316 \| (\*\*)?2\.050 ± 0\.050(\*\*)? \| 2 of 2 \| 1 ± 0 \|", text)
     assert re.search(r"\| full \| \S*?2\.050 ± 0\.050 \(0.001\)\S* \| \S*?0\.790 ± 0\.010 \(0.001\)", text)
     assert "| lora | 2 ± 0 | 8 ± 0 | 11 ± 0 | 25.0% | 501 | 1,234 |" in text
@@ -106,7 +106,7 @@ def test_steps_are_counted_to_loras_final_loss_on_the_same_seed(suite: Suite) ->
     found = steps_to_loss(by_label["full"], by_label["lora"])
     assert found is not None
     assert list(found.reference) == [STEPS, STEPS]
-    # A mean over 10 steps of exp(-0.05 t) that ends at step 40 is as low as that of exp(-0.1 t) which ends at 24.
+    # The mean of exp(-0.1 t) over the 10 steps up to 24 is as low as that of exp(-0.05 t) over those up to 40.
     assert list(found.steps) == [24, 24]
     assert found.ratio == pytest.approx(0.6)
     assert steps_to_loss(by_label["lora"], by_label["lora"]).ratio == 1.0  # type: ignore[union-attr]
@@ -190,7 +190,8 @@ def test_three_variants_that_differ_in_one_number_form_a_series(suite: Suite) ->
 def test_equal_records_give_equal_files_in_any_order(suite: Suite) -> None:
     records = complete(suite)
     backwards = dict(reversed(list(records.items())))
-    foreign = {"f" * 12: {"status": "done"}}  # of another suite in the same store
+    # A record of another suite in the same store.
+    foreign = {"f" * 12: {"status": "done"}}
     assert report_files(suite_document(suite, records)) == report_files(suite_document(suite, backwards | foreign))
 
 
@@ -258,7 +259,8 @@ def test_figures_cut_off_exploding_losses_but_no_accuracies(suite: Suite) -> Non
         assert titles == ["training loss", *shown]
         return [axes.get_ylim()[1] for axes in figure.axes][1:]
 
-    # Evaluations: twice the smallest first loss, 1. Rates: the two panels share twice the smallest reported loss, 2.
+    # The evaluations end at twice the smallest first loss, which is 1.
+    # The two panels of rates end at twice the smallest reported loss, which is 2.
     assert tops("loss") == [2.0, pytest.approx(4.0), pytest.approx(4.0)]
     assert tops("accuracy")[0] > 0.9
     assert min(tops("accuracy")[1:]) > 0.8

@@ -135,7 +135,7 @@ def test_settings_that_are_not_numbers_are_checked_too(
 
 
 def run_sweep(first: list[int], score: Callable[[int], Score | None]) -> tuple[list[int], int | None]:
-    """Runs what a search asks for until it asks for nothing; the points in their order, and the best."""
+    """Runs the points that a sweep needs until it needs no more; returns them in their order, and the best."""
     ran: list[int] = []
 
     def result_at(point: int) -> tuple[bool, Score | None]:
@@ -171,7 +171,7 @@ def test_if_all_rates_diverge_smaller_ones_are_tried() -> None:
 
 def done(cell: Cell, loss: float, accuracy: float = 0.5) -> dict[str, Any]:
     tune = {"loss": loss, "accuracy": accuracy}
-    # The reported split says the opposite: nothing may be chosen by it.
+    # The reported split ranks the runs the other way round, because no choice may depend on it.
     return {"status": "done", "metrics": {"tune": tune, "report": {"loss": -loss, "accuracy": -accuracy}}}
 
 
@@ -181,6 +181,7 @@ def suite(toy: Path) -> Suite:
 
 
 def run_all(suite: Suite, lines: list[tuple[str, str]], result: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
+    """The records of all cells that the lines need, each made by `result`."""
     records: dict[str, Any] = {}
     while cells := missing(suite, lines, records):
         for cell in cells:
@@ -237,7 +238,8 @@ def test_a_digest_uses_the_setting_names_of_the_first_records() -> None:
         **{"steps": 1625, "rows": 32, "parts": 8, "length": 1024, "samples": 128, "every": 1000000, "recompute": True},
         **{"train_rows": 52000, "tune_rows": 1000, "report_rows": 1000, "dtype": "bfloat16"},
     }
-    assert cell.digest() == "0fd4764340fa"  # computed by the version whose suites had these names
+    # Computed by the version whose suites had these names.
+    assert cell.digest() == "0fd4764340fa"
 
 
 def test_todays_suites_find_every_published_record() -> None:

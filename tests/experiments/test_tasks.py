@@ -1,4 +1,4 @@
-"""Text-to-text and answers: batches, what is counted, which rows are kept, batches in parts, bfloat16."""
+"""The seq2seq and instruct tasks: batches, metrics, cleaned rows, gradient accumulation, and bfloat16."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_label_counts_as_right_exactly_if_greedy_decoding_writes_its_word(
     generated = model.generate(
         batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2, do_sample=False
     )
-    # Labels are what the model says for half of the rows, so that both outcomes occur.
+    # Every second row has the label that the model writes, so that both outcomes occur.
     labels = generated[:, 1:].clone()
     labels[::2] = (labels[::2] + 1) % len(VOCABULARY)
     with torch.no_grad():
@@ -123,7 +123,8 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(instruct
         )
         prepared = prepare(replace(instruct_cell, settings=settings), sources)
         batch = next(prepared.train_batches)
-        batch["labels"][0, :-3] = IGNORED  # rows with unequal numbers of labels
+        # The rows get unequal numbers of labels.
+        batch["labels"][0, :-3] = IGNORED
         model = prepared.base.requires_grad_(True)
         losses.append(accumulate_gradients(prepared, model, batch, settings, "cpu"))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -139,11 +140,11 @@ def test_a_bfloat16_base_is_trained_in_float32(
 ) -> None:
     seen: list[Any] = []
 
-    def looked(model: Any, device: str) -> Any:
+    def recording_autocast(model: Any, device: str) -> Any:
         seen.append({p.dtype for p in model.parameters() if p.requires_grad})
         return autocast(model, device)
 
-    monkeypatch.setattr("lora_ga.experiments.suites.training.autocast", looked)
+    monkeypatch.setattr("lora_ga.experiments.suites.training.autocast", recording_autocast)
     cell = replace(
         instruct_cell,
         method=method,
@@ -181,6 +182,6 @@ def test_too_few_rows_are_refused(instruct_cell: Cell, sources: Sources) -> None
 
 
 def test_the_digest_depends_on_the_input_but_not_on_what_is_only_checked_or_compared(seq2seq_cell: Cell) -> None:
-    looked = replace(seq2seq_cell, task=replace(seq2seq_cell.task, fields={"model_type": "t5"}, choose="loss"))
-    assert looked.digest() == seq2seq_cell.digest()
+    alike = replace(seq2seq_cell, task=replace(seq2seq_cell.task, fields={"model_type": "t5"}, choose="loss"))
+    assert alike.digest() == seq2seq_cell.digest()
     assert replace(seq2seq_cell, task=replace(seq2seq_cell.task, input="{text}")).digest() != seq2seq_cell.digest()
