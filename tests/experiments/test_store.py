@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from lora_ga.experiments.records import compact, gzip_lines
+from lora_ga.experiments.records import gzip_lines
 from lora_ga.experiments.records.store import ENDING, FORMAT, HEADER, SCHEMA, Store
+from lora_ga.experiments.records.store import main as store_command
 
 DIGEST = "0" * 12
 
@@ -246,14 +247,14 @@ def test_compacting_keeps_every_attempt_once_in_one_file_per_suite(
     # A second file with the same records, as a user who merges two stores may leave it.
     (folder / f"copy{ENDING}").write_bytes((folder / f"toy{ENDING}").read_bytes())
     before, size = Store(folder).records(), (folder / f"toy{ENDING}").stat().st_size
-    compact.main([str(folder)])
+    store_command([str(folder)])
     assert f"toy{ENDING}" in capsys.readouterr().out
     assert sorted(path.name for path in folder.glob("[!.]*")) == [f"other{ENDING}", HEADER, f"toy{ENDING}"]
     assert Store(folder).records() == before
     assert len(Store(folder).attempts()) == len(before) + 1
     assert (folder / f"toy{ENDING}").stat().st_size < size / 3
     content = (folder / f"toy{ENDING}").read_bytes()
-    compact.main([str(folder)])
+    store_command([str(folder)])
     # Equal records give equal files.
     assert (folder / f"toy{ENDING}").read_bytes() == content
     with Store(folder).locked() as store:
@@ -274,14 +275,14 @@ def test_interrupted_compacting_loses_nothing(tmp_path: Path, monkeypatch: pytes
             store.compact()
         patch.undo()
     assert Store(folder).records() == before
-    compact.main([str(folder)])
+    store_command([str(folder)])
     assert Store(folder).records() == before
     assert Store(folder).single_files() == []
 
 
 def test_compacting_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such folder. Give the folder of a store"):
-        compact.main([str(tmp_path / "nothing")])
+        store_command([str(tmp_path / "nothing")])
 
 
 def add_forever(folder: Path) -> None:

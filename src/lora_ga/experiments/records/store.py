@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,29 @@ def _checked(path: Path, record: Any) -> Record:
     if found != SCHEMA:
         raise ValueError(f"{path}: written in format {found}, this version reads format {SCHEMA}.")
     return record
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepares the store in a folder for publication, converts an old one, and prints its files; see `Store.compact`.
+
+    Args:
+        argv: The arguments; by default those of the command line.
+
+    Raises:
+        ValueError: The folder does not exist or is not a store.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_ga.experiments.records.store",
+        description="Prepares the store in a folder for publication: one compact file for each suite.",
+    )
+    parser.add_argument("folder", type=Path, help="the folder of the store")
+    folder = parser.parse_args(argv).folder
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder. Give the folder of a store.")
+    with Store(folder).locked() as store:
+        for path in store.compact():
+            print(f"{path} ({path.stat().st_size} bytes)")
+
+
+if __name__ == "__main__":
+    main()
