@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +36,7 @@ class GradientEstimate(Mapping[str, LowRank]):
         missing: Layer without a usable gradient → the reason; empty unless `on_missing="lora"`.
         settled: Layer that converged before the end (see `LoraGAConfig.tolerance`) → batches read until then.
         settled_weight: The same layers → label tokens read until then.
+        merged_from: Digests of the estimates that were added up to this one; empty if it is not a sum.
     """
 
     layers: Mapping[str, LowRank]
@@ -44,6 +47,7 @@ class GradientEstimate(Mapping[str, LowRank]):
     missing: Mapping[str, str] = dataclasses.field(default_factory=dict)
     settled: Mapping[str, int] = dataclasses.field(default_factory=dict)
     settled_weight: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    merged_from: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LowRank:
         return self.layers[name]
@@ -91,6 +95,7 @@ class GradientEstimate(Mapping[str, LowRank]):
             "missing": dict(self.missing),
             "settled": dict(self.settled),
             "settled_weight": dict(self.settled_weight),
+            "merged_from": list(self.merged_from),
             "norms": {name: layer.norm for name, layer in self.layers.items()},
             "versions": {"lora_ga": __version__, "torch": torch.__version__},
         }
@@ -126,10 +131,14 @@ class GradientEstimate(Mapping[str, LowRank]):
             rest = {key: about[key] for key in ABOUT}
         except KeyError as error:
             raise ValueError(f"{path}: damaged, {error} is missing. Make the estimate again.") from error
-        return cls(layers, config, **rest)
+        # Files of earlier versions do not have this entry.
+        return cls(layers, config, **rest, merged_from=tuple(about.get("merged_from", ())))
 
     def merge(self, *others: GradientEstimate) -> GradientEstimate:
         """Add up estimates of one model on different batches, weighted by their label tokens.
+
+        A layer (or expert) that is missing from an estimate got no gradient there: it adds zero, and its label tokens
+        count all the same. So estimates may be added up in any order and grouping.
 
         Args:
             *others: Estimates of the same model with the same settings.
@@ -138,20 +147,20 @@ class GradientEstimate(Mapping[str, LowRank]):
             The estimate over all batches. It differs from that of one run by the directions that no part keeps.
 
         Raises:
-            ValueError: The estimates differ in model, settings or layers.
+            ValueError: The estimates differ in model, settings or layers, or a part is in two of them.
         """
+        every = (self, *others)
         for index, other in enumerate(others, start=2):
             self._check_same_kind(other, index)
-        every = (self, *others)
+        _check_pairs(every)
         layers, settled, settled_weight = {}, {}, {}
         for name in dict.fromkeys(name for estimate in every for name in estimate):
-            having = [estimate for estimate in every if name in estimate]
-            total = sum(estimate.weight_of(name) for estimate in having)
-            parts = [(estimate[name], estimate.weight_of(name) / total) for estimate in having]
+            total = sum(estimate.weight_of(name) for estimate in every)
+            parts = [(each[name], each.weight_of(name) / total) for each in every if name in each]
             omega = low_rank.probes(parts[0][0].V.shape[0], self.config.seed)
             layers[name] = low_rank.merge(parts, parts[0][0].S.numel(), omega)
-            if any(name in estimate.settled for estimate in having):
-                settled[name] = sum(estimate.settled.get(name, estimate.batches) for estimate in having)
+            if any(name in estimate.settled for estimate in every):
+                settled[name] = sum(estimate.settled.get(name, estimate.batches) for estimate in every)
                 settled_weight[name] = total
         return GradientEstimate(
             layers,
@@ -162,6 +171,7 @@ class GradientEstimate(Mapping[str, LowRank]):
             missing={name: reason for name, reason in self.missing.items() if name not in layers},
             settled=settled,
             settled_weight=settled_weight,
+            merged_from=tuple(digest for estimate in every for digest in estimate._digests()),
         )
 
     def weight_of(self, name: str) -> float:
@@ -172,11 +182,20 @@ class GradientEstimate(Mapping[str, LowRank]):
         """The share of ‖G‖² that the estimate keeps, layer → number between 0 and 1 (see `LowRank.held`)."""
         return {name: layer.held for name, layer in self.layers.items()}
 
+    def _digests(self) -> tuple[str, ...]:
+        """Digests of the estimates that were added up to this one; the digest of this one if it is not a sum."""
+        if self.merged_from:
+            return self.merged_from
+        total = hashlib.sha256(f"{self.fingerprint} {self.weight!r} {self.batches}".encode())
+        for name in sorted(self):
+            total.update(f"{name} {self[name].norm!r} {self[name].S.double().tolist()!r}".encode())
+        return (total.hexdigest()[:16],)
+
     def _check_same_kind(self, other: GradientEstimate, index: int) -> None:
-        """Refuse the `index`-th estimate of a sum if it has another model, other settings, layers or ranks.
+        """Refuse the `index`-th estimate of a sum if it has another model, other settings or other layers.
 
         Raises:
-            ValueError: It has, with the first differences; or both are the same estimate.
+            ValueError: It has, with the first differences.
         """
         pair = f"Estimates 1 and {index}"
         mine, theirs = ({"fingerprint": each.fingerprint, "config": each.config.to_dict()} for each in (self, other))
@@ -185,13 +204,33 @@ class GradientEstimate(Mapping[str, LowRank]):
         layers = {*self, *self.missing} ^ {*other, *other.missing}
         if layers:
             raise ValueError(f"{pair} differ in their layers: {', '.join(sorted(layers)[:3])}.")
-        common = [name for name in self if name in other]
-        for name in common:
-            held, others = self[name].S.numel(), other[name].S.numel()
-            if held != others:
-                raise ValueError(f"{pair} hold {held} and {others} directions of {name}; make both with one rank.")
-        if common and all(torch.equal(self[name].S, other[name].S) for name in common):
+
+
+def _check_pairs(estimates: Sequence[GradientEstimate]) -> None:
+    """Refuse estimates of a sum that hold unlike numbers of directions, or a part that would count twice.
+
+    Every pair is compared: the first estimate may lack a layer that two others have.
+
+    Args:
+        estimates: The estimates, in the order in which the caller gave them.
+
+    Raises:
+        ValueError: Two of them do; the message gives their numbers, from 1.
+    """
+    digests = [set(estimate._digests()) for estimate in estimates]
+    for first, second in itertools.combinations(range(len(estimates)), 2):
+        pair = f"Estimates {first + 1} and {second + 1}"
+        one, other = estimates[first], estimates[second]
+        for name in one:
+            if name in other and (mine := one[name].S.numel()) != (theirs := other[name].S.numel()):
+                raise ValueError(f"{pair} hold {mine} and {theirs} directions of {name}; make both with one rank.")
+        if digests[first] == digests[second]:
             raise ValueError(f"{pair} are one and the same, which would count twice. Leave one out.")
+        if digests[first] & digests[second]:
+            raise ValueError(
+                f"{pair} contain the same estimate, which would count twice: at least one of them is a sum. Add up the "
+                "single estimates, each of them once."
+            )
 
 
 def measures(estimate: GradientEstimate, ranks: Mapping[str, int]) -> dict[str, dict[str, float]]:
