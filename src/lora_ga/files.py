@@ -9,15 +9,16 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 # The version of the format that `write_tensors` writes.
@@ -88,7 +89,8 @@ def _replacing(target: Path, *, folder: bool) -> Iterator[Path]:
     """A temporary file or folder beside `target`, which replaces it at the end of the block.
 
     Everything is on the disk before the name appears. After an error the temporary one is removed and `target` is as it
-    was.
+    was. Permissions follow the umask of this process, or stay those of `target` if it exists (its owner can always
+    write).
 
     Args:
         target: The path to replace: a file, or a folder that is empty or does not exist.
@@ -98,19 +100,19 @@ def _replacing(target: Path, *, folder: bool) -> Iterator[Path]:
         The temporary path.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     if folder:
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        temporary.mkdir()
     else:
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(descriptor)
-        temporary = Path(name)
+        temporary.touch(exist_ok=False)
+    if target.exists():
+        temporary.chmod(stat.S_IMODE(target.stat().st_mode) | (stat.S_IRWXU if folder else stat.S_IRUSR | stat.S_IWUSR))
     try:
         yield temporary
         for written in temporary.rglob("*") if folder else [temporary]:
             if written.is_file():
                 with written.open("rb+") as file:
                     os.fsync(file.fileno())
-        temporary.chmod(0o755 if folder else 0o644)
         temporary.replace(target)
     except BaseException:
         if folder:
@@ -143,6 +145,20 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     with _replacing(Path(path), folder=True) as temporary:
         yield temporary
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to one plain safetensors file, atomically, without a second copy of them in memory.
+
+    Args:
+        path: The file.
+        tensors: Name → contiguous tensor.
+        metadata: The file's metadata.
+    """
+    with _replacing(Path(path), folder=False) as temporary:
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        temporary.chmod(mode)  # safetensors makes files that their owner alone can read, whatever the umask
 
 
 def check_empty(folder: str | Path) -> Path:

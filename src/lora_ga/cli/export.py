@@ -142,7 +142,7 @@ def copy_companions(adapter: Path, out: Path) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     if (adapter / LABELS).is_file():
-        shutil.copy(adapter / LABELS, out)
+        shutil.copyfile(adapter / LABELS, out / LABELS)  # without its permissions
 
 
 def merge(adapter: Path, out: Path, options: ExportOptions) -> None:

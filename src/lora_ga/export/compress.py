@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_ga.export.saved_adapter import read_adapter, scaling_of
-from lora_ga.files import check_empty, new_folder
+from lora_ga.files import check_empty, new_folder, write_safetensors
 from lora_ga.layers.targets import PREFIX
 
 
@@ -77,7 +76,7 @@ def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, fl
     values: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
     values |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     with new_folder(target) as folder:
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        write_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors, {"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True))
     return errors
 

@@ -26,11 +26,11 @@ import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_ga.adapter.save import FILE as SIDECAR
-from lora_ga.files import check_empty, new_folder
+from lora_ga.files import check_empty, new_folder, write_safetensors
 
 # The factors of linear and convolution layers, and of embeddings: letter → the dimension of the rank.
 FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<letter>[AB])(?P<weight>\.weight)?")
@@ -82,7 +82,7 @@ def convert_run(init: str | Path, final: str | Path, out: str | Path) -> dict[st
         joined[b] = torch.cat([b_0, tensors[b].float() - b_0], dim=JOINED_DIM["B"])
     with new_folder(target) as folder:
         contiguous = {key: tensor.contiguous() for key, tensor in joined.items()}
-        save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        write_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, contiguous, {"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(_rank_2r_config(config), indent=2, sort_keys=True))
         return _check_written(folder, pairs, tensors_0, tensors)
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_ga.files import write_atomically
+from lora_ga.files import write_atomically, write_safetensors
 
 TENSORS, FACTS = "model.safetensors", "facts.json"
 
@@ -47,7 +47,7 @@ def save(folder: Path, model: nn.Module, base: Mapping[int, str], facts: Mapping
     unchanged = {name for name, p in parameters if id(p) in base and not p.requires_grad and base[id(p)] == _digest(p)}
     # Clones, as safetensors refuses tensors that share memory (tied weights).
     tensors = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items() if name not in unchanged}
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    write_safetensors(folder / TENSORS, tensors, {"format": "pt"})
     write_atomically(folder / FACTS, json.dumps({"facts": facts, "unchanged": sorted(unchanged)}).encode())
 
 
