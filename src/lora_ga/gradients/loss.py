@@ -6,7 +6,8 @@ weighted by their numbers of label tokens; the unweighted mean is another gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,30 +71,76 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The default loss: the one that the model computes from a batch with labels.
 
     Args:
-        model: A model whose output has a `loss`.
+        model: A model that returns an output with a `loss`, a tuple that begins with the loss, or the loss alone.
         batch: Keyword arguments (a mapping) or positional ones (a tuple or list).
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        BatchError: The model computed no loss.
+        BatchError: The model takes no such batch, or computed no loss.
         TypeError: The batch is neither a mapping nor a sequence.
     """
-    if isinstance(batch, Mapping):
-        output, keys = model(**batch), ", ".join(map(str, batch))
-    elif isinstance(batch, (tuple, list)):
-        output, keys = model(*batch), f"{len(batch)} positional values"
-    else:
+    if not isinstance(batch, (Mapping, tuple, list)):
         raise TypeError(
             f"A batch is a {type(batch).__name__}; the default loss takes a dict or a tuple. Pass a loss_fn."
         )
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
+    args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
+    try:
+        output = model(*args, **kwargs)
+    except TypeError as error:
+        if (signature := _refusing_signature(model, args, kwargs)) is None:
+            raise
         raise BatchError(
-            f"The model returned no loss for a batch of {keys}. Add 'labels' to the batch, or pass a loss_fn"
-        )
+            f"The model takes no batch of {_described(batch)}: its arguments are {signature}. Make batches of these, "
+            "or pass a loss_fn(model, batch) that calls the model and returns the loss"
+        ) from error
+    loss = _loss_in(output)
+    if loss is None:
+        labelled = isinstance(batch, Mapping) and batch.get("labels") is not None
+        found = f"; it returned {_kind(output)}" if labelled or not isinstance(batch, Mapping) else ""
+        advice = "Pass a loss_fn" if found else "Add 'labels' to the batch, or pass a loss_fn"
+        raise BatchError(f"The model returned no loss for a batch of {_described(batch)}{found}. {advice}")
     return loss
+
+
+def _loss_in(output: Any) -> Tensor | None:
+    """The loss in a model's output: its `loss`, the first element of a tuple, or the output itself if it is a scalar.
+
+    Returns:
+        The loss; None if there is none.
+    """
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if (loss := getattr(output, "loss", None)) is not None:
+        return loss
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    # Predictions for a batch of one row may have one element, but then in one dimension or more.
+    return first if isinstance(first, Tensor) and first.dim() == 0 and first.is_floating_point() else None
+
+
+def _refusing_signature(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """The arguments of the base model's `forward`, if the given ones do not fit them; None if they fit."""
+    signature = inspect.signature(base_model(model).forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return f"({', '.join(signature.parameters)})"
+    return None
+
+
+def _described(batch: Any) -> str:
+    """What a batch consists of, for messages."""
+    return ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"{len(batch)} positional values"
+
+
+def _kind(output: Any) -> str:
+    """What a model returned, for messages."""
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    if isinstance(output, (tuple, list)) and output:
+        return f"a {type(output).__name__} that begins with {_kind(output[0])}"
+    return f"a {type(output).__name__}"
 
 
 def counted_labels(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> float | None:
