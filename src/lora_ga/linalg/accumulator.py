@@ -56,7 +56,7 @@ class Accumulator(Protocol):
 
 
 def refuse_infinite(sums: Mapping[str, Tensor]) -> None:
-    """Refuse sums that are not finite. This is the only time in a batch that the host waits for the device.
+    """Refuse sums that are not finite. The host waits for the device here, and nowhere else in a batch.
 
     Args:
         sums: Layer → a tensor that is not finite if the layer's sum is not.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ from lora_ga.linalg.low_rank import PROBES, LowRank, estimated_norm, gaussian, m
 FRESH = 12
 # `first_directions` reads one token in so many, if enough tokens are left.
 STRIDE = 4
-# Columns of Q below this share of their length before, and singular values below this share of the largest, are
-# rounding noise of float32, and are replaced by zeros.
+# Columns of Q below this share of their length before are rounding noise, and are replaced by zeros.
 SPURIOUS = 1e-2
-NOISE = 1e-7
+# So are singular values below this share of the largest, by the dtype of the sums.
+NOISE = {torch.float32: 1e-7, torch.float64: 1e-14}
 # The number of layers truncated at once: enough to keep a device busy, few enough that their float64 copies stay small.
 STACKED = 8
 
@@ -32,10 +32,13 @@ STACKED = 8
 def orthonormal(y: Tensor) -> Tensor:
     """Columns with the span of those of `y`, orthonormal up to rounding.
 
-    Uses the Cholesky factor of the Gram matrix, in float64: a few thin products instead of the many small steps of
-    Householder's method, and no step at which the host waits for the device. If columns are linearly dependent, the
-    surplus ones come out short, or as zeros if only rounding noise is left of them. The method is the shifted Cholesky
-    QR of Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices" (2020).
+    For float32 it uses the Cholesky factor of the Gram matrix, in float64: a few thin products instead of the many
+    small steps of Householder's method, and no step at which the host waits for the device. If columns are linearly
+    dependent, the surplus ones come out short, or as zeros if only rounding noise is left of them. The method is the
+    shifted Cholesky QR of Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned
+    matrices" (2020).
+
+    A Gram matrix keeps only half of the digits of its columns. So for float64 it uses Householder's method.
 
     Args:
         y: (rows, columns), columns ≤ rows.
@@ -45,6 +48,9 @@ def orthonormal(y: Tensor) -> Tensor:
     """
     y64 = wide(y)
     y64 = y64 / y64.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    if y.dtype == torch.float64:
+        q64, r64 = torch.linalg.qr(y64)
+        return torch.where(r64.diagonal().abs() > NOISE[y.dtype], q64, 0.0)
     gram = y64.mT @ y64
     gram.diagonal().add_(1e-12)
     factor = torch.linalg.cholesky_ex(gram, check_errors=False).L
@@ -128,11 +134,28 @@ def _whitening(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     return vectors.flip(-1) * inverse[..., None, :], torch.where(kept, lengths, 0.0)
 
 
+def _singular(c_IQ: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of `Cᵀ`, in the dtype of C; zeros for those that are rounding noise.
+
+    Takes batches.
+
+    Returns:
+        U (…, Q, K), S (…, K), V (…, I, K).
+    """
+    p_IQ, r_QQ = torch.linalg.qr(c_IQ)
+    u_QQ, s_Q, vh_QQ = torch.linalg.svd(r_QQ.mT)
+    s_K = s_Q[..., :kept]
+    found = s_K > NOISE[c_IQ.dtype] * s_K[..., :1]
+    u_QK, v_IK = u_QQ[..., :kept], p_IQ @ vh_QQ.mT[..., :kept]
+    u_QK, v_IK = (torch.where(found[..., None, :], each, 0.0) for each in (u_QK, v_IK))
+    return u_QK, torch.where(found, s_K, 0.0), v_IK
+
+
 def truncate(q_OQ: Tensor, z_IQ: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triplets of the projection of M on the columns of Q, from Q and `Z = Mᵀ Q`.
 
-    `M ≈ Q (QᵀQ)⁻¹ Zᵀ`, so Q need not be exactly orthonormal. Only Gram matrices, Q × Q, are decomposed, in float64.
-    Takes batches: leading dimensions are those of a stack of layers.
+    `M ≈ Q (QᵀQ)⁻¹ Zᵀ`, so Q need not be exactly orthonormal. For float32, only Gram matrices, Q × Q, are decomposed, in
+    float64; a Z in float64 is decomposed itself. Takes batches: leading dimensions are those of a stack of layers.
 
     Args:
         q_OQ: (…, O, Q).
@@ -144,7 +167,10 @@ def truncate(q_OQ: Tensor, z_IQ: Tensor, kept: int) -> tuple[Tensor, Tensor, Ten
     """
     z64 = wide(z_IQ)  # its columns have the lengths of singular values, whose squares need more than float32
     whitening, _ = _whitening(wide(q_OQ.mT @ q_OQ), SPURIOUS)
-    rotation, lengths = _whitening(whitening.mT @ (z64.mT @ z64) @ whitening, NOISE)
+    if z_IQ.dtype == torch.float64:
+        left, lengths, v_IK = _singular(z64 @ whitening, kept)
+        return q_OQ @ (whitening @ left), lengths, v_IK
+    rotation, lengths = _whitening(whitening.mT @ (z64.mT @ z64) @ whitening, NOISE[z_IQ.dtype])
     right = (whitening @ rotation)[..., :kept]
     lengths = lengths[..., :kept]
     return q_OQ @ (right * lengths[..., None, :]).to(q_OQ), lengths.to(q_OQ), z_IQ @ right.to(z_IQ)
@@ -207,11 +233,11 @@ class Streaming:
     def __init__(self, sizes: Mapping[str, Size], power_steps: int, seed: int, *, watched: bool = False) -> None:
         self.sizes, self.power_steps, self.seed, self.watched = sizes, power_steps, seed, watched
         self.streams: dict[str, _Stream] = {}
-        self._random: dict[tuple[str, int, int, torch.device], Tensor] = {}
+        self._random: dict[tuple[str, int, int, torch.device, torch.dtype], Tensor] = {}
 
     def _gaussian(self, like: Tensor, columns: int, purpose: str) -> Tensor:
-        """Gaussian numbers for all layers with this number of inputs, drawn once and kept on each device."""
-        key = (purpose, like.shape[1], columns, like.device)
+        """Gaussian numbers for all layers with this number of inputs, drawn once, and kept by device and dtype."""
+        key = (purpose, like.shape[1], columns, like.device, like.dtype)
         if key not in self._random:
             drawn = gaussian(like.shape[1], columns, self.seed, purpose)
             self._random[key] = drawn.to(like)
@@ -231,9 +257,14 @@ class Streaming:
         return torch.cat([started_IK, random_IQ[:, known:]], dim=1)
 
     def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
-        """Add a block of tokens to a layer's sum."""
+        """Add a block of tokens to a layer's sum.
+
+        Raises:
+            FloatingPointError: A value in an earlier block of this batch was not finite.
+        """
         stream = self.streams.setdefault(name, _Stream())
         if stream.pending is not None:  # the layer ran twice in this batch
+            self._refuse_infinite([name])
             self._truncate([name])
         dtype = sum_dtype(g_TO.dtype)
         x_TI, g_TO = x_TI.to(dtype), g_TO.to(dtype)
@@ -255,7 +286,7 @@ class Streaming:
             FloatingPointError: A value in a block was not finite.
         """
         waiting = {name: stream for name, stream in self.streams.items() if stream.pending is not None}
-        refuse_infinite({name: stream.sketch for name, stream in waiting.items() if stream.sketch is not None})
+        self._refuse_infinite(waiting)
         shapes: dict[object, list[str]] = defaultdict(list)
         for name, stream in waiting.items():
             assert stream.pending is not None
@@ -264,6 +295,9 @@ class Streaming:
         for names in shapes.values():
             for first in range(0, len(names), STACKED):
                 self._truncate(names[first : first + STACKED])
+
+    def _refuse_infinite(self, names: Iterable[str]) -> None:
+        refuse_infinite({name: sum for name in names if (sum := self.streams[name].sketch) is not None})
 
     def _truncate(self, names: Sequence[str]) -> None:
         """Truncate layers of one shape in one stack."""
