@@ -38,12 +38,31 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Let torch's attention and encoder layers call their parts, as in training.
+
+    In evaluation mode, where no weight requires a gradient, they run one fused kernel: it calls no layer, ignores
+    adapters, passes no gradient, and packs padded batches into nested tensors.
+
+    Yields:
+        Nothing.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
 def isolated(model: PeftModel, adapter_name: str) -> Iterator[None]:
     """Prepare the model for an estimate, and restore it exactly on leaving, also after an error.
 
     Meanwhile no parameter requires a gradient, so no `.grad` changes. The adapter `adapter_name` is inactive; other
     active adapters stay active. All modules are in evaluation mode, so there is no dropout. Layers that checkpoint
-    their activations in training mode do so here too. No key-value cache is filled.
+    their activations in training mode do so here too. No key-value cache is filled. Torch's fused kernel for encoder
+    layers is off.
 
     Args:
         model: The model.
@@ -60,6 +79,7 @@ def isolated(model: PeftModel, adapter_name: str) -> Iterator[None]:
     config: Any = getattr(model.get_base_model(), "config", None)
     use_cache = getattr(config, "use_cache", None)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(unfused_attention())
         try:
             deactivate_adapter(model, adapter_name)
             for module, _ in modules:
