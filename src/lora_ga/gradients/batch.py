@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from lora_ga.gradients.isolation import computes_in_float16, input_device
+from lora_ga.gradients.isolation import computes_in_float16, grad_kept, input_device
 from lora_ga.gradients.loss import BatchError, LossFunction, weighed_loss
 
 
@@ -50,10 +50,25 @@ class BatchPass:
         """The loss of a batch, and the batch's weight in the mean of all."""
         return weighed_loss(self.model, send_to_device(batch, self.device), self.loss_fn)
 
-    def backward(self, loss: Tensor, weight: float) -> None:
-        """The backward pass of a batch, given its loss and its weight."""
-        if loss.requires_grad:  # otherwise no layer of the adapter ran; these are named after the pass
-            (loss * self._magnification(weight) if self.float16 else loss).backward()
+    def backward(self, loss: Tensor, weight: float, starts: Sequence[Tensor]) -> None:
+        """The backward pass of a batch. No other `.grad` changes than those of `starts`.
+
+        Args:
+            loss: The loss.
+            weight: The batch's weight.
+            starts: The leaves to which the pass has to go so that the gradients are recorded.
+        """
+        if not loss.requires_grad:  # no layer of the adapter ran; these are named after the pass
+            return
+        scaled = loss * self._magnification(weight) if self.float16 else loss
+        leaves, reentrant = _leaves(scaled)
+        if not reentrant:
+            scaled.backward(inputs=list(starts))
+            return
+        # A reentrant checkpoint makes a backward pass of its own, which accumulates in all leaves, and it refuses
+        # `inputs`. `Setup.isolated` keeps the `.grad` of the parameters that it uses inside.
+        with grad_kept([leaf for leaf in leaves if not any(leaf is start for start in starts)]):
+            scaled.backward()
 
     def scale(self, weight: float) -> float:
         """The factor that turns the gradients of `backward` into those of the batch's share in the sum of all."""
@@ -63,3 +78,26 @@ class BatchPass:
         """The factor of the loss in the backward pass: 1, or in float16 the power of two nearest to the weight."""
         # In float16 the gradients of a mean over many tokens would vanish. Multiplying by a power of two is exact.
         return 2.0 ** round(math.log2(weight)) if self.float16 else 1.0
+
+
+def _leaves(loss: Tensor) -> tuple[list[Tensor], bool]:
+    """The leaves in which a backward pass from a loss accumulates gradients.
+
+    Returns:
+        The leaves, and whether the graph has a reentrant checkpoint. What such a checkpoint uses inside is not in the
+        graph before the backward pass.
+    """
+    leaves, reentrant = [], False
+    waiting = [loss.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node: Any = waiting.pop()
+        name = type(node).__name__  # `node.name()` may be hidden by what a Function has stored in its `ctx`
+        if name == "AccumulateGrad":
+            leaves.append(node.variable)
+        # CheckpointFunction (torch, DeepSpeed), Unsloth_Offloaded_Gradient_Checkpointer and others.
+        reentrant = reentrant or "checkpoint" in name.lower()
+        following = {each for each, _ in node.next_functions if each is not None} - seen
+        seen |= following
+        waiting.extend(following)
+    return leaves, reentrant

@@ -35,11 +35,14 @@ class Coverage:
         ran: Layers that ran.
         got_gradient: Layers whose output got a gradient.
         remove_hooks: Layer → removes its hooks.
+        start: A leaf that every recorded layer depends on. A backward pass to this leaf alone reaches all of them, and
+            accumulates nothing elsewhere. Its own gradient stays None.
     """
 
     ran: set[str] = dataclasses.field(default_factory=set)
     got_gradient: set[str] = dataclasses.field(default_factory=set)
     remove_hooks: dict[str, Callable[[], None]] = dataclasses.field(default_factory=dict)
+    start: Tensor = dataclasses.field(default_factory=lambda: torch.zeros((), requires_grad=True))
 
 
 # Layers
@@ -51,8 +54,8 @@ def record_layers(
 ) -> Iterator[Coverage]:
     """Call `sink(name, x, g)` for every call of every layer, when its gradient arrives in the backward pass.
 
-    Where the output of a layer does not require a gradient, the graph starts there. All hooks are removed on leaving,
-    also after an error.
+    The graph starts at every layer, also where its output does not require a gradient (see `Coverage.start`). All hooks
+    are removed on leaving, also after an error.
 
     Args:
         layers: Layer name → module; x is its first argument.
@@ -77,10 +80,8 @@ def record_layers(
             coverage.ran.add(name)
             if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing; the second has gradients on
                 return output
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
             x = args[0] if args else next(iter(kwargs.values()))
-            return _RecordOutputGradient.apply(output, x.detach(), name, receive)
+            return _RecordOutputGradient.apply(output, x.detach(), coverage.start, name, receive)
 
         return hook
 
@@ -106,18 +107,18 @@ class _RecordOutputGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, name: str, receive: Sink) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, start: Tensor, name: str, receive: Sink) -> Tensor:
         ctx.save_for_backward(x)
         ctx.name, ctx.receive = name, receive
         # Neither `y` nor a view of it: autograd would not let the model change such an output in place.
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (g,) = gradients
         (x,) = ctx.saved_tensors
         ctx.receive(ctx.name, x, g)
-        return g, None, None, None
+        return g, None, None, None, None
 
 
 # Parameters that no layer applies
@@ -179,8 +180,8 @@ def _parameter_hooks(
                 "be recorded while its parameters are offloaded. Load the model without offloading this layer."
             )
         if torch.is_grad_enabled():
-            leaf = weight.detach().requires_grad_()
-            shadow_parameter(module, parameter, _RecordParameterGradient.apply(leaf, name, receive))
+            recorded = _RecordParameterGradient.apply(weight.detach(), coverage.start, name, receive)
+            shadow_parameter(module, parameter, recorded)
 
     def after(module: nn.Module, *_: Any) -> None:
         unshadow_parameter(module, parameter)
@@ -192,11 +193,11 @@ class _RecordParameterGradient(torch.autograd.Function):
     """The identity of a parameter; its backward pass calls `receive(name, ∂L/∂W)` and gives the parameter nothing."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, name: str, receive: Callable[[str, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, start: Tensor, name: str, receive: Callable[[str, Tensor], None]) -> Tensor:
         ctx.name, ctx.receive = name, receive
         return weight.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
         ctx.receive(ctx.name, gradients[0])
-        return None, None, None
+        return None, None, None, None

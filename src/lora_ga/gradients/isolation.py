@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,76 @@ def unfused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
+def grad_kept(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Set the `.grad` of leaves to None; on leaving, put the same tensors back, without a copy.
+
+    Args:
+        leaves: The leaves.
+
+    Yields:
+        Nothing.
+    """
+    kept = [(leaf, leaf.grad) for leaf in leaves]
+    try:
+        for leaf, _ in kept:
+            leaf.grad = None
+        yield
+    finally:
+        for leaf, gradient in kept:
+            leaf.grad = gradient
+
+
+@contextlib.contextmanager
+def called_modules_kept() -> Iterator[None]:
+    """Restore the `.grad` and the buffers of all modules that are called in the block, whoever owns them.
+
+    The loss may call modules outside the model: a head, a projector, a teacher. They are not known beforehand. So a
+    hook on all modules of the process notes what each has at its first call.
+
+    Yields:
+        Nothing.
+    """
+    called = _CalledModules()
+    handle = nn.modules.module.register_module_forward_pre_hook(called.note)
+    try:
+        yield
+    finally:
+        handle.remove()
+        called.restore()
+
+
+class _CalledModules:
+    """What modules had at their first call: the `.grad` of their parameters, and their buffers."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[nn.Parameter, Tensor | None] = {}
+        self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+
+    def note(self, module: nn.Module, _: Any) -> None:
+        """Note what a module has, unless it was called before."""
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and parameter not in self.gradients:
+                self.gradients[parameter] = parameter.grad
+                parameter.grad = None
+        if not module.training:  # normalisation layers update their running statistics in training mode alone
+            return
+        for name, buffer in module.named_buffers(recurse=False):
+            if (module, name) not in self.buffers and not buffer.is_meta:
+                self.buffers[module, name] = buffer, buffer.clone()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what was noted."""
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient
+        for (module, name), (buffer, values) in self.buffers.items():
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
 
 
 @contextlib.contextmanager

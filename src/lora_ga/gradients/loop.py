@@ -93,7 +93,7 @@ def _pass(
         return
     with held, batch_in_errors(number):
         recorder.scale = passes.scale(weight) if recorded else 0.0
-        passes.backward(loss, weight)
+        passes.backward(loss, weight, recorder.starts)
         if recorded:
             recorder.finish_batch(weight)
             if setup.checkpoint is not None and number % setup.checkpoint.every == 0:
@@ -128,7 +128,8 @@ def probe_reads(passes: BatchPass, batches: Sequence[Any]) -> ReadBatches:
                 # A copy, since a loss may take the labels out of the batch, which is read once more.
                 loss, weight = passes.forward(copy.copy(batch))
                 probes.scale = passes.scale(weight)
-                passes.backward(loss, weight)
+                passes.backward(loss, weight, probes.starts)
+                del loss  # the backward pass frees only the part of the graph that it has been through
                 probes.check_finite()
             total += weight
         return total

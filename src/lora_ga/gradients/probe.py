@@ -75,6 +75,12 @@ class Probes:
         for target in self.targets.values():
             activate_adapter(target.layer, self.adapter_name)
 
+    @property
+    def starts(self) -> list[Tensor]:
+        """The leaves to which a backward pass has to go: the weights of the probes in place."""
+        pairs = (entries(target.layer, self.adapter_name) for target in self.targets.values())
+        return [weight_of(factor) for pair in pairs for factor in pair]
+
     def check_finite(self) -> None:
         """Check the sums, after every batch.
 

@@ -84,6 +84,11 @@ class Recorder:
             self._remove_converged(self.tolerance)
 
     @property
+    def starts(self) -> list[Tensor]:
+        """The leaves to which a backward pass has to go so that the layers are recorded."""
+        return [self._coverage.start]
+
+    @property
     def all_converged(self) -> bool:
         """Whether every layer has converged, so that nothing is left to record."""
         return self.tolerance is not None and all(self._converged(target) for target in self.targets.values())

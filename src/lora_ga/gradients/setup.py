@@ -19,7 +19,13 @@ from lora_ga.distributed.tensor_parallel import check_together
 from lora_ga.files import fingerprint
 from lora_ga.gradients.checkpoint import Checkpoint, Progress
 from lora_ga.gradients.coverage import refuse_probe, report_missing
-from lora_ga.gradients.isolation import compute_device, input_device, isolated, random_state_kept
+from lora_ga.gradients.isolation import (
+    called_modules_kept,
+    compute_device,
+    input_device,
+    isolated,
+    random_state_kept,
+)
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.layers.targets import Target, find_targets
 from lora_ga.linalg.accumulator import Accumulator, Size
@@ -59,7 +65,13 @@ class Setup:
     def isolated(self) -> Iterator[None]:
         """The model as the estimate needs it, with gradients on; on leaving, everything is as it was."""
         eager = torch.compiler.set_stance("force_eager")  # compiled graphs do not call hooks
-        with random_state_kept(), torch.enable_grad(), eager, isolated(self.model, self.adapter_name):
+        with (
+            random_state_kept(),
+            called_modules_kept(),
+            torch.enable_grad(),
+            eager,
+            isolated(self.model, self.adapter_name),
+        ):
             yield
 
     @property
