@@ -23,6 +23,10 @@ from torch import Tensor, nn
 
 # The version of the format that `write_tensors` writes.
 SCHEMA = 2
+# An error about another base tries vocabularies that differ by up to this many tokens. It takes about a second.
+MOST_TOKENS_ADDED = 4096
+
+Shapes = set[tuple[str, tuple[int, ...]]]
 
 
 def base_model(model: Any) -> nn.Module:
@@ -33,8 +37,8 @@ def base_model(model: Any) -> nn.Module:
 def fingerprint(model: nn.Module) -> str:
     """A digest of a base model's structure: the paths of its modules and the shapes of their weights, not the values.
 
-    Adapters are left out, and linear layers count by their numbers of inputs and outputs. So a model has the same
-    fingerprint with and without an adapter, and plain or quantised.
+    Adapters and PEFT's wrappers are left out, and linear layers count by their numbers of inputs and outputs. So a
+    model has the same fingerprint with and without an adapter, and plain or quantised.
 
     Args:
         model: A base model, or a `PeftModel` around it.
@@ -42,14 +46,55 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    base = base_model(model)
-    shapes: set[tuple[str, tuple[int, ...]]] = set()
-    for name, module in base.named_modules():
+    return _digest_of_shapes(_shapes(model, wrappers=False))
+
+
+def another_base(model: nn.Module, recorded: str) -> str | None:
+    """How a model differs from the base model whose fingerprint a file has recorded.
+
+    Args:
+        model: A base model, or a `PeftModel` around it.
+        recorded: The fingerprint in the file.
+
+    Returns:
+        The difference, for an error message; None if the file is for this model.
+    """
+    found = fingerprint(model)
+    # Earlier versions took the shape that PEFT's wrapper of a tied head reports for the head's, but transposed.
+    if recorded in {found, _digest_of_shapes(_shapes(model, wrappers=True))}:
+        return None
+    difference = f"its fingerprint is {recorded}, this model's {found} (module names and weight shapes)"
+    sizes = _vocabulary_sizes(model, recorded)
+    if sizes is None:
+        return difference
+    return (
+        f"{difference}. Only the vocabulary differs: {sizes[1]} tokens there, {sizes[0]} in this model (see "
+        "resize_token_embeddings)"
+    )
+
+
+def _digest_of_shapes(shapes: Shapes) -> str:
+    return hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
+
+
+def _shapes(model: nn.Module, *, wrappers: bool) -> Shapes:
+    """The paths of a base model's linear layers and other parameters, and their shapes.
+
+    Args:
+        model: A base model, or a `PeftModel` around it.
+        wrappers: Whether PEFT's wrappers of whole modules count as well, as in earlier versions.
+
+    Returns:
+        Paths and shapes.
+    """
+    shapes: Shapes = set()
+    for name, module in base_model(model).named_modules():
         parts = name.split(".")
         adapter = any(part.startswith(("lora_", "trainable_tokens_")) or part == "modules_to_save" for part in parts)
-        if adapter or hasattr(module, "base_layer"):
+        wrapper = {"original_module", "modules_to_save"} <= {child for child, _ in module.named_children()}
+        if adapter or (wrapper and not wrappers) or hasattr(module, "base_layer"):
             continue
-        path = ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
+        path = _path_in_base(name)
         outputs, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
         if isinstance(outputs, int) and isinstance(inputs, int):
             shapes.add((path, (outputs, inputs)))
@@ -57,7 +102,43 @@ def fingerprint(model: nn.Module) -> str:
         for key, parameter in module.named_parameters(recurse=False):
             # A parameter that ZeRO-3 has partitioned is empty; DeepSpeed keeps its shape in `ds_shape`.
             shapes.add((f"{path}.{key}", tuple(getattr(parameter, "ds_shape", parameter.shape))))
-    return hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
+    return shapes
+
+
+def _path_in_base(name: str) -> str:
+    """A module's path without the steps that PEFT's wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module", "token_adapter"))
+
+
+def _vocabulary_sizes(model: nn.Module, recorded: str) -> tuple[int, int] | None:
+    """Whether a fingerprint is that of the model with another size of its vocabulary.
+
+    A fingerprint shows no sizes, so sizes near the model's are tried.
+
+    Returns:
+        The size of the model's vocabulary, and that of the fingerprint; None if more differs.
+    """
+    base: Any = base_model(model)
+    try:
+        ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+        size = int(ends[0].weight.shape[0])
+    except (AttributeError, NotImplementedError):  # not a model of Transformers, or one without a vocabulary
+        return None
+    paths = {_path_in_base(name) for name, module in base.named_modules() if any(module is end for end in ends)}
+    shapes = sorted(_shapes(model, wrappers=False))
+    resized = [
+        index
+        for index, (path, shape) in enumerate(shapes)
+        if shape[:1] == (size,) and (path in paths or path.rpartition(".")[0] in paths or shape == (size,))
+    ]
+    text = [json.dumps(entry) for entry in shapes]
+    for other in range(max(1, size - MOST_TOKENS_ADDED), size + MOST_TOKENS_ADDED + 1):
+        for index in resized:
+            path, shape = shapes[index]
+            text[index] = json.dumps((path, (other, *shape[1:])))
+        if hashlib.sha256(f"[{', '.join(text)}]".encode()).hexdigest()[:16] == recorded:
+            return size, other
+    return None
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

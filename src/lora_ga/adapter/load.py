@@ -20,7 +20,7 @@ from lora_ga.adapter.structure import follow_added_adapters, make_factors, place
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
-from lora_ga.files import fingerprint
+from lora_ga.files import another_base
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, weight_of
 from lora_ga.layers.targets import PREFIX, SHIFTED_BASES
@@ -54,7 +54,7 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> Pe
     if any(module in SHIFTED_BASES for module in base.modules()):
         raise ValueError('The base was changed by offset="base"; load the original base model again.')
     sidecar = read_sidecar(path)
-    if sidecar is not None and not PeftConfig.from_pretrained(str(path)).layer_replication:
+    if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
         _check_base(base, sidecar[1]["fingerprint"], path)
     model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
     try:
@@ -70,18 +70,26 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> Pe
     return model
 
 
+def _adds_to_base(config: Any) -> bool:
+    """Whether the fingerprint in a sidecar may be one that the base has only together with the adapter.
+
+    With `layer_replication` PEFT adds layers to the base. With whole modules and tied weights earlier versions of this
+    library counted a wrapper of PEFT.
+
+    Returns:
+        Whether the base alone need not have the fingerprint.
+    """
+    return bool(config.layer_replication or (config.modules_to_save and getattr(config, "ensure_weight_tying", False)))
+
+
 def _check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
     """Refuse another base model than the one the adapter was trained on.
 
     Raises:
         ValueError: It is another.
     """
-    found = fingerprint(model)
-    if found != trained_on:
-        raise ValueError(
-            f"{path}: trained on another base model: its fingerprint is {trained_on}, this model's {found} (module "
-            "names and weight shapes). Give the base model it was trained on."
-        )
+    if difference := another_base(model, trained_on):
+        raise ValueError(f"{path}: trained on another base model: {difference}. Give the base model it was trained on.")
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from lora_ga.adapter.directions import LayerSpec, split
 from lora_ga.adapter.structure import on_meta
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded, whole
-from lora_ga.files import fingerprint
+from lora_ga.files import another_base, fingerprint
 from lora_ga.gradients.coverage import report_missing, warn_parts
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.factors import Factor
@@ -75,8 +75,7 @@ def make_plan(
     """
     targets = find_targets(model, adapter_name)
     alignment = alignment_of(model, adapter_name)
-    found = fingerprint(model)
-    _check_belongs_together(alignment, estimate, config, adapter_name, found)
+    _check_belongs_together(model, alignment, estimate, config, adapter_name)
     reasons = {name: reason for name, target in targets.items() if (reason := _why_plain(target, estimate))}
     for name in reasons:
         if on_meta(targets[name], adapter_name):
@@ -103,7 +102,7 @@ def make_plan(
     starts = {name: _start(target, estimate, config, adapter_name) for name, target in aligned.items()}
     plain = {name: target for name, target in targets.items() if name in reasons}
     identity = {
-        "fingerprint": found,
+        "fingerprint": fingerprint(model),
         "config": config.to_dict(),
         "scaling": {name: target.layer.scaling[adapter_name] for name, target in targets.items()},
         "estimate": {name: [estimate[name].norm, estimate[name].S.numel()] for name in estimate},
@@ -112,7 +111,11 @@ def make_plan(
 
 
 def _check_belongs_together(
-    alignment: Alignment | None, estimate: GradientEstimate, config: LoraGAConfig, adapter_name: str, found: str
+    model: PeftModel,
+    alignment: Alignment | None,
+    estimate: GradientEstimate,
+    config: LoraGAConfig,
+    adapter_name: str,
 ) -> None:
     """Refuse settings for another offset than the structure's, and an estimate of another model.
 
@@ -124,11 +127,8 @@ def _check_belongs_together(
             f'Adapter {adapter_name!r} was prepared for offset="{alignment.config.offset}", but the settings say '
             f'"{config.offset}". Give the same settings to both.'
         )
-    if found != estimate.fingerprint:
-        raise ValueError(
-            f"The estimate belongs to another model: its fingerprint is {estimate.fingerprint}, this model's {found} "
-            "(module names and weight shapes). Estimate the gradients of this model."
-        )
+    if difference := another_base(model, estimate.fingerprint):
+        raise ValueError(f"The estimate belongs to another model: {difference}. Estimate the gradients of this model.")
 
 
 def _why_plain(target: Target, estimate: GradientEstimate) -> str | None:

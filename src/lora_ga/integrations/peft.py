@@ -20,7 +20,7 @@ from torch import nn
 
 from lora_ga.adapter.write import apply_estimate
 from lora_ga.config import LoraGAConfig as Settings
-from lora_ga.files import fingerprint
+from lora_ga.files import another_base
 from lora_ga.gradients.isolation import random_state_kept
 from lora_ga.gradients.recording import recording
 from lora_ga.gradients.result import GradientEstimate
@@ -103,10 +103,10 @@ def preprocess_loraga(
     cache = None if cache_file is None else Path(cache_file)
     if cache is not None and cache.is_file() and cache.stat().st_size > 0:
         estimate = GradientEstimate.load(cache)
-        if estimate.fingerprint != fingerprint(model):
+        if difference := another_base(model, estimate.fingerprint):
             raise ValueError(
-                f"{cache}: the cached estimate belongs to another model: its fingerprint is {estimate.fingerprint}, "
-                f"this model's {fingerprint(model)}. Remove the file, or name another."
+                f"{cache}: the cached estimate belongs to another model: {difference}. Remove the file, or name "
+                "another."
             )
     else:
         estimate = _estimated(model, lora_config, train_step, settings)
