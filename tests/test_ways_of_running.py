@@ -202,9 +202,13 @@ def test_packed_sequences_give_the_gradient_of_the_separate_ones() -> None:
         assert (found - true).norm() <= 1e-4 * true.norm(), name
 
 
-def test_a_model_wrapped_by_torch_compile_is_refused_with_the_one_to_pass() -> None:
-    with pytest.raises(TypeError, match="wrapped by torch.compile; give the one inside, model._orig_mod"):
-        lora_ga.initialize(torch.compile(adapted(llama()), backend="eager"), causal())
+def test_of_a_model_wrapped_by_torch_compile_the_one_inside_is_started() -> None:
+    plain, inside = adapted(llama()), adapted(llama())
+    lora_ga.initialize(plain, causal())
+    compiled: Any = torch.compile(inside, backend="eager")
+    lora_ga.initialize(compiled, causal())
+    started = inside.state_dict()
+    assert all(torch.equal(value, started[name]) for name, value in plain.state_dict().items())
 
 
 def test_a_layer_on_the_meta_device_that_has_to_start_as_plain_lora_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from lora_ga.config import LoraGAConfig
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries
-from lora_ga.layers.targets import PREFIX
+from lora_ga.layers.targets import PREFIX, peft_models_in
 
 # The fields of LoraConfig that PEFT takes rank and scaling from.
 RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -80,14 +80,17 @@ def alignment_of(model: Any, adapter_name: str = "default") -> Alignment | None:
     """The record of an aligned adapter.
 
     Args:
-        model: A model, `PeftModel` or not.
+        model: A `PeftModel`, a network that contains one, or any other model.
         adapter_name: The adapter.
 
     Returns:
         The record; None if the model has no such adapter, or the adapter does not have LoRA-GA's structure.
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    return getattr(config, "alignment", None)
+    models = peft_models_in(model)
+    if len(models) != 1:
+        return None
+    (found,) = models.values()
+    return getattr(found.peft_config.get(adapter_name), "alignment", None)
 
 
 def factors_of(model: PeftModel, adapter_name: str) -> dict[str, tuple[Factor, Factor]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.directions import LayerSpec, split
@@ -23,7 +23,7 @@ from lora_ga.gradients.coverage import report_missing, warn_parts
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import base_weights, entries, kind_of, weight_of
-from lora_ga.layers.targets import PREFIX, Target, find_targets
+from lora_ga.layers.targets import PREFIX, Target, find_targets, peft_model_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Plan:
     """What is to be written into an adapter, after every check.
 
     Attributes:
-        model: The model.
+        network: The model, or the network that contains it.
         aligned: The layers that get a start.
         plain: The adapter's other layers.
         starts: Layer name → A₀ and B₀.
@@ -39,7 +39,7 @@ class Plan:
         identity: The values that have to be equal in all processes.
     """
 
-    model: PeftModel
+    network: nn.Module
     aligned: dict[str, Target]
     plain: dict[str, Target]
     starts: dict[str, tuple[Tensor, Tensor]]
@@ -52,7 +52,7 @@ class Plan:
 
 
 def make_plan(
-    model: PeftModel,
+    network: nn.Module,
     estimate: GradientEstimate,
     config: LoraGAConfig,
     adapter_name: str,
@@ -61,7 +61,7 @@ def make_plan(
     """Check everything, and compute the starts.
 
     Args:
-        model: The model, without wrappers.
+        network: The model or a network that contains it, without wrappers.
         estimate: The estimate.
         config: The settings.
         adapter_name: The adapter.
@@ -73,7 +73,7 @@ def make_plan(
     Raises:
         ValueError: As `apply_estimate`.
     """
-    targets = find_targets(model, adapter_name)
+    model, targets = peft_model_in(network), find_targets(network, adapter_name)
     alignment = alignment_of(model, adapter_name)
     _check_belongs_together(model, alignment, estimate, config, adapter_name)
     reasons = {name: reason for name, target in targets.items() if (reason := _why_plain(target, estimate))}
@@ -90,7 +90,7 @@ def make_plan(
     aligned = {name: target for name, target in targets.items() if name not in reasons}
     _check_shapes(estimate, aligned)
     if config.offset == "base":
-        _check_base_can_change(model, aligned, adapter_name)
+        _check_base_can_change(network, aligned, adapter_name)
     _warn_parts_without_gradient(estimate, aligned, already_warned)
     if model.peft_config[adapter_name].inference_mode:
         warnings.warn(
@@ -107,7 +107,7 @@ def make_plan(
         "scaling": {name: target.layer.scaling[adapter_name] for name, target in targets.items()},
         "estimate": {name: [estimate[name].norm, estimate[name].S.numel()] for name in estimate},
     }
-    return Plan(model, aligned, plain, starts, alignment, identity)
+    return Plan(network, aligned, plain, starts, alignment, identity)
 
 
 def _check_belongs_together(
@@ -207,14 +207,14 @@ def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> Non
             )
 
 
-def _check_base_can_change(model: PeftModel, targets: dict[str, Target], adapter_name: str) -> None:
+def _check_base_can_change(network: nn.Module, targets: dict[str, Target], adapter_name: str) -> None:
     """Refuse `offset="base"` for weights that cannot be changed, or that other modules or adapters use too.
 
     Raises:
         ValueError: There is such a weight.
     """
     owners: dict[int, set[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
+    for path, parameter in network.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(path)
     for name, target in targets.items():
         base, kind = target.layer.get_base_layer(), kind_of(target.layer)

@@ -27,10 +27,10 @@ from lora_ga.gradients.isolation import compute_device
 from lora_ga.layers.embedding import FactorTable
 from lora_ga.layers.factors import FACTORS, Factor, follow_plan
 from lora_ga.layers.kinds import entries, layout_of, weight_of
-from lora_ga.layers.targets import PREFIX, Target, find_targets
+from lora_ga.layers.targets import PREFIX, Target, find_targets, peft_model_in
 
 
-def give_structure(model: PeftModel, config: LoraGAConfig, adapter_name: str) -> None:
+def give_structure(model: nn.Module, config: LoraGAConfig, adapter_name: str) -> None:
     """Give a fresh adapter the structure now, so that `apply_estimate` can give it its start in place later.
 
     Trainers need this: an optimizer and wrappers take the parameters before the gradient can be estimated. Until its
@@ -39,12 +39,12 @@ def give_structure(model: PeftModel, config: LoraGAConfig, adapter_name: str) ->
     adapter that has the structure is left as it is.
 
     Args:
-        model: A `PeftModel` with a fresh LoRA adapter.
+        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one.
         config: The settings.
         adapter_name: The adapter.
 
     Raises:
-        TypeError: The model is not a `PeftModel`.
+        TypeError: The model neither is nor contains a `PeftModel`.
         ValueError: The adapter cannot be aligned, or is on the meta device, so that it cannot compute until its start.
     """
     targets = find_targets(model, adapter_name)
@@ -69,12 +69,12 @@ def on_meta(target: Target, adapter_name: str) -> bool:
 
 
 def build_structure(
-    model: PeftModel, targets: Mapping[str, Target], plain: Mapping[str, Target], config: LoraGAConfig, adapter: str
+    network: nn.Module, targets: Mapping[str, Target], plain: Mapping[str, Target], config: LoraGAConfig, adapter: str
 ) -> Alignment:
     """Give layers the structure. The model's function and the trained parameters' identities do not change.
 
     Args:
-        model: The model.
+        network: The model, or the network that contains it.
         targets: The layers, fresh.
         plain: The adapter's other layers, which stay plain LoRA.
         config: The settings; only `offset` is used here.
@@ -83,6 +83,7 @@ def build_structure(
     Returns:
         The adapter's record, which its configuration now holds.
     """
+    model = peft_model_in(network)
     peft_config = model.peft_config[adapter]
     ranks = {name: target.layer.r[adapter] for name, target in targets.items()}
     alignment = Alignment(
@@ -105,7 +106,7 @@ def build_structure(
         place(target.layer, adapter, pair)
         if config.offset == "adapter":
             set_rank(target.layer, adapter, 2 * ranks[name])
-    register_moved(model, moved)
+    register_moved(network, moved)
     doubled = doubled_rank_fields(peft_config, ranks, alignment.scaling, alignment.plain)
     if config.offset == "base":
         alignment.saved, doubled = doubled, {}

@@ -6,9 +6,8 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import Alignment
 from lora_ga.adapter.model_card import start_section
@@ -25,7 +24,7 @@ from lora_ga.layers.targets import SHIFTED_BASES, Target
 
 
 def apply_estimate(
-    model: PeftModel,
+    model: nn.Module,
     estimate: GradientEstimate,
     config: LoraGAConfig = LoraGAConfig(),  # noqa: B008 (frozen)
     *,
@@ -43,14 +42,14 @@ def apply_estimate(
       other adapters is refused.
 
     Args:
-        model: A `PeftModel` with a fresh LoRA adapter.
+        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one.
         estimate: The estimate, of this base model.
         config: The settings; `direction`, `scale`, `stable_gamma`, `reach`, `offset`, `on_missing`, `seed` count here.
         adapter_name: The adapter.
         process_group: As in `estimate_gradients`: all its processes call this, and get the same start.
 
     Raises:
-        TypeError: The model is not a `PeftModel`, or wrapped by FSDP 1.
+        TypeError: The model neither is nor contains a `PeftModel`, or is wrapped by FSDP 1.
         RuntimeError: Another process failed, or can no longer be reached.
         ValueError: The adapter cannot be aligned; the estimate belongs to another model or holds too few directions;
             layers are missing from it (see `on_missing`); `offset="base"` on weights that cannot be changed; the
@@ -60,7 +59,7 @@ def apply_estimate(
 
 
 def write_starts(
-    wrapped: PeftModel,
+    wrapped: nn.Module,
     estimate: GradientEstimate,
     config: LoraGAConfig,
     adapter_name: str,
@@ -91,7 +90,7 @@ def write_starts(
     starts = {name: (shared[f"{name}.0"], shared[f"{name}.1"]) for name in plan.starts}
     alignment = plan.alignment
     if alignment is None:
-        alignment = build_structure(plan.model, plan.aligned, plan.plain, config, adapter_name)
+        alignment = build_structure(plan.network, plan.aligned, plan.plain, config, adapter_name)
     _fill(alignment, starts, plan.aligned)
     alignment.config = config
     by_key = {key: target for target in plan.aligned.values() for key in target.keys}

@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside DistributedDataParallel or a DeepSpeed engine; any other as it is (FSDP2 does not wrap).
+    """The model inside DistributedDataParallel, a DeepSpeed engine or torch.compile; any other as it is.
+
+    FSDP2 does not wrap. The module that torch.compile returns shares all modules and parameters with the one inside.
 
     Args:
         model: A model.
@@ -30,7 +32,10 @@ def unwrapped(model: Any) -> Any:
         TypeError: The model is wrapped by FSDP 1, which flattens parameters.
     """
     if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
-        return model.module
+        return unwrapped(model.module)
+    # Not by getattr: a PeftModel passes on the attributes of the model inside, which may be compiled.
+    if "_orig_mod" in dict(model.named_children()):
+        return unwrapped(model._orig_mod)
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise TypeError(
             "The model is wrapped by FullyShardedDataParallel (FSDP 1), which flattens parameters into one. Use FSDP2 "

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from torch import nn
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.gradients.batch import BatchPass
@@ -20,7 +20,7 @@ from lora_ga.gradients.setup import prepare
 
 
 def estimate_gradients(
-    model: PeftModel,
+    model: nn.Module,
     data: Iterable[Any],
     config: LoraGAConfig = LoraGAConfig(),  # noqa: B008 (frozen)
     *,
@@ -41,8 +41,8 @@ def estimate_gradients(
     share of the batches. Their sums are added up, and all processes return the same estimate, bit for bit.
 
     Args:
-        model: A `PeftModel` with a fresh LoRA adapter, plain, in DistributedDataParallel, or sharded by FSDP2 or
-            DeepSpeed ZeRO-3.
+        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one; plain, in
+            DistributedDataParallel, or sharded by FSDP2 or DeepSpeed ZeRO-3. The loss is that of the whole network.
         data: Batches: mappings (keyword arguments of the model), tuples, or whatever `loss_fn` takes. They are moved
             to the model's device. Each counts by its label tokens: many small ones give the gradient of one large one.
         config: The settings; `estimator`, `oversample`, `power_steps`, `max_batches`, `tolerance`, `on_missing`,
@@ -61,15 +61,16 @@ def estimate_gradients(
         The estimate, of the gradient of the mean loss.
 
     Raises:
-        TypeError: The model is not a `PeftModel`, or wrapped by FSDP 1.
+        TypeError: The model neither is nor contains a `PeftModel`, or is wrapped by FSDP 1.
         RuntimeError: Another process failed, or can no longer be reached.
-        ValueError: The adapter cannot be aligned; there are no batches; a batch has no label, no loss, or a loss or
-            gradient that is not finite; layers without a gradient (see `on_missing`); the checkpoint is damaged, or
-            of another model, configuration, rank or other batches; processes differ in model, adapter or settings.
+        ValueError: There are several `PeftModel`s; the adapter cannot be aligned; there are no batches; a batch has no
+            label, no loss, or a loss or gradient that is not finite; layers without a gradient (see `on_missing`); the
+            checkpoint is damaged, or of another model, configuration, rank or other batches; processes differ in
+            model, adapter or settings.
         OSError: The checkpoint cannot be written; the one before is intact.
     """
     setup, recorder = prepare(model, config, adapter_name, process_group, checkpoint, every)
-    passes = BatchPass(setup.model, loss_fn)
+    passes = BatchPass(setup.network, loss_fn)
     with setup.isolated():
         reader = BatchReader(data, setup.batch_limit, setup.checkpoint, recorder.progress)
         if config.estimator == "probe":

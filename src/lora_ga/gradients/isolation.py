@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ga.distributed.sharding import reshard
 from lora_ga.layers.kinds import packs, unpack
+from lora_ga.layers.targets import peft_model_in
 
 
 @contextlib.contextmanager
@@ -126,8 +126,8 @@ class _CalledModules:
 
 
 @contextlib.contextmanager
-def isolated(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """Prepare the model for an estimate, and restore it exactly on leaving, also after an error.
+def isolated(network: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Prepare a model for an estimate, and restore it exactly on leaving, also after an error.
 
     Meanwhile no parameter requires a gradient, so no `.grad` changes. The adapter `adapter_name` is inactive; other
     active adapters stay active. All modules are in evaluation mode, so there is no dropout. Layers that checkpoint
@@ -135,23 +135,23 @@ def isolated(model: PeftModel, adapter_name: str) -> Iterator[None]:
     layers is off.
 
     Args:
-        model: The model.
+        network: A `PeftModel`, or a network that contains one; all of it is prepared.
         adapter_name: The adapter to deactivate.
 
     Yields:
         Nothing.
     """
     # FSDP2 may have left gathered copies in place of its shards; `requires_grad` has to be set on the shards.
-    reshard(model)
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modules = [(module, module.training) for module in model.modules()]
-    adapters = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in _lora_layers(model)]
-    config: Any = getattr(model.get_base_model(), "config", None)
+    reshard(network)
+    parameters = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    modules = [(module, module.training) for module in network.modules()]
+    adapters = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in _lora_layers(network)]
+    config: Any = getattr(peft_model_in(network).get_base_model(), "config", None)
     use_cache = getattr(config, "use_cache", None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(unfused_attention())
         try:
-            deactivate_adapter(model, adapter_name)
+            deactivate_adapter(network, adapter_name)
             for module, _ in modules:
                 # A layer that packs its weight in evaluation mode passes no gradient afterwards; it has no dropout.
                 module.training = packs(module)
@@ -162,7 +162,7 @@ def isolated(model: PeftModel, adapter_name: str) -> Iterator[None]:
                 config.use_cache = False
             yield
         finally:
-            reshard(model)
+            reshard(network)
             for layer, active, disabled in adapters:
                 _set_active(layer, active, enabled=not disabled)
             for parameter, required in parameters:
@@ -173,19 +173,19 @@ def isolated(model: PeftModel, adapter_name: str) -> Iterator[None]:
                 config.use_cache = use_cache
 
 
-def deactivate_adapter(model: PeftModel, adapter_name: str) -> None:
+def deactivate_adapter(network: nn.Module, adapter_name: str) -> None:
     """Deactivate an adapter, and let no parameter require a gradient. `isolated` restores both.
 
     Call it again after a loss that disables adapters or switches between them, as preference losses do for their
     reference model: switching back activates the adapter and lets its parameters require gradients.
 
     Args:
-        model: The model.
+        network: A `PeftModel`, or a network that contains one.
         adapter_name: The adapter.
     """
-    for parameter in model.parameters():
+    for parameter in network.parameters():
         parameter.requires_grad_(False)
-    for layer in _lora_layers(model):
+    for layer in _lora_layers(network):
         active = [name for name in layer.active_adapters if name != adapter_name]
         layer.set_adapter(active, inference_mode=True)
 
@@ -208,8 +208,8 @@ def _set_active(layer: LoraLayer, names: Sequence[str], *, enabled: bool) -> Non
     layer.set_adapter(list(names), inference_mode=True)
 
 
-def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
-    return (module for module in model.modules() if isinstance(module, LoraLayer))
+def _lora_layers(network: nn.Module) -> Iterator[LoraLayer]:
+    return (module for module in peft_model_in(network).modules() if isinstance(module, LoraLayer))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
         passes: Makes the passes.
     """
     processes, held = setup.processes, DeferredError()
-    sharded = processes.size > 1 and in_step(setup.model)
+    sharded = processes.size > 1 and in_step(setup.network)
     batches = reader.batches(keep=lambda: bool(uncalled(setup, recorder.progress.ran)), finished=recorder.all_converged)
     with recorder.hooks():
         for number in itertools.count():
@@ -59,7 +59,7 @@ def _next(batches: Iterator[Any], setup: Setup, passes: BatchPass) -> Any:
     """The next batch, or `NO_BATCH`. One without labels is refused before other processes wait for its pass."""
     batch = next(batches, NO_BATCH)
     if batch is not NO_BATCH:
-        counted_labels(setup.model, batch, passes.loss_fn)
+        counted_labels(setup.network, batch, passes.loss_fn)
     return batch
 
 

@@ -140,7 +140,7 @@ ReadBatches = Callable[[Probes], float]
 
 def uncalled(setup: Setup, ran: Container[str]) -> dict[str, Target]:
     """The layers that did not run as far as hooks can see, and that can be probed."""
-    if in_step(setup.model):  # a pass of one process would need a pass of all
+    if in_step(setup.network):  # a pass of one process would need a pass of all
         return {}
     return {name: target for name, target in setup.fitting.items() if name not in ran and target.layout.probed}
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from peft import PeftModel
+from torch import nn
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.processes import DeferredError
@@ -41,7 +41,7 @@ class Recording:
 
 @contextlib.contextmanager
 def recording(
-    model: PeftModel,
+    model: nn.Module,
     config: LoraGAConfig = LoraGAConfig(),  # noqa: B008 (frozen)
     *,
     adapter_name: str = "default",
@@ -59,7 +59,7 @@ def recording(
     `max_batches` and `tolerance` have no effect.
 
     Args:
-        model: A `PeftModel` with a fresh LoRA adapter.
+        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one.
         config: The settings; `estimator`, `oversample`, `power_steps`, `on_missing`, `seed` count here. With
             `estimator="probe"` the passes in the block are not recorded, only those of `repeat`.
         adapter_name: The adapter to align.

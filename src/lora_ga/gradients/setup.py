@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.agreement import check_same
@@ -27,7 +28,7 @@ from lora_ga.gradients.isolation import (
     random_state_kept,
 )
 from lora_ga.gradients.recorder import Recorder
-from lora_ga.layers.targets import Target, find_targets
+from lora_ga.layers.targets import Target, find_targets, peft_model_in
 from lora_ga.linalg.accumulator import Accumulator, Size
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.streaming import Streaming
@@ -40,7 +41,8 @@ class Setup:
     """What an estimate works on; it does not change while the estimate runs.
 
     Attributes:
-        model: The model, without a wrapper.
+        network: What computes the loss, without a wrapper: the model, or a network that contains it.
+        model: The model.
         adapter_name: The adapter to align.
         config: The settings.
         targets: All layers of the adapter, by name.
@@ -52,6 +54,7 @@ class Setup:
         checkpoint: The file for the running state; None without one.
     """
 
+    network: nn.Module
     model: PeftModel
     adapter_name: str
     config: LoraGAConfig
@@ -70,7 +73,7 @@ class Setup:
             called_modules_kept(),
             torch.enable_grad(),
             eager,
-            isolated(self.model, self.adapter_name),
+            isolated(self.network, self.adapter_name),
         ):
             yield
 
@@ -102,7 +105,7 @@ def prepare(
     """Check what can be checked before the first batch, in all processes together.
 
     Args:
-        model: The model, plain or wrapped.
+        model: The model or a network that contains it, plain or wrapped.
         config: The settings.
         adapter_name: The adapter to align.
         process_group: The processes that make the estimate together; None for the default group.
@@ -120,7 +123,7 @@ def prepare(
         ranks = {name: target.rank for name, target in setup.fitting.items()}
         identity = {"fingerprint": fingerprint(setup.model), "config": config.to_dict(), "ranks": ranks}
         if config.estimator == "probe":
-            refuse_probe(setup.fitting, checkpoint, sharded=in_step(setup.model))
+            refuse_probe(setup.fitting, checkpoint, sharded=in_step(setup.network))
         accumulator, progress = _accumulator(setup), Progress()
         if checkpoint is not None:
             file = Checkpoint(together.own_file(Path(checkpoint)), every, identity | together.identity)
@@ -133,7 +136,7 @@ def prepare(
     return found
 
 
-def _setup(model: PeftModel, config: LoraGAConfig, adapter_name: str, together: Processes) -> Setup:
+def _setup(network: nn.Module, config: LoraGAConfig, adapter_name: str, together: Processes) -> Setup:
     """The setup, without its checkpoint.
 
     Returns:
@@ -142,22 +145,23 @@ def _setup(model: PeftModel, config: LoraGAConfig, adapter_name: str, together: 
     Raises:
         ValueError: The adapter cannot be aligned, or gradients are off.
     """
-    tensor_parallel = check_together(model, together.size)
+    model = peft_model_in(network)
+    tensor_parallel = check_together(network, together.size)
     if tensor_parallel and config.tolerance is not None:
         raise ValueError(
             f"LoraGAConfig.tolerance is {config.tolerance}, but a tensor-parallel plan splits the model's layers, "
             "whose parts would converge after different batches. Use tolerance=None."
         )
-    targets = find_targets(model, adapter_name)
+    targets = find_targets(network, adapter_name)
     too_small = {name: target.too_small for name, target in targets.items() if target.too_small}
     if config.on_missing == "error":
         report_missing(too_small, targets, "error")
-    _refuse_inference_mode(model)
+    _refuse_inference_mode(network)
     fitting = {name: target for name, target in targets.items() if name not in too_small}
-    return Setup(model, adapter_name, config, targets, fitting, together, tensor_parallel, None)
+    return Setup(network, model, adapter_name, config, targets, fitting, together, tensor_parallel, None)
 
 
-def _refuse_inference_mode(model: PeftModel) -> None:
+def _refuse_inference_mode(network: nn.Module) -> None:
     """Refuse `torch.inference_mode()`, now or when the model was made.
 
     Raises:
@@ -165,7 +169,7 @@ def _refuse_inference_mode(model: PeftModel) -> None:
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() is on, in which there are no gradients; call this outside of it.")
-    name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    name = next((name for name, parameter in network.named_parameters() if parameter.is_inference()), None)
     if name is not None:
         raise ValueError(
             f"{name} was made under torch.inference_mode(), so no gradient passes it; load the model outside."
@@ -197,5 +201,5 @@ def _recorder(setup: Setup, accumulator: Accumulator, progress: Progress) -> Rec
         accumulator,
         progress,
         tolerance=None if tolerance is None else tolerance * setup.processes.size,
-        device=input_device(setup.model),
+        device=input_device(setup.network),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from torch.utils.data import IterableDataset as TorchIterableDataset
@@ -24,11 +25,14 @@ from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.initialize import initialize
 from lora_ga.adapter.load import restore_starts
 from lora_ga.adapter.model_card import write_section
+from lora_ga.adapter.save import save_sidecar
 from lora_ga.adapter.structure import give_structure
 from lora_ga.config import LoraGAConfig
+from lora_ga.distributed.sharding import unwrapped
 from lora_ga.gradients.isolation import deactivate_adapter
 from lora_ga.gradients.loss import LossFunction
 from lora_ga.gradients.result import GradientEstimate, scalars
+from lora_ga.layers.targets import peft_model_in
 
 # Attributes in which TRL's trainers collect metrics until they log them next.
 TRL_METRICS = ("_metrics", "_stored_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
@@ -77,7 +81,7 @@ class LoraGACallback(TrainerCallback):
             trainer: The trainer to which the callback will be added. Its adapter gets the structure now.
 
         Raises:
-            TypeError: The trainer's model is not a `PeftModel`.
+            TypeError: The trainer's model neither is nor contains a `PeftModel`.
             ValueError: The settings have `offset="base"`, or the trainer is one that `attach` refuses.
         """
         if config.offset == "base":
@@ -105,7 +109,7 @@ class LoraGACallback(TrainerCallback):
             trainer: The trainer.
 
         Raises:
-            TypeError: The trainer's model is not a `PeftModel`.
+            TypeError: The trainer's model neither is nor contains a `PeftModel`.
             ValueError: The adapter cannot be aligned, is aligned or trained already; or the trainer uses FSDP 1, or
                 has training data from which no batches can be taken.
         """
@@ -127,7 +131,7 @@ class LoraGACallback(TrainerCallback):
 
         Raises:
             RuntimeError: No trainer calls this, or another one than the callback is attached to.
-            TypeError: The model is not a `PeftModel`.
+            TypeError: The model neither is nor contains a `PeftModel`.
             ValueError: As `attach`.
         """
         trainer, _ = self._trainer_and_checkpoint(state)
@@ -169,6 +173,26 @@ class LoraGACallback(TrainerCallback):
                 tracker.on_log(args, state, control, model=model, logs=numbers)
         self._filled = alignment_of(model, self.adapter_name)
         self._extend_model_card(trainer)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Write A₀ and B₀ into a checkpoint of a network that contains the `PeftModel`.
+
+        Of a `PeftModel` itself, `save_pretrained` has written them.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control.
+            model: The model.
+            **kwargs: The event's other arguments.
+        """
+        network = unwrapped(model)
+        if args.should_save and not isinstance(network, PeftModel):
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            folder = folder if self.adapter_name == "default" else folder / self.adapter_name
+            save_sidecar(peft_model_in(network), self.adapter_name, folder)
 
     def _use(self, trainer: Trainer) -> None:
         """Give the adapter of a trainer its structure, and use this trainer from now on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -79,25 +80,58 @@ class Target:
         )
 
 
-def _lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+def peft_models_in(network: Any) -> dict[str, PeftModel]:
+    """The `PeftModel`s in a network that contains some; the network itself if it is one.
+
+    Args:
+        network: Any module.
+
+    Returns:
+        Path in the network ("" is the network itself) → model.
+    """
+    if isinstance(network, PeftModel):
+        return {"": network}
+    modules = network.named_modules() if isinstance(network, nn.Module) else ()
+    return {path: module for path, module in modules if isinstance(module, PeftModel)}
+
+
+def peft_model_in(network: Any) -> PeftModel:
+    """The one `PeftModel` that a network is or contains.
+
+    Args:
+        network: A `PeftModel`, or a module that contains one: with a head beside it, say.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: There is none.
+        ValueError: There are several.
+    """
+    found = peft_models_in(network)
+    if not found:
+        raise TypeError(
+            f"The model is a {type(network).__name__}, not a PeftModel with LoRA layers. Call "
+            "peft.get_peft_model(model, LoraConfig(...)) first (not model.add_adapter), or lora_ga.get_lora_ga_model."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"The {type(network).__name__} contains {len(found)} PeftModels ({', '.join(found)}). Give one of them "
+            "at a time, with a loss_fn that runs the whole network."
+        )
+    return next(iter(found.values()))
+
+
+def _lora_layers(network: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """The LoRA layers that have the adapter.
 
     Returns:
-        Module path → layer.
+        Module path in the PeftModel → layer.
 
     Raises:
-        TypeError: Not a PeftModel.
         ValueError: No such adapter, or no LoRA layers.
     """
-    if not isinstance(model, PeftModel):
-        if isinstance(getattr(model, "_orig_mod", None), PeftModel):
-            raise TypeError(
-                "The model is wrapped by torch.compile; give the one inside, model._orig_mod: it is the same."
-            )
-        raise TypeError(
-            f"The model is a {type(model).__name__}, not a PeftModel with LoRA layers. Call "
-            "peft.get_peft_model(model, LoraConfig(...)) first (not model.add_adapter), or lora_ga.get_lora_ga_model."
-        )
+    model = peft_model_in(network)
     if adapter_name not in model.peft_config:
         raise ValueError(f"The model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}.")
     found = {
@@ -142,20 +176,21 @@ def _why_not_aligned(name: str, layer: LoraLayer, adapter_name: str) -> str | No
     return None if reason is None else f"{name} {reason}"
 
 
-def find_targets(model: PeftModel, adapter_name: str = "default") -> dict[str, Target]:
+def find_targets(model: nn.Module, adapter_name: str = "default") -> dict[str, Target]:
     """The layers that the adapter `adapter_name` aligns.
 
     Args:
-        model: A model with a fresh LoRA adapter.
+        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one.
         adapter_name: The adapter.
 
     Returns:
         Layer name → target, in the model's order.
 
     Raises:
-        TypeError: Not a `PeftModel`.
-        ValueError: The adapter does not exist, has no LoRA layers, layers of an unknown kind or of a LoRA variant
-            other than DoRA, is merged, trained or aligned already; a tensor-parallel plan splits it in an unknown way.
+        TypeError: There is no `PeftModel`.
+        ValueError: There are several; the adapter does not exist, has no LoRA layers, layers of an unknown kind or of a
+            LoRA variant other than DoRA, is merged, trained or aligned already; a tensor-parallel plan splits it in an
+            unknown way.
     """
     layers = _lora_layers(model, adapter_name)
     named, fsdp = {full.removeprefix(PREFIX): layer for full, layer in layers.items()}, in_fsdp(model)
