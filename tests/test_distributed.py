@@ -221,7 +221,7 @@ def test_all_processes_refuse_differing_input_with_the_same_error(results: Resul
     [
         ("no adapter", "TypeError: The model is a LlamaForCausalLM, not a PeftModel"),
         ("raises", "OSError: the disk of process 1 is gone"),
-        ("no labels", "ValueError: batch 1: every label is -100, so it has no loss"),
+        ("no loss", "ValueError: batch 1: The model returned no loss for a batch of input_ids"),
     ],
 )
 def test_an_error_in_one_process_stops_all_and_the_others_quote_it(results: Results, case: str, text: str) -> None:
@@ -229,6 +229,17 @@ def test_an_error_in_one_process_stops_all_and_the_others_quote_it(results: Resu
     assert failed.startswith(text)
     assert other.startswith(f"RuntimeError: Process 1 of 2 failed, so all of them stop: {text}")
     assert other.endswith("The model is unchanged.")
+
+
+def test_batches_without_a_label_are_counted_over_all_processes(results: Results) -> None:
+    (estimate, warnings), (other, other_warnings) = (result["bad_input"]["no labels"] for result in results[2])
+    assert same(estimate, other)
+    assert estimate["about"][0] == 3  # two of process 0, and the labelled one of process 1
+    for texts in (warnings, other_warnings):
+        assert ["2 of 5 batches have no label" in text for text in texts] == [True]
+    first, second = (result["bad_input"]["no label anywhere"] for result in results[2])
+    assert first == second
+    assert first.startswith("ValueError: None of the 2 batches has a label. Every label is -100")
 
 
 def test_a_process_without_a_batch_gives_a_warning_and_the_others_continue(results: Results) -> None:

@@ -219,11 +219,13 @@ def test_a_batch_without_labels_raises_an_error_with_its_number() -> None:
         lora_ga.estimate_gradients(adapted(llama()), data)
 
 
-def test_a_batch_whose_labels_are_all_ignored_raises_an_error_with_its_number() -> None:
+def test_labels_all_ignored_are_counted_in_a_warning_and_refused_where_no_others_are_left() -> None:
     data = causal(3)
     data[2]["labels"][:] = -100
-    with pytest.raises(ValueError, match="batch 3: every label is -100"):
+    with pytest.warns(UserWarning, match=r"1 of 3 batches have no label \(every label is -100\)"):
         lora_ga.estimate_gradients(adapted(llama()), data)
+    with pytest.raises(ValueError, match=r"None of the 1 batches has a label\. Every label is -100"):
+        lora_ga.estimate_gradients(adapted(llama()), data[2:])
 
 
 def test_a_loss_that_is_not_finite_raises_an_error_with_its_batch() -> None:

@@ -108,8 +108,14 @@ def test_a_process_without_a_batch_takes_part_in_the_passes_of_sharded_models(
 
 def test_a_batch_that_cannot_be_used_stops_all_processes_of_a_sharded_model(found: list[dict[str, Any]]) -> None:
     other, own = (result["refused"] for result in found)
-    assert own.startswith("ValueError: batch 1: every label is -100")
-    assert other.startswith("RuntimeError: Process 1 of 2 failed, so all of them stop: ValueError: batch 1: every")
+    assert own.startswith("ValueError: batch 1: The model returned no loss")
+    assert other.startswith("RuntimeError: Process 1 of 2 failed, so all of them stop: ValueError: batch 1: The model")
+
+
+def test_a_batch_without_a_label_is_left_out_of_a_sharded_estimate(found: list[dict[str, Any]]) -> None:
+    for result in found:
+        assert result["unlabelled"]["estimate"]["about"][0] == 2
+        assert ["1 of 3 batches have no label" in text for text in result["unlabelled"]["said"]] == [True]
 
 
 def test_the_base_offset_is_refused_on_sharded_weights(found: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import pickle
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +72,7 @@ def warned(call: Callable[[], Any]) -> tuple[Any, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()
-    return result, [text for each in caught if "process" in (text := str(each.message)) or "called" in text]
+    return result, [text for each in caught if re.search("process|called|no label", text := str(each.message))]
 
 
 class Traffic:
@@ -140,7 +141,7 @@ def bad_input(rank: int, size: int, folder: Path) -> dict[str, Any]:
             raise OSError("the disk of process 1 is gone")
         yield mine[1]
 
-    unlabelled = [dict(mine[0], labels=torch.full_like(mine[0]["labels"], -100))] if rank == 1 else mine
+    unlabelled = dict(mine[0], labels=torch.full_like(mine[0]["labels"], -100))
     targets = ["q_proj"] if rank == 0 else ["v_proj"]
     silent: Any = [] if rank == 1 else mine
     alone = [dist.new_group([each]) for each in range(size)][rank]
@@ -154,7 +155,11 @@ def bad_input(rank: int, size: int, folder: Path) -> dict[str, Any]:
     )
     found["no adapter"] = raised(lambda: estimate(adapted(llama()) if rank == 0 else llama(), mine))
     found["raises"] = raised(lambda: estimate(adapted(llama()), broken()))
-    found["no labels"] = raised(lambda: estimate(adapted(llama()), unlabelled))
+    without_loss = [{"input_ids": mine[0]["input_ids"]}] if rank == 1 else mine
+    found["no loss"] = raised(lambda: estimate(adapted(llama()), without_loss))
+    one_labelled = [unlabelled, mine[0], unlabelled] if rank == 1 else mine
+    found["no labels"] = warned(lambda: numbers(estimate(adapted(llama()), one_labelled)))
+    found["no label anywhere"] = raised(lambda: estimate(adapted(llama()), [unlabelled]))
     found["no data"] = raised(lambda: estimate(adapted(llama()), []))
     found["idle"] = warned(lambda: numbers(estimate(adapted(llama()), silent)))
     found["same"] = warned(lambda: numbers(estimate(adapted(llama()), causal(2))))
@@ -281,7 +286,11 @@ def wrapped(rank: int, size: int, folder: Path) -> dict[str, Any]:
     found["mixed"] |= {"estimate": numbers(estimate), "losses": curve(half, batches, rank, size)}
     unlabelled = dict(batches[0], labels=torch.full_like(batches[0]["labels"], -100))
     model = sharded(adapted(llama()), size)
-    found["refused"] = raised(lambda: lora_ga.initialize(model, [unlabelled if rank == 1 else batches[0]]))
+    refused = {"input_ids": batches[0]["input_ids"]} if rank == 1 else batches[0]
+    found["refused"] = raised(lambda: lora_ga.initialize(model, [refused]))
+    share = [unlabelled, batches[1]] if rank == 1 else [batches[0]]
+    estimate, said = warned(lambda: lora_ga.estimate_gradients(model, share, EXACT))
+    found["unlabelled"] = {"estimate": numbers(estimate), "said": said}
     parallel = adapted(llama())
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
     parallelize_module(parallel.base_model.model.model.layers[1].mlp.up_proj.base_layer, mesh, ColwiseParallel())

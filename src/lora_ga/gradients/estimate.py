@@ -10,8 +10,8 @@ from torch import nn
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.gradients.batch import BatchPass
-from lora_ga.gradients.loop import keep_batches, probe_reads, record_batches
-from lora_ga.gradients.loss import LossFunction
+from lora_ga.gradients.loop import keep_batches, probe_reads, record_batches, report_unlabelled
+from lora_ga.gradients.loss import LossFunction, unlabelled
 from lora_ga.gradients.merge import merged_estimate
 from lora_ga.gradients.probe import probe_uncalled
 from lora_ga.gradients.reader import BatchReader
@@ -45,6 +45,8 @@ def estimate_gradients(
             DistributedDataParallel, or sharded by FSDP2 or DeepSpeed ZeRO-3. The loss is that of the whole network.
         data: Batches: mappings (keyword arguments of the model), tuples, or whatever `loss_fn` takes. They are moved
             to the model's device. Each counts by its label tokens: many small ones give the gradient of one large one.
+            A batch whose labels are all -100 has no loss. It is left out, does not count for `max_batches`, and one
+            warning gives the number of such batches. With a `loss_fn` every batch is used.
         config: The settings; `estimator`, `oversample`, `power_steps`, `max_batches`, `tolerance`, `on_missing`,
             `seed` count here.
         loss_fn: `(model, batch) → loss` or `→ (loss, weight)`. The loss is a mean, and the weight is the number of
@@ -63,19 +65,26 @@ def estimate_gradients(
     Raises:
         TypeError: The model neither is nor contains a `PeftModel`, or is wrapped by FSDP 1.
         RuntimeError: Another process failed, or can no longer be reached.
-        ValueError: There are several `PeftModel`s; the adapter cannot be aligned; there are no batches; a batch has no
-            label, no loss, or a loss or gradient that is not finite; layers without a gradient (see `on_missing`); the
-            checkpoint is damaged, or of another model, configuration, rank or other batches; processes differ in
-            model, adapter or settings.
+        ValueError: There are several `PeftModel`s; the adapter cannot be aligned; there are no batches, or none with a
+            label; a batch has no loss, or a loss or gradient that is not finite; layers without a gradient (see
+            `on_missing`); the checkpoint is damaged, or of another model, configuration, rank or other batches;
+            processes differ in model, adapter or settings.
         OSError: The checkpoint cannot be written; the one before is intact.
     """
     setup, recorder = prepare(model, config, adapter_name, process_group, checkpoint, every)
     passes = BatchPass(setup.network, loss_fn)
     with setup.isolated():
-        reader = BatchReader(data, setup.batch_limit, setup.checkpoint, recorder.progress)
+        reader = BatchReader(
+            data,
+            setup.batch_limit,
+            setup.checkpoint,
+            recorder.progress,
+            without_label=lambda batch: unlabelled(setup.model, batch, loss_fn),
+        )
         if config.estimator == "probe":
             keep_batches(setup, reader)
         else:
             record_batches(setup, recorder, reader, passes)
+        report_unlabelled(setup, reader)
         probed = probe_uncalled(setup, recorder, probe_reads(passes, reader.kept), batches=len(reader.kept))
     return merged_estimate(setup, recorder, probed)

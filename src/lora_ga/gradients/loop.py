@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from lora_ga.distributed.agreement import check_same_data, warn_same_data
@@ -16,9 +17,8 @@ from lora_ga.distributed.processes import DeferredError
 from lora_ga.distributed.sharding import in_step
 from lora_ga.gradients.batch import BatchPass, batch_in_errors
 from lora_ga.gradients.checkpoint import digest_of
-from lora_ga.gradients.loss import counted_labels
 from lora_ga.gradients.probe import Probes, ReadBatches, uncalled
-from lora_ga.gradients.reader import NO_BATCH, BatchReader
+from lora_ga.gradients.reader import ALL_IGNORED, NO_BATCH, SKIPPED, BatchReader
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.setup import Setup
 
@@ -35,32 +35,54 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
     processes, held = setup.processes, DeferredError()
     sharded = processes.size > 1 and in_step(setup.network)
     batches = reader.batches(keep=lambda: bool(uncalled(setup, recorder.progress.ran)), finished=recorder.all_converged)
+    more = True
     with recorder.hooks():
         for number in itertools.count():
             batch = NO_BATCH
-            if processes.size > 1 or not recorder.all_converged:
+            # All processes read in the same rounds, since reading may communicate as well.
+            if more and (processes.size > 1 or not recorder.all_converged):
                 with held, batch_in_errors(recorder.progress.batches + 1):
-                    batch = _next(batches, setup, passes)
-            has_batch = batch is not NO_BATCH
+                    batch = next(batches, NO_BATCH)
+            has_batch = batch is not NO_BATCH and batch is not SKIPPED
             recorded = has_batch and not recorder.all_converged
             compared = setup.tensor_parallel or (number == 0 and processes.size > 1)
             digest = digest_of(batch) if compared and has_batch else ""
-            reports = processes.exchange(held, (recorded, reader.last is not NO_BATCH, digest))
-            if not any(wanted for wanted, _, _ in reports):
+            wants_more = reader.open and not recorder.all_converged
+            reports = processes.exchange(held, (recorded, wants_more, reader.last is not NO_BATCH, digest))
+            more = any(wants for _, wants, _, _ in reports)
+            (check_same_data if setup.tensor_parallel else warn_same_data)([each for *_, each in reports])
+            if any(records for records, *_ in reports):
+                if sharded:
+                    reader.lend(processes, [has for _, _, has, _ in reports])
+                if sharded or recorded:
+                    _pass(setup, recorder, passes, held, reader.last, recorded=recorded, sharded=sharded)
+            elif not more:
                 break
-            (check_same_data if setup.tensor_parallel else warn_same_data)([each for _, _, each in reports])
-            if sharded:
-                reader.lend(processes, [has for _, has, _ in reports])
-            if sharded or recorded:
-                _pass(setup, recorder, passes, held, reader.last, recorded=recorded, sharded=sharded)
 
 
-def _next(batches: Iterator[Any], setup: Setup, passes: BatchPass) -> Any:
-    """The next batch, or `NO_BATCH`. One without labels is refused before other processes wait for its pass."""
-    batch = next(batches, NO_BATCH)
-    if batch is not NO_BATCH:
-        counted_labels(setup.network, batch, passes.loss_fn)
-    return batch
+def report_unlabelled(setup: Setup, reader: BatchReader) -> None:
+    """Report the batches of all processes that were left out because they have no label.
+
+    Args:
+        setup: What the estimate works on.
+        reader: Has read the batches of this process.
+
+    Raises:
+        ValueError: No batch has a label.
+    """
+    counts = setup.processes.gather((reader.unlabelled, reader.labelled))
+    if setup.tensor_parallel:  # all processes have read the same batches
+        counts = counts[:1]
+    left_out, used = (sum(each) for each in zip(*counts, strict=True))
+    if left_out and not used:
+        raise ValueError(f"None of the {left_out} batches has a label. {ALL_IGNORED}")
+    if left_out:
+        warnings.warn(
+            f"{left_out} of {left_out + used} batches have no label (every label is -100), so they have no loss. The "
+            "estimate leaves them out.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _pass(
@@ -103,8 +125,10 @@ def _pass(
 def keep_batches(setup: Setup, reader: BatchReader) -> None:
     """Read this process's share of the batches for a probe, without passing them through the model."""
     held, digest = DeferredError(), ""
+    while any(setup.processes.exchange(held, reader.open)):
+        with held:
+            reader.keep_next()
     with held:
-        reader.keep_all()
         digest = digest_of(reader.kept[0]) if reader.kept and setup.processes.size > 1 else ""
     warn_same_data(setup.processes.exchange(held, digest))
 

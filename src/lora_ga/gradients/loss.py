@@ -143,6 +143,21 @@ def _kind(output: Any) -> str:
     return f"a {type(output).__name__}"
 
 
+def unlabelled(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> bool:
+    """Whether a batch has labels, but all of them are -100, so that a loss of labels is 0/0.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        loss_fn: The caller's loss; None for the model's own. Of a caller's loss it is not known whether it needs
+            labels, unless it has a true attribute `needs_labels`.
+
+    Returns:
+        True if the batch has no label and the loss needs one.
+    """
+    return (loss_fn is None or getattr(loss_fn, "needs_labels", False)) and label_tokens(model, batch) == 0
+
+
 def counted_labels(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> float | None:
     """The label tokens of a batch; the model's own loss needs at least one.
 

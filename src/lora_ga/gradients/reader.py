@@ -1,9 +1,8 @@
-"""The batches that one process reads: its share, less those that a checkpoint has already read."""
+"""The batches that one process reads: its share, less those without a label and those that a checkpoint has read."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,6 +12,13 @@ from lora_ga.distributed.processes import Processes
 from lora_ga.gradients.checkpoint import Checkpoint, Progress
 
 NO_BATCH: Any = object()
+SKIPPED: Any = object()  # in place of a batch that was read, and is not to be used
+# After so many batches without a label, and none with one, reading stops. Otherwise endless data would be read forever.
+MOST_UNLABELLED = 10_000
+ALL_IGNORED = (
+    "Every label is -100, the label that the loss leaves out. Check how the labels are made: a prompt that takes the "
+    "whole row, rows cut off before the answer, or a template that masks everything."
+)
 
 
 class BatchReader:
@@ -21,16 +27,42 @@ class BatchReader:
     Attributes:
         kept: The batches that a probe may need again.
         last: The last batch read or lent; `NO_BATCH` before the first.
+        labelled: How many batches with a label were read, also those that a checkpoint has already read.
+        unlabelled: How many batches were left out because they have no label.
     """
 
     def __init__(
-        self, data: Iterable[Any], limit: int | None, checkpoint: Checkpoint | None, progress: Progress
+        self,
+        data: Iterable[Any],
+        limit: int | None,
+        checkpoint: Checkpoint | None,
+        progress: Progress,
+        without_label: Callable[[Any], bool] = lambda batch: False,
     ) -> None:
-        """Read at most `limit` batches of `data`, starting where `progress` stands."""
+        """Read batches of `data`, starting where `progress` stands.
+
+        Args:
+            data: The batches.
+            limit: How many batches to use at most; None for all.
+            checkpoint: The file for the running state.
+            progress: Where the estimate stands.
+            without_label: Whether a batch has no label, so that it is skipped. It does not count for the limit.
+        """
         self.kept: list[Any] = []
         self.last: Any = NO_BATCH
-        self._checkpoint, self._progress = checkpoint, progress
-        self._share: Iterator[Any] = itertools.islice(data, limit)
+        self.labelled = self.unlabelled = 0
+        self._limit, self._checkpoint, self._progress = limit, checkpoint, progress
+        self._without_label, self._at_end = without_label, False
+        self._share = self._read(data)
+
+    @property
+    def open(self) -> bool:
+        """Whether there may be another batch to use: the data has not ended, and the limit is not reached."""
+        return not self._at_end and not self._full
+
+    @property
+    def _full(self) -> bool:
+        return self._limit is not None and self.labelled >= self._limit
 
     def batches(self, keep: Callable[[], bool], finished: bool) -> Iterator[Any]:
         """The batches to pass through the model.
@@ -40,19 +72,23 @@ class BatchReader:
             finished: Whether nothing is left to record, so that a checkpoint is not compared with the batches.
 
         Yields:
-            A batch.
+            A batch; `SKIPPED` for one that has no label, and for one beyond the limit. Whoever asks for a batch beyond
+            the limit does so only to stay in step with other processes.
 
         Raises:
             ValueError: A checkpoint was made from other batches, or from more.
         """
         share = self._kept(keep)
         for batch in share if self._checkpoint is None else self._unread(share, finished):
-            self.last = batch
+            if batch is not SKIPPED:
+                self.last = batch
             yield batch
 
-    def keep_all(self) -> None:
-        """Keep all batches for a probe."""
-        self.kept.extend(self._share)
+    def keep_next(self) -> None:
+        """Keep the next batch for a probe, unless it is skipped."""
+        batch = next(self._share, SKIPPED)
+        if batch is not SKIPPED:
+            self.kept.append(batch)
 
     def lend(self, processes: Processes, have: list[bool]) -> None:
         """Give processes that have read no batch one of another process, so that they can take part in its pass.
@@ -69,9 +105,33 @@ class BatchReader:
         if self.last is NO_BATCH:
             self.last = lent
 
+    def _read(self, data: Iterable[Any]) -> Iterator[Any]:
+        """The batches of the data.
+
+        Yields:
+            A batch, or `SKIPPED`.
+
+        Raises:
+            ValueError: Very many batches have no label, and none has one.
+        """
+        for batch in data:
+            if self._full:
+                yield SKIPPED
+            elif self._without_label(batch):
+                self.unlabelled += 1
+                if self.unlabelled == MOST_UNLABELLED and not self.labelled:
+                    raise ValueError(f"Of the first {MOST_UNLABELLED} batches none has a label. {ALL_IGNORED}")
+                yield SKIPPED
+            else:
+                self.labelled += 1
+                yield batch
+        self._at_end = True
+
     def _kept(self, keep: Callable[[], bool]) -> Iterator[Any]:
         for batch in self._share:
-            if keep():
+            if batch is SKIPPED:
+                pass
+            elif keep():
                 self.kept.append(copy.copy(batch))  # a loss may take the labels out of the batch
             else:
                 self.kept.clear()
@@ -90,7 +150,12 @@ class BatchReader:
         already, again, count = self._progress.batches, Progress(), 0
         if already and finished:
             return
-        for count, batch in enumerate(batches, start=1):
+        for batch in batches:
+            if batch is SKIPPED:
+                if count >= already:
+                    yield batch
+                continue
+            count += 1
             if count > already:
                 self._progress.update_digest(batch)
                 yield batch
@@ -98,6 +163,8 @@ class BatchReader:
             again.update_digest(batch)
             if count == already and again.digest != self._progress.digest:
                 break
+            if count == already and not self.open:
+                return
         else:
             if count >= already:
                 return
