@@ -79,7 +79,7 @@ def estimate_gradients(
             setup.batch_limit,
             setup.checkpoint,
             recorder.progress,
-            without_label=lambda batch: unlabelled(setup.model, batch, loss_fn),
+            without_label=lambda batch: unlabelled(setup.network, batch, loss_fn),
         )
         if config.estimator == "probe":
             keep_batches(setup, reader)
