@@ -415,10 +415,13 @@ def test_streams_of_the_datasets_library_restart_for_training(tmp_path: Path) ->
 
 
 class Once(IterableDataset[Any]):
-    """An iterable that may not restart."""
+    """A stream that continues where the last reader stopped."""
+
+    def __init__(self) -> None:
+        self.rows = iter(tokenised())
 
     def __iter__(self) -> Any:
-        yield from ()
+        yield from self.rows
 
 
 def make_trainer(tmp_path: Path, model: Any, data: Any = None, **changes: Any) -> Trainer:
@@ -454,8 +457,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from lora_ga import LoraGACallback, LoraGAConfig
 
 class Stream(IterableDataset):
+    def __init__(self):
+        self.rows = iter(rows)
     def __iter__(self):
-        yield from rows
+        yield from self.rows
 
 sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, **sizes))

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
 import inspect
-import itertools
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
-from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
@@ -29,13 +23,12 @@ from lora_ga.adapter.save import save_sidecar
 from lora_ga.adapter.structure import give_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped
-from lora_ga.gradients.isolation import deactivate_adapter
 from lora_ga.gradients.loss import LossFunction
 from lora_ga.gradients.result import GradientEstimate, scalars
+from lora_ga.integrations.trainer_data import batches_of_trainer, check_training_data
+from lora_ga.integrations.trainer_loss import TrainerLoss
+from lora_ga.integrations.trainer_state import trainer_kept, use_arguments_of_one_batch
 from lora_ga.layers.targets import peft_model_in
-
-# Attributes in which TRL's trainers collect metrics until they log them next.
-TRL_METRICS = ("_metrics", "_stored_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
 
 
 class LoraGACallback(TrainerCallback):
@@ -74,9 +67,11 @@ class LoraGACallback(TrainerCallback):
         Args:
             config: The settings; `offset` must be "adapter".
             batches: The batches to estimate on, as the trainer's collator makes them; in several processes, this
-                process's share of them. By default a random choice of the training data, in batches of
-                `per_device_train_batch_size`. The order of training does not change.
-            loss_fn: `(model, batch) → loss` or `→ (loss, weight)`. By default the trainer's `compute_loss`.
+                process's share of them. By default those that a second loader from the trainer's
+                `get_train_dataloader` gives; a random sampler draws them from `config.seed`. The order of training
+                does not change.
+            loss_fn: `(model, batch) → loss` or `→ (loss, weight)`. By default the trainer's `compute_loss`; then
+                batches without a label are left out.
             adapter_name: The adapter.
             trainer: The trainer to which the callback will be added. Its adapter gets the structure now.
 
@@ -153,7 +148,7 @@ class LoraGACallback(TrainerCallback):
             state: The trainer's state.
             control: The trainer's control.
             model: The model.
-            train_dataloader: The loader of the training data, whose data set and collator are used.
+            train_dataloader: The loader that training will use. The estimate makes its own.
             **kwargs: The event's other arguments.
 
         Raises:
@@ -208,7 +203,7 @@ class LoraGACallback(TrainerCallback):
         """
         _check_sharding(trainer)
         if self.batches is None:
-            _check_training_data(trainer)
+            check_training_data(trainer)
         alignment = alignment_of(model, self.adapter_name)
         if alignment is not None and any(all(f.weight.any() for f in pair) for pair in alignment.factors.values()):
             raise ValueError(
@@ -237,30 +232,15 @@ class LoraGACallback(TrainerCallback):
 
     def _initialize(self, trainer: Trainer, model: Any, loader: Any) -> GradientEstimate:
         """Estimate the gradient with the trainer's loss, data and autocast, and write A₀ and B₀."""
-        batches = _batches_for_estimate(trainer, loader, self.config) if self.batches is None else self.batches
-        loss = self._loss_function(trainer, model)
-        with trainer.accelerator.autocast():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(trainer_kept(trainer, self.config.seed))
+            batches = self.batches
+            if batches is None:
+                batches = stack.enter_context(batches_of_trainer(trainer, loader))
+            use_arguments_of_one_batch(trainer)
+            loss = TrainerLoss(trainer, model, self.adapter_name, self.loss_fn)
+            stack.enter_context(trainer.accelerator.autocast())
             return initialize(model, batches, self.config, loss_fn=loss, adapter_name=self.adapter_name)
-
-    def _loss_function(self, trainer: Trainer, model: Any) -> LossFunction:
-        """The loss of a batch as the trainer computes it, with `loss_fn` in place of `compute_loss` if it is given."""
-        # A shallow copy of the trainer with separate lists of metrics computes the loss. Otherwise TRL's trainers would
-        # average the losses of the estimate into what they log next.
-        twin = copy.copy(trainer)
-        for name in TRL_METRICS:
-            if hasattr(trainer, name):
-                setattr(twin, name, copy.deepcopy(getattr(trainer, name)))
-
-        def loss_function(adapted: nn.Module, batch: Any) -> Tensor | tuple[Tensor, float]:
-            inputs = twin._prepare_inputs(batch)
-            with twin.compute_loss_context_manager():
-                loss = twin.compute_loss(model, inputs) if self.loss_fn is None else self.loss_fn(adapted, inputs)
-            deactivate_adapter(
-                model, self.adapter_name
-            )  # a preference loss switches adapters for its reference and back
-            return loss
-
-        return loss_function
 
     def _extend_model_card(self, trainer: Trainer) -> None:
         """Let the trainer's `create_model_card` add the section on LoRA-GA to the card that it writes.
@@ -359,74 +339,6 @@ def _check_sharding(trainer: Trainer) -> None:
             "LoraGACallback does not fill adapters in FSDP 1, which flattens parameters into one. Set fsdp_version: 2 "
             "in the Accelerate configuration, or call lora_ga.initialize before the trainer is made."
         )
-
-
-def _check_training_data(trainer: Trainer) -> None:
-    """Refuse training data from which no batches for the estimate can be taken.
-
-    Raises:
-        ValueError: The data is empty, an iterable that may not restart, or streamed to a trainer that groups answers.
-    """
-    data, name = trainer.train_dataset, type(trainer).__name__
-    if data is not None and hasattr(data, "__len__") and len(data) == 0:
-        raise ValueError(f"The training data of the {name} is empty; the gradient needs at least one example.")
-    if not isinstance(data, TorchIterableDataset):
-        return
-    if not _restarts(data):
-        raise ValueError(
-            f"The training data is a {type(data).__name__}, an iterable that may not restart, so batches taken from "
-            "it could be missing in training. Pass LoraGACallback(batches=...)."
-        )
-    if hasattr(trainer, "num_generations_eval"):
-        raise ValueError(
-            f"A {name} groups its generations by prompt, which LoraGACallback cannot do with streamed data. Pass "
-            "LoraGACallback(batches=...), each batch with every prompt num_generations_eval times."
-        )
-
-
-def _restarts(data: Any) -> bool:
-    """Whether iterable data restarts with every iteration, as the streams of the `datasets` library do."""
-    # Without an import: a stream of `datasets` exists only if somebody has imported the library.
-    library = sys.modules.get("datasets")
-    return library is not None and isinstance(data, library.IterableDataset)
-
-
-def _batches_for_estimate(trainer: Trainer, loader: Any, config: LoraGAConfig) -> Iterable[Any]:
-    """Take batches of the training data for the estimate, without changing the order of training.
-
-    All processes choose the same batches. Process `i` of `n` takes the batches `i`, `i + n`, `i + 2n`, …
-
-    Args:
-        trainer: The trainer.
-        loader: The trainer's loader, which has the data set without unused columns, and the collator.
-        config: The seed of the choice, and the number of batches.
-
-    Returns:
-        This process's batches: from the beginning of streamed data, else a random choice.
-    """
-    args, data = trainer.args, loader.dataset
-    first, step = args.process_index, args.world_size
-    generator = torch.Generator().manual_seed(config.seed)
-    if isinstance(data, TorchIterableDataset):
-        batch_size = args.per_device_train_batch_size
-        stream = DataLoader(data, batch_size=batch_size, collate_fn=loader.collate_fn, generator=generator)
-        return itertools.islice(stream, first, None, step)
-    # `max_batches` counts the batches of all processes. One more round, so that every process has a last one to read.
-    most = None if config.max_batches is None else config.max_batches + step
-    chosen = list(itertools.islice(_batch_sampler(trainer, data, generator), first, most, step))
-    return DataLoader(data, batch_sampler=chosen, collate_fn=loader.collate_fn, generator=generator)
-
-
-def _batch_sampler(trainer: Trainer, data: Any, generator: torch.Generator) -> BatchSampler:
-    """Random batches of data that has a length."""
-    # GRPO and RLOO compare several answers to one prompt. Their sampler for evaluation repeats each prompt that many
-    # times, and a batch must hold whole groups.
-    group: int | None = getattr(trainer, "num_generations_eval", None)
-    if group is not None:
-        batch_size = group * max(1, trainer.args.generation_batch_size // group)
-        return BatchSampler(trainer._get_eval_sampler(data), batch_size, drop_last=False)
-    sampler: Sampler[int] = RandomSampler(data, generator=generator)
-    return BatchSampler(sampler, trainer.args.per_device_train_batch_size, drop_last=False)
 
 
 def _trackers(trainer: Trainer, args: TrainingArguments) -> list[TrainerCallback]:

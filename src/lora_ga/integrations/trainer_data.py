@@ -1,0 +1,129 @@
+"""The batches of an estimate inside a trainer: those that the trainer's own data loader gives."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from accelerate.state import GradientState
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from transformers import Trainer
+
+from lora_ga.integrations.trainer_state import loader_kept
+
+
+def check_training_data(trainer: Trainer) -> None:
+    """Refuse training data from which no batches for the estimate can be taken.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ValueError: The data is empty, or an iterable that may not restart.
+    """
+    data = trainer.train_dataset
+    if data is not None and hasattr(data, "__len__") and len(data) == 0:
+        raise ValueError(
+            f"The training data of the {type(trainer).__name__} is empty; the gradient needs at least one example."
+        )
+    _check_restarts(data)
+
+
+def _check_restarts(data: Any) -> None:
+    """Refuse a stream that continues where the last reader stopped.
+
+    Raises:
+        ValueError: The data is an iterator, or a stream that holds one.
+    """
+    if not _restarts(data):
+        raise ValueError(
+            f"The training data is a {type(data).__name__}, an iterable that may not restart since it is or holds an "
+            "iterator, so batches taken from it could be missing in training. Pass LoraGACallback(batches=...), or "
+            "let its __iter__ begin anew."
+        )
+
+
+def _restarts(data: Any) -> bool:
+    """Whether data begins anew with every iteration. A stream does, unless an iterator is in one of its attributes."""
+    if isinstance(data, Iterator):
+        return False
+    # Without an import: a stream of `datasets` exists only if somebody has imported the library.
+    library = sys.modules.get("datasets")
+    if not isinstance(data, TorchIterableDataset) or (library and isinstance(data, library.IterableDataset)):
+        return True
+    return all(_restarts(held) for held in getattr(data, "__dict__", {}).values())
+
+
+@contextlib.contextmanager
+def batches_of_trainer(trainer: Trainer, loader_of_training: Any) -> Iterator[Iterator[Any]]:
+    """The batches that the trainer's own loader gives to this process, from a second loader.
+
+    `get_train_dataloader` makes the loader. So the batches have the trainer's batch size, sampler, collator and share
+    of this process, also where a subclass overrides one of them. The order of training does not change.
+
+    Args:
+        trainer: The trainer, kept by `trainer_kept`. A random sampler draws from the seed given there.
+        loader_of_training: The loader that training will use.
+
+    Yields:
+        The batches, in the order of the loader.
+
+    Raises:
+        ValueError: The data cannot be read twice.
+    """
+    loader: Any = trainer.get_train_dataloader()
+    _check_restarts(getattr(loader, "dataset", None))
+    if loader is loader_of_training:
+        _check_restarts(loader)
+    with loader_kept(loader), contextlib.closing(_read(loader)) as batches:
+        yield itertools.islice(batches, 0, None, _use_groups_of_training(trainer))
+
+
+def _read(loader: Any) -> Generator[Any]:
+    """The batches of a loader. On leaving early, Accelerate forgets the loader, as at its end.
+
+    Yields:
+        A batch.
+
+    Raises:
+        ValueError: The loader's own error.
+    """
+    empty = True
+    try:
+        for batch in loader:
+            empty = False
+            yield batch
+    except ValueError:
+        # Accelerate's loader refuses a stream without a row; the estimate refuses it in words that say so.
+        if not (empty and _is_empty_stream(getattr(loader, "dataset", None))):
+            raise
+    finally:
+        if any(each is loader for each in GradientState().dataloader_references):
+            loader.end()
+
+
+def _is_empty_stream(data: Any) -> bool:
+    """Whether data is a stream without a row."""
+    return isinstance(data, TorchIterableDataset) and not any(True for _ in data)
+
+
+def _use_groups_of_training(trainer: Any) -> int:
+    """Let GRPO, RLOO and the like compare as many answers to a prompt as in training.
+
+    Their loaders give each prompt as often as training compares answers. The model may be in evaluation mode, for
+    which they have another number.
+
+    Args:
+        trainer: The trainer, kept by `trainer_kept`.
+
+    Returns:
+        How often the loader repeats each batch, so that training can use its answers several times; 1 for others.
+    """
+    if not hasattr(trainer, "num_generations"):
+        return 1
+    if hasattr(trainer, "num_generations_eval"):
+        trainer.num_generations_eval = trainer.num_generations
+    return int(getattr(trainer, "num_iterations", 1) * getattr(trainer.args, "steps_per_generation", 1))
