@@ -21,7 +21,7 @@ import lora_ga
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.gradients import reader
 from toys import adapted, causal, llama
-from trainers import TARGETS, callback, factors, peft_config, ready, rows, settings, sft, tokenised, tokenizer, trl
+from trainers import TARGETS, callback, factors, peft_config, ready, rows, settings, sft, tokenised, tokenizer, trl_classes
 
 
 def made(folder: Path, callbacks: list[Any], kind: type[Trainer] = Trainer, data: Any = None, **changes: Any) -> Any:
@@ -530,7 +530,7 @@ def test_grpo_compares_as_many_answers_as_in_training(streamed: bool, tmp_path: 
         groups.append([prompts.count(prompt) for prompt in prompts])
         return [float(len(set(completion))) for completion in completions]
 
-    trainer, arguments = trl("GRPO")
+    trainer, arguments = trl_classes("GRPO")
     given = settings(tmp_path, max_steps=2, save_strategy="no", gradient_accumulation_steps=2, bf16=False)
     late, data = callback(), rows("prompt")
     made = trainer(
