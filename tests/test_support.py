@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lora_ga
+import support_page
 from cases import CASES, Case
+from conftest import _weight
 from lora_ga import LoraGAConfig
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import base_weights, kind_of
 from lora_ga.layers.targets import Target, find_targets
+from test_ways_of_running import WAYS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts .or groups. got no gradient:UserWarning")
 
@@ -191,3 +195,38 @@ def test_the_base_offset_is_refused_where_the_weight_cannot_be_changed(case: Cas
     with pytest.raises(ValueError, match='offset="base"'):
         lora_ga.initialize(model, case.batches(), LoraGAConfig(offset="base"), loss_fn=case.loss_fn)
     assert not any(isinstance(module, Factor) for module in model.modules())
+
+
+def test_the_page_is_drawn_from_the_record() -> None:
+    assert support_page.PAGE.read_text() == support_page.page(json.loads(support_page.RECORD.read_text()))
+
+
+def test_the_record_has_every_row_and_nothing_failed() -> None:
+    groups = json.loads(support_page.RECORD.read_text())["groups"]
+    for group, rows in CASES.items():
+        assert set(groups[group]) == set(rows)
+        for row in rows:
+            assert {"start", "step", "reload"} <= set(groups[group][row]), row
+    assert set(WAYS) <= set(groups["ways of running"])
+    outcomes = [outcome for rows in groups.values() for cells in rows.values() for outcome in cells.values()]
+    assert "failed" not in outcomes
+
+
+def test_a_failure_and_a_missing_package_are_shown() -> None:
+    rows = {"one": {"start": "failed", "step": "skipped: x is not installed"}, "two": {"start": "passed"}}
+    shown = support_page.page({"versions": {"torch": "2"}, "groups": {"layers": rows}})
+    assert "| one | **✗** | not run |" in shown
+    assert "| two | ✓ |  |" in shown
+    assert "- one, step: x is not installed." in shown
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "worst"),
+    [
+        (["passed", "failed", "skipped: x"], "failed"),
+        (["skipped: x", "passed"], "passed"),
+        (["skipped: x"], "skipped: x"),
+    ],
+)
+def test_a_cell_with_several_tests_shows_the_worst_outcome_of_those_that_ran(outcomes: list[str], worst: str) -> None:
+    assert min(outcomes, key=_weight) == worst

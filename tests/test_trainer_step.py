@@ -21,7 +21,19 @@ import lora_ga
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.gradients import reader
 from toys import adapted, causal, llama
-from trainers import TARGETS, callback, factors, peft_config, ready, rows, settings, sft, tokenised, tokenizer, trl_classes
+from trainers import (
+    TARGETS,
+    callback,
+    factors,
+    peft_config,
+    ready,
+    rows,
+    settings,
+    sft,
+    tokenised,
+    tokenizer,
+    trl_classes,
+)
 
 
 def made(folder: Path, callbacks: list[Any], kind: type[Trainer] = Trainer, data: Any = None, **changes: Any) -> Any:

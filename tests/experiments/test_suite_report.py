@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 
 from lora_ga.cli.main import main
-from lora_ga.experiments.comparison.series import find_series
-from lora_ga.experiments.comparison.speed import steps_to_loss
-from lora_ga.experiments.comparison.suites import PAPER, Result, results
+from lora_ga.experiments.comparison.suites import PAPER, Result, find_series, results, steps_to_loss
 from lora_ga.experiments.pages.suite_figures import figure_groups, task_figure
 from lora_ga.experiments.pages.suites import HTML_NAME, README_NAME, readme_files, report_files, suite_document
 from lora_ga.experiments.records.store import Store

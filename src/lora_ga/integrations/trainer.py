@@ -25,8 +25,7 @@ from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped
 from lora_ga.gradients.loss import LossFunction
 from lora_ga.gradients.result import GradientEstimate, scalars
-from lora_ga.integrations.trainer_data import batches_of_trainer, check_training_data
-from lora_ga.integrations.trainer_loss import TrainerLoss
+from lora_ga.integrations.trainer_data import TrainerLoss, batches_of_trainer, check_training_data
 from lora_ga.integrations.trainer_state import trainer_kept, use_arguments_of_one_batch
 from lora_ga.layers.targets import peft_model_in
 

@@ -1,4 +1,4 @@
-"""The batches of an estimate inside a trainer: those that the trainer's own data loader gives."""
+"""The batches and the loss of an estimate inside a trainer, as the trainer has them in training."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from accelerate.state import GradientState
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer
 
+from lora_ga.gradients.isolation import deactivate_adapter
+from lora_ga.gradients.loss import LossFunction
 from lora_ga.integrations.trainer_state import loader_kept
 
 
@@ -127,3 +130,40 @@ def _use_groups_of_training(trainer: Any) -> int:
     if hasattr(trainer, "num_generations_eval"):
         trainer.num_generations_eval = trainer.num_generations
     return int(getattr(trainer, "num_iterations", 1) * getattr(trainer.args, "steps_per_generation", 1))
+
+
+class TrainerLoss:
+    """A trainer's `compute_loss` as the loss function of an estimate.
+
+    `compute_loss` gets the `num_items_in_batch` that the trainer counts for an optimizer step of this batch alone, in
+    this process alone. So a loss that divides by it is a mean over the batch.
+
+    Attributes:
+        needs_labels: Whether a batch without a label has no loss: with the trainer's own loss.
+    """
+
+    def __init__(self, trainer: Trainer, model: Any, adapter_name: str, loss_fn: LossFunction | None) -> None:
+        """Compute the loss of `trainer`.
+
+        Args:
+            trainer: The trainer, kept by `trainer_kept`.
+            model: The model as the trainer passes it to its callbacks.
+            adapter_name: The adapter that the estimate leaves out.
+            loss_fn: The user's loss, in the place of `compute_loss`.
+        """
+        self.trainer, self.model, self.adapter_name, self.loss_fn = trainer, model, adapter_name, loss_fn
+        self.needs_labels = loss_fn is None
+
+    def __call__(self, adapted: nn.Module, batch: Any) -> Tensor | tuple[Tensor, float]:
+        """The loss of a batch, or the loss and its weight if the user's loss returns both."""
+        trainer: Any = self.trainer
+        _, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+        inputs = trainer._prepare_inputs(batch)
+        with trainer.compute_loss_context_manager():
+            if self.loss_fn is None:
+                loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
+            else:
+                loss = self.loss_fn(adapted, inputs)
+        # A preference loss switches adapters for its reference and back.
+        deactivate_adapter(self.model, self.adapter_name)
+        return loss

@@ -1,11 +1,16 @@
-"""The results of a suite: for each task and method, the best learning rate and its runs. Pure functions of records."""
+"""What a suite's records show: the result of each variant, the numbers that it varies, and steps to LoRA's loss."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_ga.experiments.comparison.curves import smooth, steps_to
+from lora_ga.experiments.methods import complete
+from lora_ga.experiments.records.runs import Curve
 from lora_ga.experiments.suites.cells import Cell, best_rate, cell_of, rate_at, sweep_of, wanted
 from lora_ga.experiments.suites.spec import Suite
 
@@ -120,3 +125,120 @@ def _result(
     ]
     missing = len(by_digest) - len(found) + unknown
     return Result(task, label, rate, bracketed, dict(sorted(runs.items())), failures, missing, search)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Variants that differ in one number only.
+
+    Attributes:
+        name: Name of the option or setting that differs.
+        title: The method and the options that the variants share, in words.
+        labels: Value → label of the variant, values ascending.
+    """
+
+    name: str
+    title: str
+    labels: Mapping[float, str]
+
+
+def find_series(suite: Suite) -> list[Series]:
+    """Finds every number for which the suite has three values or more with all else equal."""
+    by_label = {label: _values(suite, label) for label in suite.methods}
+    groups: dict[tuple[Any, ...], dict[float, str]] = {}
+    for label, values in by_label.items():
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                rest = tuple(sorted((key, str(other)) for key, other in values.items() if key != name))
+                groups.setdefault((name, rest), {}).setdefault(float(value), label)
+    found = []
+    for (name, _), labels in groups.items():
+        if len(labels) >= 3:
+            ascending = dict(sorted(labels.items()))
+            found.append(Series(name, _shared_title(suite, name, list(ascending.values())), ascending))
+    return found
+
+
+def _values(suite: Suite, label: str) -> dict[str, Any]:
+    """Everything that decides what a variant does, except its learning rate."""
+    variant = suite.methods[label]
+    settings = {key: getattr(suite.settings, key) for key in ("rank", "samples", "alpha", "steps")}
+    options = complete(variant.method, variant.options)
+    return {"method": variant.method, **settings, **dict(variant.settings), **options}
+
+
+def _shared_title(suite: Suite, name: str, labels: Sequence[str]) -> str:
+    """The method and the options that all variants of a series name, without the one that differs."""
+    first = suite.methods[labels[0]]
+    shared = {
+        key: value
+        for key, value in {**first.options, **first.settings}.items()
+        if key != name
+        and all({**suite.methods[each].options, **suite.methods[each].settings}.get(key) == value for each in labels)
+    }
+    return ", ".join([first.method, *(f"{key} {value}" for key, value in shared.items())])
+
+
+LEAST_WINDOW = 10  # optimiser steps
+
+
+def smoothed_training_loss(record: Record) -> Curve:
+    """The trailing mean of a run's training loss, over a twentieth of its steps but at least `LEAST_WINDOW`."""
+    training = record["curves"]["training"]
+    points = tuple((step, math.nan if loss is None else loss) for step, loss in enumerate(training, 1))
+    window = min(len(training), max(LEAST_WINDOW, len(training) // 20))
+    return smooth(points, window)
+
+
+def reported_curve(record: Record, metric: str) -> Curve:
+    """A metric of the reported split at each evaluation of a run."""
+    points = [point for point in record["curves"]["report"] if metric in point]
+    return tuple((int(point["step"]), float(point[metric])) for point in points)
+
+
+@dataclass(frozen=True)
+class StepsToLoss:
+    """Steps to the final training loss of plain LoRA, seed by seed.
+
+    Attributes:
+        steps: The method's steps; None for a seed that never reaches that loss.
+        reference: LoRA's steps for the same seeds.
+    """
+
+    steps: Sequence[int | None]
+    reference: Sequence[int]
+
+    @property
+    def reached(self) -> list[int]:
+        """The method's steps for the seeds that reach the loss."""
+        return [step for step in self.steps if step is not None]
+
+    @property
+    def ratio(self) -> float | None:
+        """The method's mean steps divided by LoRA's; None unless every seed reaches the loss."""
+        if not self.reached or len(self.reached) < len(self.steps):
+            return None
+        return statistics.fmean(self.reached) / statistics.fmean(self.reference)
+
+
+def steps_to_loss(result: Result, plain: Result) -> StepsToLoss | None:
+    """Counts the steps of a method to the final training loss of plain LoRA.
+
+    Each seed is compared with LoRA's run with the same seed. The two saw the same batches, so they share that noise.
+
+    Args:
+        result: Of the method.
+        plain: Of plain LoRA on the same task.
+
+    Returns:
+        The steps; None if the two have no seed in common.
+    """
+    steps, reference = [], []
+    for seed in sorted(set(result.runs) & set(plain.runs)):
+        plain_curve = smoothed_training_loss(plain.runs[seed])
+        final_loss = plain_curve[-1][1]
+        plain_steps = steps_to(plain_curve, final_loss)
+        assert plain_steps is not None, "a curve reaches its last value"
+        steps.append(steps_to(smoothed_training_loss(result.runs[seed]), final_loss))
+        reference.append(plain_steps)
+    return StepsToLoss(steps, reference) if steps else None

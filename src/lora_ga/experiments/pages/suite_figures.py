@@ -10,9 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from lora_ga.experiments.comparison.curves import mean_and_error, mean_curve
-from lora_ga.experiments.comparison.series import Series
-from lora_ga.experiments.comparison.speed import reported_curve, smoothed_training_loss
-from lora_ga.experiments.comparison.suites import Result
+from lora_ga.experiments.comparison.suites import Result, Series, reported_curve, smoothed_training_loss
 from lora_ga.experiments.pages.drawing import REFERENCE_LINE, STYLE, add_legend, legend_entry, line_style
 from lora_ga.experiments.records.runs import Curve
 from lora_ga.experiments.suites.cells import SMALLER_IS_BETTER

@@ -5,8 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_ga.experiments.comparison.series import find_series
-from lora_ga.experiments.comparison.suites import PAPER, TUNED, Record, Records, Result, plain_lora, protocols, results
+from lora_ga.experiments.comparison.suites import (
+    PAPER,
+    TUNED,
+    Record,
+    Records,
+    Result,
+    find_series,
+    plain_lora,
+    protocols,
+    results,
+)
 from lora_ga.experiments.pages.document import Document, Picture, Section, html_page, markdown_files
 from lora_ga.experiments.pages.suite_figures import figure_groups, series_figure, task_figure
 from lora_ga.experiments.suites.spec import Suite

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_ga.experiments.comparison.curves import mean_and_error
-from lora_ga.experiments.comparison.speed import StepsToLoss, smoothed_training_loss, steps_to_loss
-from lora_ga.experiments.comparison.suites import Record, Result
+from lora_ga.experiments.comparison.suites import Record, Result, StepsToLoss, smoothed_training_loss, steps_to_loss
 from lora_ga.experiments.suites.cells import SMALLER_IS_BETTER
 from lora_ga.experiments.suites.spec import Suite
 from lora_ga.experiments.tables.table import BLANK, Table, format_values
