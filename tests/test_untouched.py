@@ -284,3 +284,14 @@ def test_a_run_of_a_network_resumes_bit_for_bit(tmp_path: Path) -> None:
     resumed = trainer(tmp_path, again, LoraGACallback(batches=NETWORK_BATCHES), max_steps=4, save_steps=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert same(once, again)
+
+
+def test_a_network_that_returns_its_loss_needs_no_loss_function() -> None:
+    class Bare(Classifier):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            return super().forward(input_ids, labels)["loss"]
+
+    bare, whole = Bare(), Classifier()
+    lora_ga.initialize(bare, NETWORK_BATCHES)
+    lora_ga.initialize(whole, NETWORK_BATCHES)
+    assert same(bare, whole)
