@@ -536,10 +536,11 @@ def test_a_loader_that_is_one_iterator_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_grpo_compares_as_many_answers_as_in_training(streamed: bool, tmp_path: Path) -> None:
-    groups = []
+    groups, compared = [], []
 
     def letters(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         groups.append([prompts.count(prompt) for prompt in prompts])
+        compared.append(made.num_generations_eval)
         return [float(len(set(completion))) for completion in completions]
 
     trainer, arguments = trl_classes("GRPO")
@@ -555,7 +556,7 @@ def test_grpo_compares_as_many_answers_as_in_training(streamed: bool, tmp_path: 
         callbacks=[late],
     )
     made.train()
-    assert made.num_generations_eval == 2
+    assert compared == [4, 4, 4, 2, 2]  # what the estimate compares in evaluation mode, and what training leaves alone
     assert late.estimate is not None
     # The loader gives the prompts of both micro-batches of a step at once, and gives them twice.
     assert groups == [[4] * 8] * (late.estimate.batches + 2)
