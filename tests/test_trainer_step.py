@@ -540,13 +540,13 @@ def test_grpo_compares_as_many_answers_as_in_training(streamed: bool, tmp_path: 
 
     def letters(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         groups.append([prompts.count(prompt) for prompt in prompts])
-        compared.append(made.num_generations_eval)
+        compared.append(grpo.num_generations_eval)
         return [float(len(set(completion))) for completion in completions]
 
     trainer, arguments = trl_classes("GRPO")
     given = settings(tmp_path, max_steps=2, save_strategy="no", gradient_accumulation_steps=2, bf16=False)
     late, data = callback(), rows("prompt")
-    made = trainer(
+    grpo = trainer(
         llama(),
         letters,
         args=arguments(**given, num_generations=4, num_generations_eval=2, max_completion_length=6),
@@ -555,7 +555,7 @@ def test_grpo_compares_as_many_answers_as_in_training(streamed: bool, tmp_path: 
         peft_config=peft_config(),
         callbacks=[late],
     )
-    made.train()
+    grpo.train()
     assert compared == [4, 4, 4, 2, 2]  # what the estimate compares in evaluation mode, and what training leaves alone
     assert late.estimate is not None
     # The loader gives the prompts of both micro-batches of a step at once, and gives them twice.
