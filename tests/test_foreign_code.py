@@ -25,10 +25,10 @@ OTHER_OBJECTS = {
     "linalg/streaming.py": {"stream", "mine"},
     # FSDP2's record of where a parameter is, in the one function that checks its layout first.
     "distributed/sharding.py": {"info"},
-    # A trainer, a copy of its arguments, its attributes put back; PEFT's configuration, which is marked as preprocessed.
+    # A trainer, its arguments, its state and its data loader, none of them a module; PEFT's configuration.
     "integrations/trainer.py": {"trainer"},
     "integrations/trainer_data.py": {"trainer"},
-    "integrations/trainer_state.py": {"arguments", "attributes"},
+    "integrations/trainer_state.py": {"arguments", "attributes", "part", "trainer", "twin"},
     "integrations/peft.py": {"lora_config"},
     # The command line and the experiments load their models, tokenizers and trainers themselves.
     "cli/callbacks.py": {"control"},
