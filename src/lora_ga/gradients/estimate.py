@@ -15,8 +15,9 @@ from lora_ga.gradients.loss import LossFunction, unlabelled
 from lora_ga.gradients.merge import merged_estimate
 from lora_ga.gradients.probe import probe_uncalled
 from lora_ga.gradients.reader import BatchReader
+from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.result import GradientEstimate
-from lora_ga.gradients.setup import prepare
+from lora_ga.gradients.setup import Setup, prepare
 
 
 def estimate_gradients(
@@ -45,10 +46,8 @@ def estimate_gradients(
             DistributedDataParallel, or sharded by FSDP2 or DeepSpeed ZeRO-3. The loss is that of the whole network.
         data: Batches: mappings (keyword arguments of the model), tuples, or whatever `loss_fn` takes. They are moved
             to the model's device. Each counts by its label tokens: many small ones give the gradient of one large one.
-            A batch whose labels are all -100 has no loss. It is left out, does not count for `max_batches`, and one
-            warning gives the number of such batches. With a `loss_fn` every batch is used.
-        config: The settings; `estimator`, `oversample`, `power_steps`, `max_batches`, `tolerance`, `on_missing`,
-            `seed` count here.
+            Without a `loss_fn`, batches whose labels are all -100 are left out, with one warning.
+        config: The settings, less those of the start (direction, scale, γ, `reach`, `offset`).
         loss_fn: `(model, batch) → loss` or `→ (loss, weight)`. The loss is a mean, and the weight is the number of
             terms that it is a mean over. By default `model(**batch).loss`.
         adapter_name: The adapter to align.
@@ -56,8 +55,7 @@ def estimate_gradients(
             have without the interruption; `data` has to give the same batches again. The file stays when the estimate
             is done. Each of several processes writes another file, with its rank in the name.
         every: Batches between two savings of the checkpoint.
-        process_group: The processes that make the estimate together; None for all of the default group, if there is
-            one. Pass a group of this process alone to make an estimate without the others.
+        process_group: The processes that make the estimate together; by default all of the default group, if any.
 
     Returns:
         The estimate, of the gradient of the mean loss.
@@ -74,13 +72,7 @@ def estimate_gradients(
     setup, recorder = prepare(model, config, adapter_name, process_group, checkpoint, every)
     passes = BatchPass(setup.network, loss_fn)
     with setup.isolated():
-        reader = BatchReader(
-            data,
-            setup.batch_limit,
-            setup.checkpoint,
-            recorder.progress,
-            without_label=lambda batch: unlabelled(setup.network, batch, loss_fn),
-        )
+        reader = _reader(setup, recorder, data, loss_fn)
         if config.estimator == "probe":
             keep_batches(setup, reader)
         else:
@@ -88,3 +80,12 @@ def estimate_gradients(
         report_unlabelled(setup, reader)
         probed = probe_uncalled(setup, recorder, probe_reads(passes, reader.kept), batches=len(reader.kept))
     return merged_estimate(setup, recorder, probed)
+
+
+def _reader(setup: Setup, recorder: Recorder, data: Iterable[Any], loss_fn: LossFunction | None) -> BatchReader:
+    """Reads this process's share of the batches that have a label, from where the recorder stands."""
+
+    def without_label(batch: Any) -> bool:
+        return unlabelled(setup.network, batch, loss_fn)
+
+    return BatchReader(data, setup.batch_limit, setup.checkpoint, recorder.progress, without_label=without_label)
