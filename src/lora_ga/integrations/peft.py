@@ -93,7 +93,7 @@ def preprocess_loraga(
         config: Settings that PEFT does not have: `estimator`, `oversample`, `power_steps`, `on_missing`, `seed`.
 
     Returns:
-        The estimate, which `get_peft_model` also finds by itself.
+        The estimate. `get_peft_model` finds it without being given it.
 
     Raises:
         ValueError: There is no `lora_ga_config`, the adapter cannot be aligned, `train_step` gives layers no gradient,
