@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import re
@@ -153,6 +154,13 @@ def test_tables_are_drawn_from_the_records(page: str) -> None:
     assert tables.written(page, text) == text
 
 
+@functools.cache
+def help_of(command: str) -> str:
+    """What `lora-ga COMMAND --help` prints."""
+    run = [sys.executable, "-m", "lora_ga", command, "--help"]
+    return subprocess.run(run, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize(
     "document",
     [
@@ -165,6 +173,8 @@ def test_tables_are_drawn_from_the_records(page: str) -> None:
         "docs/scale.md",
         "docs/evidence.md",
         "docs/experiments.md",
+        "docs/internals.md",
+        "findings/README.md",
         "CHANGELOG.md",
     ],
 )
@@ -176,8 +186,6 @@ def test_documents_name_only_commands_files_and_options_that_exist(document: str
     for path in re.findall(r"\]\(([^)#]+)\)", text):
         assert path.startswith("https://") or ((ROOT / document).parent / path).exists(), path
     for command, line in re.findall(r"(?m)^lora-ga ([a-z]+)(.*)$", text):
-        shown = subprocess.run(
-            [sys.executable, "-m", "lora_ga", command, "--help"], capture_output=True, text=True, check=True
-        ).stdout
+        shown = help_of(command)
         for option in re.findall(r"--[a-z_]+", line):
             assert option in shown, (command, option)
