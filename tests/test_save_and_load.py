@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -296,9 +297,13 @@ def test_the_first_step_of_a_plain_adapter_checks_the_optimizer_state(tmp_path: 
 
 def test_the_optimizers_of_other_models_are_not_checked(tmp_path: Path) -> None:
     model = load_as_plain(tmp_path)
-    optimizer_with_halved_state(nn.Linear(4, 4).parameters()).step()
-    model.base_model.model.lm_head.requires_grad_(True)  # nor are those of other parameters of this model
-    optimizer_with_halved_state(model.base_model.model.lm_head.parameters()).step()
+    model.base_model.model.lm_head.requires_grad_(True)
+    for module in (nn.Linear(4, 4), model.base_model.model.lm_head):  # not of the adapter, in and outside its model
+        optimizer = optimizer_with_halved_state(module.parameters())
+        after = Mock()
+        optimizer.register_step_post_hook(after)
+        optimizer.step()
+        assert after.call_count == 1
 
 
 def test_the_check_is_removed_with_the_model(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{folder}: there is no such folder. Give the folder of a store.")
     with Store(folder).locked() as store:
         for path in store.compact():
-            print(f"{path} ({path.stat().st_size} bytes)")
+            sys.stdout.write(f"{path} ({path.stat().st_size} bytes)\n")
 
 
 if __name__ == "__main__":
