@@ -35,8 +35,7 @@ def estimate_gradients(
 
     The base weights need no gradient: hooks record the inputs x and the output gradients g of each layer, and
     G = Σ gᵀx. Layers that are never called, because a fused kernel reads their weights, are probed (see `estimator`) in
-    two more passes over the batches, with a warning. Afterwards the model is exactly as it was (mode, `requires_grad`,
-    `.grad`, hooks), and so are the global random generators, also after an error.
+    two more passes over the batches, with a warning. Model and global random generators end exactly as they were.
 
     Under an initialised process group of torch.distributed all its processes have to call this, each with a different
     share of the batches. Their sums are added up, and all processes return the same estimate, bit for bit.
