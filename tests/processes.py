@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -37,16 +39,27 @@ def _process(rank: int, worker: Worker, size: int, folder: Path, timeout: int) -
     dist.destroy_process_group()
 
 
+def start(function: Callable[..., None], *arguments: Any) -> Any:
+    """Start `function(*arguments)` in a new process.
+
+    It is forked from a server process that has imported the libraries, which takes seconds in a new interpreter. The
+    server has run nothing else: it holds no models and no threads of this process.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["workers"])
+    process = context.Process(target=function, args=arguments)
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # where the server finds `workers`
+        process.start()
+    return process
+
+
 def run(worker: Worker, size: int, folder: Path, *, timeout: int = 120) -> list[Any]:
     """Run `worker(rank, size, folder)` in `size` processes of a gloo group.
 
     Returns the result of each process, None for a process that died. Fails if a worker raised an error.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
-    started = [context.Process(target=_process, args=(rank, worker, size, folder, timeout)) for rank in range(size)]
-    for process in started:
-        process.start()
+    started = [start(_process, rank, worker, size, folder, timeout) for rank in range(size)]
     for process in started:
         process.join(4 * timeout)
     failures = [file.read_text() for file in sorted(folder.glob("*.txt"))]
