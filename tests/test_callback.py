@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lora_ga
 import lora_ga.integrations.trainer
+import processes
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.save import FILE
 from lora_ga.adapter.structure import give_structure
@@ -447,45 +445,6 @@ def test_empty_training_data_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, adapted(llama(), TARGETS), stream).train()
 
 
-WITHOUT_DATASETS = """
-import sys
-sys.modules["datasets"] = None  # importing it fails, as where it is not installed
-import torch
-from peft import LoraConfig, get_peft_model
-from torch.utils.data import IterableDataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from lora_ga import LoraGACallback, LoraGAConfig
-
-class Stream(IterableDataset):
-    def __init__(self):
-        self.rows = iter(rows)
-    def __iter__(self):
-        yield from self.rows
-
-sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, **sizes))
-model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
-rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(16, (8, 6))]
-arguments = TrainingArguments(sys.argv[1], max_steps=1, use_cpu=True, report_to=[], save_strategy="no")
-try:
-    Trainer(model, arguments, train_dataset=Stream(), callbacks=[LoraGACallback()])
-except ValueError as error:
-    assert "The training data is a Stream" in str(error)
-else:
-    raise AssertionError("the stream was not refused")
-started = LoraGACallback(LoraGAConfig(max_batches=1))
-Trainer(model, arguments, train_dataset=rows, callbacks=[started]).train()
-assert started.estimate.batches == 1
-"""
-
-
-def test_the_callback_works_without_the_datasets_library(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_DATASETS, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-
-
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -547,41 +506,23 @@ def test_a_checkpoint_with_the_sidecar_of_another_run_is_refused(tmp_path: Path)
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-from trainers import callback, factors, transformers_trainer
-from lora_ga import LoraGAConfig
-started = callback(config=LoraGAConfig(max_batches=4, estimator="dense"))
-trainer = transformers_trainer([started], Path(sys.argv[1]), max_steps=2, ddp_backend="gloo")
-trainer.train()
-assert started.estimate.batches == 4
-tensors = [tensor for factor in factors(trainer.model) for tensor in (factor.start, factor.trainable.data)]
-torch.save([type(trainer.model_wrapped).__name__, tensors], Path(sys.argv[1]) / f"{trainer.args.process_index}.pt")
-"""
+DENSE = LoraGAConfig(max_batches=4, estimator="dense")
 
 
-@pytest.mark.slow
+def trained(rank: int, size: int, folder: Path) -> tuple[str, int, list[torch.Tensor]]:
+    """Train two steps; returns the kind of the wrapped model, the batches of the estimate, and the factors."""
+    started = callback(config=DENSE)
+    trainer = transformers_trainer([started], folder / "run", max_steps=2, ddp_backend="gloo")
+    trainer.train()
+    tensors = [tensor for factor in factors(trainer.model) for tensor in (factor.start, factor.trainable.detach())]
+    return type(trainer.model_wrapped).__name__, started.estimate.batches, tensors
+
+
 def test_processes_estimate_on_their_shares_and_get_the_same_start(tmp_path: Path) -> None:
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(worker),
-        str(tmp_path),
-    ]
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    subprocess.run(run, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths}, timeout=300)
-    (kind, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert kind == "DistributedDataParallel"
+    (kind, batches, first), (_, _, second) = processes.run(trained, 2, tmp_path)
+    assert (kind, batches) == ("DistributedDataParallel", 4)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    config = LoraGAConfig(max_batches=4, estimator="dense")
-    alone = transformers_trainer([callback(config=config)], tmp_path / "alone", max_steps=1)
+    alone = transformers_trainer([callback(config=DENSE)], tmp_path / "alone", max_steps=1)
     alone.train()
     for start, factor in zip(first[::2], factors(alone.model), strict=True):
         torch.testing.assert_close(start, factor.start, rtol=0, atol=1e-4)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_ga
+import processes
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.files import read_tensors
 from lora_ga.gradients.checkpoint import FILE_KIND, Checkpoint, Progress
@@ -146,28 +145,24 @@ def test_a_resumed_estimate_equals_the_uninterrupted_one(
     assert_same(estimate(BATCHES, config, file), true)
 
 
-KILLED = """
-import os, signal, sys
-import torch
-import lora_ga
-from toys import adapted, causal, llama
-def batches():
-    for index, batch in enumerate(causal(9)):
-        if index == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield batch
-lora_ga.estimate_gradients(adapted(llama()), batches(), checkpoint=sys.argv[1], every=1)
-"""
+def estimate_until_killed(file: Path, after: int) -> None:
+    """Estimate with a checkpoint after each batch. Kills this process when it asks for the batch with index `after`."""
+
+    def batches() -> Iterator[Any]:
+        yield from BATCHES[:after]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    estimate(batches(), LoraGAConfig(), file, every=1)
 
 
 def test_a_killed_process_leaves_a_whole_checkpoint_to_resume_from(tmp_path: Path) -> None:
     file = tmp_path / "state.safetensors"
     for after in (3, 7):  # killed twice
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        argv = [sys.executable, "-c", KILLED, str(file), str(after)]
-        killed = subprocess.run(argv, env=environment, capture_output=True, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        process = processes.start(estimate_until_killed, file, after)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+        assert read_tensors(file, FILE_KIND)[1]["progress"]["batches"] == after
     assert_same(estimate(BATCHES, LoraGAConfig(), file, every=1), estimate(BATCHES, LoraGAConfig()))
 
 

@@ -1,16 +1,17 @@
 """`lora-ga train --resume` ends with the results of an uninterrupted run, or is refused."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import processes
 from lora_ga.cli.callbacks import OptimizerGuard
 from lora_ga.cli.checkpoints import last_checkpoint
 from lora_ga.cli.main import main
@@ -32,24 +33,28 @@ RUN = {
     "learning_rate": 1e-3,
 }
 
-# Trains, and sends SIGKILL to the process after step 6 of 8.
-KILLED = """
-import os, signal, sys
-from lora_ga.cli import callbacks
-from lora_ga.cli.main import main
-
-def die(self, args, state, control, **kwargs):
-    if state.global_step == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-callbacks.OptimizerGuard.on_step_end = die
-sys.exit(main(sys.argv[1:]))
-"""
-
 
 def command(model: Path, data: Path, out: Path, **options: object) -> list[str]:
     given = {**RUN, "model": model, "train_file": data, "eval_file": data, "output_dir": out, **options}
     return ["train", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def train_until_killed(argv: list[str]) -> None:
+    """Trains, and sends SIGKILL to this process after step 6 of 8."""
+
+    def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    OptimizerGuard.on_step_end = die  # type: ignore[method-assign]
+    main(argv)
+
+
+def exit_code_of(argv: list[str]) -> int | None:
+    """The exit code of a process that `train_until_killed` runs in."""
+    process = processes.start(train_until_killed, argv)
+    process.join()
+    return process.exitcode
 
 
 def interrupted_copy(uninterrupted: Path, interrupted: Path) -> Path:
@@ -117,8 +122,7 @@ def test_a_resumed_lora_ga_run_needs_neither_the_estimate_nor_the_original_folde
 
 def test_a_killed_run_resumes_to_the_same_result(bert: Path, uninterrupted: Path, tmp_path: Path) -> None:
     argv = command(bert, uninterrupted.parent / "data.jsonl", tmp_path / "broken")
-    killed = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert exit_code_of(argv) == -signal.SIGKILL
     assert not (tmp_path / "broken" / "run.json").exists()
     assert main([*argv, "--resume"]) == 0
     assert_same_result(tmp_path / "broken", uninterrupted)
@@ -129,8 +133,7 @@ def test_a_resumed_run_may_remove_the_checkpoint_it_started_from(
 ) -> None:
     # Only the last two checkpoints are kept. With one at each step, that of step 6 is removed before the end.
     argv = command(bert, uninterrupted.parent / "data.jsonl", tmp_path / "broken", save_steps=1)
-    killed = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert exit_code_of(argv) == -signal.SIGKILL
     assert main(["train", "--resume", "--output_dir", str(tmp_path / "broken")]) == 0
     assert {path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()} == {"checkpoint-7", "checkpoint-8"}
     assert weights(tmp_path / "broken") == weights(uninterrupted)
