@@ -7,8 +7,11 @@ TORCH ?= torch==2.13.0
 # DeepSpeed, and those of its requirements that are not in the environment.
 DEEPSPEED ?= deepspeed==0.19.8 hjson py-cpuinfo einops msgpack ninja nvidia-ml-py
 BIN := $(VENV)/bin
+# The tests run in this many processes, each with one thread; a file runs in one process.
+PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-.PHONY: demo test test-zero3 lint bench clean
+.PHONY: demo test test-all test-zero3 lint bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +23,10 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(PYTEST) --quick
+
+test-all: $(VENV)/.ready
+	$(PYTEST)
 
 # DeepSpeed is installed in a folder of its own, so that no other test imports it. At its first use it builds a kernel
 # with g++.

@@ -1,11 +1,14 @@
-"""Write the record that the support matrix (docs/support.md) is drawn from: pytest --support-record FILE."""
+"""Options: --support-record FILE writes the record that the support matrix (docs/support.md) is drawn from.
+
+--quick leaves out the tests marked slow.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,16 +24,35 @@ PACKAGES = [
     "optimum-quanto",
     "gptqmodel",
 ]
-OUTCOMES = pytest.StashKey[dict[str, dict[str, dict[str, str]]]]()
+SLOW = "slow; `make test-all` runs it"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--support-record", type=Path, help="write the record of the support matrix to this file")
+class SupportRecord:
+    """Collects the outcomes of the tests that are cells of the support matrix, and writes them at the end."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.groups: dict[str, dict[str, dict[str, str]]] = {}
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "support(group, row, column): a cell of the support matrix")
-    config.stash[OUTCOMES] = {}
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        properties = dict(report.user_properties)
+        if "support" not in properties or (report.when != "call" and report.passed):
+            return
+        group, row, column = properties["support"]  # type: ignore[misc]
+        found = report.outcome
+        if isinstance(report.longrepr, tuple):
+            found = f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"  # type: ignore[assignment]
+        cells = self.groups.setdefault(group, {}).setdefault(row, {})
+        cells[column] = min(cells.get(column, found), found, key=_weight)
+
+    def pytest_sessionfinish(self) -> None:
+        versions = {}
+        for name in PACKAGES:
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        self.path.write_text(json.dumps({"versions": versions, "groups": self.groups}, indent=1) + "\n")
 
 
 def _weight(outcome: str) -> int:
@@ -38,30 +60,27 @@ def _weight(outcome: str) -> int:
     return ["failed", "passed"].index(outcome) if outcome in {"failed", "passed"} else 2
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.CallInfo, None]:
-    outcome = yield
-    report = outcome.get_result()  # type: ignore[attr-defined]
-    marker = item.get_closest_marker("support")
-    if marker is None or (report.when != "call" and report.passed):
-        return
-    group, row, column = marker.args
-    found = (
-        report.outcome if report.outcome != "skipped" else f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"
-    )
-    cells = item.config.stash[OUTCOMES].setdefault(group, {}).setdefault(row, {})
-    cells[column] = min(cells.get(column, found), found, key=_weight)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support-record", type=Path, help="write the record of the support matrix to this file")
+    parser.addoption("--quick", action="store_true", help="leave out the tests marked slow")
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--support-record")
-    if path is None:
-        return
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    record = {"versions": versions, "groups": session.config.stash[OUTCOMES]}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "support(group, row, column): a cell of the support matrix")
+    path = config.getoption("--support-record")
+    if path is not None and not hasattr(config, "workerinput"):  # pytest-xdist sends all reports to one process
+        config.pluginmanager.register(SupportRecord(path))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if (marker := item.get_closest_marker("support")) is not None:
+            item.user_properties.append(("support", marker.args))
+        if config.getoption("--quick") and item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.skip(reason=SLOW))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    left_out = [report for report in terminalreporter.stats.get("skipped", []) if SLOW in str(report.longrepr)]
+    if left_out:
+        terminalreporter.write_line(f"{len(left_out)} slow tests were left out; `make test-all` runs them too.")

@@ -181,7 +181,7 @@ def help_of(command: str) -> str:
 def test_documents_name_only_commands_files_and_options_that_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?m)`make ([a-z]+)|^make ([a-z]+)", text):
+    for target in re.findall(r"(?m)`make ([a-z0-9-]+)|^make ([a-z0-9-]+)", text):
         assert re.search(rf"^{''.join(target)}:", makefile, flags=re.MULTILINE), target
     for path in re.findall(r"\]\(([^)#]+)\)", text):
         assert path.startswith("https://") or ((ROOT / document).parent / path).exists(), path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,12 @@ from lora_ga import LoraGAConfig
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import base_weights, kind_of
 from lora_ga.layers.targets import Target, find_targets
-from test_ways_of_running import WAYS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts .or groups. got no gradient:UserWarning")
+
+
+# The tests that fill the cells of the matrix.
+MODULES = ["test_support", "test_ways_of_running", "test_kinds", "test_trained_adapters", "test_probe"]
 
 
 def rows(column: str, *, only: Callable[[Case], bool] = lambda case: True) -> Any:
@@ -201,15 +205,37 @@ def test_the_page_is_drawn_from_the_record() -> None:
     assert support_page.PAGE.read_text() == support_page.page(json.loads(support_page.RECORD.read_text()))
 
 
-def test_the_record_has_every_row_and_nothing_failed() -> None:
+def marked_cells() -> set[tuple[str, ...]]:
+    """Group, row and column of every cell of the matrix that a test is marked with."""
+    cells = set()
+    for name in MODULES:
+        for function in vars(importlib.import_module(name)).values():
+            for mark in getattr(function, "pytestmark", []):
+                values = mark.args[1] if mark.name == "parametrize" else []
+                marks = [mark, *(each for value in values for each in getattr(value, "marks", ()))]
+                cells |= {each.args for each in marks if each.name == "support"}
+    return cells
+
+
+def test_the_record_has_the_cells_that_the_tests_fill_and_nothing_failed() -> None:
     groups = json.loads(support_page.RECORD.read_text())["groups"]
-    for group, rows in CASES.items():
-        assert set(groups[group]) == set(rows)
-        for row in rows:
-            assert {"start", "step", "reload"} <= set(groups[group][row]), row
-    assert set(WAYS) <= set(groups["ways of running"])
-    outcomes = [outcome for rows in groups.values() for cells in rows.values() for outcome in cells.values()]
-    assert "failed" not in outcomes
+    recorded = {
+        (group, row, column): outcome
+        for group, rows in groups.items()
+        for row, cells in rows.items()
+        for column, outcome in cells.items()
+    }
+    assert set(recorded) == marked_cells()
+    assert "failed" not in recorded.values()
+    # The page and the tests know the same groups, rows and columns.
+    assert set(groups) == {*CASES, "ways of running", "after training"}
+    assert {column for _, _, column in recorded} == set(support_page.MEANING)
+
+
+def test_the_command_of_the_page_runs_every_test_that_fills_a_cell() -> None:
+    users = {path.stem for path in Path(__file__).parent.rglob("test_*.py") if "mark.support(" in path.read_text()}
+    assert users == set(MODULES)
+    assert all(f"tests/{name}.py" in (support_page.__doc__ or "") for name in MODULES)
 
 
 def test_a_failure_and_a_missing_package_are_shown() -> None:
