@@ -221,6 +221,7 @@ def rate_choice_cell(result: Result | None, metric: str, chooser: str) -> str:
     return f"{runs[best]['metrics']['report'][metric]:.3f} ({best:g})"
 
 
+@functools.cache
 def published_results(name: str) -> list[Result]:
     """The results of a suite from the published records."""
     return results(load_suite(name), Store(ROOT / "recipes" / "results" / "store").records())

@@ -2,68 +2,108 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import processes
+
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "launch"
 ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
-Launch = Callable[[str], tuple[dict[str, Any], Path]]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+Result = tuple[dict[str, Any], Path]
 
 
-def free_port() -> int:
+def arguments(engine: str, folder: Path) -> list[str]:
+    """The arguments of `accelerate launch` for a recipe. On a CPU, the script on_cpu.py makes FSDP and ZeRO-3 work."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+        port = found.getsockname()[1]
+    argv = ["--main_process_port", str(port), "--config_file", f"{RECIPES / engine}.yaml"]
+    argv += [] if engine == "ddp" else [str(ROOT / "tests" / "on_cpu.py")]
+    return [*argv, str(RECIPES / "train.py"), "--output_dir", str(folder), *(["--cpu"] if engine == "ddp" else [])]
+
+
+def run_script(environment: dict[str, str], argv: list[str], output: Path) -> None:
+    """Run a script in this process, which has not run anything, and write what it prints and the reason of its exit."""
+    os.environ |= environment | ONE_THREAD
+    sys.argv = argv
+    torch.set_num_threads(1)
+    try:
+        with output.open("w") as file, contextlib.redirect_stdout(file):
+            runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as ended:
+        output.write_text(str(ended.code))
+        raise
+
+
+def run_as_torchrun(launched: Any) -> None:
+    """Start the processes of `torch.distributed.run`, but fork them: in new ones, importing takes most of the time."""
+    common = os.environ | {"WORLD_SIZE": launched.nproc_per_node, "LOCAL_WORLD_SIZE": launched.nproc_per_node}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": launched.master_port}
+    argv = [launched.training_script, *launched.training_script_args]
+    folder = Path(argv[argv.index("--output_dir") + 1])
+    started = []
+    for rank in range(int(launched.nproc_per_node)):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(processes.start(run_script, environment, argv, folder / f"{rank}.txt"))
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0]
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """A function that runs the recipe of an engine once, and returns its last line of output (JSON) and its folder."""
-    done: dict[str, tuple[dict[str, Any], Path]] = {}
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Result]:
+    """A function that runs the recipe of an engine once, and returns its last line of output (JSON) and its folder.
 
-    def run(engine: str) -> tuple[dict[str, Any], Path]:
-        if engine not in done:
-            folder = tmp_path_factory.mktemp(engine)
-            argv = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
-            argv += ["--config_file", f"{RECIPES / engine}.yaml"]
-            argv += [] if engine == "ddp" else [str(ROOT / "tests" / "on_cpu.py")]
-            argv += [str(RECIPES / "train.py"), "--output_dir", str(folder), *(["--cpu"] if engine == "ddp" else [])]
-            more = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
-            shown = subprocess.run(
-                argv, capture_output=True, text=True, env=os.environ | more, timeout=300, check=False, cwd=ROOT
-            )
-            assert shown.returncode == 0, shown.stderr[-6000:]
-            done[engine] = (json.loads(shown.stdout.splitlines()[-1]), folder)
-        return done[engine]
+    Accelerate reads the arguments and the configuration file and makes the environment of the processes.
+    """
+
+    @functools.cache
+    def run(engine: str) -> Result:
+        folder = tmp_path_factory.mktemp(engine)
+        given = launch_command_parser().parse_args(arguments(engine, folder))
+        with mock.patch("torch.distributed.run.run", run_as_torchrun):
+            launch_command(given)
+        return json.loads((folder / "0.txt").read_text().splitlines()[-1]), folder
 
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_recipe_trains_in_its_engine_and_saves_a_plain_adapter(launch: Launch, engine: str) -> None:
-    if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("`make test-zero3` runs this test: it needs DeepSpeed, which compiles a kernel at its first use")
-    printed, folder = launch(engine)
-    expected, _ = launch("ddp")
+def launched(engine: str, folder: Path) -> Result:
+    """Run the recipe of an engine by its command."""
+    argv = [sys.executable, "-m", "accelerate.commands.launch", *arguments(engine, folder)]
+    shown = subprocess.run(
+        argv, capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=300, check=False, cwd=ROOT
+    )
+    assert shown.returncode == 0, shown.stderr[-6000:]
+    return json.loads(shown.stdout.splitlines()[-1]), folder
+
+
+def assert_trained(result: Result, engine: str, losses: list[float]) -> None:
+    printed, folder = result
     assert printed["engine"] == ENGINES[engine]
     assert len(printed["losses"]) == 20
     assert printed["losses"][-1] < printed["losses"][0] - 0.2
-    assert printed["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+    assert printed["losses"] == pytest.approx(losses, abs=1e-4)
     saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert len(saved) == 28
     assert all(name.endswith(".weight") and 8 in tensor.shape for name, tensor in saved.items())  # twice the rank
@@ -74,13 +114,29 @@ def test_the_recipe_trains_in_its_engine_and_saves_a_plain_adapter(launch: Launc
     assert (after - before).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_the_recipe_trains_in_its_engine_and_saves_a_plain_adapter(
+    forked: Callable[[str], Result], engine: str
+) -> None:
+    assert_trained(forked(engine), engine, forked("ddp")[0]["losses"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_command_of_the_recipe_does_the_same(forked: Callable[[str], Result], engine: str, tmp_path: Path) -> None:
+    if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("`make test-zero3` runs this test: it needs DeepSpeed, which compiles a kernel at its first use")
+    assert_trained(launched(engine, tmp_path), engine, forked("ddp")[0]["losses"])
+
+
 def test_processes_that_accelerate_does_not_connect_are_refused(tmp_path: Path) -> None:
-    argv = [sys.executable, str(RECIPES / "train.py"), "--output_dir", str(tmp_path)]
-    alone = os.environ | {"WORLD_SIZE": "2"}
-    shown = subprocess.run(argv, capture_output=True, text=True, env=alone, check=False)
-    assert shown.returncode == 1
-    assert "2 processes were launched, but Accelerate found no accelerator and would run each alone" in shown.stderr
-    assert list(tmp_path.iterdir()) == []
+    argv = [str(RECIPES / "train.py"), "--output_dir", str(tmp_path / "run")]
+    process = processes.start(run_script, {"WORLD_SIZE": "2"}, argv, tmp_path / "shown.txt")
+    process.join()
+    assert process.exitcode == 1
+    shown = (tmp_path / "shown.txt").read_text()
+    assert "2 processes were launched, but Accelerate found no accelerator and would run each alone" in shown
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_script_documents_a_command_for_every_configuration() -> None:

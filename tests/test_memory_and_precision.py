@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,7 +67,7 @@ def test_adding_a_block_does_not_wait_for_the_device() -> None:
             u, s, v = torch.empty(30, 12), torch.empty(12), torch.empty(40, 12)
             accumulator.streams["layer"].held, accumulator.streams["layer"].pending = (u, s, v), None
         accumulator.add("layer", torch.randn(50, 40), torch.randn(50, 30), 2.0)
-        with pytest.raises(Exception, match=r"(?i)data.dependent|_local_scalar_dense|fake"):
+        with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
             accumulator.flush()  # only this reads a value
 
 

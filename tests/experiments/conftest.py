@@ -81,6 +81,12 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "toy.yaml"
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the pictures of a page empty. For tests of the text: drawing a picture takes a second."""
+    monkeypatch.setattr("lora_ga.experiments.pages.document.render", lambda figure, form: b"<svg")
+
+
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     """The models and data that the published suites name, at toy size."""

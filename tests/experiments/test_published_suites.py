@@ -12,12 +12,14 @@ from PIL import Image
 
 from experiments.hub import toy_suite
 from lora_ga.cli.main import main
-from lora_ga.experiments.pages.suites import README_NAME, readme_files, report_files, suite_document
+from lora_ga.experiments.pages.document import Document, Picture
+from lora_ga.experiments.pages.drawing import render
+from lora_ga.experiments.pages.suites import README_NAME, readme_files, suite_document
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.grid import run_grid
 from lora_ga.experiments.suites.run import Place
 from lora_ga.experiments.suites.sources import Sources
-from lora_ga.experiments.suites.spec import RECIPES, available, load_suite
+from lora_ga.experiments.suites.spec import RECIPES, Suite, available, load_suite
 from lora_ga.experiments.tasks import check
 
 # Suite → the variants that run here, and the metric they report. Other tests run all methods on all kinds of task.
@@ -32,6 +34,16 @@ RUN = {
 }
 
 
+# This suite runs with three rates and two seeds. The others run each variant on each task once per protocol.
+TUNED = "stories-shakespeare"
+
+
+def one_cell_each(suite: Suite) -> Suite:
+    """The suite with one rate for each variant, and one seed."""
+    methods = {label: replace(variant, rates=list(variant.rates)[:1]) for label, variant in suite.methods.items()}
+    return replace(suite, methods=methods, seeds=1)
+
+
 def test_every_published_suite_is_run_here() -> None:
     assert set(RUN) == set(available())
 
@@ -41,9 +53,11 @@ def test_a_published_suite_runs_from_end_to_end(
     name: str, sources: Sources, tmp_path: Path, judge_server: Any, harness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels, metric = RUN[name]
-    # With at most three rates, no grid grows.
-    monkeypatch.setattr("lora_ga.experiments.suites.cells.MOST_RATES", 3)
     suite = load_suite(str(toy_suite(name, tmp_path, labels)))
+    most_rates = 3
+    if name != TUNED:
+        most_rates, suite = 1, one_cell_each(suite)
+    monkeypatch.setattr("lora_ga.experiments.suites.cells.MOST_RATES", most_rates)  # so no grid grows
     with Store(tmp_path / "runs").locked() as store:
         records = run_grid(suite, suite.lines(), store, Place(sources), workers=0)
     assert {record["status"] for record in records.values()} == {"done"}, [
@@ -52,21 +66,44 @@ def test_a_published_suite_runs_from_end_to_end(
     assert metric in next(record["metrics"]["report"] for record in records.values() if record["task"] in suite.tasks)
     document = suite_document(suite, Store(tmp_path / "runs").records())
     assert not [notice for notice in document.notices if "have not run" in notice]
-    text = report_files(document)[README_NAME].decode()
+    text = readme_files(document)[README_NAME].decode()
     assert all(f"| {label} |" in text for label in labels)
     assert ("The paper's protocol" in text) == (suite.paper_rate is not None)
 
 
-@pytest.mark.parametrize("page", sorted(RECIPES[0].glob("results/*/README.md")), ids=lambda page: page.parent.name)
-def test_a_published_page_and_its_pictures_are_drawn_from_the_published_records(page: Path) -> None:
-    records = Store(page.parents[1] / "store").records()
-    files = readme_files(suite_document(load_suite(page.parent.name), records))
+PAGES = pytest.mark.parametrize(
+    "page", sorted(RECIPES[0].glob("results/*/README.md")), ids=lambda page: page.parent.name
+)
+
+
+def published_document(page: Path) -> Document:
+    return suite_document(load_suite(page.parent.name), Store(page.parents[1] / "store").records())
+
+
+def assert_same_size(picture: bytes, published: Path) -> None:
+    """Another version of matplotlib may draw other pixels, but the size stays."""
+    with Image.open(io.BytesIO(picture)) as one, Image.open(published) as other:
+        assert (one.size, one.mode) == (other.size, other.mode)
+
+
+@PAGES
+def test_a_published_page_is_drawn_from_the_published_records(page: Path, undrawn: None) -> None:
+    document = published_document(page)
+    files = readme_files(document)
     assert files.pop(README_NAME).decode() == page.read_text()
     assert set(files) == {path.name for path in page.parent.glob("*.png")}
-    # Another version of matplotlib may draw other pixels, but the size stays.
-    for name, content in files.items():
-        with Image.open(io.BytesIO(content)) as drawn, Image.open(page.parent / name) as published:
-            assert (drawn.size, drawn.mode) == (published.size, published.mode)
+    picture = next(block for section in document.sections for block in section.blocks if isinstance(block, Picture))
+    assert_same_size(render(picture.figure, "png"), page.parent / f"{picture.figure.get_label()}.png")
+
+
+@pytest.mark.slow
+@PAGES
+def test_all_published_pictures_are_drawn_from_the_published_records(page: Path) -> None:
+    files = readme_files(published_document(page))
+    assert len(files) > 2
+    for name, picture in files.items():
+        if name != README_NAME:
+            assert_same_size(picture, page.parent / name)
 
 
 @pytest.mark.parametrize("name", RUN)

@@ -5,14 +5,13 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import processes
 from lora_ga.experiments.records import gzip_lines
 from lora_ga.experiments.records.store import ENDING, FORMAT, HEADER, SCHEMA, Store
 from lora_ga.experiments.records.store import main as store_command
@@ -101,14 +100,28 @@ def test_a_second_run_on_a_locked_store_is_refused(tmp_path: Path) -> None:
         store.add(record())
 
 
+def lock(folder: Path, answer: Path) -> None:
+    """Locks a store, and writes the error if it is refused."""
+    try:
+        Store(folder).locked().__enter__()
+    except ValueError as error:
+        answer.write_text(str(error))
+    else:
+        answer.write_text("locked")
+
+
 def test_another_process_is_refused_too_and_does_not_release_the_lock(tmp_path: Path) -> None:
-    code = f"from lora_ga.experiments.records.store import Store\nStore({str(tmp_path)!r}).locked().__enter__()"
-    with Store(tmp_path).locked() as store:
+    def answer_of_another_process() -> str:
+        process = processes.start(lock, tmp_path / "store", tmp_path / "answer")
+        process.join()
+        return (tmp_path / "answer").read_text()
+
+    with Store(tmp_path / "store").locked() as store:
         for _ in range(2):
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-            assert f"another run (process {os.getpid()}) is adding to this store. Wait for it, or give" in done.stderr
+            message = f"another run (process {os.getpid()}) is adding to this store. Wait for it, or give"
+            assert message in answer_of_another_process()
         store.add(record())
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert answer_of_another_process() == "locked"
 
 
 def test_adding_and_compacting_need_the_lock(tmp_path: Path) -> None:
