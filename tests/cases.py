@@ -145,6 +145,24 @@ class Convolutions(nn.Module):
         return ImageClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
 
+class Waves(nn.Module):
+    """1-D convolutions with stride, of size 1, with groups, and with uneven padding; and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv1d(3, 16, 9, stride=2, padding=1)
+        self.point = nn.Conv1d(16, 16, 1)
+        self.grouped = nn.Conv1d(16, 24, 3, groups=2, padding=1, bias=False)
+        self.even = nn.Conv1d(24, 16, 2, padding="same")
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> ImageClassifierOutput:
+        x = self.wide(pixel_values.flatten(2)).relu()
+        x = self.grouped(self.point(x).relu()).relu()
+        logits = self.head(self.even(x).relu().mean(2))
+        return ImageClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
 class Twisted(nn.Module):
     """A model that calls a layer twice in a pass and changes outputs in place."""
 
@@ -249,12 +267,16 @@ LAYERS: Mapping[str, Case] = {
         base_offset=False,
     ),
     "nn.Embedding": Case(seeded(Twisted), settings={"target_modules": ["embed", "first"]}),
+    "nn.Conv1d": Case(
+        seeded(Waves), pictures, {"target_modules": ["wide", "point", "grouped", "even", "head"]}, base_offset=False
+    ),
     "nn.Conv2d": Case(
         seeded(Convolutions),
         pictures,
         {"target_modules": ["wide", "point", "grouped", "even", "head"]},
         base_offset=False,
     ),
+    "nn.Conv1d, one group": Case(seeded(Waves), pictures, {"target_modules": ["wide", "point", "even", "head"]}),
     "nn.Conv2d, one group": Case(seeded(Convolutions), pictures, {"target_modules": ["wide", "point", "even", "head"]}),
     "fused experts (Mixtral)": Case(seeded(mixtral), settings=EXPERTS),
     "fused experts (Qwen3-MoE)": Case(seeded(qwen_moe), settings=EXPERTS),

@@ -270,7 +270,7 @@ def test_a_callback_attached_to_one_trainer_is_refused_by_another(tmp_path: Path
 
 
 def test_attach_refuses_what_on_init_end_refuses(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="The model is a LlamaForCausalLM, not a PeftModel"):
+    with pytest.raises(TypeError, match="The LlamaForCausalLM has no LoRA layers"):
         callback().attach(transformers_trainer([], tmp_path, model=llama()))
     trainer = transformers_trainer([], tmp_path)
     trainer.train_dataset = Dataset.from_list([])
@@ -449,7 +449,7 @@ def test_empty_training_data_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_without_lora_layers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"The model is a LlamaForCausalLM, not a PeftModel.*get_peft_model"):
+    with pytest.raises(TypeError, match=r"The LlamaForCausalLM has no LoRA layers.*get_peft_model"):
         make_trainer(tmp_path, llama())
 
 

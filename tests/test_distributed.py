@@ -219,7 +219,7 @@ def test_all_processes_refuse_differing_input_with_the_same_error(results: Resul
 @pytest.mark.parametrize(
     ("case", "text"),
     [
-        ("no adapter", "TypeError: The model is a LlamaForCausalLM, not a PeftModel"),
+        ("no adapter", "TypeError: The LlamaForCausalLM has no LoRA layers"),
         ("raises", "OSError: the disk of process 1 is gone"),
         ("no loss", "ValueError: batch 1: The model returned no loss for a batch of input_ids"),
     ],

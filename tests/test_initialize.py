@@ -385,7 +385,7 @@ def assert_unchanged(model: PeftModel) -> None:
 
 
 def test_a_model_without_lora_layers_is_refused() -> None:
-    with pytest.raises(TypeError, match="LlamaForCausalLM, not a PeftModel with LoRA layers.*get_peft_model"):
+    with pytest.raises(TypeError, match="The LlamaForCausalLM has no LoRA layers.*get_peft_model"):
         lora_ga.initialize(llama(), causal())
     prefix = get_peft_model(llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="has no LoRA layers; LoRA-GA needs one made by LoraConfig"):
@@ -423,8 +423,8 @@ def test_an_unsupported_lora_variant_is_refused() -> None:
 
 
 def test_an_unknown_layer_kind_raises_an_error_that_says_what_to_exclude() -> None:
-    model = adapted(nn.Sequential(nn.Conv1d(3, 8, 3), nn.Linear(8, 8)), ["0", "1"])
-    message = r"0 is a Conv1d \(PEFT: layer.Conv1d\); known are Linear4bit, .*Embedding.*exclude_modules=\['0"
+    model = adapted(nn.Sequential(nn.Conv3d(3, 8, 3), nn.Linear(8, 8)), ["0", "1"])
+    message = r"0: is a Conv3d \(PEFT: layer.Conv3d\); known are Linear4bit, .*Embedding.*exclude_modules=\['0"
     with pytest.raises(ValueError, match=message):
         lora_ga.initialize(model, causal())
     assert_unchanged(model)

@@ -13,18 +13,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import lora_ga
 from bench_alignment import gradients
 from bench_quantised import dequantised, saved_bytes
-from cases import ADAPTERS, LAYERS, Case, Convolutions, mixtral, nf4, pictures, seeded, wide_llama
+from cases import ADAPTERS, LAYERS, Case, Convolutions, Waves, mixtral, nf4, pictures, seeded, wide_llama
 from lora_ga import LoraGAConfig
 from lora_ga.layers import kinds
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, base_weights, kind_of
 from lora_ga.layers.linear import WeightLayout
 from lora_ga.layers.targets import find_targets
-from toys import VOCABULARY, adapted, autograd_gradients, causal, gpt2, llama, logits, tokens
+from toys import VOCABULARY, adapted, autograd_gradients, causal, classified, gpt2, llama, logits, tokens, train
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
 OPTIONAL = {"bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel"}
@@ -57,12 +58,18 @@ def test_every_kind_marked_as_run_has_a_case_that_runs_it(kind: kinds.Kind) -> N
     assert kind in found
 
 
-@pytest.mark.support("layers", "nn.Conv2d", "gradient")
-def test_the_gradients_of_a_convolutions_groups_give_autograds_gradient_of_b() -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.support("layers", row, "gradient"))
+        for row, kind in {"nn.Conv2d": Convolutions, "nn.Conv1d": Waves}.items()
+    ],
+)
+def test_the_gradients_of_a_convolutions_groups_give_autograds_gradient_of_b(kind: type[nn.Module]) -> None:
     """A reads all channels in PEFT, so each group's product is a dense convolution. The gradient of B is s · G Aᵀ."""
     torch.manual_seed(7)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["grouped", "wide"], "init_lora_weights": False}
-    model = get_peft_model(seeded(Convolutions)().double(), LoraConfig(**settings)).double()
+    model = get_peft_model(seeded(kind)().double(), LoraConfig(**settings)).double()
     batch = {key: value.double() if value.is_floating_point() else value for key, value in pictures()[0].items()}
     layer = model.base_model.model.grouped
     with torch.no_grad():
@@ -228,9 +235,44 @@ def test_a_kind_that_was_never_run_warns_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_unknown_layer_among_known_ones_is_refused_by_name() -> None:
-    model = adapted(nn.Sequential(nn.Linear(8, 8), nn.Conv1d(3, 8, 3)), ["0", "1"])
-    with pytest.raises(ValueError, match=r"1 is a Conv1d \(PEFT: layer.Conv1d\); known are .*exclude_modules=\['1'\]"):
+    model = adapted(nn.Sequential(nn.Linear(8, 8), nn.Conv3d(3, 8, 3)), ["0", "1"])
+    with pytest.raises(ValueError, match=r"1: is a Conv3d \(PEFT: layer.Conv3d\); known are .*exclude_modules=\['1'\]"):
         lora_ga.initialize(model, causal())
+
+
+class Attention(nn.Module):
+    """A network with torch's attention, whose projections are no layers that PEFT's LoRA layer calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mlp, self.head = nn.Embedding(64, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        self.attn = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        x = self.embed(input_ids)
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        logits = self.head(x + self.mlp(x).relu()).mean(1)
+        return SequenceClassifierOutput(nn.functional.cross_entropy(logits, labels % 4), logits)
+
+
+def test_multihead_attention_may_stay_plain_lora(tmp_path: Path) -> None:
+    model, batches = adapted(Attention(), ["attn", "mlp"]), classified()
+    with pytest.raises(ValueError, match=r"2 of 3 layers .*\n  attn: is a MultiheadAttention.*\n.*is a part of attn"):
+        lora_ga.initialize(model, batches)
+    before = logits(model, batches[0])
+    with pytest.warns(UserWarning, match=r"2 of 3 layers .*\n  attn: is a MultiheadAttention"):
+        estimate = lora_ga.initialize(model, batches, LoraGAConfig(on_missing="lora"))
+    assert list(estimate) == ["mlp"]
+    assert torch.equal(logits(model, batches[0]), before)
+    train(model, batches)
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(Attention(), tmp_path).eval()
+    torch.testing.assert_close(logits(stock, batches[0]), logits(model.eval(), batches[0]), rtol=0, atol=1e-5)
+    assert not torch.allclose(logits(model, batches[0]), before, atol=1e-3)
+    alone = adapted(Attention(), ["attn"])
+    with pytest.raises(ValueError, match="No layer is left"):
+        lora_ga.initialize(alone, [], LoraGAConfig(on_missing="lora"))
 
 
 def test_a_dilated_convolution_is_refused() -> None:

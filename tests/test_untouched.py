@@ -224,12 +224,14 @@ def test_the_adapter_inside_is_saved_and_loads_again(tmp_path: Path) -> None:
 
 def test_a_network_with_several_is_refused_with_their_names() -> None:
     pair = nn.ModuleDict({"student": adapted(llama()), "teacher": adapted(llama())})
-    with pytest.raises(ValueError, match=r"ModuleDict contains 2 PeftModels \(student, teacher\)\. Give one of them"):
+    with pytest.raises(ValueError, match=r"contains 2 models with adapters \(student, teacher\)\. Give one of them"):
         lora_ga.initialize(pair, causal())
 
 
 def test_a_network_with_none_is_refused_as_before() -> None:
-    with pytest.raises(TypeError, match="The model is a Sequential, not a PeftModel with LoRA layers. Call peft.get"):
+    with pytest.raises(
+        TypeError, match="The Sequential has no LoRA layers. Add an adapter first, with peft.get_peft_model"
+    ):
         lora_ga.initialize(nn.Sequential(nn.Linear(2, 2)), causal())
 
 

@@ -1,4 +1,4 @@
-"""Ways of running a model: checkpointed, under autocast, compiled, offloaded, on the meta device, padded, packed."""
+"""Ways of running a model: checkpointed, compiled, offloaded, on the meta device, padded, packed; injected adapters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lora_ga
 from lora_ga import LoraGAConfig
+from lora_ga.adapter.save import FILE
+from lora_ga.config import CHOICES
 from lora_ga.gradients.hooks import record_layers
 from lora_ga.gradients.isolation import isolated
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import find_targets
-from toys import adapted, causal, llama, logits, tokens, train
+from toys import adapted, causal, injected, llama, logits, lora_settings, tokens, train
 
 DENSE = LoraGAConfig(estimator="dense", oversample=10**4)
 
@@ -220,3 +223,129 @@ def test_a_layer_on_the_meta_device_that_has_to_start_as_plain_lora_is_refused(t
     with pytest.raises(ValueError, match=f"{part} is on the meta device and has to start as plain LoRA"):
         lora_ga.initialize(model, incomplete, LoraGAConfig(on_missing="lora"))
     assert not any(isinstance(module, Factor) for module in model.modules())
+
+
+# --- adapters that were injected ------------------------------------------------------------------------------------
+
+BATCH = causal(1)[0]
+
+
+class Wrapper(nn.Module):
+    """A network around a model, with a part of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.unused = model, nn.Linear(2, 2)
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.model(**batch)
+
+
+def added(base: Any, **changes: Any) -> Any:
+    """Add an adapter by Transformers' own method."""
+    torch.manual_seed(7)
+    base.add_adapter(lora_settings(**changes))
+    return base.eval()
+
+
+def mixed(base: nn.Module) -> Any:
+    torch.manual_seed(7)
+    return get_peft_model(base, lora_settings(), mixed=True)
+
+
+@pytest.fixture
+def transformers_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Transformers 5.24 use the newest PEFT: it asks for 0.22, which is not published."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.18.0")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        injected,
+        added,
+        lambda base: Wrapper(injected(base)),
+        lambda base: torch.compile(injected(base), backend="eager"),
+        mixed,
+    ],
+    ids=["inject_adapter_in_model", "model.add_adapter", "in a network", "compiled", "PeftMixedModel"],
+)
+def test_an_injected_adapter_starts_as_that_of_a_peft_model(
+    make: Callable[[Any], Any], transformers_adapters: None
+) -> None:
+    usual = adapted(llama())
+    truth = lora_ga.initialize(usual, causal())
+    base = llama()
+    model = make(base)
+    before = logits(model, BATCH)
+    estimate = lora_ga.estimate_gradients(model, causal())
+    assert estimate.fingerprint == truth.fingerprint
+    assert not any(isinstance(module, Factor) for module in model.modules())
+    lora_ga.apply_estimate(model, estimate)
+    assert torch.equal(logits(model, BATCH), before)
+    found, wanted = get_peft_model_state_dict(base), get_peft_model_state_dict(usual)
+    assert len(found) == len(wanted)
+    for name, value in wanted.items():  # a network may count labels otherwise, which rounds otherwise
+        torch.testing.assert_close(found[name.removeprefix("base_model.model.")], value, rtol=0, atol=1e-5)
+    assert len([p for p in base.parameters() if p.requires_grad]) == len(found)
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+def test_all_readers_of_a_saved_injected_adapter_compute_the_same(
+    offset: Any, tmp_path: Path, transformers_adapters: None
+) -> None:
+    model = added(llama(), rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 32})
+    lora_ga.initialize(model, causal(), LoraGAConfig(offset=offset))
+    for _ in range(2):  # into one folder, as a trainer saves
+        train(model, causal(), steps=2)
+        model.save_pretrained(tmp_path)
+    wanted = logits(model, BATCH)
+    readers = [
+        PeftModel.from_pretrained(llama(), tmp_path),
+        lora_ga.load(llama(), tmp_path),
+        lora_ga.load(llama(), tmp_path, is_trainable=True),
+    ]
+    other = llama()
+    other.load_adapter(tmp_path)
+    for reader in (*readers, other):
+        torch.testing.assert_close(logits(reader.eval(), BATCH), wanted, rtol=0, atol=1e-6)
+
+
+def test_no_sidecar_is_written_where_another_injected_adapter_is_saved(
+    tmp_path: Path, transformers_adapters: None
+) -> None:
+    model = added(llama())
+    lora_ga.initialize(model, causal())
+    model.add_adapter(model.peft_config["default"], "twin")  # which is active now
+    with pytest.warns(UserWarning, match=f"no {FILE} was written"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / FILE).exists()
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / FILE).exists()
+
+
+def test_an_adapter_injected_into_a_peft_model_is_found_there() -> None:
+    model = adapted(llama(), ["q_proj"])
+    inject_adapter_in_model(lora_settings(["v_proj"]), model.get_base_model(), "second")
+    assert set(lora_ga.initialize(model, causal(), adapter_name="second")) == {
+        f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)
+    }
+
+
+def test_networks_and_pipelines_without_one_adapted_model_are_refused() -> None:
+    pair = nn.ModuleDict({"injected": injected(llama()), "wrapped": adapted(llama())})
+    with pytest.raises(ValueError, match=r"ModuleDict contains 2 models with adapters \(injected, wrapped\)"):
+        lora_ga.initialize(pair, causal())
+    pipeline: Any = object()
+    with pytest.raises(
+        TypeError, match="The object has no LoRA layers. Give the module that has the adapter: of a pip"
+    ):
+        lora_ga.initialize(pipeline, causal())
+
+
+def test_a_trained_injected_adapter_is_refused() -> None:
+    model = injected(llama())
+    train(model, causal(), steps=1)
+    with pytest.raises(ValueError, match="not fresh: .*Start from a fresh one: load the base model again, and add"):
+        lora_ga.initialize(model, causal())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -120,11 +120,22 @@ FAMILIES: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], Any]] = {
 }
 
 
+def lora_settings(targets: Any = "all-linear", **changes: Any) -> LoraConfig:
+    """The settings of a LoRA adapter of rank 4."""
+    settings = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": targets}
+    return LoraConfig(**(settings | changes))
+
+
 def adapted(base: nn.Module, targets: Any = "all-linear", **changes: Any) -> Any:
     """Add a fresh LoRA adapter of rank 4 to the base."""
     torch.manual_seed(7)
-    settings = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": targets}
-    return get_peft_model(base, LoraConfig(**(settings | changes)))
+    return get_peft_model(base, lora_settings(targets, **changes))
+
+
+def injected(base: nn.Module, targets: Any = "all-linear", **changes: Any) -> Any:
+    """Inject a fresh LoRA adapter of rank 4 into the base."""
+    torch.manual_seed(7)
+    return inject_adapter_in_model(lora_settings(targets, **changes), base)
 
 
 def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -6,8 +6,8 @@ import dataclasses
 import weakref
 from typing import Any
 
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.layers.factors import Factor
@@ -25,10 +25,10 @@ class ModelReference:
     garbage collector runs. An object that is copied without its model keeps its reference to the original model.
     """
 
-    def __init__(self, model: PeftModel | None) -> None:
+    def __init__(self, model: nn.Module | None) -> None:
         self._reference = None if model is None else weakref.ref(model)
 
-    def __call__(self) -> PeftModel | None:
+    def __call__(self) -> nn.Module | None:
         """The model; None if it no longer exists."""
         return None if self._reference is None else self._reference()
 
@@ -36,7 +36,7 @@ class ModelReference:
         model = self()
         return ModelReference(memo.get(id(model), model))
 
-    def __reduce__(self) -> tuple[type[ModelReference], tuple[PeftModel | None]]:
+    def __reduce__(self) -> tuple[type[ModelReference], tuple[nn.Module | None]]:
         return ModelReference, (self(),)
 
 
@@ -80,20 +80,21 @@ def alignment_of(model: Any, adapter_name: str = "default") -> Alignment | None:
     """The record of an aligned adapter.
 
     Args:
-        model: A `PeftModel`, a network that contains one, or any other model.
+        model: A model with adapters, a network that contains one, or any other model.
         adapter_name: The adapter.
 
     Returns:
         The record; None if the model has no such adapter, or the adapter does not have LoRA-GA's structure.
     """
-    models = peft_models_in(model)
+    models: list[Any] = list(peft_models_in(model).values())
     if len(models) != 1:
         return None
-    (found,) = models.values()
-    return getattr(found.peft_config.get(adapter_name), "alignment", None)
+    alignment = getattr(models[0].peft_config.get(adapter_name), "alignment", None)
+    # Two adapters may have been made with one configuration.
+    return alignment if alignment is not None and alignment.adapter_name == adapter_name else None
 
 
-def factors_of(model: PeftModel, adapter_name: str) -> dict[str, tuple[Factor, Factor]]:
+def factors_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[Factor, Factor]]:
     """The factors of an adapter's aligned layers.
 
     Args:

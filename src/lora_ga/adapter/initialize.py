@@ -34,8 +34,9 @@ def initialize(
     same adapter, bit for bit.
 
     Args:
-        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one; plain, in
-            DistributedDataParallel, or sharded by FSDP2. Optimizers that hold its parameters stay valid.
+        model: A model with a fresh LoRA adapter (a `PeftModel`, or one with an injected adapter, as `model.add_adapter`
+            makes it), or a network that contains one; plain, in DistributedDataParallel, or sharded by FSDP2.
+            Optimizers that hold its parameters stay valid.
         data: Batches (see `estimate_gradients`), or an estimate made before.
         config: The settings.
         loss_fn: `(model, batch) → loss` or `→ (loss, weight)`; by default `model(**batch).loss`.
@@ -46,7 +47,7 @@ def initialize(
         The estimate that was applied.
 
     Raises:
-        TypeError: The model neither is nor contains a `PeftModel`, or is wrapped by FSDP 1.
+        TypeError: There are no LoRA layers, or the model is wrapped by FSDP 1.
         RuntimeError: Another process failed, or can no longer be reached.
         ValueError: What `estimate_gradients` and `apply_estimate` refuse. The model is then unchanged.
     """

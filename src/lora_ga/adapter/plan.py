@@ -9,7 +9,6 @@ from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -111,7 +110,7 @@ def make_plan(
 
 
 def _check_belongs_together(
-    model: PeftModel,
+    model: Any,
     alignment: Alignment | None,
     estimate: GradientEstimate,
     config: LoraGAConfig,
@@ -133,8 +132,8 @@ def _check_belongs_together(
 
 def _why_plain(target: Target, estimate: GradientEstimate) -> str | None:
     """Why a layer cannot start from the estimate and stays plain LoRA; None if it can."""
-    if target.too_small:
-        return target.too_small
+    if target.unfit:
+        return target.unfit
     held = [estimate[key] for key in target.keys if key in estimate]
     if not held:
         left_out = estimate.missing.get(target.name)

@@ -16,10 +16,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save as as_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.model_card import write_section
@@ -37,8 +38,9 @@ class AlignedLoraConfig(LoraConfig):
     """The LoraConfig of an aligned adapter; saving it also writes the sidecar.
 
     PEFT has no event for saving. Trainers call `PeftModel.save_pretrained`, which for each adapter writes the adapter
-    file and then calls this configuration's `save_pretrained`. Copies made by `dataclasses.replace`, as PEFT makes them
-    for combined adapters, have no alignment and are saved like any LoraConfig.
+    file and then calls this configuration's `save_pretrained`. Transformers' models with injected adapters do so too,
+    but write the adapter file afterwards. Diffusers asks for `to_dict`. Copies made by `dataclasses.replace`, as PEFT
+    makes them for combined adapters, have no alignment and are saved like any LoraConfig.
     """
 
     alignment: Alignment | None = None
@@ -52,6 +54,10 @@ class AlignedLoraConfig(LoraConfig):
         vars(made).update(changes, alignment=alignment)
         return made
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of the rank-2r adapter, as they are saved."""
+        return LoraConfig.to_dict(self) | ({} if self.alignment is None else self.alignment.saved)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` of the rank-2r adapter, and the sidecar.
 
@@ -59,17 +65,13 @@ class AlignedLoraConfig(LoraConfig):
             save_directory: The adapter's folder.
             **kwargs: As PEFT's.
         """
-        saved: LoraConfig = self
-        if self.alignment is not None and self.alignment.saved:
-            saved = copy.copy(self)
-            vars(saved).update(self.alignment.saved)
-        LoraConfig.save_pretrained(saved, save_directory, **kwargs)
+        LoraConfig.save_pretrained(self, save_directory, **kwargs)
         if self.alignment is not None:
-            save_sidecar(self.alignment.model(), self.alignment.adapter_name, Path(save_directory))
+            save_sidecar(self.alignment.model(), self.alignment.adapter_name, Path(save_directory), saving=True)
 
 
-def save_sidecar(model: PeftModel | None, adapter_name: str, folder: Path) -> None:
-    """Write the sidecar of an aligned adapter, and the section of its model card, into the folder PEFT saved it in.
+def save_sidecar(model: nn.Module | None, adapter_name: str, folder: Path, *, saving: bool = False) -> None:
+    """Write the sidecar of an aligned adapter, and the section of its model card, into the folder it is saved in.
 
     If the adapter file in the folder holds another adapter, nothing is written, with a warning. That happens if this
     adapter's configuration was given to PEFT for another adapter or model.
@@ -78,12 +80,18 @@ def save_sidecar(model: PeftModel | None, adapter_name: str, folder: Path) -> No
         model: The model; None if it no longer exists.
         adapter_name: The adapter.
         folder: The adapter's folder.
+        saving: Whether the model is being saved. Of a model with an injected adapter the file then comes afterwards.
     """
     alignment, weights = alignment_of(model, adapter_name), folder / SAFETENSORS_WEIGHTS_NAME
     factors = {} if alignment is None else alignment.factors
-    if factors and weights.is_file():
+    if saving and not isinstance(model, PeftModel):
+        is_other = [adapter_name] != _active_adapters(model)
+    elif weights.is_file():
         _join_halves(weights, factors)
-    if alignment is None or not factors or (weights.is_file() and not _is_saved(weights, factors)):
+        is_other = not _is_saved(weights, factors)
+    else:
+        is_other = False
+    if alignment is None or not factors or is_other:
         warnings.warn(
             f"{folder}: no {FILE} was written, because the adapter in this folder is not the aligned one. Loaded "
             "again, it trains as plain LoRA.",
@@ -107,6 +115,12 @@ def save_sidecar(model: PeftModel | None, adapter_name: str, folder: Path) -> No
     }
     write_tensors(folder / FILE, FILE_KIND, tensors, record)
     write_section(folder, alignment.summary)
+
+
+def _active_adapters(model: nn.Module | None) -> list[str]:
+    """The active adapters of a model's first LoRA layer: those that Transformers saves."""
+    layers = () if model is None else model.modules()
+    return next((list(layer.active_adapters) for layer in layers if isinstance(layer, LoraLayer)), [])
 
 
 def _join_halves(weights: Path, factors: Factors) -> None:
@@ -135,9 +149,12 @@ def _join_halves(weights: Path, factors: Factors) -> None:
 
 def _is_saved(weights: Path, factors: Factors) -> bool:
     """Whether an adapter file holds these factors. The first layer's B decides."""
+    if not factors:
+        return False
     name, (_, b) = next(iter(factors.items()))
     with safe_open(str(weights), framework="pt") as file:
-        found = {f"{PREFIX}{name}.lora_B.weight", f"{PREFIX}{name}.lora_embedding_B"} & set(file.keys())
+        possible = (f"{start}{name}.lora_{end}" for start in (PREFIX, "") for end in ("B.weight", "embedding_B"))
+        found = set(possible) & set(file.keys())
         saved = file.get_tensor(found.pop()) if found else torch.empty(0)
     if sharded(b.trainable):  # one process cannot gather it, so its start decides
         start = b.start

@@ -39,12 +39,12 @@ def give_structure(model: nn.Module, config: LoraGAConfig, adapter_name: str) ->
     adapter that has the structure is left as it is.
 
     Args:
-        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one.
+        model: A model with a fresh LoRA adapter, or a network that contains one (see `estimate_gradients`).
         config: The settings.
         adapter_name: The adapter.
 
     Raises:
-        TypeError: The model neither is nor contains a `PeftModel`.
+        TypeError: There are no LoRA layers.
         ValueError: The adapter cannot be aligned, or is on the meta device, so that it cannot compute until its start.
     """
     targets = find_targets(model, adapter_name)
@@ -56,16 +56,16 @@ def give_structure(model: nn.Module, config: LoraGAConfig, adapter_name: str) ->
                 f"{name}: its adapter is on the meta device and has no values to compute with until it is started. "
                 "Make the adapter without low_cpu_mem_usage, or start it at once with lora_ga.initialize."
             )
-    too_small = {name: target.too_small for name, target in targets.items() if target.too_small}
-    if config.on_missing == "error" or len(too_small) == len(targets):
-        report_missing(too_small, targets, config.on_missing)
-    aligned = {name: target for name, target in targets.items() if name not in too_small}
-    build_structure(model, aligned, {name: targets[name] for name in too_small}, config, adapter_name)
+    unfit = {name: target.unfit for name, target in targets.items() if target.unfit}
+    if config.on_missing == "error" or len(unfit) == len(targets):
+        report_missing(unfit, targets, config.on_missing)
+    aligned = {name: target for name, target in targets.items() if name not in unfit}
+    build_structure(model, aligned, {name: targets[name] for name in unfit}, config, adapter_name)
 
 
 def on_meta(target: Target, adapter_name: str) -> bool:
     """Whether a layer's adapter is on the meta device, without values."""
-    return any(weight_of(entry).is_meta for entry in entries(target.layer, adapter_name))
+    return not target.unknown and any(weight_of(entry).is_meta for entry in entries(target.layer, adapter_name))
 
 
 def build_structure(
@@ -111,7 +111,8 @@ def build_structure(
     if config.offset == "base":
         alignment.saved, doubled = doubled, {}
     model.peft_config[adapter] = AlignedLoraConfig.of(peft_config, alignment, **doubled)
-    follow_added_adapters(model)
+    if isinstance(model, PeftModel):
+        follow_added_adapters(model)
     return alignment
 
 
@@ -266,7 +267,7 @@ class AddAdapter:
 
     def __call__(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; arguments as PEFT's."""
-        model = self.model()
+        model: Any = self.model()
         assert model is not None, "the model calls it"
         source = next((name for name, config in model.peft_config.items() if config is peft_config), None)
         type(model).add_adapter(model, adapter_name, peft_config, *args, **kwargs)

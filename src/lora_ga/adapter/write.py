@@ -42,14 +42,14 @@ def apply_estimate(
       other adapters is refused.
 
     Args:
-        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one.
+        model: A model with a fresh LoRA adapter, or a network that contains one (see `estimate_gradients`).
         estimate: The estimate, of this base model.
         config: The settings; `direction`, `scale`, `stable_gamma`, `reach`, `offset`, `on_missing`, `seed` count here.
         adapter_name: The adapter.
         process_group: As in `estimate_gradients`: all its processes call this, and get the same start.
 
     Raises:
-        TypeError: The model neither is nor contains a `PeftModel`, or is wrapped by FSDP 1.
+        TypeError: There are no LoRA layers, or the model is wrapped by FSDP 1.
         RuntimeError: Another process failed, or can no longer be reached.
         ValueError: The adapter cannot be aligned; the estimate belongs to another model or holds too few directions;
             layers are missing from it (see `on_missing`); `offset="base"` on weights that cannot be changed; the

@@ -33,6 +33,8 @@ def unwrapped(model: Any) -> Any:
     """
     if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
         return unwrapped(model.module)
+    if not isinstance(model, nn.Module):  # a pipeline, which is refused where its layers are looked for
+        return model
     # Not by getattr: a PeftModel passes on the attributes of the model inside, which may be compiled.
     if "_orig_mod" in dict(model.named_children()):
         return unwrapped(model._orig_mod)

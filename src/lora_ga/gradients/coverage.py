@@ -26,8 +26,8 @@ def missing(targets: Mapping[str, Target], progress: Progress, factors: Mapping[
     reasons = {}
     for name, target in targets.items():
         found = [factor for key in target.keys if (factor := factors.get(key)) is not None]
-        if target.too_small:
-            reasons[name] = target.too_small
+        if target.unfit:
+            reasons[name] = target.unfit
         elif name not in progress.ran:
             probed = ", and an adapter in its place got no gradient" if target.layout.probed else ""
             reasons[name] = f"never ran in {progress.batches} batches{probed}"

@@ -41,8 +41,9 @@ def estimate_gradients(
     share of the batches. Their sums are added up, and all processes return the same estimate, bit for bit.
 
     Args:
-        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one; plain, in
-            DistributedDataParallel, or sharded by FSDP2 or DeepSpeed ZeRO-3. The loss is that of the whole network.
+        model: A model with a fresh LoRA adapter (a `PeftModel`, or one with an injected adapter, as `model.add_adapter`
+            makes it), or a network that contains one; plain, in DistributedDataParallel, or sharded by FSDP2 or
+            DeepSpeed ZeRO-3. The loss is that of the whole network.
         data: Batches: mappings (keyword arguments of the model), tuples, or whatever `loss_fn` takes. They are moved
             to the model's device. Each counts by its label tokens: many small ones give the gradient of one large one.
             Without a `loss_fn`, batches whose labels are all -100 are left out, with one warning.
@@ -60,10 +61,10 @@ def estimate_gradients(
         The estimate, of the gradient of the mean loss.
 
     Raises:
-        TypeError: The model neither is nor contains a `PeftModel`, or is wrapped by FSDP 1.
+        TypeError: There are no LoRA layers, or the model is wrapped by FSDP 1.
         RuntimeError: Another process failed, or can no longer be reached.
-        ValueError: There are several `PeftModel`s; the adapter cannot be aligned; there are no batches, or none with a
-            label; a batch has no loss, or a loss or gradient that is not finite; layers without a gradient (see
+        ValueError: There are several models with adapters; the adapter cannot be aligned; there are no batches, or none
+            with a label; a batch has no loss, or a loss or gradient that is not finite; layers without a gradient (see
             `on_missing`); the checkpoint is damaged, or of another model, configuration, rank or other batches;
             processes differ in model, adapter or settings.
         OSError: The checkpoint cannot be written; the one before is intact.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ga.distributed.sharding import reshard
+from lora_ga.files import base_model
 from lora_ga.layers.kinds import packs, unpack
 from lora_ga.layers.targets import peft_model_in
 
@@ -135,7 +136,7 @@ def isolated(network: nn.Module, adapter_name: str) -> Iterator[None]:
     layers is off.
 
     Args:
-        network: A `PeftModel`, or a network that contains one; all of it is prepared.
+        network: A model with adapters, or a network that contains one; all of it is prepared.
         adapter_name: The adapter to deactivate.
 
     Yields:
@@ -146,7 +147,7 @@ def isolated(network: nn.Module, adapter_name: str) -> Iterator[None]:
     parameters = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     modules = [(module, module.training) for module in network.modules()]
     adapters = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in _lora_layers(network)]
-    config: Any = getattr(peft_model_in(network).get_base_model(), "config", None)
+    config: Any = getattr(base_model(peft_model_in(network)), "config", None)
     use_cache = getattr(config, "use_cache", None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(unfused_attention())
@@ -180,7 +181,7 @@ def deactivate_adapter(network: nn.Module, adapter_name: str) -> None:
     reference model: switching back activates the adapter and lets its parameters require gradients.
 
     Args:
-        network: A `PeftModel`, or a network that contains one.
+        network: A model with adapters, or a network that contains one.
         adapter_name: The adapter.
     """
     for parameter in network.parameters():

@@ -59,7 +59,7 @@ def recording(
     `max_batches` and `tolerance` have no effect.
 
     Args:
-        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one.
+        model: A model with a fresh LoRA adapter, or a network that contains one (see `estimate_gradients`).
         config: The settings; `estimator`, `oversample`, `power_steps`, `on_missing`, `seed` count here. With
             `estimator="probe"` the passes in the block are not recorded, only those of `repeat`.
         adapter_name: The adapter to align.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from lora_ga.config import LoraGAConfig
@@ -55,7 +54,7 @@ class Setup:
     """
 
     network: nn.Module
-    model: PeftModel
+    model: nn.Module
     adapter_name: str
     config: LoraGAConfig
     targets: Mapping[str, Target]
@@ -153,11 +152,11 @@ def _setup(network: nn.Module, config: LoraGAConfig, adapter_name: str, together
             "whose parts would converge after different batches. Use tolerance=None."
         )
     targets = find_targets(network, adapter_name)
-    too_small = {name: target.too_small for name, target in targets.items() if target.too_small}
-    if config.on_missing == "error":
-        report_missing(too_small, targets, "error")
+    unfit = {name: target.unfit for name, target in targets.items() if target.unfit}
+    if config.on_missing == "error" or len(unfit) == len(targets):
+        report_missing(unfit, targets, config.on_missing)
     _refuse_inference_mode(network)
-    fitting = {name: target for name, target in targets.items() if name not in too_small}
+    fitting = {name: target for name, target in targets.items() if name not in unfit}
     return Setup(network, model, adapter_name, config, targets, fitting, together, tensor_parallel, None)
 
 

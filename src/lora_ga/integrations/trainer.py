@@ -75,7 +75,7 @@ class LoraGACallback(TrainerCallback):
             trainer: The trainer to which the callback will be added. Its adapter gets the structure now.
 
         Raises:
-            TypeError: The trainer's model neither is nor contains a `PeftModel`.
+            TypeError: The trainer's model has no LoRA layers.
             ValueError: The settings have `offset="base"`, or the trainer is one that `attach` refuses.
         """
         if config.offset == "base":
@@ -103,7 +103,7 @@ class LoraGACallback(TrainerCallback):
             trainer: The trainer.
 
         Raises:
-            TypeError: The trainer's model neither is nor contains a `PeftModel`.
+            TypeError: The trainer's model has no LoRA layers.
             ValueError: The adapter cannot be aligned, is aligned or trained already; or the trainer uses FSDP 1, or
                 has training data from which no batches can be taken.
         """
@@ -125,7 +125,7 @@ class LoraGACallback(TrainerCallback):
 
         Raises:
             RuntimeError: No trainer calls this, or another one than the callback is attached to.
-            TypeError: The model neither is nor contains a `PeftModel`.
+            TypeError: There are no LoRA layers.
             ValueError: As `attach`.
         """
         trainer, _ = self._trainer_and_checkpoint(state)

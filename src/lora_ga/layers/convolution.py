@@ -1,4 +1,4 @@
-"""2-D convolutions, grouped ones included: how their inputs and output gradients become rows.
+"""1-D and 2-D convolutions, grouped ones included: how their inputs and output gradients become rows.
 
 Shapes: P parts, T places in the output, I inputs, O outputs, N images.
 """
@@ -6,6 +6,7 @@ Shapes: P parts, T places in the output, I inputs, O outputs, N images.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from lora_ga.layers.linear import Rows, WeightLayout
 
 
 class ConvolutionLayout(WeightLayout):
-    """The weight of a 2-D convolution, (outputs, inputs of a group, height, width); a part is a group.
+    """The weight of a convolution, (outputs, inputs of a group, width or height and width); a part is a group.
 
     PEFT's A is a convolution over all inputs, also of a grouped layer. Its B has the layer's groups.
     """
@@ -28,9 +29,9 @@ class ConvolutionLayout(WeightLayout):
         return layer.get_base_layer().groups
 
     def part_shape(self, layer: Any) -> tuple[int, int]:
-        """(outputs of a group, all inputs x height x width): what the product of PEFT's factors spans."""
+        """(outputs of a group, all inputs x size of the kernel): what the product of PEFT's factors spans."""
         base = layer.get_base_layer()
-        return base.out_channels // base.groups, base.in_channels * base.kernel_size[0] * base.kernel_size[1]
+        return base.out_channels // base.groups, base.in_channels * math.prod(base.kernel_size)
 
     def part_rank(self, layer: Any, rank: int) -> int:
         """PEFT divides the rank among the groups."""
@@ -45,18 +46,25 @@ class ConvolutionLayout(WeightLayout):
 
         Args:
             layer: PEFT's layer.
-            x: The input, (N, channels, height, width) or one image.
+            x: The input, (N, channels, width), (N, channels, height, width), or one image.
             g: The gradient at the output, likewise.
 
         Yields:
             The number of a group, the patches (T, I) and the group's output gradients (T, O).
         """
         base = layer.get_base_layer()
-        batched, g = x if x.dim() == 4 else x[None], g if g.dim() == 4 else g[None]
-        padding = base.padding
-        if isinstance(padding, str):  # "same" may pad one side by one more than the other, which unfold cannot
-            batched, padding = functional.pad(batched, _padding_by_side(base)), 0
-        x_NIT = functional.unfold(batched, base.kernel_size, padding=padding, stride=base.stride)
+        dims = 2 + len(base.kernel_size)
+        batched, g = x if x.dim() == dims else x[None], g if g.dim() == dims else g[None]
+        if isinstance(base.padding, str):  # "same" may pad one side by one more than the other, which unfold cannot
+            batched, padding = functional.pad(batched, _padding_by_side(base)), (0,) * len(base.kernel_size)
+        else:
+            padding = base.padding
+        if dims == 3:  # unfold takes images only: here of height 1
+            x_NIT = functional.unfold(
+                batched.unsqueeze(2), (1, *base.kernel_size), padding=(0, *padding), stride=(1, *base.stride)
+            )
+        else:
+            x_NIT = functional.unfold(batched, base.kernel_size, padding=padding, stride=base.stride)
         x_TI = x_NIT.mT.flatten(0, 1)
         for part, g_group in enumerate(g.flatten(2).chunk(base.groups, dim=1)):
             yield part, x_TI, g_group.mT.flatten(0, 1)
@@ -64,7 +72,8 @@ class ConvolutionLayout(WeightLayout):
     def compute(self, factor: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         """A convolution with the factor's stride, padding and groups."""
         names = ("stride", "padding", "groups")
-        return functools.partial(functional.conv2d, **{name: getattr(factor, name) for name in names})
+        convolve = functional.conv1d if isinstance(factor, nn.Conv1d) else functional.conv2d
+        return functools.partial(convolve, **{name: getattr(factor, name) for name in names})
 
     def why_not_aligned(self, layer: Any, adapter_name: str) -> str | None:
         """PEFT's factors are not dilated, so their product cannot follow a dilated convolution."""
@@ -78,7 +87,7 @@ class ConvolutionLayout(WeightLayout):
 
 
 def _padding_by_side(base: Any) -> list[int]:
-    """The padding that "same" or "valid" stands for: left, right, top, bottom."""
+    """The padding that "same" or "valid" stands for: left and right, in two dimensions also top and bottom."""
     padding = []
     for size in reversed(base.kernel_size):
         total = size - 1 if base.padding == "same" else 0

@@ -73,6 +73,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("awq.AwqLoraLinear", "gptqmodel.nn_modules.qlinear.BaseQuantLinear", read=_packed),
     Kind("layer.Linear", "torch.nn.modules.linear.Linear"),
     Kind("layer.Linear", "transformers.pytorch_utils.Conv1D", TRANSPOSED),
+    Kind("layer.Conv1d", "torch.nn.modules.conv.Conv1d", CONVOLUTION),
     Kind("layer.Conv2d", "torch.nn.modules.conv.Conv2d", CONVOLUTION),
     Kind("layer.Embedding", "torch.nn.modules.sparse.Embedding", EMBEDDING),
     Kind("layer.ParamWrapper", "torch.nn.modules.module.Module", EXPERTS),

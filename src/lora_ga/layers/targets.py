@@ -1,4 +1,4 @@
-"""The layers of a PEFT model that an adapter aligns, by name, and why other layers are refused."""
+"""The models with adapters in a network, the layers that an adapter aligns, and why other layers are refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from lora_ga.distributed.sharding import gathered, whole
@@ -38,6 +39,7 @@ class Target:
         outputs: Outputs of one part, d_out.
         rank: The adapter's rank r in one part.
         split: This process's share of the weight, where a tensor-parallel plan splits it.
+        unknown: Why a layer of an unknown kind cannot be aligned; None for others.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Target:
     outputs: int
     rank: int
     split: Split | None = None
+    unknown: str | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -69,8 +72,10 @@ class Target:
             yield keys[part], *((x_TI, g_TO) if self.split is None else self.split.padded(x_TI, g_TO))
 
     @property
-    def too_small(self) -> str | None:
-        """Why 2r directions do not fit this layer; None if they do."""
+    def unfit(self) -> str | None:
+        """Why this layer cannot be aligned, whatever its gradient: its kind, or its size. None if it can."""
+        if self.unknown:
+            return self.unknown
         largest = min(self.inputs, self.outputs) // 2
         if self.rank <= largest:
             return None
@@ -80,26 +85,33 @@ class Target:
         )
 
 
-def peft_models_in(network: Any) -> dict[str, PeftModel]:
-    """The `PeftModel`s in a network that contains some; the network itself if it is one.
+def peft_models_in(network: Any) -> dict[str, nn.Module]:
+    """The models with PEFT's adapters in a network: a `PeftModel`, or one into which adapters were injected.
+
+    Adapters are injected by `model.add_adapter` of Transformers and diffusers, and by `peft.inject_adapter_in_model`.
+    All these models have `peft_config`, which holds the configurations of their adapters by name.
 
     Args:
         network: Any module.
 
     Returns:
-        Path in the network ("" is the network itself) → model.
+        Path in the network ("" is the network itself) → model. A layer's name is its path in the model, less `PREFIX`.
     """
-    if isinstance(network, PeftModel):
-        return {"": network}
-    modules = network.named_modules() if isinstance(network, nn.Module) else ()
-    return {path: module for path, module in modules if isinstance(module, PeftModel)}
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in network.named_modules() if isinstance(network, nn.Module) else ():
+        # PEFT gives the same dictionary to a PeftModel, its tuner and the base model in it.
+        if isinstance(module, PeftModel):
+            found[id(module.peft_config)] = path, module
+        elif (configs := vars(module).get("peft_config")) and not isinstance(module, BaseTuner):
+            found.setdefault(id(configs), (path, module))
+    return dict(found.values())
 
 
-def peft_model_in(network: Any) -> PeftModel:
-    """The one `PeftModel` that a network is or contains.
+def peft_model_in(network: Any) -> Any:
+    """The one model with PEFT's adapters that a network is or contains.
 
     Args:
-        network: A `PeftModel`, or a module that contains one: with a head beside it, say.
+        network: A model that `peft_models_in` finds, or a module that contains one: with a head beside it, say.
 
     Returns:
         The model.
@@ -110,13 +122,18 @@ def peft_model_in(network: Any) -> PeftModel:
     """
     found = peft_models_in(network)
     if not found:
-        raise TypeError(
-            f"The model is a {type(network).__name__}, not a PeftModel with LoRA layers. Call "
-            "peft.get_peft_model(model, LoraConfig(...)) first (not model.add_adapter), or lora_ga.get_lora_ga_model."
-        )
+        if isinstance(network, nn.Module):
+            advice = (
+                "Add an adapter first, with peft.get_peft_model(model, LoraConfig(...)) or model.add_adapter, or call "
+                "lora_ga.get_lora_ga_model."
+            )
+        else:
+            advice = "Give the module that has the adapter: of a pipeline its unet or transformer."
+        raise TypeError(f"The {type(network).__name__} has no LoRA layers. {advice}")
     if len(found) > 1:
+        places = ", ".join(path or "the network itself" for path in found)
         raise ValueError(
-            f"The {type(network).__name__} contains {len(found)} PeftModels ({', '.join(found)}). Give one of them "
+            f"The {type(network).__name__} contains {len(found)} models with adapters ({places}). Give one of them "
             "at a time, with a loss_fn that runs the whole network."
         )
     return next(iter(found.values()))
@@ -126,7 +143,7 @@ def _lora_layers(network: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """The LoRA layers that have the adapter.
 
     Returns:
-        Module path in the PeftModel → layer.
+        Module path in the model → layer.
 
     Raises:
         ValueError: No such adapter, or no LoRA layers.
@@ -154,18 +171,15 @@ def _why_not_aligned(name: str, layer: LoraLayer, adapter_name: str) -> str | No
         variant = variant.removesuffix("Variant")
         return f"{name} uses the LoRA variant {variant}, which is not supported; switch the variant off"
     kind, base = kind_of(layer), layer.get_base_layer()
-    if kind is None:
-        layers = (kind.base for kind in KINDS if not kind.layout.gradient_from_parameter)
-        known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in layers))
-        peft_name = f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}"
-        return (
-            f"{name} is a {type(base).__name__} (PEFT: {peft_name}); known are {known}. Leave it out with "
-            f"LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
-        )
     if base in SHIFTED_BASES and not isinstance(entries(layer, adapter_name)[0], Factor):
         return f'{name}: offset="base" has changed its base weight for another adapter; load the base model again'
     if layer.merged:
-        return f"{name} has merged adapters ({', '.join(layer.merged_adapters)}); call model.unmerge_adapter() first"
+        return (
+            f"{name} has merged adapters ({', '.join(layer.merged_adapters)}); call model.unmerge_adapter() first "
+            "(of a diffusers model unfuse_lora)"
+        )
+    if kind is None:
+        return None
     if not kind.ready(base):
         return (
             f"{name} is a {type(base).__name__} whose weight has not been quantised yet (the first move to a device "
@@ -176,21 +190,45 @@ def _why_not_aligned(name: str, layer: LoraLayer, adapter_name: str) -> str | No
     return None if reason is None else f"{name} {reason}"
 
 
+def _unknown_kinds(layers: Mapping[str, LoraLayer]) -> dict[str, str]:
+    """The layers of an unknown kind, and those inside them.
+
+    PEFT makes LoRA layers of the parts of a `MultiheadAttention`, but does not call them.
+
+    Returns:
+        Layer name → why it cannot be aligned.
+    """
+    known_layers = (kind.base for kind in KINDS if not kind.layout.gradient_from_parameter)
+    known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in known_layers))
+    reasons: dict[str, str] = {}
+    for name, layer in layers.items():
+        outer = next((other for other in reasons if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            reasons[name] = f"is a part of {outer}, whose kind is not known"
+        elif kind_of(layer) is None:
+            peft_name = f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}"
+            base = type(layer.get_base_layer()).__name__
+            reasons[name] = (
+                f"is a {base} (PEFT: {peft_name}); known are {known}. Leave it out with "
+                f"LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
+            )
+    return reasons
+
+
 def find_targets(model: nn.Module, adapter_name: str = "default") -> dict[str, Target]:
-    """The layers that the adapter `adapter_name` aligns.
+    """The layers of an adapter.
 
     Args:
-        model: A `PeftModel` with a fresh LoRA adapter, or a network that contains one.
+        model: A model with a fresh LoRA adapter (see `peft_models_in`), or a network that contains one.
         adapter_name: The adapter.
 
     Returns:
         Layer name → target, in the model's order.
 
     Raises:
-        TypeError: There is no `PeftModel`.
-        ValueError: There are several; the adapter does not exist, has no LoRA layers, layers of an unknown kind or of a
-            LoRA variant other than DoRA, is merged, trained or aligned already; a tensor-parallel plan splits it in an
-            unknown way.
+        TypeError: There is no model with adapters.
+        ValueError: There are several; the adapter does not exist, has no LoRA layers, layers of a LoRA variant other
+            than DoRA, is merged, trained or aligned already; a tensor-parallel plan splits it in an unknown way.
     """
     layers = _lora_layers(model, adapter_name)
     named, fsdp = {full.removeprefix(PREFIX): layer for full, layer in layers.items()}, in_fsdp(model)
@@ -202,15 +240,22 @@ def find_targets(model: nn.Module, adapter_name: str = "default") -> dict[str, T
     if refusals:
         more = f" ({len(refusals) - 1} more layers like this)" if len(refusals) > 1 else ""
         raise ValueError(f"Cannot align adapter {adapter_name!r}: {refusals[0]}.{more}")
-    _check_fresh(named, adapter_name)
-    for kind in {kind_of(layer) for layer in named.values()}:
+    unknown = _unknown_kinds(named)
+    known = {name: layer for name, layer in named.items() if name not in unknown}
+    _check_fresh(known, adapter_name, added=isinstance(peft_model_in(model), PeftModel))
+    for kind in {kind_of(layer) for layer in known.values()}:
         if kind is not None and not kind.ran:
             warn_never_run(kind)
-    return {name: _target(name, layer, adapter_name) for name, layer in named.items()}
+    return {name: _target(name, layer, adapter_name, unknown.get(name)) for name, layer in named.items()}
 
 
-def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:
-    layout, factor = layout_of(layer), entries(layer, adapter_name)[0]
+def _target(name: str, layer: LoraLayer, adapter_name: str, unknown: str | None) -> Target:
+    layout = layout_of(layer)
+    if unknown is not None:
+        return Target(
+            name, layer, layout, 1, layer.in_features, layer.out_features, layer.r[adapter_name], None, unknown
+        )
+    factor = entries(layer, adapter_name)[0]
     split = split_of(layer.get_base_layer())
     outputs, inputs = layout.part_shape(layer) if split is None else split.shape
     # The rank r that trains: PEFT's own entry is 2r in a layer whose factors are joined.
@@ -218,16 +263,23 @@ def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:
     return Target(name, layer, layout, layout.parts(layer), inputs, outputs, layout.part_rank(layer, rank), split)
 
 
-def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str, *, added: bool) -> None:
     """Refuse an adapter that is aligned or trained already.
+
+    Args:
+        layers: Layer name → layer.
+        adapter_name: The adapter.
+        added: Whether a `PeftModel` holds the adapter, which deletes and adds adapters in one known way.
 
     Raises:
         ValueError: It is; the message says how to reset it.
     """
-    reset = (
-        f"Start from a fresh one: model.delete_adapter({adapter_name!r}), then "
-        f"model.add_adapter({adapter_name!r}, LoraConfig(...))."
-    )
+    reset = "Start from a fresh one: load the base model again, and add the adapter to it."
+    if added:
+        reset = (
+            f"Start from a fresh one: model.delete_adapter({adapter_name!r}), then "
+            f"model.add_adapter({adapter_name!r}, LoraConfig(...))."
+        )
     if any(layer.get_base_layer() in SHIFTED_BASES for layer in layers.values()):
         reset = 'Load the base model again: offset="base" has changed its weights.'
     for name, layer in layers.items():
