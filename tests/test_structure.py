@@ -1,10 +1,11 @@
-"""The structure of an aligned adapter: without an estimate, filled later, and in an adapter that is added.
+"""The structure of an aligned adapter: without an estimate, filled later, in an adapter that is added, in tied layers.
 
 Also: estimates of experts that end early or resume.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 import lora_ga
 from cases import LAYERS, Case, mixtral, nf4, seeded
-from lora_ga import LoraGAConfig
+from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.structure import give_structure
+from lora_ga.export.merge import merge_adapter
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import find_targets
-from toys import adapted, causal, llama, logits, train
+from toys import adapted, autograd_gradients, causal, llama, logits, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
@@ -144,7 +147,7 @@ def test_an_adapter_added_with_an_aligned_embeddings_configuration_gets_its_stru
     model.add_adapter("twin", model.peft_config["default"])
     layer = model.base_model.model.model.embed_tokens
     for table in (layer.lora_embedding_A, layer.lora_embedding_B):
-        held = dict(table.items())
+        held = {name: table.entry(name) for name in table}
         assert isinstance(held["twin"], Factor)
         assert held["twin"].rank == held["default"].rank == 4
         assert torch.equal(held["twin"].start, held["default"].start)
@@ -157,6 +160,8 @@ def test_an_adapter_added_with_an_aligned_embeddings_configuration_gets_its_stru
     losses = train(model, causal(1), steps=4)
     assert losses[-1] < losses[0]
     moved = logits(model, causal(1)[0])
+    with model.disable_adapter():  # PEFT asks the tables of an embedding for devices and `requires_grad`
+        assert torch.equal(logits(model, causal(1)[0]), logits(llama(), causal(1)[0]))
     model.set_adapter("default")
     assert torch.equal(logits(model, causal(1)[0]), trained)
     model.save_pretrained(tmp_path)
@@ -168,8 +173,220 @@ def test_writing_a_converted_weight_to_an_embeddings_table_converts_the_factor_i
     model = adapted(llama(), ["embed_tokens", "q_proj"])
     lora_ga.initialize(model, causal(), CONFIG)
     table = model.base_model.model.model.embed_tokens.lora_embedding_B
-    factor, before = dict(table.items())["default"], table["default"].detach().clone()
+    factor, before = table.entry("default"), table["default"].detach().clone()
     table["default"] = table["default"].to(torch.float64)
-    assert dict(table.items())["default"] is factor
+    assert table.entry("default") is factor
     assert factor.trainable.dtype == torch.float64
     assert torch.equal(table["default"].float(), before)
+
+
+# Weights and factors that several layers share
+
+
+def tied_base() -> Any:
+    return llama(tie_word_embeddings=True)
+
+
+def tied_adapter(base: Any = None, **changes: Any) -> Any:
+    """A Llama whose head and embedding have one weight and one change of it."""
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    return adapted(tied_base() if base is None else base, targets, ensure_weight_tying=True, **changes)
+
+
+@pytest.fixture(scope="module")
+def tied_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A trained model with a tied head, and its saved adapter."""
+    model, folder = tied_adapter(), tmp_path_factory.mktemp("tied")
+    lora_ga.initialize(model, causal())
+    assert torch.equal(logits(model, causal(1)[0]), logits(tied_base(), causal(1)[0]))
+    train(model, causal())
+    model.save_pretrained(folder)
+    return model.eval(), folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("estimator", ["dense", "streaming"])
+def test_the_gradient_of_a_tied_head_and_its_embedding_is_that_of_both_uses(estimator: Any, dtype: torch.dtype) -> None:
+    config = LoraGAConfig(estimator=estimator, oversample=64)
+    estimate = lora_ga.estimate_gradients(tied_adapter(tied_base().to(dtype)), causal(1), config)
+    assert "lm_head" not in estimate
+    found = estimate["model.embed_tokens"]
+    base = tied_base().to(dtype)
+    wanted = autograd_gradients(base, lambda model: model(**causal(1)[0]).loss)["model.embed_tokens"].float().mT
+    torch.testing.assert_close((found.U * found.S) @ found.V.mT, wanted, rtol=0, atol=2e-2 * wanted.abs().max().item())
+    cosine = torch.nn.functional.cosine_similarity((found.U * found.S @ found.V.mT).flatten(), wanted.flatten(), dim=0)
+    assert cosine > (1 - 1e-6 if dtype == torch.float32 else 0.9999)
+
+
+def test_a_tied_head_trains_the_embeddings_change_and_has_none_of_its_own(tied_run: tuple[Any, Path]) -> None:
+    model, _ = tied_run
+    head, embedding = model.base_model.model.lm_head, model.base_model.model.model.embed_tokens
+    assert not list(head.lora_A.parameters()) + list(head.lora_B.parameters())
+    assert torch.equal(head.get_delta_weight("default"), embedding.get_delta_weight("default"))
+    assert head.get_delta_weight("default").any()
+    assert head.r == embedding.r == {"default": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_saved_adapter_of_a_tied_head_is_what_was_trained(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, batch = tied_adapter(tied_base().to(dtype)), causal(1)[0]
+    lora_ga.initialize(model, causal())
+    train(model, causal())
+    model.save_pretrained(tmp_path)
+    wanted = logits(model.eval(), batch)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(tied_base().to(dtype), tmp_path), batch), wanted)
+    again = lora_ga.load(tied_base().to(dtype), tmp_path, is_trainable=True)
+    torch.testing.assert_close(logits(again.eval(), batch), wanted)
+    assert train(again, causal()) == train(model, causal())
+
+
+def test_a_tied_head_starts_in_a_trainer_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in causal(1, rows=8)[0]["input_ids"]]
+    start: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "report_to": []}
+    start |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2}
+
+    def run(model: Any, resume: str | None = None) -> Any:
+        callback = LoraGACallback(batches=causal())
+        Trainer(model, TrainingArguments(str(tmp_path), **start), train_dataset=rows, callbacks=[callback]).train(
+            resume
+        )
+        return model.state_dict()
+
+    once, again = run(tied_adapter()), run(tied_adapter(), str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    with_own_start = lora_ga.load(tied_base(), tmp_path / "checkpoint-4").state_dict()
+    assert all(torch.equal(once[name], with_own_start[name]) for name in once)
+
+
+def test_an_adapter_with_a_tied_head_is_merged_once_and_on_a_tied_base_alone(
+    tied_run: tuple[Any, Path], tmp_path: Path
+) -> None:
+    model, folder = tied_run
+    merge_adapter(folder, tmp_path / "merged", base=tied_base())
+    merged: Any = type(tied_base()).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged.eval(), causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="The adapter changes lm_head, but PEFT does not load .*tie_word_embeddings=T"):
+        merge_adapter(folder, tmp_path / "other", base=llama())
+    with pytest.raises(ValueError, match="lm_head tied to the embedding .* Load the base model with tie_word_embedd"):
+        lora_ga.load(llama(), folder)
+
+
+def test_an_adapter_added_with_a_tied_heads_configuration_is_tied_too(tied_run: tuple[Any, Path]) -> None:
+    model = lora_ga.load(tied_base(), tied_run[1], is_trainable=True)
+    model.add_adapter("ref", model.peft_config["default"])
+    values = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in [name for name in values if ".default." in name]:
+            values[name.replace(".default.", ".ref.")].copy_(values[name])
+    expected = logits(model.eval(), causal(1)[0])
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, causal(1)[0]), expected)
+
+
+def test_a_file_in_which_a_tied_head_has_its_own_start_is_refused_with_advice_that_works(tmp_path: Path) -> None:
+    """As earlier versions wrote it."""
+    model = adapted(tied_base(), ["embed_tokens", "lm_head", "q_proj"])
+    lora_ga.initialize(model, causal())
+    train(model, causal())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    listed = {"ensure_weight_tying": True, "target_modules": ["model.embed_tokens", "embed_tokens", "q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | listed))
+    with pytest.raises(ValueError, match='set "ensure_weight_tying" to false and add "lm_head" to "target_modules"'):
+        lora_ga.load(tied_base(), tmp_path)
+    listed = {"ensure_weight_tying": False, "target_modules": [*listed["target_modules"], "lm_head"]}  # type: ignore[misc]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | listed))
+    again = lora_ga.load(tied_base(), tmp_path)
+    torch.testing.assert_close(logits(again, causal(1)[0]), logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"alpha_pattern": {"lm_head": 99}}, {"rank_pattern": {"lm_head": 2}}])
+def test_a_tied_head_with_another_rank_or_scaling_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"lm_head is tied to the embedding .* Give both the same \(rank_pattern, al"):
+        lora_ga.initialize(tied_adapter(**settings), causal())
+
+
+def test_the_base_offset_refuses_a_tied_head() -> None:
+    with pytest.raises(ValueError, match=r"embed_tokens: its weight is shared .* use offset=\"adapter\""):
+        lora_ga.initialize(tied_adapter(), causal(), LoraGAConfig(offset="base"))
+    untied = tied_adapter()
+    untied.base_model.model.lm_head.base_layer.weight = nn.Parameter(llama().lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match=r"embed_tokens: lm_head computes with its factors .* use offset=\"adapter\""):
+        lora_ga.initialize(untied, causal(), LoraGAConfig(offset="base"))
+
+
+def share_table(one: Any, other: Any) -> None:
+    one.lora_A = other.lora_A
+
+
+def share_parameter(one: Any, other: Any) -> None:
+    one.lora_B["default"].weight = other.lora_B["default"].weight
+
+
+def share_memory(one: Any, other: Any) -> None:
+    one.lora_A["default"].weight = nn.Parameter(other.lora_A["default"].weight.data)
+
+
+@pytest.mark.parametrize("share", [share_table, share_parameter, share_memory])
+def test_factors_that_layers_share_are_refused_before_anything_is_written(share: Any) -> None:
+    model = adapted(llama(), ["q_proj"])
+    first, second = (layer.self_attn.q_proj for layer in model.base_model.model.model.layers)
+    share(first, second)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"of model.layers.0.self_attn.q_proj \('default'\) and lora_. of model.layers.1"
+    ):
+        lora_ga.initialize(model, causal())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_factor_that_another_adapter_uses_is_refused() -> None:
+    model = adapted(llama(), ["q_proj"])
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_A["other"].weight = layer.lora_A["default"].weight
+    with pytest.raises(
+        ValueError, match=r"\('default'\) and lora_A of model.layers.0.self_attn.q_proj \('other'\) are"
+    ):
+        lora_ga.initialize(model, causal())
+
+
+class Sharing(nn.Module):
+    """Two linear layers with one weight, and one linear layer in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.three = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.two.weight = self.one.weight
+        self.four = self.three
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.four(self.three(self.two(self.one(x).tanh()).tanh()).tanh())
+        return {"loss": x.square().mean()}
+
+
+@pytest.mark.parametrize("targets", [["one", "two"], ["one"], ["three"]])
+def test_a_shared_base_weight_has_a_start_for_each_layer_and_cannot_be_changed(targets: list[str]) -> None:
+    """PEFT wraps a module in the first of its places alone, and each adapter changes its own use of the weight."""
+    batches = [{"x": torch.randn(16, 6, generator=torch.Generator().manual_seed(0))}]
+    model = adapted(Sharing(), targets, r=2)
+    estimate = lora_ga.estimate_gradients(model, batches, LoraGAConfig(estimator="dense", oversample=6))
+    separate = Sharing()
+    for name in ("two", "three"):  # the same function, whose uses of a weight are parameters of their own
+        layer: Any = nn.Linear(6, 6)
+        layer.load_state_dict(separate.get_submodule(name).state_dict())
+        separate.set_submodule(name, layer)
+    loss = separate(**batches[0])["loss"]
+    for name in targets:
+        used: Any = separate.get_submodule(name)
+        (wanted,) = torch.autograd.grad(loss, used.weight, retain_graph=True)
+        found = estimate[name]
+        torch.testing.assert_close((found.U * found.S) @ found.V.mT, wanted, rtol=0, atol=1e-6)
+    with pytest.raises(
+        ValueError, match=rf"{targets[0]}: its weight is shared .* so offset=\"base\" would change them"
+    ):
+        lora_ga.initialize(model, batches, LoraGAConfig(offset="base"))
+    lora_ga.apply_estimate(model, estimate)
+    assert torch.equal(model(**batches[0])["loss"], Sharing()(**batches[0])["loss"])

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
 from lora_ga.adapter.save import FILE, AlignedLoraConfig, read_sidecar
-from lora_ga.adapter.structure import follow_added_adapters, make_factors, place, set_rank
+from lora_ga.adapter.structure import follow_added_adapters, follow_ties, make_factors, place, set_rank
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
@@ -24,6 +24,7 @@ from lora_ga.files import another_base
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, weight_of
 from lora_ga.layers.targets import PREFIX, SHIFTED_BASES
+from lora_ga.layers.tied import tied_heads
 
 # The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
 SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -60,6 +61,7 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> Pe
     try:
         if sidecar is not None:
             _check_base(model, sidecar[1]["fingerprint"], path)
+            _check_tied_heads(model, sidecar[1], path)
             if is_trainable:
                 _restore_structure(model, *sidecar, where=str(path))
         elif is_trainable:
@@ -92,6 +94,27 @@ def _check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
         raise ValueError(f"{path}: trained on another base model: {difference}. Give the base model it was trained on.")
 
 
+def _check_tied_heads(model: PeftModel, record: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse an adapter whose head PEFT loads in another way than it was trained.
+
+    Raises:
+        ValueError: The head is tied to the embedding now, and was not, or the other way round.
+    """
+    tied = {found.removeprefix(PREFIX) for found in tied_heads(model, "default")}
+    for head in tied.intersection(record["scaling"]):
+        raise ValueError(
+            f"{path}: an earlier version of LoRA-GA gave {head} a start of its own, but ensure_weight_tying makes PEFT "
+            "load one change for it and the embedding, so it would not be what was trained. In the adapter's "
+            f'adapter_config.json set "ensure_weight_tying" to false and add "{head}" to "target_modules".'
+        )
+    for head in set(record.get("tied", ())) - tied:
+        raise ValueError(
+            f"{path}: trained with {head} tied to the embedding (ensure_weight_tying), but in this base model the two "
+            "are not tied, so PEFT would leave out the change of the head. Load the base model with "
+            "tie_word_embeddings=True."
+        )
+
+
 @torch.no_grad()
 def _restore_structure(model: PeftModel, tensors: dict[str, Tensor], record: dict[str, Any], *, where: str) -> None:
     """Give a plain rank-2r adapter the structure its sidecar describes."""
@@ -115,6 +138,7 @@ def _restore_structure(model: PeftModel, tensors: dict[str, Tensor], record: dic
         for name, (a, b) in factors.items():
             set_rank(layers[name], "default", a.rank)
             shift_base(layers[name], a.start, b.start, alignment.scaling[name])
+    follow_ties(model, "default")
     model.peft_config["default"] = AlignedLoraConfig.of(peft_config, alignment, **changes)
     follow_added_adapters(model)
 

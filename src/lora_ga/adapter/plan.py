@@ -223,6 +223,11 @@ def _check_base_can_change(network: nn.Module, targets: dict[str, Target], adapt
                 f'{name}: offset="base" would change the weight under the other adapters of the layer '
                 f'({", ".join(others)}); use offset="adapter", or delete them first.'
             )
+        if target.heads and len(owners[id(base.weight)]) == 1:
+            raise ValueError(
+                f"{name}: {', '.join(target.heads)} computes with its factors (ensure_weight_tying), but has "
+                'its own weight, which offset="base" would not change; use offset="adapter".'
+            )
         if kind is not None and kind.read is not None:
             raise ValueError(
                 f'{name}: offset="base" cannot change a quantised weight ({type(base).__name__}); use offset="adapter".'

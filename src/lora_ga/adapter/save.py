@@ -28,6 +28,7 @@ from lora_ga.distributed.sharding import sharded
 from lora_ga.files import read_tensors, write_atomically, write_tensors
 from lora_ga.layers.factors import Factor, Shifted
 from lora_ga.layers.targets import PREFIX
+from lora_ga.layers.tied import tied_heads
 
 FILE = "lora_ga.safetensors"
 FILE_KIND = "the LoRA-GA sidecar of an adapter"
@@ -110,6 +111,7 @@ def save_sidecar(model: nn.Module | None, adapter_name: str, folder: Path, *, sa
         "fingerprint": alignment.fingerprint,
         "scaling": alignment.scaling,
         "plain": alignment.plain,
+        "tied": [head.removeprefix(PREFIX) for head in tied_heads(model, adapter_name)] if model else [],
         "original": alignment.original,
         "summary": alignment.summary,
     }

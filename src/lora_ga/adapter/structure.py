@@ -28,6 +28,7 @@ from lora_ga.layers.embedding import FactorTable
 from lora_ga.layers.factors import FACTORS, Factor, follow_plan
 from lora_ga.layers.kinds import entries, layout_of, weight_of
 from lora_ga.layers.targets import PREFIX, Target, find_targets, peft_model_in
+from lora_ga.layers.tied import TiedFactor, tied_heads
 
 
 def give_structure(model: nn.Module, config: LoraGAConfig, adapter_name: str) -> None:
@@ -86,13 +87,16 @@ def build_structure(
     model = peft_model_in(network)
     peft_config = model.peft_config[adapter]
     ranks = {name: target.layer.r[adapter] for name, target in targets.items()}
+    plain_layers = {name: target.layer for name, target in plain.items()}
+    for target in plain.values():
+        plain_layers |= target.heads
     alignment = Alignment(
         model=ModelReference(model),
         adapter_name=adapter,
         scaling={name: target.layer.scaling[adapter] for name, target in targets.items()},
         config=config,
         fingerprint=fingerprint(model),
-        plain={name: (target.layer.r[adapter], target.layer.lora_alpha[adapter]) for name, target in plain.items()},
+        plain={name: (layer.r[adapter], layer.lora_alpha[adapter]) for name, layer in plain_layers.items()},
         original={field: getattr(peft_config, field) for field in RANK_FIELDS},
     )
     moved: dict[nn.Module, tuple[nn.Module, str]] = {}
@@ -104,10 +108,15 @@ def build_structure(
             if isinstance(old, nn.Module)
         }
         place(target.layer, adapter, pair)
-        if config.offset == "adapter":
-            set_rank(target.layer, adapter, 2 * ranks[name])
+        for layer in (target.layer, *target.heads.values()):
+            if config.offset == "adapter":
+                set_rank(layer, adapter, 2 * ranks[name])
+    follow_ties(model, adapter)
     register_moved(network, moved)
-    doubled = doubled_rank_fields(peft_config, ranks, alignment.scaling, alignment.plain)
+    heads = {head: name for name, target in targets.items() for head in target.heads}
+    ranks |= {head: ranks[name] for head, name in heads.items()}
+    scaling = alignment.scaling | {head: alignment.scaling[name] for head, name in heads.items()}
+    doubled = doubled_rank_fields(peft_config, ranks, scaling, alignment.plain)
     if config.offset == "base":
         alignment.saved, doubled = doubled, {}
     model.peft_config[adapter] = AlignedLoraConfig.of(peft_config, alignment, **doubled)
@@ -182,6 +191,21 @@ def place(layer: LoraLayer, adapter_name: str, pair: tuple[Factor, Factor]) -> N
         table[adapter_name] = factor
 
 
+def follow_ties(model: PeftModel, adapter_name: str) -> None:
+    """Let the heads that PEFT has tied to an embedding compute with its factors, if these have the structure.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+    """
+    for head, embedding in tied_heads(model, adapter_name).items():
+        layer: Any = model.get_submodule(head)
+        source: Any = model.get_submodule(embedding)
+        a, b = entries(source, adapter_name)
+        if isinstance(a, Factor):
+            layer.lora_A[adapter_name], layer.lora_B[adapter_name] = TiedFactor(b), TiedFactor(a)
+
+
 def set_rank(layer: LoraLayer, adapter_name: str, rank: int) -> None:
     """Set the rank that PEFT reads from a layer, and α with it, so that the scaling stays the same.
 
@@ -249,6 +273,13 @@ def copy_structure(model: PeftModel, source: str, target: str) -> None:
         if target in layer.r:
             pair = make_factors(layer, target, "adapter", rank=a.rank, starts=(a.start, b.start))
             place(layer, target, pair)
+    for head in tied_heads(model, source):
+        layer = model.get_submodule(head)
+        if target not in layer.r:  # PEFT ties the head of the first adapter alone
+            layer.update_layer(
+                target, layer.r[source], layer.lora_alpha[source], config=model.peft_config[target], target_name=head
+            )
+    follow_ties(model, target)
     copied = dataclasses.replace(alignment, adapter_name=target)
     model.peft_config[target] = AlignedLoraConfig.of(model.peft_config[target], copied)
 

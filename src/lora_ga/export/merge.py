@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peft import PeftModel
@@ -11,6 +12,7 @@ from torch import nn
 from lora_ga.export.saved_adapter import read_adapter
 from lora_ga.files import check_empty, new_folder
 from lora_ga.layers.targets import PREFIX
+from lora_ga.layers.tied import tied_heads
 
 
 def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None:
@@ -34,32 +36,57 @@ def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None
         raise TypeError(f"The base is a {type(base).__name__} without save_pretrained; give a Transformers model.")
     if getattr(base, "is_quantized", False):
         raise ValueError("The base model is quantised; load it in full precision to merge an adapter into it.")
-    read_adapter(Path(path))
+    _, tensors = read_adapter(Path(path))
     model = PeftModel.from_pretrained(base, str(path))
     try:
-        _check_not_shared(model)
+        _check_complete(model, tensors)
+        heads = tied_heads(model, "default")
+        _check_not_shared(model, heads)
     except ValueError:
         model.unload()
         raise
+    for head in heads:  # its weight and its change are the embedding's, which is merged once
+        model.get_submodule(head).delete_adapter("default")
     merged = model.merge_and_unload(safe_merge=True)
     with new_folder(target) as folder:
         merged.save_pretrained(folder)
 
 
-def _check_not_shared(model: PeftModel) -> None:
-    """Refuse adapted weights that other modules use too.
+def _check_complete(model: PeftModel, tensors: Iterable[str]) -> None:
+    """Refuse an adapter whose head was tied to the embedding, on a base that does not tie them: PEFT leaves it out.
+
+    Raises:
+        ValueError: It is one.
+    """
+    found = {name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    saved = {key.rpartition(".lora_")[0] for key in tensors if ".lora_A." in key}
+    if left_out := sorted(name.removeprefix(PREFIX) for name in saved - found):
+        raise ValueError(
+            f"The adapter changes {left_out[0]}, but PEFT does not load this change onto the base model. If the "
+            "adapter was made with ensure_weight_tying, load the base model with tie_word_embeddings=True."
+        )
+
+
+def _check_not_shared(model: PeftModel, tied: Mapping[str, str]) -> None:
+    """Refuse adapted weights that other modules use too, unless PEFT has tied these and they have one change.
+
+    Args:
+        model: The model.
+        tied: Head → embedding, as `tied_heads` finds them.
 
     Raises:
         ValueError: There is such a weight.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.removeprefix(PREFIX))
+        owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer.weight"))
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             shared = owners.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
-            if len(shared) > 1:
+            one = {tied.get(each, each) for each in shared}
+            if len(shared) > 1 and not (len(one) == 1 and tied):
+                listed = ", ".join(each.removeprefix(PREFIX) for each in shared)
                 raise ValueError(
-                    f"{name.removeprefix(PREFIX)}: its weight is shared ({', '.join(shared)}), so merging would change "
+                    f"{name.removeprefix(PREFIX)}: its weight is shared ({listed}), so merging would change "
                     "all of them. Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
                 )

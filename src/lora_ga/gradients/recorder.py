@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ga.gradients.checkpoint import Progress
 from lora_ga.gradients.hooks import Coverage, record_layers, record_parameters
@@ -53,7 +53,12 @@ class Recorder:
         """Put hooks on the layers that have not converged; remove them on leaving."""
         waiting = {name: target for name, target in self.targets.items() if not self._converged(target)}
         rows = {name: target.rows for name, target in waiting.items()}
-        layers = {name: target.layer for name, target in waiting.items() if not target.layout.gradient_from_parameter}
+        layers: dict[str, nn.Module] = {
+            name: target.layer for name, target in waiting.items() if not target.layout.gradient_from_parameter
+        }
+        for target in waiting.values():
+            layers |= target.heads
+            rows |= dict.fromkeys(target.heads, target.head_rows)
         owners = {
             name: (target.layer.get_base_layer(), target.layout.parameter_name(target.layer))
             for name, target in waiting.items()
@@ -78,8 +83,8 @@ class Recorder:
             self.accumulator.flush()
         self.progress.batches += 1
         self.progress.weight += weight
-        self.progress.ran |= self._coverage.ran
-        self.progress.got_gradient |= self._coverage.got_gradient
+        self.progress.ran |= self._owners(self._coverage.ran)
+        self.progress.got_gradient |= self._owners(self._coverage.got_gradient)
         if self.tolerance is not None:
             self._remove_converged(self.tolerance)
 
@@ -106,7 +111,13 @@ class Recorder:
         converged = set(self.progress.update_converged(changes, tolerance))
         for name, target in self.targets.items():
             if converged.intersection(target.keys) and self._converged(target):
-                self._coverage.remove_hooks[name]()
+                for layer in (name, *target.heads):
+                    self._coverage.remove_hooks[layer]()
+
+    def _owners(self, names: set[str]) -> set[str]:
+        """The layers of `targets` that these layers are: a tied head belongs to its embedding."""
+        owners = {head: name for name, target in self.targets.items() for head in target.heads}
+        return {owners.get(name, name) for name in names}
 
     def _converged(self, target: Target) -> bool:
         """Whether all parts of a layer have converged."""

@@ -60,7 +60,7 @@ class FactorTable(nn.ParameterDict):
     """PEFT's `lora_embedding_A` or `lora_embedding_B`, in which entries may be factors.
 
     `table[name]` returns the matrix that PEFT computes with: the joined matrix of a factor, or the parameter. `items()`
-    and `values()` return the factors themselves, so that PEFT freezes and unfreezes the parameters that train. State
+    and `values()` return the parameters that train, which PEFT freezes, unfreezes and asks for their device. State
     dicts keep PEFT's names.
     """
 
@@ -83,15 +83,16 @@ class FactorTable(nn.ParameterDict):
         super().__setitem__(name, value)
 
     def items(self) -> ItemsView[str, Any]:
-        """Names and the factors or parameters themselves."""
-        return {name: self.entry(name) for name in self.keys()}.items()
+        """Names and the parameters that train."""
+        held = ((name, self.entry(name)) for name in self.keys())
+        return {name: value.trainable if isinstance(value, Factor) else value for name, value in held}.items()
 
     def values(self) -> ValuesView[Any]:
-        """The factors or parameters themselves."""
+        """The parameters that train."""
         return dict(self.items()).values()
 
     def _factors(self) -> list[str]:
-        return [name for name, value in self.items() if isinstance(value, Factor)]
+        return [name for name in self.keys() if isinstance(self.entry(name), Factor)]
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """The joined matrices under PEFT's names, without the `.weight` a module's would have."""

@@ -14,7 +14,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from lora_ga.layers.convolution import CONVOLUTION
-from lora_ga.layers.embedding import EMBEDDING
+from lora_ga.layers.embedding import EMBEDDING, FactorTable
 from lora_ga.layers.experts import EXPERTS
 from lora_ga.layers.linear import LINEAR, TRANSPOSED, WeightLayout
 
@@ -138,8 +138,9 @@ def base_weights(layer: LoraLayer) -> Tensor:
 
 def entries(layer: LoraLayer, adapter_name: str) -> tuple[Any, Any]:
     """The factors A and B of an adapter in a layer: modules, or in an embedding parameters or `Factor`s."""
+    tables = (getattr(layer, name) for name in layout_of(layer).factor_tables)
     # Not `table[adapter_name]`: of a factor in an embedding's table that is the joined matrix.
-    a, b = (dict(getattr(layer, table).items())[adapter_name] for table in layout_of(layer).factor_tables)
+    a, b = (table.entry(adapter_name) if isinstance(table, FactorTable) else table[adapter_name] for table in tables)
     return a, b
 
 

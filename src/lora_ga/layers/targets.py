@@ -17,6 +17,7 @@ from lora_ga.distributed.tensor_parallel import Split, in_fsdp, split_of, unfit
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, entries, kind_of, layout_of, warn_never_run, weight_of
 from lora_ga.layers.linear import WeightLayout
+from lora_ga.layers.tied import tied_heads, why_not_separate, why_not_tied
 
 PREFIX = "base_model.model."
 # Base layers whose weight `offset="base"` has changed. Nothing on the layer shows it once the adapter is deleted.
@@ -40,6 +41,8 @@ class Target:
         rank: The adapter's rank r in one part.
         split: This process's share of the weight, where a tensor-parallel plan splits it.
         unknown: Why a layer of an unknown kind cannot be aligned; None for others.
+        heads: Of an embedding: name → the linear layers that PEFT has tied to it, which share its factors and its
+            weight. The gradient is that of all uses, and they are no targets of their own.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Target:
     rank: int
     split: Split | None = None
     unknown: str | None = None
+    heads: Mapping[str, LoraLayer] = dataclasses.field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
@@ -70,6 +74,18 @@ class Target:
         keys = self.keys
         for part, x_TI, g_TO in self.layout.rows(self.layer, x, g):
             yield keys[part], *((x_TI, g_TO) if self.split is None else self.split.padded(x_TI, g_TO))
+
+    def head_rows(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The gradient of a tied head's use of the weight, which is the transposed of this layer's.
+
+        Args:
+            x: The head's input.
+            g: The gradient of the loss at the head's output.
+
+        Yields:
+            This layer's key, the output gradients in the place of inputs, and the inputs in that of output gradients.
+        """
+        yield self.name, g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
 
     @property
     def unfit(self) -> str | None:
@@ -228,14 +244,21 @@ def find_targets(model: nn.Module, adapter_name: str = "default") -> dict[str, T
     Raises:
         TypeError: There is no model with adapters.
         ValueError: There are several; the adapter does not exist, has no LoRA layers, layers of a LoRA variant other
-            than DoRA, is merged, trained or aligned already; a tensor-parallel plan splits it in an unknown way.
+            than DoRA, is merged, trained or aligned already; a tensor-parallel plan splits it in an unknown way; layers
+            share a factor in another way than PEFT's `ensure_weight_tying`.
     """
     layers = _lora_layers(model, adapter_name)
     named, fsdp = {full.removeprefix(PREFIX): layer for full, layer in layers.items()}, in_fsdp(model)
-    reasons = (
+    tied = _tied_heads(model, adapter_name)
+    reasons = [
         _why_not_aligned(name, layer, adapter_name) or unfit(name, layer.get_base_layer(), fsdp=fsdp)
         for name, layer in named.items()
-    )
+    ]
+    ties = ((head, why_not_tied(named[head], named[source], adapter_name)) for head, source in tied.items())
+    reasons += [f"{head} {reason}" for head, reason in ties if reason]
+    modules = peft_model_in(model).named_modules()
+    everywhere = {path.removeprefix(PREFIX): layer for path, layer in modules if isinstance(layer, LoraLayer)}
+    reasons.append(why_not_separate(everywhere, adapter_name, tied))
     refusals = [reason for reason in reasons if reason]
     if refusals:
         more = f" ({len(refusals) - 1} more layers like this)" if len(refusals) > 1 else ""
@@ -246,21 +269,31 @@ def find_targets(model: nn.Module, adapter_name: str = "default") -> dict[str, T
     for kind in {kind_of(layer) for layer in known.values()}:
         if kind is not None and not kind.ran:
             warn_never_run(kind)
-    return {name: _target(name, layer, adapter_name, unknown.get(name)) for name, layer in named.items()}
+    heads = {name: {head: named[head] for head in tied if tied[head] == name} for name in named if name not in tied}
+    return {name: _target(name, named[name], adapter_name, heads[name], unknown.get(name)) for name in heads}
 
 
-def _target(name: str, layer: LoraLayer, adapter_name: str, unknown: str | None) -> Target:
+def _tied_heads(network: nn.Module, adapter_name: str) -> dict[str, str]:
+    """`tied_heads`, by layer names."""
+    found = tied_heads(peft_model_in(network), adapter_name)
+    return {head.removeprefix(PREFIX): source.removeprefix(PREFIX) for head, source in found.items()}
+
+
+def _target(
+    name: str, layer: LoraLayer, adapter_name: str, heads: Mapping[str, LoraLayer], unknown: str | None
+) -> Target:
     layout = layout_of(layer)
     if unknown is not None:
         return Target(
-            name, layer, layout, 1, layer.in_features, layer.out_features, layer.r[adapter_name], None, unknown
+            name, layer, layout, 1, layer.in_features, layer.out_features, layer.r[adapter_name], unknown=unknown
         )
     factor = entries(layer, adapter_name)[0]
     split = split_of(layer.get_base_layer())
     outputs, inputs = layout.part_shape(layer) if split is None else split.shape
     # The rank r that trains: PEFT's own entry is 2r in a layer whose factors are joined.
     rank = factor.rank if isinstance(factor, Factor) else layer.r[adapter_name]
-    return Target(name, layer, layout, layout.parts(layer), inputs, outputs, layout.part_rank(layer, rank), split)
+    rank = layout.part_rank(layer, rank)
+    return Target(name, layer, layout, layout.parts(layer), inputs, outputs, rank, split, heads=heads)
 
 
 def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str, *, added: bool) -> None:
