@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,17 +40,22 @@ def _process(rank: int, worker: Worker, size: int, folder: Path, timeout: int) -
     dist.destroy_process_group()
 
 
-def start(function: Callable[..., None], *arguments: Any) -> Any:
-    """Start `function(*arguments)` in a new process.
+def start_server() -> None:
+    """Start the process that others are forked from, unless it runs.
 
-    It is forked from a server process that has imported the libraries, which takes seconds in a new interpreter. The
-    server has run nothing else: it holds no models and no threads of this process.
+    It imports the libraries, which takes many seconds in a new interpreter, and runs nothing else: a process that is
+    forked from it holds no models and no threads of this process.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["workers"])
-    process = context.Process(target=function, args=arguments)
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # where the server finds `workers`
-        process.start()
+    mp.get_context("forkserver").set_forkserver_preload(["workers", "lora_ga.experiments.suites.run"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # where it finds `workers`
+        forkserver.ensure_running()
+
+
+def start(function: Callable[..., None], *arguments: Any) -> Any:
+    """Start `function(*arguments)` in a new process, which is forked from the server."""
+    start_server()
+    process = mp.get_context("forkserver").Process(target=function, args=arguments)
+    process.start()
     return process
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,24 +23,35 @@ from lora_ga.layers.targets import find_targets
 from toys import data_folder, logits, minilm_folder, train
 
 RANK = 8
+BATCHES, MANY = 8, 32
+NAMES = ["minilm", "stories260k", "babyllama105"]
 
 
 class Case(NamedTuple):
-    """A pretrained model: a function that makes it, its batches, and the names of its linear layers."""
+    """A pretrained model.
+
+    Attributes:
+        make: Makes it.
+        batches: Its batches.
+        targets: The names of its linear layers.
+        estimators: Those whose first step comes close to the limit on few batches. MiniLM's gradients of few batches
+            are too noisy: their leading directions are not well separated from the others.
+    """
 
     make: Callable[[], Any]
     batches: list[dict[str, Tensor]]
     targets: list[str]
+    estimators: Sequence[str] = ("dense", "streaming")
 
 
-def minilm() -> Case:
+def minilm(count: int) -> Case:
     minilm_folder()
     rows, _, names = docstring_rows(limit_per_class=16, seed=0)
-    batches = bench.minilm_batches(rows[: 32 * 4], size=4, length=32)
-    return Case(lambda: bench.minilm(len(names)), batches, ["query", "key", "value", "dense"])
+    batches = bench.minilm_batches(rows[: 4 * count], size=4, length=32)
+    return Case(lambda: bench.minilm(len(names)), batches, ["query", "key", "value", "dense"], ["dense"])
 
 
-def small_llama(name: str) -> Case:
+def small_llama(name: str, count: int) -> Case:
     folder = data_folder("models", name)
     text = data_folder("data", "text", "tinyshakespeare.txt").read_text()
 
@@ -48,12 +59,16 @@ def small_llama(name: str) -> Case:
         return AutoModelForCausalLM.from_pretrained(folder).eval()
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return Case(make, bench.causal_batches(folder, text, length=64), targets)
+    return Case(make, bench.causal_batches(folder, text, count, length=64), targets)
 
 
-@pytest.fixture(scope="module", params=["minilm", "stories260k", "babyllama105"])
+def case_of(name: str, count: int = BATCHES) -> Case:
+    return minilm(count) if name == "minilm" else small_llama(name, count)
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def case(request: pytest.FixtureRequest) -> Case:
-    return minilm() if request.param == "minilm" else small_llama(request.param)
+    return case_of(request.param)
 
 
 def fresh(case: Case, dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
@@ -77,16 +92,31 @@ def test_estimated_gradients_equal_autograds(case: Case, truth: dict[str, Tensor
         assert (found - truth[name]).norm() <= tolerance * truth[name].norm(), name
 
 
-@pytest.mark.parametrize(("estimator", "median", "lowest"), [("dense", 0.9999, 0.9999), ("streaming", 0.997, 0.97)])
-def test_first_sgd_step_follows_the_best_rank_2r_gradient(
-    case: Case, truth: dict[str, Tensor], estimator: str, median: float, lowest: float
-) -> None:
+# Estimator → the smallest median over the layers, and the smallest value of a layer.
+LIMITS = {"dense": (0.9999, 0.9999), "streaming": (0.997, 0.97)}
+
+
+def assert_aligned(case: Case, truth: dict[str, Tensor], estimator: str) -> None:
     model = fresh(case, torch.float64)
     lora_ga.initialize(model, case.batches, LoraGAConfig(estimator=estimator))
     ratios = bench.alignment_ratios(model, truth, case.batches, RANK)
+    median, lowest = LIMITS[estimator]
     assert set(ratios) == set(find_targets(fresh(case)))
-    assert statistics.median(ratios.values()) >= median
-    assert min(ratios.values()) >= lowest
+    assert statistics.median(ratios.values()) >= median, estimator
+    assert min(ratios.values()) >= lowest, estimator
+
+
+def test_first_sgd_step_follows_the_best_rank_2r_gradient(case: Case, truth: dict[str, Tensor]) -> None:
+    for estimator in case.estimators:
+        assert_aligned(case, truth, estimator)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", LIMITS)
+@pytest.mark.parametrize("name", NAMES)
+def test_first_sgd_step_follows_the_best_rank_2r_gradient_of_many_batches(name: str, estimator: str) -> None:
+    case = case_of(name, MANY)
+    assert_aligned(case, bench.gradients(case.make().double(), case.batches), estimator)
 
 
 def test_the_streaming_norm_is_close_to_the_true_one(case: Case, truth: dict[str, Tensor]) -> None:
@@ -95,26 +125,25 @@ def test_the_streaming_norm_is_close_to_the_true_one(case: Case, truth: dict[str
     assert max(errors) < 0.02
 
 
-@pytest.mark.parametrize("factor", [1e-4, 1e4])
-def test_the_start_does_not_depend_on_the_size_of_the_loss(case: Case, factor: float) -> None:
+def test_the_start_does_not_depend_on_the_size_of_the_loss(case: Case) -> None:
     # In float64. The benchmark records how much float32's rounding of the backward pass changes the start.
     starts = []
-    for scale in (1.0, factor):
+    for scale in (1.0, 1e-4, 1e4):
         model = fresh(case, torch.float64)
 
         def scaled(m: nn.Module, batch: Any, scale: float = scale) -> Tensor:
             return scale * m(**batch).loss
 
-        lora_ga.initialize(model, case.batches[:8], loss_fn=scaled)
+        lora_ga.initialize(model, case.batches[:4], loss_fn=scaled)
         starts.append([m.start for m in model.modules() if isinstance(m, Factor)])
-    for one, other in zip(*starts, strict=True):
-        assert (one - other).norm() <= 1e-5 * one.norm()
+    for one, *others in zip(*starts, strict=True):
+        assert all((one - other).norm() <= 1e-5 * one.norm() for other in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_at_the_start_equal_those_of_the_base_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
     model = fresh(case, dtype)
-    lora_ga.initialize(model, case.batches[:4])
+    lora_ga.initialize(model, case.batches[:2])
     assert torch.equal(logits(model.eval(), case.batches[0]), logits(case.make().to(dtype), case.batches[0]))
 
 
@@ -123,7 +152,7 @@ def test_outputs_in_training_mode_with_dropout_are_unchanged_at_the_start(case: 
     outputs = []
     for moment in ("before", "after"):
         if moment == "after":
-            lora_ga.initialize(model, case.batches[:4])
+            lora_ga.initialize(model, case.batches[:2])
         torch.manual_seed(3)
         outputs.append(logits(model.train(), case.batches[0]))
     assert torch.equal(*outputs)
@@ -149,5 +178,5 @@ def test_a_trained_adapter_loads_on_the_original_base_and_disabling_it_gives_the
 
 def test_a_trained_adapter_stored_in_bfloat16_keeps_its_product(case: Case) -> None:
     model = fresh(case)
-    lora_ga.initialize(model, case.batches[:8])
-    assert bench.storage_error(model, case.batches[:8]) <= 0.005
+    lora_ga.initialize(model, case.batches[:4])
+    assert bench.storage_error(model, case.batches[:4]) <= 0.005

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import processes
 from lora_ga.cli.main import main
 from lora_ga.cli.reproduce import chosen
 from lora_ga.experiments.methods import METHODS
@@ -24,6 +25,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:lora with eva initialization"),
 ]
 PLACE = Place(Sources())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    """Starts the server that other tests use too; otherwise the grid would start one with fewer libraries."""
+    processes.start_server()
 
 
 @pytest.mark.parametrize("task", ["text", "classes"])
