@@ -93,14 +93,16 @@ def test_estimated_gradients_equal_autograds(case: Case, truth: dict[str, Tensor
 
 
 # Estimator → the smallest median over the layers, and the smallest value of a layer.
-LIMITS = {"dense": (0.9999, 0.9999), "streaming": (0.997, 0.97)}
+Limits = dict[str, tuple[float, float]]
+LIMITS: Limits = {"dense": (0.9999, 0.9999), "streaming": (0.997, 0.97)}
+CLOSER: Limits = LIMITS | {"streaming": (0.999, 0.99)}  # reached by the Llamas
 
 
-def assert_aligned(case: Case, truth: dict[str, Tensor], estimator: str) -> None:
+def assert_aligned(case: Case, truth: dict[str, Tensor], estimator: str, limits: Limits) -> None:
     model = fresh(case, torch.float64)
     lora_ga.initialize(model, case.batches, LoraGAConfig(estimator=estimator))
     ratios = bench.alignment_ratios(model, truth, case.batches, RANK)
-    median, lowest = LIMITS[estimator]
+    median, lowest = limits[estimator]
     assert set(ratios) == set(find_targets(fresh(case)))
     assert statistics.median(ratios.values()) >= median, estimator
     assert min(ratios.values()) >= lowest, estimator
@@ -108,7 +110,7 @@ def assert_aligned(case: Case, truth: dict[str, Tensor], estimator: str) -> None
 
 def test_first_sgd_step_follows_the_best_rank_2r_gradient(case: Case, truth: dict[str, Tensor]) -> None:
     for estimator in case.estimators:
-        assert_aligned(case, truth, estimator)
+        assert_aligned(case, truth, estimator, CLOSER)
 
 
 @pytest.mark.slow
@@ -116,7 +118,8 @@ def test_first_sgd_step_follows_the_best_rank_2r_gradient(case: Case, truth: dic
 @pytest.mark.parametrize("name", NAMES)
 def test_first_sgd_step_follows_the_best_rank_2r_gradient_of_many_batches(name: str, estimator: str) -> None:
     case = case_of(name, MANY)
-    assert_aligned(case, bench.gradients(case.make().double(), case.batches), estimator)
+    limits = LIMITS if name == "minilm" else CLOSER
+    assert_aligned(case, bench.gradients(case.make().double(), case.batches), estimator, limits)
 
 
 def test_the_streaming_norm_is_close_to_the_true_one(case: Case, truth: dict[str, Tensor]) -> None:
