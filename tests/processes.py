@@ -1,9 +1,15 @@
-"""Run a function of a test in several processes, and collect the results in the order of the ranks."""
+"""Run a function of a test in several processes, and collect the results in the order of the ranks.
+
+As a program it runs a script under Accelerate on the CPU, with FSDP or DeepSpeed: python processes.py SCRIPT ARGUMENTS.
+FSDP and DeepSpeed also run on CPUs, over gloo, but Accelerate uses them on accelerators only. Here Accelerate treats
+the CPU as an accelerator.
+"""
 
 from __future__ import annotations
 
 import datetime
 import os
+import runpy
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +21,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 from lora_ga.distributed import processes
 
@@ -88,3 +96,10 @@ def sums(rank: int, size: int, folder: Path) -> dict[str, Any]:
     made = {f"{name}.made": torch.ones(3, dtype=torch.bfloat16) for name in own if name == "all"}
     shared = together.share({name: each for name, each in held.items() if name.rpartition(".")[0] in own} | made)
     return {"shared": shared, "own": own, "gathered": together.gather({"rank": rank}), "shares": together.share_of(5)}
+
+
+if __name__ == "__main__":
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

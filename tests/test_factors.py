@@ -1,17 +1,22 @@
-"""Factors: the algebra of joined matrices, and how a factor's parameter is stored."""
+"""Factors: the algebra of joined matrices, how a factor's parameter is stored, and what optimizers find in it."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import functools
+import warnings
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft.optimizers import create_lorafa_optimizer
+from peft.optimizers.riemannian import create_riemannian_optimizer
 from torch import Tensor, nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from torch.optim import SGD, Optimizer
+from transformers import Adafactor, Gemma3ForCausalLM, Gemma3TextConfig
 
 import lora_ga
 from lora_ga import LoraGAConfig
@@ -21,8 +26,9 @@ from lora_ga.distributed.tensor_parallel import PlannedStorage, Split
 from lora_ga.layers.embedding import EMBEDDING
 from lora_ga.layers.factors import FACTORS, Delta, DeltaA, DeltaB, Factor
 from lora_ga.layers.joined import JoinedA, JoinedB
+from lora_ga.layers.optimizers import reads_values
 from lora_ga.linalg.low_rank import LowRank
-from toys import VOCABULARY, adapted, autograd_gradients, causal, tokens
+from toys import VOCABULARY, adapted, autograd_gradients, causal, llama, logits, tokens
 
 RANK, INPUTS, OUTPUTS = 4, 6, 5
 Side = type[JoinedA] | type[JoinedB]
@@ -249,3 +255,148 @@ def test_the_gradient_of_an_embedding_that_scales_its_output_is_autograds() -> N
     found = lora_ga.estimate_gradients(adapted(base, ["embed_tokens"]), data, DENSE)["model.embed_tokens"]
     torch.testing.assert_close(product(found).mT, true, rtol=1e-4, atol=1e-6)
     assert found.norm == pytest.approx(true.norm().item(), rel=1e-5)
+
+
+class PairOptimizer(Optimizer):
+    """Divides each gradient by the Gram matrix of the other factor. It does not move if the factors are zero."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for a, b in zip(group["params"][::2], group["params"][1::2], strict=True):
+                steps = torch.linalg.pinv(b.mT @ b) @ a.grad, b.grad @ torch.linalg.pinv(a @ a.mT)
+                for parameter, step in zip((a, b), steps, strict=True):
+                    parameter.sub_(step, alpha=group["lr"])
+
+
+class LoRARite(PairOptimizer):
+    """An optimizer of this name is in pytorch-optimizer."""
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "LoRA-RITE": lambda model: LoRARite(trained_parameters(model)),
+    "PEFT, Riemannian": lambda model: create_riemannian_optimizer(model, SGD, lr=0.1),
+    "PEFT, LoRA-FA": lambda model: create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.01),
+    "torch, Adafactor": lambda model: torch.optim.Adafactor(trained_parameters(model), lr=0.1),
+}
+
+
+def started(offset: str) -> Any:
+    model = adapted(llama(num_hidden_layers=1), ["q_proj"])
+    lora_ga.initialize(model, causal(1), LoraGAConfig(offset=offset))
+    return model
+
+
+def factors_after(model: nn.Module, optimizer: Optimizer, steps: int = 3) -> list[Tensor]:
+    """Train, and return the values of A and B."""
+    for _ in range(steps):
+        model(**causal(1)[0]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [factor.start + factor.delta().detach() for factor in model.modules() if isinstance(factor, Factor)]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_an_optimizer_that_reads_values_takes_the_same_path_with_both_offsets(name: str) -> None:
+    base, model = started("base"), copy.deepcopy(started("adapter"))  # a copy is followed too
+    begun = [factor.start for factor in model.modules() if isinstance(factor, Delta)]
+    reached = factors_after(model, READERS[name](model))
+    for got, wanted, before in zip(reached, factors_after(base, READERS[name](base)), begun, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3 * (wanted - before).abs().max().item() + 1e-7)
+    assert (reached[1] - begun[1]).abs().max() > 1e-4
+    assert not any(factor.holds_factor for factor in model.modules() if isinstance(factor, Delta))
+
+
+def moved(make: Callable[[Any], Optimizer], start: Tensor) -> Tensor:
+    """The way from a start in three steps with given gradients."""
+    parameter = nn.Parameter(start.clone())
+    optimizer = make([parameter])
+    for step in range(3):
+        parameter.grad = random_tensor(*start.shape, seed=step)
+        optimizer.step(lambda: 1.0)
+    return parameter.detach() - start
+
+
+OPTIONS: dict[str, Any] = {"ASGD": {"lambd": 0.0}, "AdamW": {"weight_decay": 0.0}, "Muon": {"weight_decay": 0.0}}
+KINDS_OF_TORCH: dict[str, Any] = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and name not in ("Optimizer", "SparseAdam")
+}
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    **{name: functools.partial(kind, lr=0.01, **OPTIONS.get(name, {})) for name, kind in KINDS_OF_TORCH.items()},
+    "Adafactor of Transformers": Adafactor,
+    "Adafactor as the Trainer makes it": functools.partial(
+        Adafactor, lr=0.01, scale_parameter=False, relative_step=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_table_says_of_every_optimizer_of_torch_and_transformers_whether_it_reads_values(name: str) -> None:
+    make, start = OPTIMIZERS[name], random_tensor(4, 6, seed=9)
+    same = torch.allclose(moved(make, start), moved(make, torch.zeros_like(start)), rtol=1e-3, atol=1e-6)
+    assert reads_values(make([nn.Parameter(start)])) is not same
+
+
+class InTheMiddle(torch.optim.Adafactor):
+    """Calls a function in the middle of its step."""
+
+    middle: Callable[[], None]
+
+    def step(self, closure: Any = None) -> Any:
+        self.middle()
+        super().step()
+
+
+def test_a_model_computes_and_saves_the_same_during_and_after_a_step_that_fails() -> None:
+    model, batch = started("adapter"), causal(1)[0]
+    factors_after(model, SGD(trained_parameters(model), lr=0.1))
+    held = [factor for factor in model.modules() if isinstance(factor, Delta)]
+    deltas = [factor.delta().detach().clone() for factor in held]
+    before, saved = logits(model, batch), model.state_dict()
+    found: list[Tensor] = []
+
+    def fail() -> None:
+        found.extend(factor.trainable.detach().clone() for factor in held)
+        raise ArithmeticError
+
+    optimizer = InTheMiddle(trained_parameters(model))
+    optimizer.middle = fail
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    for factor, delta, value in zip(held, deltas, found, strict=True):
+        assert torch.equal(value, factor.start + delta)
+    torch.testing.assert_close(logits(model, batch), before, rtol=0, atol=1e-6)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, saved[name], rtol=0, atol=1e-6)
+    optimizer.middle = lambda: None
+    optimizer.step()  # without gradients
+    for factor, delta in zip(held, deltas, strict=True):
+        torch.testing.assert_close(factor.trainable.detach(), delta, rtol=0, atol=1e-6)
+
+
+def test_an_optimizer_that_moves_nothing_is_reported_by_name() -> None:
+    model = started("adapter")
+    silent = PairOptimizer(trained_parameters(model), lr=0.0)  # a warm-up begins with zero
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        factors_after(model, silent, steps=1)
+        factors_after(copied := copy.deepcopy(model), SGD(trained_parameters(copied), lr=0.1), steps=1)
+    silent.param_groups[0]["lr"] = 0.1
+    with pytest.warns(UserWarning, match='PairOptimizer has changed no parameter.*offset="base"'):
+        factors_after(model, silent, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        factors_after(model, silent, steps=1)
+    base = started("base")  # the advice works
+    begun = [factor.start for factor in base.modules() if isinstance(factor, Factor)]
+    reached = factors_after(base, PairOptimizer(trained_parameters(base)), steps=1)
+    assert all(not torch.equal(value, start) for value, start in zip(reached, begun, strict=True))

@@ -33,12 +33,12 @@ Result = tuple[dict[str, Any], Path]
 
 
 def arguments(engine: str, folder: Path) -> list[str]:
-    """The arguments of `accelerate launch` for a recipe. On a CPU, the script on_cpu.py makes FSDP and ZeRO-3 work."""
+    """The arguments of `accelerate launch` for a recipe. On a CPU, the script processes.py makes FSDP and ZeRO-3 work."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     argv = ["--main_process_port", str(port), "--config_file", f"{RECIPES / engine}.yaml"]
-    argv += [] if engine == "ddp" else [str(ROOT / "tests" / "on_cpu.py")]
+    argv += [] if engine == "ddp" else [str(ROOT / "tests" / "processes.py")]
     return [*argv, str(RECIPES / "train.py"), "--output_dir", str(folder), *(["--cpu"] if engine == "ddp" else [])]
 
 

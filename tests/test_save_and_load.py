@@ -272,7 +272,8 @@ def test_the_optimizer_state_of_a_lora_ga_run_is_refused_for_a_plain_adapter(tmp
 
 
 def load_as_plain(folder: Path) -> PeftModel:
-    trained(folder)
+    if not (folder / FILE).is_file():
+        trained(folder)
     (folder / FILE).unlink()
     with pytest.warns(UserWarning, match="trains on as plain LoRA"):
         return lora_ga.load(llama(), folder, is_trainable=True)
@@ -307,6 +308,7 @@ def test_the_optimizers_of_other_models_are_not_checked(tmp_path: Path) -> None:
 
 
 def test_the_check_is_removed_with_the_model(tmp_path: Path) -> None:
+    trained(tmp_path)  # the first LoRA-GA adapter of a process registers a hook that stays
     before = len(hooks)
     model = load_as_plain(tmp_path)
     assert len(hooks) == before + 1

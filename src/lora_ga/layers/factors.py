@@ -20,6 +20,7 @@ from torch.nn import functional
 from lora_ga.distributed.sharding import Storage, partitioned, placed_like, sharded, storage_of, whole
 from lora_ga.distributed.tensor_parallel import PlannedStorage, Split, apply_plan, split_of
 from lora_ga.layers.joined import Joined, JoinedA, JoinedB
+from lora_ga.layers.optimizers import follow
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -195,10 +196,30 @@ class Factor(nn.Linear):
 
 
 class Delta(Factor):
-    """Trains the delta; `weight` is the joined matrix, as PEFT's merge, dtype probes and fused kernels read it."""
+    """Trains the delta; `weight` is the joined matrix, as PEFT's merge, dtype probes and fused kernels read it.
+
+    Attributes:
+        holds_factor: Whether the parameter holds A or B at this moment, rather than dA or dB (see `optimizers.py`).
+    """
 
     trainable_name = "delta_weight"
     computes_joined = True
+    holds_factor = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        follow(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy
+        super().__setstate__(state)
+        follow(self)
+
+    @torch.no_grad()
+    def hold_factor(self, factor: bool) -> None:
+        """Make the parameter hold A or B (True), or dA or dB (False), in place; the factor computes the same."""
+        if factor != self.holds_factor:
+            self.trainable.add_(self.start_as_trained(), alpha=1 if factor else -1)
+            self.holds_factor = factor
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -206,12 +227,12 @@ class Delta(Factor):
         return self.joined()
 
     def delta(self) -> Tensor:
-        """The trained parameter itself."""
-        return self.trainable
+        """The trained parameter itself, or what it differs from the start by."""
+        return self.trainable - self.start_as_trained() if self.holds_factor else self.trainable
 
     def set_delta(self, delta: Tensor) -> None:
         """Copy into the trained parameter."""
-        self.storage.write(delta)
+        self.storage.write(self.start.to(delta) + delta if self.holds_factor else delta)
 
     @torch.no_grad()
     def set_joined(self, joined: Tensor) -> None:
