@@ -65,6 +65,7 @@ def test_every_kind_marked_as_run_has_a_case_that_runs_it(kind: kinds.Kind) -> N
         for row, kind in {"nn.Conv2d": Convolutions, "nn.Conv1d": Waves}.items()
     ],
 )
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_the_gradients_of_a_convolutions_groups_give_autograds_gradient_of_b(kind: type[nn.Module]) -> None:
     """A reads all channels in PEFT, so each group's product is a dense convolution. The gradient of B is s · G Aᵀ."""
     torch.manual_seed(7)

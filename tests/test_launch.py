@@ -33,7 +33,7 @@ Result = tuple[dict[str, Any], Path]
 
 
 def arguments(engine: str, folder: Path) -> list[str]:
-    """The arguments of `accelerate launch` for a recipe. On a CPU, the script processes.py makes FSDP and ZeRO-3 work."""
+    """The arguments of `accelerate launch` for a recipe. On a CPU, processes.py makes FSDP and ZeRO-3 work."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

@@ -64,6 +64,12 @@ class LoraGAConfig:
             the tolerance of each is P times as large.
         on_missing: What to do with a layer that cannot be aligned, because it gets no gradient or its rank is above
             half its smaller side. "error" raises. "lora" starts it as plain LoRA, with a warning that names it.
+        training_mode: Whether gradients are those of the model in the mode in which it trains. Its random noise is off
+            in either case: dropout of every kind, stochastic depth, layer dropout, SpecAugment, NEFTune, router jitter.
+            Normalisation layers use the statistics of the batch, and their running statistics do not change. A base
+            model in evaluation mode, as `from_pretrained` leaves it, is put in training mode by its `train` method, as
+            trainers do. In a base model in training mode each module keeps its mode, as in a loop of your own. False:
+            the gradients are those of the model in evaluation mode.
         seed: The seed of all random numbers, together with the layer's name. The global generators are never used.
     """
 
@@ -78,6 +84,7 @@ class LoraGAConfig:
     max_batches: int | None = 32
     tolerance: float | None = None
     on_missing: str = "error"
+    training_mode: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +104,8 @@ class LoraGAConfig:
                 continue
             if not isinstance(size, (int, float)) or isinstance(size, bool) or not math.isfinite(size) or size <= 0:
                 raise ValueError(f"LoraGAConfig.{field} is {size!r}; it must be a finite number above 0.")
+        if not isinstance(self.training_mode, bool):
+            raise ValueError(f"LoraGAConfig.training_mode is {self.training_mode!r}; it must be True or False.")
         self._check_tolerance()
 
     def _check_tolerance(self) -> None:

@@ -170,6 +170,7 @@ OTHER: dict[str, Any] = {
     "max_batches": 5,
     "tolerance": 0.1,
     "on_missing": "lora",
+    "training_mode": False,
     "seed": 7,
 }
 

@@ -29,6 +29,7 @@ HELP = {
     "max_batches": "batches of training data in the estimate",
     "tolerance": "streaming: stop at a layer when the share of its directions' energy that still changes is below this",
     "on_missing": "a layer without a usable gradient: error stops; lora starts the layer as plain LoRA and warns",
+    "training_mode": "gradients of the model in training mode, with dropout off; false: in evaluation mode",
 }
 
 T = TypeVar("T")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -48,7 +49,8 @@ def unwrapped(model: Any) -> Any:
 
 def in_step(model: nn.Module) -> bool:
     """Whether a forward pass through the model communicates, so that all processes have to run it together."""
-    return any(sharded(each) for each in model.parameters())
+    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    return (synchronised and dist.is_initialized()) or any(sharded(each) for each in model.parameters())
 
 
 class Storage:

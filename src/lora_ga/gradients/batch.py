@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lora_ga.gradients.isolation import computes_in_float16, grad_kept, input_device
 from lora_ga.gradients.loss import BatchError, LossFunction, weighed_loss
+from lora_ga.gradients.noise import NoiseOff
+from lora_ga.layers.targets import peft_model_in
 
 
 @contextlib.contextmanager
@@ -38,17 +40,24 @@ def batch_in_errors(number: int) -> Iterator[None]:
 
 
 class BatchPass:
-    """The forward and backward pass of one batch."""
+    """The forward and backward pass of one batch, without the noise of training (see `noise`).
+
+    Attributes:
+        noise: Switches the noise off, and has noted the random numbers that were drawn all the same.
+    """
 
     def __init__(self, model: Any, loss_fn: LossFunction | None) -> None:
         """Pass batches through `model` with `loss_fn`, or with the model's own loss."""
         self.model, self.loss_fn = model, loss_fn
         self.device = input_device(model)
         self.float16 = computes_in_float16(model, self.device)
+        self.noise = NoiseOff(peft_model_in(model).get_base_model())
 
     def forward(self, batch: Any) -> tuple[Tensor, float]:
         """The loss of a batch, and the batch's weight in the mean of all."""
-        return weighed_loss(self.model, send_to_device(batch, self.device), self.loss_fn)
+        batch = send_to_device(batch, self.device)
+        with self.noise:
+            return weighed_loss(self.model, batch, self.loss_fn)
 
     def backward(self, loss: Tensor, weight: float, starts: Sequence[Tensor]) -> None:
         """The backward pass of a batch. No other `.grad` changes than those of `starts`.
@@ -63,11 +72,12 @@ class BatchPass:
         scaled = loss * self._magnification(weight) if self.float16 else loss
         leaves, reentrant = _leaves(scaled)
         if not reentrant:
-            scaled.backward(inputs=list(starts))
+            with self.noise:  # checkpointed layers run again
+                scaled.backward(inputs=list(starts))
             return
         # A reentrant checkpoint makes a backward pass of its own, which accumulates in all leaves, and it refuses
         # `inputs`. `Setup.isolated` keeps the `.grad` of the parameters that it uses inside.
-        with grad_kept([leaf for leaf in leaves if not any(leaf is start for start in starts)]):
+        with grad_kept([leaf for leaf in leaves if not any(leaf is start for start in starts)]), self.noise:
             scaled.backward()
 
     def scale(self, weight: float) -> float:

@@ -32,7 +32,10 @@ def missing(targets: Mapping[str, Target], progress: Progress, factors: Mapping[
             probed = ", and an adapter in its place got no gradient" if target.layout.probed else ""
             reasons[name] = f"never ran in {progress.batches} batches{probed}"
         elif name not in progress.got_gradient or (not found and target.parts == 1):
-            reasons[name] = "ran, but got no gradient (is its output used by the loss?)"
+            reasons[name] = (
+                "ran, but got no gradient (does the loss use its output? Does it run outside of torch.no_grad? With "
+                "training_mode=False, some models run parts of themselves under torch.no_grad)"
+            )
         elif all(factor.norm == 0 for factor in found):
             reasons[name] = "its gradient is exactly zero"
     return reasons

@@ -34,8 +34,8 @@ def estimate_gradients(
     """Estimate the loss gradient of every weight the adapter adapts, from a few batches.
 
     The base weights need no gradient: hooks record the inputs x and the output gradients g of each layer, and
-    G = Σ gᵀx. Layers that are never called, because a fused kernel reads their weights, are probed (see `estimator`) in
-    two more passes over the batches, with a warning. Model and global random generators end exactly as they were.
+    G = Σ gᵀx. Layers that a fused kernel reads and never calls are probed (see `estimator`), with a warning. The model
+    is in training mode, less its dropout (see `training_mode`). It and the global random generators end as they were.
 
     Under an initialised process group of torch.distributed all its processes have to call this, each with a different
     share of the batches. Their sums are added up, and all processes return the same estimate, bit for bit.
@@ -51,9 +51,8 @@ def estimate_gradients(
         loss_fn: `(model, batch) → loss` or `→ (loss, weight)`. The loss is a mean, and the weight is the number of
             terms that it is a mean over. By default `model(**batch).loss`.
         adapter_name: The adapter to align.
-        checkpoint: A file for the running state. If it exists, the estimate continues from it, and ends as it would
-            have without the interruption; `data` has to give the same batches again. The file stays when the estimate
-            is done. Each of several processes writes another file, with its rank in the name.
+        checkpoint: A file for the running state, which stays. If it exists, the estimate continues from it, with the
+            same result; `data` gives the same batches again. Each process adds its rank to the file's name.
         every: Batches between two savings of the checkpoint.
         process_group: The processes that make the estimate together; by default all of the default group, if any.
 
@@ -79,6 +78,7 @@ def estimate_gradients(
             record_batches(setup, recorder, reader, passes)
         report_unlabelled(setup, reader)
         probed = probe_uncalled(setup, recorder, probe_reads(passes, reader.kept), batches=len(reader.kept))
+        passes.noise.report()
     return merged_estimate(setup, recorder, probed)
 
 

@@ -7,10 +7,10 @@ restores what it changed, or names the function that does.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ga.distributed.sharding import reshard
 from lora_ga.files import base_model
+from lora_ga.gradients.noise import drops, rates
 from lora_ga.layers.kinds import packs, unpack
 from lora_ga.layers.targets import peft_model_in
+
+LARGEST_COUNTER = 2**20  # numbers in a buffer of whole numbers that a pass may change
+SUMS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @contextlib.contextmanager
@@ -77,42 +81,97 @@ def grad_kept(leaves: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def called_modules_kept() -> Iterator[None]:
-    """Restore the `.grad` and the buffers of all modules that are called in the block, whoever owns them.
+def called_modules_kept(network: nn.Module) -> Iterator[CalledModules]:
+    """Restore what a loss changes in all modules that are called in the block, whoever owns them; switch off noise.
 
     The loss may call modules outside the model: a head, a projector, a teacher. They are not known beforehand. So a
-    hook on all modules of the process notes what each has at its first call.
+    hook on all modules of the process notes what each has at its first call: the `.grad` of its parameters, its buffers
+    (running statistics) and its rates of dropout, which are 0 in the block. A module outside the network keeps the mode
+    that it has.
+
+    Args:
+        network: Its modules have no noise, also those that are never called.
 
     Yields:
-        Nothing.
+        What was noted.
     """
-    called = _CalledModules()
+    called = CalledModules()
     handle = nn.modules.module.register_module_forward_pre_hook(called.note)
     try:
-        yield
+        for module in network.modules():
+            called.switch_off_noise(module)
+        yield called
     finally:
         handle.remove()
         called.restore()
 
 
-class _CalledModules:
-    """What modules had at their first call: the `.grad` of their parameters, and their buffers."""
+class CalledModules:
+    """What modules had at their first call: `.grad`, buffers and rates of noise; and where gradients ended."""
 
     def __init__(self) -> None:
         self.gradients: dict[nn.Parameter, Tensor | None] = {}
         self.buffers: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self.modes: dict[nn.Module, bool] = {}
+        self.rates: list[tuple[Any, str, float]] = []
+        self._quiet: dict[int, Any] = {}
+        self._without_gradient: dict[nn.Module, None] = {}
+        self._with_gradient: set[nn.Module] = set()
 
-    def note(self, module: nn.Module, _: Any) -> None:
-        """Note what a module has, unless it was called before."""
+    def note(self, module: nn.Module, args: Any) -> None:
+        """Note what a module has, unless it was called before, and switch its noise off."""
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad and parameter not in self.gradients:
                 self.gradients[parameter] = parameter.grad
                 parameter.grad = None
-        if not module.training:  # normalisation layers update their running statistics in training mode alone
-            return
+        self.switch_off_noise(module)
+        if not module.training:
+            self._note_gradient(module, args)
+            return  # normalisation layers update their running statistics in training mode alone
+        if module in self.modes:  # the loss has called `train`
+            module.training = False
         for name, buffer in module.named_buffers(recurse=False):
-            if (module, name) not in self.buffers and not buffer.is_meta:
+            if (module, name) not in self.buffers and _changes(buffer):
                 self.buffers[module, name] = buffer, buffer.clone()
+
+    def switch_off_noise(self, module: nn.Module) -> None:
+        """Set the rates of a module and of its configuration to 0; a dropout layer is in evaluation mode."""
+        for holder in (module, getattr(module, "config", None)):
+            if id(holder) in self._quiet or not hasattr(holder, "__dict__"):
+                continue
+            self._quiet[id(holder)] = holder
+            for name in rates(holder):
+                self.rates.append((holder, name, vars(holder)[name]))
+                vars(holder)[name] = 0.0
+            if holder is module and drops(module):
+                self.modes[module] = module.training
+                module.training = False
+
+    def _note_gradient(self, module: nn.Module, args: Any) -> None:
+        """Note whether a module in evaluation mode passes the gradient of its input on."""
+        if torch.is_grad_enabled():
+            self._with_gradient.add(module)
+        elif any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            self._without_gradient[module] = None
+
+    def warn_without_gradient(self, network: nn.Module) -> None:
+        """Warn of modules that ran in evaluation mode and under `torch.no_grad` only, although targets came before.
+
+        Args:
+            network: What computes the loss.
+        """
+        cut = self._without_gradient.keys() - self._with_gradient
+        names = [name for name, module in network.named_modules() if module in cut]
+        outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        if outer:
+            more = f" and {len(outer) - 3} more" if len(outer) > 3 else ""
+            warnings.warn(
+                f"No gradient passes through {', '.join(outer[:3])}{more}: in evaluation mode the model runs this "
+                "under torch.no_grad. If the loss depends on it, the gradients of the layers before it lack this part. "
+                "Use LoraGAConfig(training_mode=True).",
+                UserWarning,
+                stacklevel=5,
+            )
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -124,20 +183,29 @@ class _CalledModules:
                 setattr(module, name, buffer)
             if not torch.equal(buffer, values):
                 buffer.copy_(values)
+        for holder, name, rate in self.rates:
+            vars(holder)[name] = rate
+        for module, training in self.modes.items():
+            module.training = training
+
+
+def _changes(buffer: Tensor) -> bool:
+    """Whether a pass may change a buffer: not one without values, nor the large packed weight of a quantised layer."""
+    return not buffer.is_meta and (buffer.numel() <= LARGEST_COUNTER or buffer.dtype in SUMS)
 
 
 @contextlib.contextmanager
-def isolated(network: nn.Module, adapter_name: str) -> Iterator[None]:
+def isolated(network: nn.Module, adapter_name: str, *, training_mode: bool = True) -> Iterator[None]:
     """Prepare a model for an estimate, and restore it exactly on leaving, also after an error.
 
     Meanwhile no parameter requires a gradient, so no `.grad` changes. The adapter `adapter_name` is inactive; other
-    active adapters stay active. All modules are in evaluation mode, so there is no dropout. Layers that checkpoint
-    their activations in training mode do so here too. No key-value cache is filled. Torch's fused kernel for encoder
-    layers is off.
+    active adapters stay active. The modules are in the modes that `set_modes` gives, without dropout (see
+    `called_modules_kept`). No key-value cache is filled. Torch's fused kernel for encoder layers is off.
 
     Args:
         network: A model with adapters, or a network that contains one; all of it is prepared.
         adapter_name: The adapter to deactivate.
+        training_mode: Whether the network is in the mode in which it trains.
 
     Yields:
         Nothing.
@@ -145,33 +213,68 @@ def isolated(network: nn.Module, adapter_name: str) -> Iterator[None]:
     # FSDP2 may have left gathered copies in place of its shards; `requires_grad` has to be set on the shards.
     reshard(network)
     parameters = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    modules = [(module, module.training) for module in network.modules()]
     adapters = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in _lora_layers(network)]
     config: Any = getattr(base_model(peft_model_in(network)), "config", None)
     use_cache = getattr(config, "use_cache", None)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(unfused_attention())
+    with unfused_attention(), modes_kept(network):
         try:
             deactivate_adapter(network, adapter_name)
-            for module, _ in modules:
-                # A layer that packs its weight in evaluation mode passes no gradient afterwards; it has no dropout.
-                module.training = packs(module)
-                unpack(module)
-                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                    stack.enter_context(_checkpointed_in_evaluation(module))
+            set_modes(network, training=training_mode)
             if use_cache:
                 config.use_cache = False
-            yield
+            with called_modules_kept(network) as called:
+                yield
+            if not training_mode:
+                called.warn_without_gradient(network)
         finally:
             reshard(network)
             for layer, active, disabled in adapters:
                 _set_active(layer, active, enabled=not disabled)
             for parameter, required in parameters:
                 parameter.requires_grad_(required)
-            for module, training in modules:
-                module.training = training
             if use_cache:
                 config.use_cache = use_cache
+
+
+@contextlib.contextmanager
+def modes_kept(network: nn.Module) -> Iterator[None]:
+    """Restore the mode of each module of a network on leaving.
+
+    Args:
+        network: The network.
+
+    Yields:
+        Nothing.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def set_modes(network: nn.Module, *, training: bool) -> None:
+    """Put a network in the mode in which it trains, or in evaluation mode. `modes_kept` restores the modes.
+
+    If the base model is in evaluation mode, as `from_pretrained` leaves it, its `train` method is called, as trainers
+    do before every step. A `train` method that leaves parts in evaluation mode is respected. If the base model is in
+    training mode, each module keeps its mode: a loop of your own trains with these.
+
+    Args:
+        network: A `PeftModel`, or a network that contains one.
+        training: Whether it is to be in the mode in which it trains.
+    """
+    if not training:
+        network.eval()
+    elif not peft_model_in(network).get_base_model().training:
+        network.train()
+    for module in network.modules():
+        unpack(module)
+        # A layer that packs its weight in evaluation mode passes no gradient afterwards. Transformers' layers
+        # checkpoint their activations in training mode only.
+        if packs(module) or (isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing):
+            module.training = True
 
 
 def deactivate_adapter(network: nn.Module, adapter_name: str) -> None:
@@ -272,36 +375,6 @@ def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
         del module.__dict__[name]
         if own is not None:
             module.__dict__[name] = own
-
-
-@contextlib.contextmanager
-def _checkpointed_in_evaluation(layer: GradientCheckpointingLayer) -> Iterator[None]:
-    """Let a layer checkpoint its activations in evaluation mode; Transformers does so in training mode only.
-
-    Transformers has no setting for this, and training mode would switch on the dropout of the layer. So the layer's
-    `forward` is replaced for the time of the estimate.
-
-    Args:
-        layer: The layer.
-
-    Yields:
-        Nothing.
-    """
-    with replaced(layer, "forward", _checkpointed(layer, layer.forward)):
-        yield
-
-
-def _checkpointed(layer: GradientCheckpointingLayer, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's forward with its activations checkpointed."""
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        # Computing the activations a second time would also fill a cache a second time.
-        for key in ("past_key_values", "past_key_value", "layer_past"):
-            if kwargs.get(key) is not None:
-                kwargs[key] = None
-        return layer._gradient_checkpointing_func(functools.partial(forward, **kwargs), *args)
-
-    return wrapped
 
 
 def input_device(model: Any) -> torch.device:

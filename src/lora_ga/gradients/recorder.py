@@ -101,7 +101,8 @@ class Recorder:
     def _add(self, name: str, x_TI: Tensor, g_TO: Tensor) -> None:
         """Add the rows of a layer's part, unless the part has converged or the pass is not recorded."""
         if self.scale and name not in self.progress.settled:
-            with torch.autocast(g_TO.device.type, enabled=False):
+            # The second context takes the functions of the accumulator out of `NoiseOff`, which would slow them down.
+            with torch.autocast(g_TO.device.type, enabled=False), torch._C.DisableTorchFunction():
                 self.accumulator.add(name, x_TI, g_TO, self.scale)
 
     def _remove_converged(self, tolerance: float) -> None:

@@ -12,6 +12,7 @@ from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.processes import DeferredError
 from lora_ga.gradients.batch import batch_in_errors
 from lora_ga.gradients.merge import merged_estimate
+from lora_ga.gradients.noise import NoiseOff
 from lora_ga.gradients.probe import Probes, ReadBatches, probe_uncalled
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.result import GradientEstimate
@@ -54,9 +55,10 @@ def recording(
             loss(model).backward()
         estimate = recorded.estimate()
 
-    In the block the model is as `isolated` makes it: nothing trains, and there is no dropout. Afterwards it is as it
-    was. The gradients of all backward passes are added up as they are, and count as one batch of weight 1. So
-    `max_batches` and `tolerance` have no effect.
+    In the block the model is as `isolated` makes it: nothing trains, the model is in training mode (see
+    `LoraGAConfig.training_mode`), and there is no dropout. Afterwards it is as it was. The gradients of all backward
+    passes are added up as they are, and count as one batch of weight 1. So `max_batches` and `tolerance` have no
+    effect.
 
     Args:
         model: A model with a fresh LoRA adapter, or a network that contains one (see `estimate_gradients`).
@@ -81,17 +83,20 @@ def recording(
             'estimator="streaming".'
         )
     setup, recorder = prepare(model, config, adapter_name, process_group)
+    noise = NoiseOff(setup.model.get_base_model())
     recorded, held = Recording(setup, recorder), DeferredError()
     with setup.isolated():
         with held:
-            with contextlib.nullcontext() if config.estimator == "probe" else recorder.hooks():
+            with noise, contextlib.nullcontext() if config.estimator == "probe" else recorder.hooks():
                 yield recorded
             if config.estimator != "probe":
                 with batch_in_errors(1):
                     recorder.finish_batch(1.0)
         setup.processes.exchange(held)
         if repeat is not None:
-            recorded.probed = probe_uncalled(setup, recorder, _repeated(repeat), batches=1)
+            with noise:
+                recorded.probed = probe_uncalled(setup, recorder, _repeated(repeat), batches=1)
+    noise.report()
 
 
 def _repeated(passes: Callable[[], Any]) -> ReadBatches:

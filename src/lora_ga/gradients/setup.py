@@ -20,7 +20,6 @@ from lora_ga.files import fingerprint
 from lora_ga.gradients.checkpoint import Checkpoint, Progress
 from lora_ga.gradients.coverage import refuse_probe, report_missing
 from lora_ga.gradients.isolation import (
-    called_modules_kept,
     compute_device,
     input_device,
     isolated,
@@ -65,14 +64,13 @@ class Setup:
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """The model as the estimate needs it, with gradients on; on leaving, everything is as it was."""
+        """The model as the estimate needs it, with gradients on and noise off; on leaving, everything is as it was."""
         eager = torch.compiler.set_stance("force_eager")  # compiled graphs do not call hooks
         with (
             random_state_kept(),
-            called_modules_kept(),
             torch.enable_grad(),
             eager,
-            isolated(self.network, self.adapter_name),
+            isolated(self.network, self.adapter_name, training_mode=self.config.training_mode),
         ):
             yield
 

@@ -82,7 +82,8 @@ def preprocess_loraga(
     """Estimate the gradients that `get_peft_model` starts from, by running the script's backward passes.
 
     In PEFT's function of this name the weights get gradients, which stay in memory. Here they get none: the inputs and
-    output gradients of the layers are recorded. So `zero_grad()` between the passes loses nothing. Dropout is off.
+    output gradients of the layers are recorded. So `zero_grad()` between the passes loses nothing. The
+    model is in training mode, with dropout off.
 
     Args:
         model: The bare base model that `train_step` calls; afterwards exactly as it was.

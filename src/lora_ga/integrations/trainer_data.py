@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer
 
-from lora_ga.gradients.isolation import deactivate_adapter
+from lora_ga.gradients.isolation import deactivate_adapter, modes_kept, set_modes
 from lora_ga.gradients.loss import LossFunction
 from lora_ga.integrations.trainer_state import loader_kept
 
@@ -116,8 +116,8 @@ def _is_empty_stream(data: Any) -> bool:
 def _use_groups_of_training(trainer: Any) -> int:
     """Let GRPO, RLOO and the like compare as many answers to a prompt as in training.
 
-    Their loaders give each prompt as often as training compares answers. The model may be in evaluation mode, for
-    which they have another number.
+    Their loaders give each prompt as often as training compares answers. `_prepared` makes the answers in evaluation
+    mode, for which these trainers have another number.
 
     Args:
         trainer: The trainer, kept by `trainer_kept`.
@@ -130,6 +130,25 @@ def _use_groups_of_training(trainer: Any) -> int:
     if hasattr(trainer, "num_generations_eval"):
         trainer.num_generations_eval = trainer.num_generations
     return int(getattr(trainer, "num_iterations", 1) * getattr(trainer.args, "steps_per_generation", 1))
+
+
+def _prepared(trainer: Any, batch: Any) -> Any:
+    """The inputs of `compute_loss` for a batch; in GRPO, RLOO and the like they contain answers made for this batch.
+
+    In training mode these trainers make answers for several steps at once, and count the steps.
+
+    Args:
+        trainer: The trainer, kept by `trainer_kept`.
+        batch: A batch of its loader.
+
+    Returns:
+        The inputs.
+    """
+    if not hasattr(trainer, "num_generations"):
+        return trainer._prepare_inputs(batch)
+    with modes_kept(trainer.model):
+        set_modes(trainer.model, training=False)
+        return trainer._prepare_inputs(batch)
 
 
 class TrainerLoss:
@@ -158,7 +177,7 @@ class TrainerLoss:
         """The loss of a batch, or the loss and its weight if the user's loss returns both."""
         trainer: Any = self.trainer
         _, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-        inputs = trainer._prepare_inputs(batch)
+        inputs = _prepared(trainer, batch)
         with trainer.compute_loss_context_manager():
             if self.loss_fn is None:
                 loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
