@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -120,34 +120,54 @@ def test_the_gradient_equals_that_of_the_plain_run(way: Way, tmp_path: Path) -> 
         assert (one * other).sum() >= way.cosine * one.norm() * other.norm(), name
 
 
+class Run(NamedTuple):
+    """The outputs of the base model, at the start and after training, the losses, and the folder of the adapter."""
+
+    base: Tensor
+    start: Tensor
+    losses: list[float]
+    trained: Tensor
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Way], Run]:
+    """A function that initialises, trains and saves a model once."""
+
+    @functools.cache
+    def finished(way: Way) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        model, batch = way.make(folder), causal(1)[0]
+        with way.context():
+            with model.disable_adapter():
+                base = logits(model, batch)
+            lora_ga.initialize(model, causal())
+            start = logits(model, batch)
+            losses = train(model, [batch], steps=4, lr=1e-3)
+        model.save_pretrained(folder / "adapter")
+        return Run(base, start, losses, logits(model.eval(), batch), folder / "adapter")
+
+    return finished
+
+
 @rows("start")
-def test_outputs_at_the_start_equal_those_of_the_base_model(way: Way, tmp_path: Path) -> None:
-    model, batch = way.make(tmp_path), causal(1)[0]
-    with way.context():
-        with model.disable_adapter():
-            before = logits(model, batch)
-        lora_ga.initialize(model, causal())
-        assert torch.equal(logits(model, batch), before)
+def test_outputs_at_the_start_equal_those_of_the_base_model(way: Way, run: Callable[[Way], Run]) -> None:
+    assert torch.equal(run(way).start, run(way).base)
 
 
 @rows("step")
-def test_training_lowers_the_loss(way: Way, tmp_path: Path) -> None:
-    model, batch = way.make(tmp_path), causal(1)[0]
-    with way.context():
-        lora_ga.initialize(model, causal())
-        losses = train(model, [batch], steps=4, lr=1e-3)
+def test_training_lowers_the_loss(way: Way, run: Callable[[Way], Run]) -> None:
+    losses = run(way).losses
     assert losses[-1] < losses[0]
 
 
 @rows("reload")
-def test_stock_peft_loads_the_saved_adapter(way: Way, tmp_path: Path) -> None:
-    model, batch = way.make(tmp_path), causal(1)[0]
-    with way.context():
-        lora_ga.initialize(model, causal())
-        train(model, [batch], steps=2, lr=1e-3)
-    model.save_pretrained(tmp_path / "adapter")
-    stock = PeftModel.from_pretrained(llama(num_hidden_layers=way.layers), tmp_path / "adapter").eval()
-    torch.testing.assert_close(logits(stock, batch), logits(model.eval(), batch), rtol=0, atol=1e-5)
+def test_stock_peft_loads_the_saved_adapter(way: Way, run: Callable[[Way], Run]) -> None:
+    batch, plain = causal(1)[0], llama(num_hidden_layers=way.layers)
+    before = logits(plain, batch)
+    stock = PeftModel.from_pretrained(plain, run(way).folder).eval()
+    torch.testing.assert_close(logits(stock, batch), run(way).trained, rtol=0, atol=1e-5)
+    assert not torch.allclose(run(way).trained, before, rtol=0, atol=1e-4)
 
 
 def padded(side: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 from lora_ga.cli.main import main
 
-from .conftest import VOCABULARY
+from .conftest import VOCABULARY, text, write_rows
 
 LOADERS: dict[str, Any] = {
     "seq-cls": AutoModelForSequenceClassification,
@@ -30,9 +30,17 @@ def trained(model: Path, data: Path, out: Path, task: str) -> Path:
     return out / "adapter"
 
 
+@pytest.fixture(scope="module")
+def made_once(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    rows = write_rows(folder / "data.jsonl", [{"text": text(number, 12)} for number in range(40)])
+    return trained(llama, rows, folder / "run", "causal-lm")
+
+
 @pytest.fixture
-def adapter(llama: Path, prompts: Path, tmp_path: Path) -> Path:
-    return trained(llama, prompts, tmp_path / "run", "causal-lm")
+def adapter(made_once: Path, tmp_path: Path) -> Path:
+    """A copy of a trained adapter."""
+    return Path(shutil.copytree(made_once, tmp_path / "adapter"))
 
 
 def batch(task: str) -> dict[str, torch.Tensor]:
