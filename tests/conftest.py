@@ -35,13 +35,13 @@ class SupportRecord:
         self.groups: dict[str, dict[str, dict[str, str]]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        properties = dict(report.user_properties)
-        if "support" not in properties or (report.when != "call" and report.passed):
+        cell: Any = dict(report.user_properties).get("support")
+        if cell is None or (report.when != "call" and report.passed):
             return
-        group, row, column = properties["support"]  # type: ignore[misc]
-        found = report.outcome
+        group, row, column = cell
+        found: str = report.outcome
         if isinstance(report.longrepr, tuple):
-            found = f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"  # type: ignore[assignment]
+            found = f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"
         cells = self.groups.setdefault(group, {}).setdefault(row, {})
         cells[column] = min(cells.get(column, found), found, key=_weight)
 

@@ -515,6 +515,7 @@ def trained(rank: int, size: int, folder: Path) -> tuple[str, int, list[torch.Te
     trainer = transformers_trainer([started], folder / "run", max_steps=2, ddp_backend="gloo")
     trainer.train()
     tensors = [tensor for factor in factors(trainer.model) for tensor in (factor.start, factor.trainable.detach())]
+    assert started.estimate is not None
     return type(trainer.model_wrapped).__name__, started.estimate.batches, tensors
 
 
