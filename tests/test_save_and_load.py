@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
@@ -333,3 +333,35 @@ def test_a_plain_adapter_of_twice_the_rank_loads_into_an_aligned_one(tmp_path: P
     lora_ga.initialize(model, causal())
     model.load_adapter(tmp_path, "default")
     torch.testing.assert_close(logits(model, causal(1)[0]), logits(plain.eval(), causal(1)[0]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_the_trained_tensors_saved_by_hand_are_refused_and_their_joined_matrices_load(
+    tmp_path: Path, file: str
+) -> None:
+    model = trained(tmp_path, targets=["q_proj"])
+    tensors = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    write: Any = save_file if file.endswith("safetensors") else torch.save
+    (tmp_path / "adapter_model.safetensors").unlink()
+    write(tensors, tmp_path / file)
+    message = r"lora_A.default.delta_weight holds a trained change .* rank 2r.* lora_ga.safetensors is there, join them"
+    for trainable in (True, False):
+        with pytest.raises(ValueError, match=f"{file}: .*{message}"):
+            lora_ga.load(llama(), tmp_path, is_trainable=trainable)
+    if file.endswith("safetensors"):
+        with pytest.raises(ValueError, match=f"{file}: .*{message}"):
+            lora_ga.compress_adapter(tmp_path, tmp_path / "small", rank=2)
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(tensors, strict=False)
+
+    starts, joined = load_file(tmp_path / FILE), {}
+    for name, delta in tensors.items():
+        layer, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+        start = starts[f"{layer}.{rest[0]}0"]
+        plain = name.replace(".default.delta_weight", ".weight")
+        joined[plain] = torch.cat([delta, start + delta]) if rest[0] == "A" else torch.cat([start, delta], dim=1)
+    write(joined, tmp_path / file)
+    batch = causal()[0]
+    assert torch.equal(logits(lora_ga.load(llama(), tmp_path).eval(), batch), logits(model, batch))
+    write({name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}, tmp_path / file)
+    assert torch.equal(logits(lora_ga.load(llama(), tmp_path).eval(), batch), logits(model, batch))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
-from lora_ga.adapter.save import FILE, AlignedLoraConfig, read_sidecar
+from lora_ga.adapter.save import FILE, AlignedLoraConfig, check_has_starts, read_sidecar
 from lora_ga.adapter.structure import follow_added_adapters, follow_ties, make_factors, place, set_rank
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
@@ -48,12 +48,14 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> Pe
         FileNotFoundError: There is no such adapter.
         TypeError: The base has LoRA layers already.
         ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none, and the folder
-            holds the optimizer state of LoRA-GA training. The base then has no LoRA layers, as before.
+            holds the optimizer state of LoRA-GA training; or the adapter file holds dA and dB without A₀ and B₀. The
+            base then has no LoRA layers, as before.
     """
     if isinstance(base, PeftModel) or any(isinstance(module, LoraLayer) for module in base.modules()):
         raise TypeError("The base has LoRA layers already; give the original base model, or call its load_adapter.")
     if any(module in SHIFTED_BASES for module in base.modules()):
         raise ValueError('The base was changed by offset="base"; load the original base model again.')
+    check_has_starts(Path(path))
     sidecar = read_sidecar(path)
     if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
         _check_base(base, sidecar[1]["fingerprint"], path)

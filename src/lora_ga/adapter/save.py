@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.model_card import write_section
 from lora_ga.distributed.sharding import sharded
 from lora_ga.files import read_tensors, write_atomically, write_tensors
-from lora_ga.layers.factors import Factor, Shifted
+from lora_ga.layers.factors import Factor, Shifted, without_start
 from lora_ga.layers.targets import PREFIX
 from lora_ga.layers.tied import tied_heads
 
@@ -163,6 +163,26 @@ def _is_saved(weights: Path, factors: Factors) -> bool:
         same_shape = saved.dim() == 2 and saved.shape[1] == 2 * start.shape[1]
         return same_shape and torch.equal(b.halves(saved)[0], start.to(saved))
     return saved.shape == b.joined().shape and torch.equal(saved, b.joined().detach().to(saved))
+
+
+def check_has_starts(folder: Path) -> None:
+    """Refuse an adapter file, written by hand, that holds dA and dB alone. PEFT would load nothing of it.
+
+    Args:
+        folder: The adapter's folder; nothing happens if it holds no adapter file.
+
+    Raises:
+        ValueError: The file holds dA and dB.
+    """
+    if (file := folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        with safe_open(str(file), framework="pt") as opened:
+            names = list(opened.keys())
+    elif (file := folder / WEIGHTS_NAME).is_file():
+        names = list(torch.load(file, weights_only=True, map_location="meta"))
+    else:
+        return
+    for reason in without_start(names):
+        raise ValueError(f"{file}: {reason}")
 
 
 def read_sidecar(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

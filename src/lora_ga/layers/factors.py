@@ -10,7 +10,8 @@ parameter is stored (a plain tensor, shards, a partition) is the business of `St
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -170,6 +171,8 @@ class Factor(nn.Linear):
         missing: list[str] = []
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys.extend(key for key in missing if key == prefix + "bias")
+        if not partitioned(self.trainable):
+            error_msgs.extend(without_start(state_dict, prefix))
         joined = state_dict.get(prefix + "weight")
         if joined is None:
             missing_keys.append(prefix + "weight")
@@ -275,6 +278,26 @@ class Shifted(Factor):
                 "the adapter in the file has another start than this one, whose start has been taken out of the base "
                 'weight (offset="base"). Load it with lora_ga.load on the original base model.'
             )
+
+
+def without_start(names: Iterable[str], prefix: str = "") -> list[str]:
+    """What to say about tensors that hold the trained deltas of rank r alone, as `named_parameters` gives them.
+
+    Args:
+        names: The names of the tensors.
+        prefix: The factor whose tensors count; by default all do.
+
+    Returns:
+        One sentence about the first of them, or nothing.
+    """
+    deltas = (name for name in names if name.startswith(prefix) and name.endswith(f".{Delta.trainable_name}"))
+    return [
+        f"{name} holds a trained change (dA or dB, rank r) without its start A₀ or B₀. An adapter of LoRA-GA has rank "
+        "2r. Write it with model.save_pretrained, or take its tensors from model.state_dict() or "
+        "peft.get_peft_model_state_dict(model), not from named_parameters(). If the run is over and its "
+        "lora_ga.safetensors is there, join them: A is [dA; A₀ + dA], B is [B₀, dB]."
+        for name in itertools.islice(deltas, 1)
+    ]
 
 
 class DeltaA(Delta):
