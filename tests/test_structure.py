@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -316,6 +317,18 @@ def test_the_base_offset_refuses_a_tied_head() -> None:
         lora_ga.initialize(untied, causal(), LoraGAConfig(offset="base"))
 
 
+def test_a_tied_head_that_ddp_has_wrapped_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(tied_adapter())
+        with pytest.raises(
+            ValueError, match="DistributedDataParallel holds the head's own. Call this before the model"
+        ):
+            lora_ga.initialize(wrapped, causal())
+    finally:
+        dist.destroy_process_group()
+
+
 def share_table(one: Any, other: Any) -> None:
     one.lora_A = other.lora_A
 
@@ -390,3 +403,18 @@ def test_a_shared_base_weight_has_a_start_for_each_layer_and_cannot_be_changed(t
         lora_ga.initialize(model, batches, LoraGAConfig(offset="base"))
     lora_ga.apply_estimate(model, estimate)
     assert torch.equal(model(**batches[0])["loss"], Sharing()(**batches[0])["loss"])
+
+
+def test_a_parameter_that_a_second_place_uses_without_the_adapter_is_refused() -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("eoi,ni->no", self.weight, x)
+
+    model = nn.ModuleDict({"one": (module := Stacked()), "two": module})
+    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["one.weight"]))
+    with pytest.raises(ValueError, match=r"the module under one is also called as .*two, where PEFT adapts nothing"):
+        find_targets(adapter)

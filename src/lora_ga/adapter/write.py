@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lora_ga.adapter.alignment import Alignment
 from lora_ga.adapter.model_card import start_section
-from lora_ga.adapter.plan import make_plan
+from lora_ga.adapter.plan import Plan, make_plan
 from lora_ga.adapter.structure import build_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.agreement import check_same
@@ -83,6 +84,7 @@ def write_starts(
     with held:
         check_together(unwrapped(wrapped), together.size)
         plan = make_plan(unwrapped(wrapped), estimate, config, adapter_name, already_warned)
+        _check_wrapper(wrapped, plan)
     check_same(together.exchange(held, None if plan is None else plan.identity))
     assert plan is not None
     own = set(together.own(plan.starts))
@@ -96,6 +98,21 @@ def write_starts(
     by_key = {key: target for target in plan.aligned.values() for key in target.keys}
     alignment.ranks = {key: target.rank for key, target in by_key.items() if key in estimate}
     alignment.summary = start_section(estimate, alignment.ranks)
+
+
+def _check_wrapper(wrapped: nn.Module, plan: Plan) -> None:
+    """Refuse to take the parameters of a tied head from DistributedDataParallel, which waits for their gradients.
+
+    Raises:
+        ValueError: There is such a head.
+    """
+    heads = [head for target in plan.aligned.values() for head in target.heads]
+    if heads and plan.alignment is None and isinstance(wrapped, DistributedDataParallel):
+        raise ValueError(
+            f"{heads[0]} is tied to the embedding (ensure_weight_tying) and is to compute with its factors, but "
+            "DistributedDataParallel holds the head's own. Call this before the model is wrapped, or use "
+            "LoraGACallback."
+        )
 
 
 def _fill(alignment: Alignment, starts: Mapping[str, tuple[Tensor, Tensor]], targets: Mapping[str, Target]) -> None:

@@ -17,7 +17,7 @@ from lora_ga.distributed.tensor_parallel import Split, in_fsdp, split_of, unfit
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, entries, kind_of, layout_of, warn_never_run, weight_of
 from lora_ga.layers.linear import WeightLayout
-from lora_ga.layers.tied import tied_heads, why_not_separate, why_not_tied
+from lora_ga.layers.tied import tied_heads, why_not_separate, why_not_tied, why_not_used_once
 
 PREFIX = "base_model.model."
 # Base layers whose weight `offset="base"` has changed. Nothing on the layer shows it once the adapter is deleted.
@@ -258,7 +258,7 @@ def find_targets(model: nn.Module, adapter_name: str = "default") -> dict[str, T
     reasons += [f"{head} {reason}" for head, reason in ties if reason]
     modules = peft_model_in(model).named_modules()
     everywhere = {path.removeprefix(PREFIX): layer for path, layer in modules if isinstance(layer, LoraLayer)}
-    reasons.append(why_not_separate(everywhere, adapter_name, tied))
+    reasons += [why_not_separate(everywhere, adapter_name, tied), why_not_used_once(model, named)]
     refusals = [reason for reason in reasons if reason]
     if refusals:
         more = f" ({len(refusals) - 1} more layers like this)" if len(refusals) > 1 else ""

@@ -45,7 +45,22 @@ class TiedFactor(nn.Linear):
         return self.source.weight.mT
 
     def forward(self, x: Tensor) -> Tensor:
-        """What a linear layer with this weight computes."""
+        """What a linear layer with this weight computes.
+
+        Args:
+            x: The input.
+
+        Returns:
+            The output.
+
+        Raises:
+            ValueError: DeepSpeed ZeRO-3 has partitioned the embedding's factor, and does not gather it for the head.
+        """
+        if partitioned(self.source.trainable):
+            raise ValueError(
+                "The head is tied to the embedding (ensure_weight_tying), whose factors DeepSpeed ZeRO-3 gathers for "
+                "the embedding alone. Make the adapter with ensure_weight_tying=False, or use ZeRO-2."
+            )
         return functional.linear(x, self.weight)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -105,6 +120,11 @@ def why_not_tied(head: LoraLayer, embedding: LoraLayer, adapter_name: str) -> st
             "is tied to the embedding by ensure_weight_tying, which LoRA-GA supports for linear layers that no "
             "tensor-parallel plan splits. Make the adapter with ensure_weight_tying=False"
         )
+    if any(sharded(weight) for layer in (head, embedding) for _, _, weight in _factor_weights(layer)):
+        return (
+            "is tied to the embedding by ensure_weight_tying, but the factors are sharded over processes. Start the "
+            "adapter before the model is sharded, or make it with ensure_weight_tying=False"
+        )
     own, other = ((layer.r[adapter_name], layer.scaling[adapter_name]) for layer in (head, embedding))
     if own != other:
         return (
@@ -140,6 +160,31 @@ def why_not_separate(layers: Mapping[str, LoraLayer], adapter_name: str, tied: C
             return (
                 f"{' and '.join(shared)} are one parameter, so they cannot each get a start. Make the adapter on the "
                 "base model again, with peft.get_peft_model, which gives each layer factors of its own"
+            )
+    return None
+
+
+def why_not_used_once(network: nn.Module, layers: Mapping[str, LoraLayer]) -> str | None:
+    """Why the gradient of a layer's parameter is not that of the adapted use of it alone.
+
+    PEFT wraps a module in the first of its places. Where a gradient is read from the parameter, it is that of all.
+
+    Args:
+        network: The model.
+        layers: Layer name → layer.
+
+    Returns:
+        The reason; None if there is no such layer.
+    """
+    owners = {
+        layer.get_base_layer(): name for name, layer in layers.items() if layout_of(layer).gradient_from_parameter
+    }
+    for path, module in network.named_modules(remove_duplicate=False) if owners else ():
+        if module in owners and path.rpartition(".")[2] != "base_layer":
+            return (
+                f"the module under {owners[module]} is also called as {path}, where PEFT adapts nothing, and the two "
+                "uses of its parameter cannot be told apart. Give the model two modules, or leave the parameter out of "
+                "target_parameters"
             )
     return None
 
