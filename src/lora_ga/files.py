@@ -68,8 +68,8 @@ def another_base(model: nn.Module, recorded: str) -> str | None:
     if sizes is None:
         return difference
     return (
-        f"{difference}. Only the vocabulary differs: {sizes[1]} tokens there, {sizes[0]} in this model (see "
-        "resize_token_embeddings)"
+        f"{difference}. Only the vocabulary differs: {sizes[1]} tokens there, {sizes[0]} in this model "
+        f"(resize_token_embeddings({sizes[1]}) changes that)"
     )
 
 
