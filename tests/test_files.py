@@ -348,7 +348,8 @@ def test_an_error_about_another_base_names_a_resized_vocabulary(tied: bool, tmp_
     model.save_pretrained(tmp_path)
     resized = llama(tie_word_embeddings=tied, vocab_size=71)
     with pytest.raises(
-        ValueError, match=r"Only the vocabulary differs: 64 tokens there, 71 in this model \(resize_token_embeddings\(64\) ch"
+        ValueError,
+        match=r"Only the vocabulary differs: 64 tokens there, 71 in this model \(resize_token_embeddings\(64\) ch",
     ):
         lora_ga.load(resized, tmp_path)
     with pytest.raises(ValueError, match="Only the vocabulary differs: 64 tokens there, 71 in this model"):

@@ -26,7 +26,7 @@ from lora_ga.adapter.load import check_optimizer_state
 from lora_ga.adapter.save import FILE
 from lora_ga.config import CHOICES
 from lora_ga.layers.factors import Factor
-from toys import FAMILIES, adapted, bert, causal, classified, llama, logits, t5, train, translated
+from toys import FAMILIES, adapted, bert, causal, classified, injected, llama, logits, t5, train, translated
 
 
 def trained(
@@ -365,3 +365,101 @@ def test_the_trained_tensors_saved_by_hand_are_refused_and_their_joined_matrices
     assert torch.equal(logits(lora_ga.load(llama(), tmp_path).eval(), batch), logits(model, batch))
     write({name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}, tmp_path / file)
     assert torch.equal(logits(lora_ga.load(llama(), tmp_path).eval(), batch), logits(model, batch))
+
+
+# --- loading into an adapter that exists ----------------------------------------------------------------------------
+
+PATTERNS: dict[str, Any] = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}
+
+
+def state(model: Any) -> list[Tensor]:
+    """All tensors of a model, the configuration of its adapter and what trains."""
+    config = str(sorted(vars(model.peft_config["default"]).items(), key=str))
+    return [*model.state_dict().values(), torch.tensor([*config.encode()])]
+
+
+@pytest.mark.parametrize("make", [injected, adapted], ids=["injected", "PeftModel"])
+@pytest.mark.parametrize("started", [False, True])
+def test_training_continues_bit_for_bit_in_an_adapter_that_exists(tmp_path: Path, make: Any, started: bool) -> None:
+    whole = trained(tmp_path, **PATTERNS).train()
+    model = make(llama(), **PATTERNS).train()
+    if started:  # as a script does that is started again without a change
+        lora_ga.initialize(model, causal(2))
+    held = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert lora_ga.load(model, tmp_path, is_trainable=True) is model
+    assert all(
+        one is other for one, other in zip(held, (p for p in model.parameters() if p.requires_grad), strict=True)
+    )
+    assert train(model, causal()) == train(whole, causal())
+    assert torch.equal(logits(model, causal(1)[0]), logits(whole, causal(1)[0]))
+
+
+def test_a_file_without_a_sidecar_fills_the_structure_up_to_rounding(tmp_path: Path) -> None:
+    model = trained(tmp_path, **PATTERNS)
+    (tmp_path / FILE).unlink()
+    again = lora_ga.load(injected(llama(), **PATTERNS), tmp_path / "adapter_model.safetensors", is_trainable=True)
+    torch.testing.assert_close(logits(again, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-6)
+    assert all(p.shape[0] == 4 or p.shape[1] == 4 for p in again.parameters() if p.requires_grad and 2 not in p.shape)
+
+
+def test_an_adapter_of_rank_2r_may_be_filled_as_plain_lora(tmp_path: Path) -> None:
+    model = trained(tmp_path, targets=["q_proj"], use_rslora=False)
+    wide = lora_ga.load(injected(llama(), ["q_proj"], r=8, lora_alpha=16, use_rslora=False), tmp_path)
+    assert torch.equal(logits(wide, causal(1)[0]), logits(model, causal(1)[0]))
+    assert not any(parameter.requires_grad for name, parameter in wide.named_parameters() if "lora_" in name)
+    with pytest.raises(ValueError, match=r"2 train at half their rank, and in this adapter 0; .*is_trainable=False"):
+        lora_ga.load(wide, tmp_path, is_trainable=True)
+    (tmp_path / FILE).unlink()
+    with pytest.warns(UserWarning, match="it trains on as plain LoRA, every row"):
+        lora_ga.load(wide, tmp_path, is_trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("lora", "text"),
+    [
+        (
+            {"r": 16},
+            r"A of .*q_proj is 8 x 32; into this adapter of rank 16 goes 32 x 32 \(twice its rank.*of the run",
+        ),
+        ({"r": 2, "lora_alpha": 4}, "into this adapter of rank 2 goes 4 x 32"),
+        ({"targets": ["q_proj", "v_proj"]}, "with other layers: 2 are in only one of the two, as .*v_proj. Give"),
+        ({"targets": ["up_proj"]}, "holds the layer model.layers.0.mlp.up_proj of this model not at all"),
+        ({"lora_alpha": 16}, "multiplies B A of .*q_proj by 4, this adapter by 8. Give the adapter the lora_alpha"),
+        ({"layers": 1}, "with other layers"),
+        ({"width": 64}, "A of .* is 8 x 32; into this adapter of rank 4 goes 8 x 64"),
+        ({"sizes": {"intermediate_size": 96}}, "trained on another base model"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+@pytest.mark.parametrize("started", [False, True])
+def test_a_file_that_does_not_fit_the_adapter_leaves_both_as_they_were(
+    tmp_path: Path, lora: dict[str, Any], text: str, started: bool
+) -> None:
+    trained(tmp_path, targets=["q_proj"])
+    lora = dict(lora)
+    changes = lora.pop("sizes", {}) | {"hidden_size": lora.pop("width", 32), "num_hidden_layers": lora.pop("layers", 2)}
+    model = injected(llama(**changes), lora.pop("targets", ["q_proj"]), **lora)
+    if started:
+        lora_ga.initialize(model, causal())
+    before, files = [value.clone() for value in state(model)], (tmp_path / FILE).read_bytes()
+    with pytest.raises(ValueError, match=text):
+        lora_ga.load(model, tmp_path, is_trainable=True)
+    assert all(torch.equal(one, other) for one, other in zip(before, state(model), strict=True))
+    assert (tmp_path / FILE).read_bytes() == files
+
+
+def test_unreadable_files_for_an_adapter_that_exists_are_refused(tmp_path: Path) -> None:
+    model = injected(llama(), ["q_proj"])
+    with pytest.raises(FileNotFoundError, match="neither a file nor a local folder with adapter_model.safetensors or"):
+        lora_ga.load(model, tmp_path)
+    trained(tmp_path / "one", targets=["q_proj"])
+    trained(tmp_path / "two", targets=["q_proj"], data=lambda: causal(1))
+    (tmp_path / "one" / FILE).write_bytes((tmp_path / "two" / FILE).read_bytes())
+    with pytest.raises(ValueError, match="beside it does not belong to it: . of .*q_proj has another start"):
+        lora_ga.load(model, tmp_path / "one", is_trainable=True)
+    trained(tmp_path / "base", targets=["q_proj"], offset="base")
+    with pytest.raises(ValueError, match='trained with offset="base", for which the base has to change'):
+        lora_ga.load(model, tmp_path / "base", is_trainable=True)
+    (tmp_path / "two" / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="damaged, or not a safetensors file"):
+        lora_ga.load(model, tmp_path / "two")

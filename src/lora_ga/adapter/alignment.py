@@ -6,7 +6,9 @@ import dataclasses
 import weakref
 from typing import Any
 
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from lora_ga.config import LoraGAConfig
@@ -111,3 +113,19 @@ def factors_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[Factor, F
             if isinstance(a, Factor) and isinstance(b, Factor):
                 found[path.removeprefix(PREFIX)] = (a, b)
     return found
+
+
+def scaling_of(config: LoraConfig, name: str) -> float:
+    """The scaling s that PEFT gives a layer: α/r, or α/√r with rsLoRA, with the r and α of the patterns.
+
+    Args:
+        config: The adapter's configuration.
+        name: The layer's path in the base model.
+
+    Returns:
+        s.
+    """
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    return alpha / rank**0.5 if config.use_rslora else alpha / rank

@@ -15,59 +15,70 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
+from lora_ga.adapter.fill import check_base, fill
 from lora_ga.adapter.save import FILE, AlignedLoraConfig, check_has_starts, read_sidecar
 from lora_ga.adapter.structure import follow_added_adapters, follow_ties, make_factors, place, set_rank
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
-from lora_ga.distributed.sharding import whole
-from lora_ga.files import another_base
+from lora_ga.distributed.sharding import unwrapped, whole
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, weight_of
-from lora_ga.layers.targets import PREFIX, SHIFTED_BASES
+from lora_ga.layers.targets import PREFIX, SHIFTED_BASES, peft_model_in, peft_models_in
 from lora_ga.layers.tied import tied_heads
 
 # The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
 SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
-def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
+def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False, adapter_name: str = "default") -> Any:
     """Load a saved adapter, to use it or to go on training.
 
     To use, it is a plain LoRA of rank 2r on the unchanged base. To train, it gets LoRA-GA's structure of rank r from
     its sidecar; without a sidecar it is a plain LoRA of rank 2r, with a warning.
 
+    A model that has an adapter already (from `get_peft_model` or `model.add_adapter`), or a network that contains one,
+    keeps it, and the saved values are put into it. Its rank must be the rank r that trained. Optimizers that hold its
+    parameters stay valid. See `lora_ga.adapter.fill`.
+
     Args:
-        base: The original base model.
-        path: A folder written by `save_pretrained`, or a name on the hub.
+        base: The original base model, or a model with an adapter.
+        path: A folder written by `save_pretrained`, or a name on the hub. For a model with an adapter: a local folder
+            or file, written by `save_pretrained`, `save_lora_adapter` or `save_lora_weights` (diffusers).
         is_trainable: Whether the adapter's parameters are to train.
+        adapter_name: The adapter.
 
     Returns:
-        The adapted model.
+        The adapted model: a `PeftModel` around the base, or the model that was given, if it has an adapter.
 
     Raises:
         FileNotFoundError: There is no such adapter.
-        TypeError: The base has LoRA layers already.
+        TypeError: The base has LoRA layers, but no configuration of their adapters.
         ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none, and the folder
-            holds the optimizer state of LoRA-GA training; or the adapter file holds dA and dB without A₀ and B₀. The
-            base then has no LoRA layers, as before.
+            holds the optimizer state of LoRA-GA training; or the adapter file holds dA and dB without A₀ and B₀; or the
+            saved adapter does not fit the model's. The base or model is then as before.
     """
-    if isinstance(base, PeftModel) or any(isinstance(module, LoraLayer) for module in base.modules()):
-        raise TypeError("The base has LoRA layers already; give the original base model, or call its load_adapter.")
+    if peft_models_in(unwrapped(base)):
+        filled = fill(unwrapped(base), path, adapter_name, is_trainable=is_trainable)
+        if is_trainable and not filled:
+            _prepare_plain_training(peft_model_in(unwrapped(base)), Path(path), adapter_name)
+        return base
+    if any(isinstance(module, LoraLayer) for module in base.modules()):
+        raise TypeError("The base has LoRA layers, but no peft_config. Give the original base model.")
     if any(module in SHIFTED_BASES for module in base.modules()):
         raise ValueError('The base was changed by offset="base"; load the original base model again.')
     check_has_starts(Path(path))
     sidecar = read_sidecar(path)
     if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
-        _check_base(base, sidecar[1]["fingerprint"], path)
-    model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
+        check_base(base, sidecar[1]["fingerprint"], path)
+    model = PeftModel.from_pretrained(base, str(path), adapter_name, is_trainable=is_trainable)
     try:
         if sidecar is not None:
-            _check_base(model, sidecar[1]["fingerprint"], path)
-            _check_tied_heads(model, sidecar[1], path)
+            check_base(model, sidecar[1]["fingerprint"], path)
+            _check_tied_heads(model, adapter_name, sidecar[1], path)
             if is_trainable:
-                _restore_structure(model, *sidecar, where=str(path))
+                _restore_structure(model, adapter_name, *sidecar, where=str(path))
         elif is_trainable:
-            _prepare_plain_training(model, Path(path))
+            _prepare_plain_training(model, Path(path), adapter_name)
     except BaseException:
         model.unload()
         raise
@@ -86,23 +97,13 @@ def _adds_to_base(config: Any) -> bool:
     return bool(config.layer_replication or (config.modules_to_save and getattr(config, "ensure_weight_tying", False)))
 
 
-def _check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
-    """Refuse another base model than the one the adapter was trained on.
-
-    Raises:
-        ValueError: It is another.
-    """
-    if difference := another_base(model, trained_on):
-        raise ValueError(f"{path}: trained on another base model: {difference}. Give the base model it was trained on.")
-
-
-def _check_tied_heads(model: PeftModel, record: Mapping[str, Any], path: str | Path) -> None:
+def _check_tied_heads(model: PeftModel, adapter_name: str, record: Mapping[str, Any], path: str | Path) -> None:
     """Refuse an adapter whose head PEFT loads in another way than it was trained.
 
     Raises:
         ValueError: The head is tied to the embedding now, and was not, or the other way round.
     """
-    tied = {found.removeprefix(PREFIX) for found in tied_heads(model, "default")}
+    tied = {found.removeprefix(PREFIX) for found in tied_heads(model, adapter_name)}
     for head in tied.intersection(record["scaling"]):
         raise ValueError(
             f"{path}: an earlier version of LoRA-GA gave {head} a start of its own, but ensure_weight_tying makes PEFT "
@@ -118,13 +119,15 @@ def _check_tied_heads(model: PeftModel, record: Mapping[str, Any], path: str | P
 
 
 @torch.no_grad()
-def _restore_structure(model: PeftModel, tensors: dict[str, Tensor], record: dict[str, Any], *, where: str) -> None:
+def _restore_structure(
+    model: PeftModel, adapter_name: str, tensors: dict[str, Tensor], record: dict[str, Any], *, where: str
+) -> None:
     """Give a plain rank-2r adapter the structure its sidecar describes."""
-    config, peft_config = LoraGAConfig.from_dict(record["config"]), model.peft_config["default"]
+    config, peft_config = LoraGAConfig.from_dict(record["config"]), model.peft_config[adapter_name]
     layers = {path.removeprefix(PREFIX): module for path, module in model.named_modules()}
     alignment = Alignment(
         model=ModelReference(model),
-        adapter_name="default",
+        adapter_name=adapter_name,
         scaling=record["scaling"],
         config=config,
         fingerprint=record["fingerprint"],
@@ -132,21 +135,24 @@ def _restore_structure(model: PeftModel, tensors: dict[str, Tensor], record: dic
         original=record["original"],
         summary=record.get("summary", ""),
     )
-    factors = {name: _restore_pair(name, layers[name], tensors, config.offset, where) for name in alignment.scaling}
+    factors = {
+        name: _restore_pair(name, layers[name], adapter_name, tensors, config.offset, where)
+        for name in alignment.scaling
+    }
     changes: dict[str, Any] = {}
     if config.offset == "base":
         changes = alignment.original
         alignment.saved = {field: getattr(peft_config, field) for field in RANK_FIELDS}
         for name, (a, b) in factors.items():
-            set_rank(layers[name], "default", a.rank)
+            set_rank(layers[name], adapter_name, a.rank)
             shift_base(layers[name], a.start, b.start, alignment.scaling[name])
-    follow_ties(model, "default")
-    model.peft_config["default"] = AlignedLoraConfig.of(peft_config, alignment, **changes)
+    follow_ties(model, adapter_name)
+    model.peft_config[adapter_name] = AlignedLoraConfig.of(peft_config, alignment, **changes)
     follow_added_adapters(model)
 
 
 def _restore_pair(
-    name: str, layer: LoraLayer, tensors: dict[str, Tensor], offset: str, where: str
+    name: str, layer: LoraLayer, adapter_name: str, tensors: dict[str, Tensor], offset: str, where: str
 ) -> tuple[Factor, Factor]:
     """Replace a layer's plain rank-2r factors by factors with the sidecar's starts.
 
@@ -156,9 +162,9 @@ def _restore_pair(
     Raises:
         ValueError: The sidecar does not belong to the adapter.
     """
-    plain = [whole(weight_of(entry)) for entry in entries(layer, "default")]
+    plain = [whole(weight_of(entry)) for entry in entries(layer, adapter_name)]
     a, b = (tensors[f"{name}.{letter}0"].to(old) for letter, old in zip("AB", plain, strict=True))
-    pair = make_factors(layer, "default", offset, rank=layer.r["default"] // 2, starts=(a, b))
+    pair = make_factors(layer, adapter_name, offset, rank=layer.r[adapter_name] // 2, starts=(a, b))
     for letter, old, factor in zip("AB", plain, pair, strict=True):
         fits = factor.joined().shape == old.shape
         if fits:
@@ -171,12 +177,12 @@ def _restore_pair(
                 "from before the adapter was trained as plain LoRA. Remove it to load the adapter as plain LoRA, or "
                 "put the right one back."
             )
-    place(layer, "default", pair)
+    place(layer, adapter_name, pair)
     return pair
 
 
 @torch.no_grad()
-def restore_starts(model: PeftModel, path: Path, adapter_name: str = "default") -> None:
+def restore_starts(model: nn.Module, path: Path, adapter_name: str = "default") -> None:
     """Give an adapter with the structure the exact starts of the checkpoint whose adapter file it has loaded.
 
     The adapter file holds A₀ + dA, which is rounded. Training continues bit for bit only from the sidecar's A₀ and B₀.
@@ -220,7 +226,7 @@ def restore_starts(model: PeftModel, path: Path, adapter_name: str = "default") 
     alignment.summary = record.get("summary", "")
 
 
-def _prepare_plain_training(model: PeftModel, path: Path) -> None:
+def _prepare_plain_training(model: nn.Module, path: Path, adapter_name: str) -> None:
     """Warn that every row of the adapter trains, and refuse optimizer states that do not fit it, now and later.
 
     Raises:
@@ -241,7 +247,7 @@ def _prepare_plain_training(model: PeftModel, path: Path) -> None:
         UserWarning,
         stacklevel=3,
     )
-    _check_first_steps(model)
+    _check_first_steps(model, adapter_name)
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
@@ -275,7 +281,7 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor) -> None:
             )
 
 
-def _check_first_steps(model: PeftModel) -> None:
+def _check_first_steps(model: nn.Module, adapter_name: str) -> None:
     """Check the optimizer states of a plain adapter's A and B at the first step of each optimizer that has them.
 
     An optimizer's state may be loaded after the adapter, and torch calls the hooks of all optimizers. This hook holds
@@ -288,8 +294,8 @@ def _check_first_steps(model: PeftModel) -> None:
         loaded = reference()
         if loaded is None or optimizer in checked:
             return
-        layers = [module for module in loaded.modules() if isinstance(module, LoraLayer) and "default" in module.r]
-        for parameter in (weight_of(entry) for layer in layers for entry in entries(layer, "default")):
+        layers = [module for module in loaded.modules() if isinstance(module, LoraLayer) and adapter_name in module.r]
+        for parameter in (weight_of(entry) for layer in layers for entry in entries(layer, adapter_name)):
             _check_state(optimizer.state.get(parameter, {}), parameter)
         checked.add(optimizer)
 

@@ -18,7 +18,7 @@ from lora_ga.adapter.structure import on_meta
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded, whole
 from lora_ga.files import another_base, fingerprint
-from lora_ga.gradients.coverage import report_missing, warn_parts
+from lora_ga.gradients.coverage import BEYOND, report_missing, warn_parts, warn_unused_blocks
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import base_weights, entries, kind_of, weight_of
@@ -82,10 +82,12 @@ def make_plan(
                 f"{name} is on the meta device and has to start as plain LoRA, but has no values. Make the adapter "
                 "without low_cpu_mem_usage, or leave the layer out of target_modules."
             )
+    unused = {name: reason for name in reasons if (reason := estimate.missing.get(name, "")).startswith(BEYOND)}
+    others = {name: reason for name, reason in reasons.items() if name not in unused}
     if config.on_missing == "error" or len(reasons) == len(targets):
-        report_missing(reasons, targets, config.on_missing)
-    unmentioned = {name: reason for name, reason in reasons.items() if name not in already_warned}
-    report_missing(unmentioned, targets, config.on_missing)
+        report_missing(others, targets, config.on_missing)
+    report_missing({n: r for n, r in others.items() if n not in already_warned}, targets, config.on_missing)
+    warn_unused_blocks({name: reason for name, reason in unused.items() if name not in already_warned})
     aligned = {name: target for name, target in targets.items() if name not in reasons}
     _check_shapes(estimate, aligned)
     if config.offset == "base":

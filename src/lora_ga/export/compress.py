@@ -13,7 +13,8 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
-from lora_ga.export.saved_adapter import read_adapter, scaling_of
+from lora_ga.adapter.alignment import scaling_of
+from lora_ga.export.saved_adapter import read_adapter
 from lora_ga.files import check_empty, new_folder, write_safetensors
 from lora_ga.layers.targets import PREFIX
 

@@ -1,4 +1,4 @@
-"""Reading a saved adapter without a model: its configuration, its tensors, and the scaling of each layer."""
+"""Reading a saved adapter without a model: its configuration and its tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,19 +36,3 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     except (SafetensorError, json.JSONDecodeError) as error:
         files = f"{CONFIG_NAME} or {SAFETENSORS_WEIGHTS_NAME}"
         raise ValueError(f"{folder}: damaged, {files} cannot be read ({error}). Save the adapter again.") from error
-
-
-def scaling_of(config: LoraConfig, name: str) -> float:
-    """The scaling s that PEFT gives a layer: α/r, or α/√r with rsLoRA, with the r and α of the patterns.
-
-    Args:
-        config: The adapter's configuration.
-        name: The layer's path in the base model.
-
-    Returns:
-        s.
-    """
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-    return alpha / rank**0.5 if config.use_rslora else alpha / rank

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ga.gradients.checkpoint import Progress
-from lora_ga.layers.targets import Target
+from lora_ga.layers.targets import PREFIX, Target
 from lora_ga.linalg.low_rank import LowRank
+
+# How the reason begins of a layer in a block whose output the model does not use at all.
+BEYOND = "is beyond the last block that the loss uses of "
 
 
 def missing(targets: Mapping[str, Target], progress: Progress, factors: Mapping[str, LowRank | None]) -> dict[str, str]:
@@ -39,6 +44,61 @@ def missing(targets: Mapping[str, Target], progress: Progress, factors: Mapping[
         elif all(factor.norm == 0 for factor in found):
             reasons[name] = "its gradient is exactly zero"
     return reasons
+
+
+def unused_blocks(model: nn.Module, names: Collection[str], got_gradient: Collection[str]) -> dict[str, str]:
+    """Find layers in the last blocks of a tower whose output the model does not use, whatever the data.
+
+    LLaVA takes the output of the last but one block of its vision tower. It is known by this: earlier blocks of the
+    tower got a gradient, those at its end got none, and another tower of the model got gradients to its end. Only
+    blocks of Transformers' models count, not a list of heads, say, of which other data may use another one.
+
+    Args:
+        model: The model.
+        names: All layers of the adapter.
+        got_gradient: Those that got a gradient.
+
+    Returns:
+        Layer name → the reason.
+    """
+    places = {name: _block(name) for name in names}
+    ends: dict[str, int] = {}
+    used: dict[str, int] = {}
+    for name, (tower, number) in places.items():
+        ends[tower] = max(number, ends.get(tower, -1))
+        if name in got_gradient:
+            used[tower] = max(number, used.get(tower, -1))
+    if not any(used.get(tower) == end for tower, end in ends.items() if tower):
+        return {}
+    modules = {path.removeprefix(PREFIX): module for path, module in model.named_modules()}
+    return {
+        name: BEYOND + tower
+        for name, (tower, number) in places.items()
+        if number > used.get(tower, number) and isinstance(modules.get(f"{tower}.{number}"), GradientCheckpointingLayer)
+    }
+
+
+def _block(name: str) -> tuple[str, int]:
+    """The list of blocks that a layer is in, and the block's number; ("", -1) without one."""
+    steps = name.split(".")
+    place = next((place for place, step in enumerate(steps) if step.isdigit()), None)
+    return ("", -1) if place is None else (".".join(steps[:place]), int(steps[place]))
+
+
+def warn_unused_blocks(reasons: Mapping[str, str]) -> None:
+    """Warn of the layers that `unused_blocks` found.
+
+    Args:
+        reasons: Layer name → the reason.
+    """
+    if reasons:
+        towers = ", ".join(dict.fromkeys(reason.removeprefix(BEYOND) for reason in reasons.values()))
+        warnings.warn(
+            f"The loss does not use the last blocks of {towers}; their {len(reasons)} layers start as plain LoRA, as "
+            f"{next(iter(reasons))}. They get no gradient in training either: leave them out of target_modules.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def warn_few_directions(layers: Mapping[str, LowRank], targets: Mapping[str, Target]) -> None:

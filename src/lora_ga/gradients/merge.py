@@ -10,7 +10,14 @@ import torch
 from lora_ga.distributed.agreement import warn_idle
 from lora_ga.files import fingerprint
 from lora_ga.gradients.checkpoint import Progress
-from lora_ga.gradients.coverage import missing, parts_without_gradient, report_missing, warn_few_directions
+from lora_ga.gradients.coverage import (
+    missing,
+    parts_without_gradient,
+    report_missing,
+    unused_blocks,
+    warn_few_directions,
+    warn_unused_blocks,
+)
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.gradients.setup import Setup
@@ -37,7 +44,10 @@ def merged_estimate(setup: Setup, recorder: Recorder, probed: Mapping[str, LowRa
     if progress.batches == 0:
         raise ValueError("The data holds no batch; the gradient needs at least one. An iterator may be used up.")
     reasons = missing(setup.targets, progress, factors)
-    report_missing(reasons, setup.targets, setup.config.on_missing)
+    unused = unused_blocks(setup.model, setup.targets, progress.got_gradient)
+    report_missing({n: r for n, r in reasons.items() if n not in unused}, setup.targets, setup.config.on_missing)
+    warn_unused_blocks(unused)
+    reasons |= unused
     aligned = {name: target for name, target in setup.targets.items() if name not in reasons}
     empty = parts_without_gradient(aligned, factors)
     by_key = {key: target for target in aligned.values() for key in target.keys}

@@ -231,12 +231,13 @@ def _unknown_kinds(layers: Mapping[str, LoraLayer]) -> dict[str, str]:
     return reasons
 
 
-def find_targets(model: nn.Module, adapter_name: str = "default") -> dict[str, Target]:
+def find_targets(model: nn.Module, adapter_name: str = "default", *, fresh: bool = True) -> dict[str, Target]:
     """The layers of an adapter.
 
     Args:
-        model: A model with a fresh LoRA adapter (see `peft_models_in`), or a network that contains one.
+        model: A model with a LoRA adapter (see `peft_models_in`), or a network that contains one.
         adapter_name: The adapter.
+        fresh: Whether to refuse an adapter that is trained or aligned already.
 
     Returns:
         Layer name → target, in the model's order.
@@ -265,7 +266,8 @@ def find_targets(model: nn.Module, adapter_name: str = "default") -> dict[str, T
         raise ValueError(f"Cannot align adapter {adapter_name!r}: {refusals[0]}.{more}")
     unknown = _unknown_kinds(named)
     known = {name: layer for name, layer in named.items() if name not in unknown}
-    _check_fresh(known, adapter_name, added=isinstance(peft_model_in(model), PeftModel))
+    if fresh:
+        _check_fresh(known, adapter_name, added=isinstance(peft_model_in(model), PeftModel))
     for kind in {kind_of(layer) for layer in known.values()}:
         if kind is not None and not kind.ran:
             warn_never_run(kind)

@@ -1,0 +1,271 @@
+"""Putting a saved adapter into an adapter that exists, as scripts with `model.add_adapter` resume.
+
+The file may be one that PEFT or Transformers wrote (`adapter_model.safetensors`), or one of diffusers
+(`pytorch_lora_weights.safetensors`), which holds the adapters of several models. Everything is checked before anything
+changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lora_ga.adapter.alignment import alignment_of, scaling_of
+from lora_ga.adapter.save import FILE, read_sidecar
+from lora_ga.adapter.structure import build_structure
+from lora_ga.config import LoraGAConfig
+from lora_ga.distributed.sharding import whole
+from lora_ga.files import another_base
+from lora_ga.layers.factors import Factor
+from lora_ga.layers.joined import JoinedA, JoinedB
+from lora_ga.layers.kinds import entries, weight_of
+from lora_ga.layers.targets import PREFIX, Target, find_targets, peft_model_in
+
+# What diffusers calls its file, and the key of its metadata that holds the configurations.
+PIPELINE_FILE, PIPELINE_CONFIGS = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+# How files of diffusers name A and B → how PEFT names them.
+PIPELINE_NAMES = {
+    ".lora.down.": ".lora_A.",
+    ".lora.up.": ".lora_B.",
+    ".lora_linear_layer.down.": ".lora_A.",
+    ".lora_linear_layer.up.": ".lora_B.",
+}
+ENDS = {"A": (".lora_A.weight", ".lora_embedding_A"), "B": (".lora_B.weight", ".lora_embedding_B")}
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedAdapter:
+    """A saved adapter of one model.
+
+    Attributes:
+        where: The file, for messages.
+        tensors: PEFT's names, relative to the model → tensors.
+        config: Its configuration; None if the file has none.
+        sidecar: Tensors and record of LoRA-GA's sidecar; None without one.
+    """
+
+    where: Path
+    tensors: Mapping[str, Tensor]
+    config: LoraConfig | None
+    sidecar: tuple[dict[str, Tensor], dict[str, Any]] | None
+
+    def factor(self, name: str, letter: str) -> Tensor | None:
+        """A or B of a layer; None if the file has none."""
+        return next((self.tensors[name + end] for end in ENDS[letter] if name + end in self.tensors), None)
+
+    @property
+    def layers(self) -> set[str]:
+        """The names of its layers."""
+        return {key.removesuffix(end) for key in self.tensors for end in ENDS["A"] if key.endswith(end)}
+
+
+def check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
+    """Refuse another base model than the one the adapter was trained on.
+
+    Args:
+        model: A base model, or a model with adapters.
+        trained_on: The fingerprint in the sidecar.
+        path: The adapter, for the message.
+
+    Raises:
+        ValueError: It is another.
+    """
+    if difference := another_base(model, trained_on):
+        raise ValueError(f"{path}: trained on another base model: {difference}. Give the base model it was trained on.")
+
+
+def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainable: bool) -> bool:
+    """Put a saved adapter into an adapter that exists.
+
+    Layers whose saved rank is twice the adapter's get LoRA-GA's structure, if they do not have it. Without a sidecar A₀
+    is what the file gives, A less dA, which is A₀ up to rounding.
+
+    Args:
+        network: A model with the adapter, or a network that contains one; without wrappers.
+        path: The file, or its folder.
+        adapter_name: The adapter.
+        is_trainable: Whether the adapter's parameters are to train.
+
+    Returns:
+        Whether a layer of the adapter has LoRA-GA's structure now.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file does not fit the adapter, or cannot be read. The model is then as before.
+    """
+    model = peft_model_in(network)
+    targets = find_targets(network, adapter_name, fresh=False)
+    saved = _read(Path(path), targets)
+    aligned = _check_shapes(saved, targets, adapter_name)
+    _check_scaling(saved, targets, adapter_name)
+    if saved.sidecar is not None and (aligned or is_trainable):
+        check_base(model, saved.sidecar[1]["fingerprint"], path)
+        _check_starts(saved, aligned)
+    record = {} if saved.sidecar is None else saved.sidecar[1]
+    config = LoraGAConfig.from_dict(record["config"]) if record else LoraGAConfig()
+    alignment = alignment_of(model, adapter_name)
+    if aligned and alignment is None:
+        plain = {name: target for name, target in targets.items() if name not in aligned}
+        alignment = build_structure(network, aligned, plain, config, adapter_name)
+    start = PREFIX if isinstance(model, PeftModel) else ""
+    set_peft_model_state_dict(model, {f"{start}{key}": value for key, value in saved.tensors.items()}, adapter_name)
+    if alignment is not None and saved.sidecar is not None:
+        alignment.config, alignment.summary = config, record.get("summary", "")
+        for name, pair in alignment.factors.items():
+            for letter, factor in zip("AB", pair, strict=True):
+                factor.start = saved.sidecar[0][f"{name}.{letter}0"].to(factor.trainable.device, factor.trainable.dtype)
+    if not is_trainable:
+        for target in targets.values():
+            target.layer.set_adapter(list(target.layer.active_adapters), inference_mode=True)
+    return bool(aligned)
+
+
+def _read(path: Path, targets: Mapping[str, Target]) -> SavedAdapter:
+    """Read the file, and take what belongs to the model.
+
+    Returns:
+        The adapter of the model.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or holds no layer of the model, or one several times.
+    """
+    files = [path] if path.is_file() else [path / SAFETENSORS_WEIGHTS_NAME, path / PIPELINE_FILE]
+    where = next((file for file in files if file.is_file()), None)
+    if where is None:
+        raise FileNotFoundError(
+            f"{path}: neither a file nor a local folder with {SAFETENSORS_WEIGHTS_NAME} or {PIPELINE_FILE}."
+        )
+    try:
+        with safe_open(str(where), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {_in_peft(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{where}: damaged, or not a safetensors file ({error}). Save the adapter again.") from error
+    first = next(iter(targets))
+    found = [key.removesuffix(first + end) for key in tensors for end in ENDS["A"] if key.endswith(first + end)]
+    prefixes = [prefix for prefix in found if not prefix or prefix.endswith(".")]
+    if len(prefixes) != 1:
+        held = f"{len(prefixes)} times ({', '.join(prefixes)})" if prefixes else "not at all"
+        raise ValueError(
+            f"{where}: holds the layer {first} of this model {held}. Give a file that holds the adapter of this model "
+            "once; one of another model cannot be loaded."
+        )
+    (prefix,) = prefixes
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    config = None
+    if where.name == SAFETENSORS_WEIGHTS_NAME and (where.parent / CONFIG_NAME).is_file():
+        config = PeftConfig.from_pretrained(str(where.parent))
+    elif PIPELINE_CONFIGS in header:
+        fields = json.loads(header[PIPELINE_CONFIGS])
+        start = prefix if any(key.startswith(prefix) for key in fields) else ""
+        config = LoraConfig.from_peft_type(
+            **{key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)}
+        )
+    return SavedAdapter(where, own, config, read_sidecar(where.parent))
+
+
+def _in_peft(key: str) -> str:
+    """A name in a file as PEFT writes it."""
+    for theirs, ours in PIPELINE_NAMES.items():
+        key = key.replace(theirs, ours)
+    return key
+
+
+def _check_shapes(saved: SavedAdapter, targets: Mapping[str, Target], adapter_name: str) -> dict[str, Target]:
+    """Refuse an adapter with other layers, ranks or sizes.
+
+    Returns:
+        The layers whose saved rank is twice the rank that trains.
+
+    Raises:
+        ValueError: It is one of these.
+    """
+    different = sorted(saved.layers ^ set(targets))
+    if different:
+        raise ValueError(
+            f"{saved.where}: of an adapter with other layers: {len(different)} are in only one of the two, as "
+            f"{different[0]}. Give the adapter the target_modules of the run that saved it."
+        )
+    aligned = {}
+    for name, target in targets.items():
+        pair = entries(target.layer, adapter_name)
+        structured = isinstance(pair[0], Factor)
+        for letter, entry, dim in zip("AB", pair, (0, 1), strict=True):
+            value = saved.factor(name, letter)
+            held = entry.start if structured else weight_of(entry)
+            found, plain = [] if value is None else list(value.shape), list(held.shape)
+            double = [2 * size if dim == index else size for index, size in enumerate(plain)]
+            if found == double and not target.unknown:
+                aligned[name] = target
+            elif found != plain or structured or name in aligned:
+                rank = plain[dim] // target.parts
+                raise ValueError(
+                    f"{saved.where}: {letter} of {name} is {_shape(found)}; into this adapter of rank {rank} goes "
+                    f"{_shape(double)} (twice its rank, as LoRA-GA saves it)"
+                    + ("" if structured else f" or {_shape(plain)} (plain LoRA)")
+                    + ". Give the adapter the rank of the run that saved it: half of what its configuration says."
+                )
+    return aligned
+
+
+def _shape(sizes: list[int]) -> str:
+    return " x ".join(map(str, sizes)) or "missing"
+
+
+def _check_scaling(saved: SavedAdapter, targets: Mapping[str, Target], adapter_name: str) -> None:
+    """Refuse an adapter that multiplies B A by another factor.
+
+    Raises:
+        ValueError: It does.
+    """
+    if saved.config is None:
+        return
+    for name, target in targets.items():
+        theirs, ours = scaling_of(saved.config, name), target.layer.scaling[adapter_name]
+        if not math.isclose(theirs, ours, rel_tol=1e-6):
+            raise ValueError(
+                f"{saved.where}: multiplies B A of {name} by {theirs:g}, this adapter by {ours:g}. Give the "
+                "adapter the lora_alpha, rank and use_rslora of the run that saved it."
+            )
+
+
+def _check_starts(saved: SavedAdapter, aligned: Mapping[str, Target]) -> None:
+    """Refuse a sidecar of another adapter, and one that needs another base.
+
+    Raises:
+        ValueError: It is one of these.
+    """
+    assert saved.sidecar is not None
+    tensors, record = saved.sidecar
+    if record["config"]["offset"] == "base":
+        raise ValueError(
+            f'{saved.where}: trained with offset="base", for which the base has to change. Give lora_ga.load the '
+            "original base model without an adapter."
+        )
+    different = sorted(set(record["scaling"]) ^ set(aligned))
+    if different:
+        raise ValueError(
+            f"{saved.where}: of its layers {len(record['scaling'])} train at half their rank, and in this adapter "
+            f"{len(aligned)}; {different[0]} differs. Give the adapter the rank of the run that saved it, or load it "
+            "with is_trainable=False."
+        )
+    for name, target in aligned.items():
+        for letter, joining in (("A", JoinedA(target.parts)), ("B", JoinedB(target.parts))):
+            value, start = saved.factor(name, letter), tensors[f"{name}.{letter}0"]
+            assert value is not None
+            delta = joining.delta_in(value.to(start.dtype))
+            if not joining.agree(joining.joined(start, delta), delta.abs(), whole(value).to(start.dtype)):
+                raise ValueError(
+                    f"{saved.where}: {FILE} beside it does not belong to it: {letter} of {name} has another start. Put "
+                    "the right one back, or remove it."
+                )

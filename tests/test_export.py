@@ -1,0 +1,482 @@
+"""Finished adapters: converting runs of PEFT's own LoRA-GA, compressing, merging, and serving by vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft.tuners.lora.loraga import preprocess_loraga
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import lora_ga
+from lora_ga.cli.main import main
+from lora_ga.export.convert import convert_run
+from lora_ga.export.merge import merge_adapter
+from lora_ga.export.vllm import VLLM_RANKS, check_served, write_served
+from toys import adapted, bert, causal, classified, gpt2, llama, logits, saved, train
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclasses.dataclass
+class OldRun:
+    """A run of PEFT's LoRA-GA, on a changed base: its initial and final adapter on disk, and the trained model."""
+
+    init: Path
+    final: Path
+    model: Any
+
+
+def old_run(folder: Path, make: Callable[[], Any], batches: list[Any], targets: list[str], **lora: Any) -> OldRun:
+    base = make()
+    lora_bias = lora.pop("lora_bias", False)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": targets} | lora
+    config = LoraConfig(**settings, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    config.lora_bias = lora_bias  # PEFT's constructor refuses it with LoRA-GA; the authors' fork does not
+
+    def train_step() -> None:
+        for batch in batches:
+            base(**batch).loss.backward()
+
+    preprocess_loraga(base, config, train_step)
+    torch.manual_seed(3)
+    model = get_peft_model(base, config)
+    model.save_pretrained(folder / "init")
+    train(model, batches, lr=1e-3)
+    model.save_pretrained(folder / "final")
+    return OldRun(folder / "init", folder / "final", model.eval())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> OldRun:
+    return old_run(tmp_path, llama, causal(), ["q_proj", "v_proj", "down_proj"])
+
+
+LLAMA = ["q_proj", "v_proj", "down_proj"]
+KINDS: dict[str, tuple[Callable[[], Any], Callable[..., list[Any]], list[str], dict[str, Any]]] = {
+    "plain": (llama, causal, LLAMA, {}),
+    "rank-stabilised": (llama, causal, LLAMA, {"use_rslora": True}),
+    "patterns": (llama, causal, LLAMA, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}),
+    "patterns, rank-stabilised": (
+        llama,
+        causal,
+        LLAMA,
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32, "down_proj": 1}},
+    ),
+    "DoRA": (llama, causal, LLAMA, {"use_dora": True}),
+    "modules trained in full": (llama, causal, LLAMA, {"modules_to_save": ["lm_head"]}),
+    "embedding": (llama, causal, [*LLAMA, "embed_tokens"], {}),
+    "biases of the layers": (bert, classified, ["query", "dense"], {"bias": "lora_only"}),
+    "all biases, a head": (bert, classified, ["query", "dense"], {"bias": "all", "task_type": "SEQ_CLS"}),
+    "biases of B": (bert, classified, ["query", "dense"], {"lora_bias": True}),
+    "transposed weights": (gpt2, causal, ["c_attn", "c_fc"], {"fan_in_fan_out": True}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_converted_adapter_gives_the_original_base_the_function_of_the_run(kind: str, tmp_path: Path) -> None:
+    make, batches_of, targets, lora = KINDS[kind]
+    batches = batches_of()
+    run = old_run(tmp_path, make, batches, targets, **lora)
+    errors = convert_run(run.init, run.final, tmp_path / "out")
+    assert max(errors.values()) < 1e-6
+    wanted = logits(run.model, batches[0])
+    stock = PeftModel.from_pretrained(make(), tmp_path / "out").eval()
+    torch.testing.assert_close(logits(stock, batches[0]), wanted, rtol=0, atol=1e-5)
+    change_config(run.final, init_lora_weights=True, lora_ga_config=None)
+    unconverted = PeftModel.from_pretrained(make(), run.final).eval()
+    assert (logits(unconverted, batches[0]) - wanted).abs().max() > 1e-4
+    assert stock.peft_config["default"].r == 8
+
+
+def test_the_converted_file_is_float32_and_loses_less_in_low_precision_than_stacked_factors(tmp_path: Path) -> None:
+    run = old_run(tmp_path, llama, causal(), ["q_proj"])
+    # As in the authors' fork, the initial factors have size 1, and training changes them little.
+    # (In PEFT, B has the size of the gradient.)
+    draw = torch.Generator().manual_seed(1)
+    start = {key: torch.randn(value.shape, generator=draw) / 4 for key, value in load_file(run.init / WEIGHTS).items()}
+    change_tensors(run.init, lambda _: start)
+    change_tensors(run.final, lambda _: {k: v + 1e-3 * torch.randn(v.shape, generator=draw) for k, v in start.items()})
+    convert_run(run.init, run.final, tmp_path / "out")
+    written, first, last = (load_file(path / WEIGHTS) for path in (tmp_path / "out", run.init, run.final))
+    assert all(tensor.dtype == torch.float32 for tensor in written.values())
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    a_0, b_0, a, b = (file[key.format(letter)].double() for file in (first, last) for letter in "AB")
+    change = b @ a - b_0 @ a_0
+
+    def rounding_error(left: torch.Tensor, right: torch.Tensor) -> float:
+        return ((left.bfloat16().double() @ right.bfloat16().double() - change).norm() / change.norm()).item()
+
+    ours = rounding_error(written[key.format("B")], written[key.format("A")])
+    assert ours < rounding_error(torch.cat([b, -b_0], dim=1), torch.cat([a, a_0])) / 10
+
+
+def test_a_run_of_the_authors_fork_is_converted(run: OldRun, tmp_path: Path) -> None:
+    for folder in (run.init, run.final):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config |= {"peft_type": "LORAGA", "bsz": 2, "iters": 2, "direction": "ArB2r", "stable_gamma": 16}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    convert_run(run.init, run.final, tmp_path / "out")
+    assert "bsz" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "out")
+    torch.testing.assert_close(logits(stock, causal(1)[0]), logits(run.model, causal(1)[0]), rtol=0, atol=1e-5)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 8}, r"do not belong together: their rank \(r\) is 4 and 8"),
+        ({"lora_alpha": 16}, r"their alpha \(lora_alpha\) is 8 and 16"),
+        ({"use_rslora": True}, r"rank-stabilised scaling \(use_rslora\) is None and True"),
+        ({"rank_pattern": {"q_proj": 2}}, r"rank pattern \(rank_pattern\) is None and {'q_proj': 2}"),
+        ({"target_modules": ["q_proj"]}, r"target modules .* and \['q_proj'\]"),
+        ({"peft_type": "IA3"}, "an adapter of type IA3; only LoRA can be converted"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication makes several layers share one base weight"),
+        ({"target_parameters": ["experts.w"]}, r"adapts parameters by target_parameters \(experts.w\)"),
+    ],
+)
+def test_adapters_that_do_not_belong_together_or_cannot_be_converted_are_refused(
+    changes: dict[str, Any], message: str, run: OldRun, tmp_path: Path
+) -> None:
+    change_config(run.final, **changes)
+    with pytest.raises(ValueError, match=message):
+        convert_run(run.init, run.final, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_different_bases_are_refused(run: OldRun, tmp_path: Path) -> None:
+    change_config(run.init, base_model_name_or_path="one/model")
+    change_config(run.final, base_model_name_or_path="another/model")
+    with pytest.raises(ValueError, match="their base models are one/model and another/model"):
+        convert_run(run.init, run.final, tmp_path / "out")
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+def test_adapters_with_different_layers_or_shapes_are_refused(run: OldRun, tmp_path: Path) -> None:
+    whole = load_file(run.final / WEIGHTS)
+    change_tensors(run.final, lambda file: {key: value for key, value in file.items() if "layers.1.mlp" not in key})
+    with pytest.raises(ValueError, match="only one of them holds .*layers.1.mlp.down_proj.lora_A.weight .2 such"):
+        convert_run(run.init, run.final, tmp_path / "out")
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+    save_file(whole | {key: whole[key][:, :32].contiguous()}, run.final / WEIGHTS)
+    with pytest.raises(ValueError, match=r"down_proj.lora_A.weight is \(4, 48\) and \(4, 32\)"):
+        convert_run(run.init, run.final, tmp_path / "out")
+    save_file({name: value for name, value in whole.items() if name != key}, run.final / WEIGHTS)
+    with pytest.raises(ValueError, match="damaged, .*down_proj has only one of the factors A and B"):
+        convert_run(run.init, run.final, tmp_path / "out")
+
+
+def test_the_same_adapter_twice_is_refused(run: OldRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hold the same factors: nothing was trained, or one was given twice"):
+        convert_run(run.init, run.init, tmp_path / "out")
+
+
+def test_an_adapter_that_needs_no_conversion_is_refused(run: OldRun, tmp_path: Path) -> None:
+    convert_run(run.init, run.final, tmp_path / "converted")
+    with pytest.raises(ValueError, match="one that was converted already is for the original base"):
+        convert_run(run.init, tmp_path / "converted", tmp_path / "out")
+    shutil.copytree(run.final, tmp_path / "ours")
+    (tmp_path / "ours" / "lora_ga.safetensors").touch()
+    with pytest.raises(ValueError, match="it was trained with this library and needs no conversion"):
+        convert_run(run.init, tmp_path / "ours", tmp_path / "out")
+    plain = adapted(llama(), ["q_proj"])
+    plain.save_pretrained(tmp_path / "plain")
+    train(plain, causal())
+    plain.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match="every product B₀A₀ is zero, as plain LoRA starts"):
+        convert_run(tmp_path / "plain", tmp_path / "trained", tmp_path / "out")
+
+
+def test_an_initial_adapter_of_another_run_gives_a_warning(run: OldRun, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    change_tensors(
+        run.init, lambda file: {key: torch.randn(value.shape, generator=generator) for key, value in file.items()}
+    )
+    with pytest.warns(UserWarning, match="may not be of one run: the cosine between their A is "):
+        convert_run(run.init, run.final, tmp_path / "out")
+
+
+def test_damaged_and_missing_files_raise_errors_that_name_them(run: OldRun, tmp_path: Path) -> None:
+    change_tensors(run.final, lambda file: file | {min(file): file[min(file)] * float("nan")})
+    with pytest.raises(ValueError, match="holds numbers that are not finite"):
+        convert_run(run.init, run.final, tmp_path / "out")
+    (run.final / WEIGHTS).write_bytes(b"{}")
+    with pytest.raises(ValueError, match="damaged, its files cannot be read"):
+        convert_run(run.init, run.final, tmp_path / "out")
+    (run.final / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match="final: holds no adapter_model.safetensors"):
+        convert_run(run.init, run.final, tmp_path / "out")
+    (run.init / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="init: holds no adapter_config.json"):
+        convert_run(run.init, run.final, tmp_path / "out")
+
+
+def test_the_command_converts_and_reports_errors(
+    run: OldRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["convert", str(run.init), str(run.final)]
+    assert main([*argv, "--output", str(tmp_path / "out")]) == 0
+    assert "out: 6 layers for the original base, read back with a relative error of " in capsys.readouterr().out
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "out")
+    torch.testing.assert_close(logits(stock, causal(1)[0]), logits(run.model, causal(1)[0]), rtol=0, atol=1e-5)
+    assert main([*argv, "--output", str(tmp_path / "out")]) == 2
+    assert "not empty. Choose another output folder" in capsys.readouterr().err
+    assert main(argv) == 2
+    assert "--output is missing" in capsys.readouterr().err
+
+
+# --- compressing and merging ------------------------------------------------------------------------------------------
+
+
+def close_in_effect(small: Any, whole: Any, base: Any, batch: Any) -> bool:
+    """Whether the two adapters' logits differ by at most a tenth of the whole adapter's effect on the logits."""
+    effect = logits(whole, batch) - logits(base, batch)
+    return bool((logits(small, batch) - logits(whole, batch)).norm() <= 0.1 * effect.norm())
+
+
+def product(folder: Path, layer: str) -> torch.Tensor:
+    """B A of a layer of the saved adapter."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{layer}.lora_{letter}.weight"].double() for letter in "AB")
+    return b @ a
+
+
+def test_compressing_gives_the_best_product_of_the_rank_and_reports_its_error(tmp_path: Path) -> None:
+    model = saved(tmp_path / "whole", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 32})
+    errors = lora_ga.compress_adapter(tmp_path / "whole", tmp_path / "small", 3)
+    assert len(errors) == 14
+    for layer, error in errors.items():
+        scaling = model.base_model.model.get_submodule(layer).scaling["default"]
+        whole = scaling * product(tmp_path / "whole", layer)
+        values = torch.linalg.svdvals(whole)
+        assert error == pytest.approx((values[3:].norm() / values.norm()).item(), abs=1e-6)
+        lost = (product(tmp_path / "small", layer) - whole).norm() / whole.norm()
+        assert lost.item() == pytest.approx(error, abs=1e-5)
+
+
+def test_stock_peft_loads_the_compressed_adapter(tmp_path: Path) -> None:
+    model = saved(tmp_path / "whole", modules_to_save=["lm_head"], targets=["q_proj", "v_proj"])
+    lora_ga.compress_adapter(tmp_path / "whole", tmp_path / "small", 7)
+    small = PeftModel.from_pretrained(llama(), tmp_path / "small")
+    assert small.peft_config["default"].r == 7
+    assert close_in_effect(small, model, llama(), causal(1)[0])
+    assert not (tmp_path / "small" / "lora_ga.safetensors").exists()
+
+
+def test_compressing_to_the_rank_of_the_product_loses_nothing(tmp_path: Path) -> None:
+    model = saved(tmp_path / "whole", rank_pattern={"q_proj": 2}, lora_bias=False)
+    tensors = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    assert max(t.shape[0] for name, t in tensors.items() if "lora_A" in name) == 8
+    errors = lora_ga.compress_adapter(tmp_path / "whole", tmp_path / "small", 4)
+    assert errors["model.layers.0.self_attn.q_proj"] < 1e-6
+    assert errors["model.layers.0.self_attn.v_proj"] > 1e-3
+    assert torch.isfinite(logits(model, causal(1)[0])).all()
+
+
+def test_compressing_keeps_lora_biases(tmp_path: Path) -> None:
+    model = adapted(bert(), ["query", "dense"], lora_bias=True)
+    lora_ga.initialize(model, classified())
+    train(model, classified())
+    model.save_pretrained(tmp_path / "whole")
+    lora_ga.compress_adapter(tmp_path / "whole", tmp_path / "small", 7)
+    small = PeftModel.from_pretrained(bert(), tmp_path / "small")
+    assert close_in_effect(small, model.eval(), bert(), classified(1)[0])
+
+
+def test_bad_ranks_folders_and_adapters_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    saved(tmp_path / "whole")
+    saved(tmp_path / "dora", use_dora=True)
+    saved(tmp_path / "embedding", use_dora=True, targets=["q_proj"])
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    with pytest.raises(ValueError, match="rank 8: the adapter has rank 8; compress to a rank from 1 to 7"):
+        lora_ga.compress_adapter(tmp_path / "whole", tmp_path / "out", 8)
+    with pytest.raises(ValueError, match="full: not empty. Choose another output folder"):
+        lora_ga.compress_adapter(tmp_path / "whole", full, 2)
+    with pytest.raises(FileNotFoundError, match="full: holds no adapter_config.json"):
+        lora_ga.compress_adapter(full, tmp_path / "out", 2)
+    with pytest.raises(ValueError, match="a DoRA adapter"):
+        lora_ga.compress_adapter(tmp_path / "dora", tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()
+    assert [file.name for file in full.iterdir()] == ["file"]
+
+
+def test_compressing_an_embedding_adapter_is_refused(tmp_path: Path) -> None:
+    model = adapted(llama(), ["embed_tokens", "q_proj"])
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="lora_embedding_A is not a factor of a linear layer"):
+        lora_ga.compress_adapter(tmp_path / "whole", tmp_path / "out", 2)
+
+
+def test_the_merged_checkpoint_has_the_function_of_the_adapted_model(tmp_path: Path) -> None:
+    model = saved(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=llama())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="merged: not empty"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=llama())
+
+
+# --- serving ----------------------------------------------------------------------------------------------------
+
+
+def merged_as_by_vllm(folder: Path) -> Any:
+    """Add the adapter to the base as vLLM does: B A of every layer times one scaling, from r and lora_alpha."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] in VLLM_RANKS
+    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    tensors, base = load_file(folder / "adapter_model.safetensors"), llama()
+    with torch.no_grad():
+        for key, a in tensors.items():
+            if key.endswith(".lora_A.weight"):
+                assert len(a) <= config["r"]
+                layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                base.get_submodule(layer).weight += scaling * tensors[key.replace("lora_A", "lora_B")] @ a
+    return base
+
+
+def test_transformers_loads_a_saved_adapter(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    base = llama()
+    base.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(base, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+
+
+def test_stock_peft_loads_a_saved_adapter_beside_another(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    base = adapted(llama(), ["q_proj"])
+    base.load_adapter(str(tmp_path), "served")
+    base.set_adapter("served")
+    torch.testing.assert_close(logits(base.eval(), causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_rslora", [True, False])
+def test_a_plain_adapter_is_served_as_it_is(use_rslora: bool, tmp_path: Path) -> None:
+    model = saved(tmp_path, use_rslora=use_rslora)
+    verdict = check_served(tmp_path, "vllm")
+    assert (verdict.refused, verdict.fixable, verdict.rank) == ((), (), 8)
+    served = logits(merged_as_by_vllm(tmp_path), causal(1)[0])
+    torch.testing.assert_close(served, logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+
+
+def test_patterns_that_vllm_would_scale_wrongly_are_rewritten_without_loss(tmp_path: Path) -> None:
+    model = saved(tmp_path / "a", rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 64})
+    verdict = check_served(tmp_path / "a", "vllm")
+    assert "rank_pattern, alpha_pattern: vLLM scales every layer by r" in verdict.fixable[0]
+    wanted = logits(model, causal(1)[0])
+    assert (logits(merged_as_by_vllm(tmp_path / "a"), causal(1)[0]) - wanted).abs().max() > 1e-2
+    errors = write_served(tmp_path / "a", tmp_path / "b", "vllm")
+    assert set(errors.values()) == {0.0}
+    assert check_served(tmp_path / "b", "vllm").fixable == ()
+    torch.testing.assert_close(logits(merged_as_by_vllm(tmp_path / "b"), causal(1)[0]), wanted, rtol=0, atol=1e-5)
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "b")
+    torch.testing.assert_close(logits(stock, causal(1)[0]), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_rank_that_vllm_does_not_allow_is_padded_or_compressed_to_one_it_does(tmp_path: Path) -> None:
+    saved(tmp_path / "a", r=6)
+    assert check_served(tmp_path / "a", "vllm").rank == 16
+    errors = write_served(tmp_path / "a", tmp_path / "padded", "vllm")
+    assert json.loads((tmp_path / "padded" / "adapter_config.json").read_text())["r"] == 16
+    assert set(errors.values()) == {0.0}
+    errors = write_served(tmp_path / "a", tmp_path / "small", "vllm", 8)
+    assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["r"] == 8
+    assert 0 < max(errors.values()) < 0.5
+
+
+def test_a_rank_above_the_largest_allowed_one_is_reported(tmp_path: Path) -> None:
+    saved(tmp_path / "a", targets=["q_proj"])
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))
+    assert "rank 1024: the largest --max-lora-rank is 512; give --rank" in check_served(tmp_path / "a", "vllm").fixable
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"use_dora": True}, "use_dora: DoRA is not supported"),
+    (
+        {"modules_to_save": ["lm_head"], "targets": ["q_proj"]},
+        "modules_to_save: modules trained in full are not",
+    ),
+    ({"trainable_token_indices": [1, 2], "targets": ["q_proj"]}, "trainable_token_indices: trained tokens need"),
+]
+
+
+@pytest.mark.parametrize(("lora", "message"), REFUSED)
+def test_adapters_that_no_rewriting_can_fix_are_refused(lora: dict[str, Any], message: str, tmp_path: Path) -> None:
+    saved(tmp_path / "a", **lora)
+    assert message in check_served(tmp_path / "a", "vllm").refused[0]
+    with pytest.raises(ValueError, match=f"vllm does not accept it, whatever its rank. {message}"):
+        write_served(tmp_path / "a", tmp_path / "b", "vllm")
+    assert not (tmp_path / "b").exists()
+
+
+def test_biases_are_refused(tmp_path: Path) -> None:
+    cases: dict[str, dict[str, Any]] = {"bias": {"bias": "lora_only"}, "lora_bias": {"lora_bias": True}}
+    for name, settings in cases.items():
+        model = adapted(bert(), ["query"], **settings)
+        lora_ga.initialize(model, classified())
+        model.save_pretrained(tmp_path / name)
+        assert name in check_served(tmp_path / name, "vllm").refused[0]
+
+
+def test_the_command_reports_the_obstacles_and_writes_an_adapter_that_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "good")
+    assert main(["export", str(tmp_path / "good"), "--for", "vllm"]) == 0
+    assert "nothing is in the way. Serve it with: vllm serve BASE --enable-lora --max-lora-rank 8" in (
+        capsys.readouterr().out
+    )
+    saved(tmp_path / "a", r=5, alpha_pattern={"q_proj": 1})
+    argv = ["export", str(tmp_path / "a"), "--for", "vllm"]
+    assert main(argv) == 2
+    shown = capsys.readouterr().out
+    assert "in the way: rank_pattern, alpha_pattern" in shown
+    assert "not served by vllm as it is. Write one that is: lora-ga export " in shown
+    assert main([*argv, "--output", str(tmp_path / "b"), "--rank", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "b: rank 8; median error " in shown
+    assert "b: nothing is in the way" in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--for", "tgi"], "--for tgi: the rules of this server are not known; known are vllm."),
+        (["--for", "vllm", "--merge"], "--for checks adapters, and --merge makes a full model"),
+        (["--for", "vllm", "--rank", "8"], "--rank was given with --for, but no --output to write to"),
+        (
+            ["--for", "vllm", "--rank", "7", "--output", "out"],
+            "--rank 7: vllm allows 8, 16, 32, 64, 128, 256, 320, 512",
+        ),
+    ],
+)
+def test_invalid_options_of_an_export_for_a_server_are_refused(
+    argv: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "a", targets=["q_proj"])
+    assert main(["export", "a", *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
