@@ -22,7 +22,7 @@ OTHER_OBJECTS = {
     "gradients/recording.py": {"recorded"},
     "experiments/suites/run.py": {"curves"},
     "layers/factors.py": {"factor"},
-    "linalg/streaming.py": {"stream", "mine"},
+    "linalg/streaming.py": {"stream"},
     # FSDP2's record of where a parameter is, in the one function that checks its layout first.
     "distributed/sharding.py": {"info"},
     # A trainer, its arguments, its state and its data loader, none of them a module; PEFT's configuration.

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_ga.linalg.accumulator import Size
 from lora_ga.linalg.low_rank import LowRank, estimated_norm, generator, merge, merge_factors, probes, truncated_svd
-from lora_ga.linalg.streaming import direction_change, orthonormal, project, truncate
+from lora_ga.linalg.streaming import Streaming, direction_change, orthonormal, truncate
 
 
 def with_known_spectrum(
@@ -24,20 +25,15 @@ def with_known_spectrum(
 
 
 def streamed(g: Tensor, blocks: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Feed a matrix to `project` as blocks of (x, g) whose products add up to it."""
-    held = None
-    columns = torch.eye(g.shape[1], dtype=g.dtype)
-    for index, part in enumerate(columns.chunk(blocks)):
-        width = min(kept + 8, *g.shape)
-        start = torch.randn(g.shape[1], width, generator=generator(0, "test", str(index))).to(g)
-        if held is not None:
-            start[:, : held[1].numel()] = torch.where(held[1] > 0, held[2], start[:, : held[1].numel()])
-        omega = probes(g.shape[1], 0).to(g)
-        q, z, sketch = project(held, part, 2 * (g @ part.mT).mT, 0.5, start, omega, power_steps=int(held is None))
-        torch.testing.assert_close(sketch, g @ part.mT @ part @ omega)
-        held = truncate(q, z, kept)
-    assert held is not None
-    return held
+    """Feed a matrix to the streaming estimator as blocks of (x, g) whose products add up to it."""
+    stream, columns = Streaming({"g": Size(kept, kept)}, 0, 0), torch.eye(g.shape[1], dtype=g.dtype)
+    done = torch.zeros_like(g)
+    for part in columns.chunk(blocks):
+        stream.add("g", part, 2 * (g @ part.mT).mT, 0.5)
+        stream.flush()
+        done += g @ part.mT @ part
+        torch.testing.assert_close(stream.state()["g.sketch"], done @ probes(g.shape[1], 0).to(g))
+    return stream.streams["g"].held
 
 
 def test_one_block_finds_the_leading_singular_triplets_of_a_known_spectrum() -> None:

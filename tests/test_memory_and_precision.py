@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import lora_ga
 from lora_ga import LoraGAConfig
+from lora_ga.gradients.isolation import isolated
 from lora_ga.layers.targets import find_targets
 from lora_ga.linalg.accumulator import Size
-from lora_ga.linalg.streaming import Streaming
+from lora_ga.linalg.streaming import STACKED, Streaming
 from toys import adapted, causal, llama
 
 
@@ -35,6 +37,8 @@ class NewShapes(TorchDispatchMode):
                 self.shapes.add(tuple(each.shape))
         return result
 
+
+Batches = list[dict[str, Tensor]]
 
 # No batch, head or rank has these widths, so a shape with two of them is that of a gradient.
 SIZES: dict[str, Any] = {
@@ -58,17 +62,56 @@ def test_no_tensor_of_the_size_of_a_gradient_is_allocated(settings: dict[str, An
     assert bool(found) == (settings.get("estimator") == "dense")  # so the check can fail
 
 
-def test_adding_a_block_does_not_wait_for_the_device() -> None:
+def test_adding_blocks_does_not_wait_for_the_device_and_a_flush_waits_once() -> None:
     # These tensors have no values. Code that reads one, and so would wait for the device, raises an error.
     with FakeTensorMode():
-        accumulator = Streaming({"layer": Size(kept=12, used=4)}, 1, 0, watched=True)
+        accumulator = Streaming(dict.fromkeys(map(str, range(STACKED + 1)), Size(kept=12, used=4)), 0, 0)
         for _ in range(2):
-            accumulator.add("layer", torch.randn(50, 40), torch.randn(50, 30), 2.0)
-            u, s, v = torch.empty(30, 12), torch.empty(12), torch.empty(40, 12)
-            accumulator.streams["layer"].held, accumulator.streams["layer"].pending = (u, s, v), None
-        accumulator.add("layer", torch.randn(50, 40), torch.randn(50, 30), 2.0)
-        with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
-            accumulator.flush()  # only this reads a value
+            for name in [*accumulator.sizes, "0"]:  # enough to truncate some before the flush; "0" runs twice
+                accumulator.add(name, torch.randn(50, 40), torch.randn(50, 30), 2.0)
+            with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
+                accumulator.flush()
+            assert not accumulator._waiting  # so all of the work was done before the value was read
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute or copy. Views of other tensors cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        made = {each.untyped_storage().data_ptr() for each in tree_leaves(result) if isinstance(each, Tensor)}
+        self.count += not (made and made <= given) or func._schema.is_mutable
+        return result
+
+
+def test_a_layer_and_batch_cost_at_most_twelve_operations_beyond_the_frozen_pass() -> None:
+    model = adapted(llama(num_hidden_layers=6, **SIZES))
+    layers = len(find_targets(model))
+
+    def operations(batches: Batches, work: Callable[[Batches], Any]) -> int:
+        with Kernels() as kernels:
+            work(batches)
+        return kernels.count
+
+    def frozen(batches: Batches) -> None:
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+        with isolated(model, "default"):
+            for batch in batches:
+                model(**batch).loss.backward()
+        hook.remove()
+
+    def estimate(batches: Batches) -> None:
+        lora_ga.estimate_gradients(model, batches)
+
+    one, four = causal(1, rows=3, length=7), causal(4, rows=3, length=7)
+    added = [operations(four, work) - operations(one, work) for work in (estimate, frozen)]
+    assert layers == 42
+    assert 4 < (added[0] - added[1]) / (3 * layers) <= 12
 
 
 def relative_error(one: Any, other: Any) -> float:

@@ -106,14 +106,19 @@ def test_directions_that_no_block_had_are_zeros_in_the_state(rank: int, dtype: t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_first_call_that_is_not_finite_is_named_when_the_layer_is_called_again(dtype: torch.dtype) -> None:
-    (x, g), accumulator = (
-        blocks(torch.ones(4, dtype=torch.float64), 1, dtype)[0],
+def test_a_first_call_that_is_not_finite_is_named_when_the_layer_is_called_twice(dtype: torch.dtype) -> None:
+    ((x, g),), accumulator = (
+        blocks(torch.ones(4, dtype=torch.float64), 1, dtype),
         Streaming({"layer": Size(8, 4)}, 0, 0),
     )
-    accumulator.add("layer", x * torch.nan, g, 1.0)
+
+    def batch() -> None:
+        for each in (x * torch.nan, x):
+            accumulator.add("layer", each, g, 1.0)
+        accumulator.flush()
+
     with pytest.raises(FloatingPointError, match=r"^layer: the gradient is not finite$"):
-        accumulator.add("layer", x, g, 1.0)
+        batch()
 
 
 # Directions to start from
@@ -175,7 +180,7 @@ def test_test_directions_differ_between_blocks_and_layers_and_not_between_runs()
             for name in names:
                 accumulator.add(name, x, g, 1.0)
                 accumulator.flush()
-                made.append(accumulator._start(name, accumulator.streams[name], x, g, 16)[:, 4:])
+                made.append(accumulator.streams[name].start[:, 4:])
         return made
 
     drawn, again, other = starts(("a", "b")), starts(("a", "b")), starts(("a", "b"), seed=1)

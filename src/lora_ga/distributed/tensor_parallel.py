@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_ga.distributed.sharding import Storage
+from lora_ga.linalg.accumulator import Inputs, UnitRows
 
 # The plans that PEFT's LoRA layers support, and the dimension of the weight (O, I) that each splits.
 PLANS = {"colwise": 0, "rowwise": 1}
@@ -41,7 +42,7 @@ class Split:
     begin: int
     count: int
 
-    def padded(self, x_TI: Tensor, g_TO: Tensor) -> tuple[Tensor, Tensor]:
+    def padded(self, x_TI: Inputs, g_TO: Tensor) -> tuple[Inputs, Tensor]:
         """Pad this process's share of x or ∂L/∂y with zeros, so that gᵀx is its padded block of G.
 
         Args:
@@ -51,7 +52,11 @@ class Split:
         Returns:
             x (T, I) and ∂L/∂y (T, O) with I and O of the whole weight.
         """
-        return (x_TI, self._padded(g_TO)) if self.dim == 0 else (self._padded(x_TI), g_TO)
+        if self.dim == 0:
+            return x_TI, self._padded(g_TO)
+        if isinstance(x_TI, UnitRows):
+            return UnitRows(x_TI.places + self.begin, self.shape[1]), g_TO
+        return self._padded(x_TI), g_TO
 
     def _padded(self, part: Tensor) -> Tensor:
         whole = part.new_zeros(len(part), self.shape[self.dim])

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_ga.gradients.isolation import shadow_parameter, unshadow_parameter
+from lora_ga.linalg.accumulator import Inputs
 
 # Receives the name of a layer or of a part of one, x as (T, I) and g as (T, O), with G = gᵀ x.
-Sink = Callable[[str, Tensor, Tensor], None]
+Sink = Callable[[str, Inputs, Tensor], None]
 # A layer's input and the gradient of its output → the name, (T, I) and (T, O) of each of its parts.
-Rows = Callable[[Tensor, Tensor], Iterable[tuple[str, Tensor, Tensor]]]
+Rows = Callable[[Tensor, Tensor], Iterable[tuple[str, Inputs, Tensor]]]
 
 
 @dataclasses.dataclass
@@ -93,7 +94,7 @@ def record_layers(
         yield coverage
 
 
-def flat(name: str, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+def flat(name: str, x: Tensor, g: Tensor) -> Iterator[tuple[str, Inputs, Tensor]]:
     """The rows of a layer that maps `(..., I)` to `(..., O)`."""
     yield name, x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
 
@@ -107,7 +108,9 @@ class _RecordOutputGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, start: Tensor, name: str, receive: Sink) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, start: Tensor, name: str, receive: Callable[[str, Tensor, Tensor], None]
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.name, ctx.receive = name, receive
         # Neither `y` nor a view of it: autograd would not let the model change such an output in place.

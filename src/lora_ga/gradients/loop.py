@@ -119,7 +119,11 @@ def _pass(
         if recorded:
             recorder.finish_batch(weight)
             if setup.checkpoint is not None and number % setup.checkpoint.every == 0:
-                setup.checkpoint.save(recorder.progress, recorder.accumulator.state())
+                state = recorder.accumulator.state()
+                setup.checkpoint.save(recorder.progress, state)
+                # The run that goes on from the file starts from this state, layer by layer. So does this one, since
+                # products of stacks may round differently.
+                recorder.accumulator.restore(state, setup.devices)
 
 
 def keep_batches(setup: Setup, reader: BatchReader) -> None:

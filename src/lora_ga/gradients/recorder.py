@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_ga.gradients.checkpoint import Progress
 from lora_ga.gradients.hooks import Coverage, record_layers, record_parameters
 from lora_ga.layers.targets import Target
-from lora_ga.linalg.accumulator import Accumulator
+from lora_ga.linalg.accumulator import Accumulator, Inputs
 
 
 class Recorder:
@@ -98,7 +98,7 @@ class Recorder:
         """Whether every layer has converged, so that nothing is left to record."""
         return self.tolerance is not None and all(self._converged(target) for target in self.targets.values())
 
-    def _add(self, name: str, x_TI: Tensor, g_TO: Tensor) -> None:
+    def _add(self, name: str, x_TI: Inputs, g_TO: Tensor) -> None:
         """Add the rows of a layer's part, unless the part has converged or the pass is not recorded."""
         if self.scale and name not in self.progress.settled:
             # The second context takes the functions of the accumulator out of `NoiseOff`, which would slow them down.

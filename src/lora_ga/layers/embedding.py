@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import ItemsView, Mapping, ValuesView
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.linear import Rows, TransposedLayout
+from lora_ga.linalg.accumulator import UnitRows
 
 
 class EmbeddingLayout(TransposedLayout):
@@ -28,7 +28,7 @@ class EmbeddingLayout(TransposedLayout):
         return base.embedding_dim, base.num_embeddings
 
     def rows(self, layer: Any, x: Tensor, g: Tensor) -> Rows:
-        """One row for each entry that was looked up, with the sum of its gradients; none for padding.
+        """One row for each id. The rows of padding have no gradient.
 
         Args:
             layer: PEFT's layer.
@@ -36,21 +36,16 @@ class EmbeddingLayout(TransposedLayout):
             g: The gradient at the output, (..., width).
 
         Yields:
-            The number of the only part, unit vectors (T, I) and summed gradients (T, O).
+            The number of the only part, unit vectors (T, I) and gradients (T, O).
         """
         base = layer.get_base_layer()
         ids, g_TO = x.reshape(-1), g.reshape(-1, g.shape[-1])
         if base.padding_idx is not None:
-            kept = ids != base.padding_idx
-            ids, g_TO = ids[kept], g_TO[kept]
+            g_TO = g_TO.masked_fill((ids == base.padding_idx)[:, None], 0.0)
         scale = getattr(base, "embed_scale", None)  # Gemma multiplies its embeddings, and PEFT their adapter, by it
         if scale is not None:
             g_TO = g_TO * scale
-        found, position = torch.unique(ids, return_inverse=True)
-        wide = torch.promote_types(g_TO.dtype, torch.float32)
-        summed_TO = g_TO.new_zeros(len(found), g_TO.shape[1], dtype=wide).index_add_(0, position, g_TO.to(wide))
-        unit_TI = summed_TO.new_zeros(len(found), base.num_embeddings).scatter_(1, found[:, None], 1.0)
-        yield 0, unit_TI, summed_TO
+        yield 0, UnitRows(ids, base.num_embeddings), g_TO
 
 
 EMBEDDING = EmbeddingLayout()

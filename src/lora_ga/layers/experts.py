@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_ga.layers.linear import Rows, WeightLayout
+from lora_ga.linalg.accumulator import UnitRows
 
 
 class ExpertsLayout(WeightLayout):
@@ -37,7 +38,9 @@ class ExpertsLayout(WeightLayout):
         return weight if layer._did_swap_in_out_features else weight.mT
 
     def rows(self, layer: Any, x: Tensor, g: Tensor) -> Rows:
-        """The parameter's gradient G of each expert, as G = 1ᵀ G: G as the inputs, the identity as output gradients.
+        """The parameter's gradient G of each expert, as G = (Gᵀ)ᵀ 1: unit vectors as inputs, Gᵀ as output gradients.
+
+        An expert without a token has a gradient of zeros. Leaving it out would mean to wait for the device.
 
         Args:
             layer: PEFT's layer.
@@ -45,11 +48,12 @@ class ExpertsLayout(WeightLayout):
             g: The gradient of the loss at the parameter.
 
         Yields:
-            The number of an expert whose gradient is not zero, its gradient (O, I) and the identity (O, O).
+            The number of an expert, the unit vectors (I, I) and its gradient, transposed (I, O).
         """
-        for part, g_OI in enumerate(self.matrices(layer, g)):
-            if bool(g_OI.any()):
-                yield part, g_OI, torch.eye(len(g_OI), dtype=g.dtype, device=g.device)
+        gradients = self.matrices(layer, g)
+        every = UnitRows(torch.arange(gradients.shape[-1], device=g.device), gradients.shape[-1])
+        for part, g_OI in enumerate(gradients):
+            yield part, every, g_OI.mT
 
     def stack_b(self, b_POr: Tensor) -> Tensor:
         """PEFT orders the columns of B by rank first, then by expert."""

@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_ga.linalg.accumulator import Inputs
+
 # The number of a part, the inputs (T, I) it was computed from and the gradients (T, O) of its outputs.
-Rows = Iterator[tuple[int, Tensor, Tensor]]
+Rows = Iterator[tuple[int, Inputs, Tensor]]
 
 
 class WeightLayout:

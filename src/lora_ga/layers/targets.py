@@ -18,6 +18,7 @@ from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, entries, kind_of, layout_of, warn_never_run, weight_of
 from lora_ga.layers.linear import WeightLayout
 from lora_ga.layers.tied import tied_heads, why_not_separate, why_not_tied, why_not_used_once
+from lora_ga.linalg.accumulator import Inputs
 
 PREFIX = "base_model.model."
 # Base layers whose weight `offset="base"` has changed. Nothing on the layer shows it once the adapter is deleted.
@@ -61,7 +62,7 @@ class Target:
         """The names of the parts in an estimate: the layer's name if there is one part."""
         return [self.name] if self.parts == 1 else [f"{self.name}[{part}]" for part in range(self.parts)]
 
-    def rows(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def rows(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, Inputs, Tensor]]:
         """The gradient of each part as rows x (T, I) and g (T, O), with `G = gᵀ x`.
 
         Args:

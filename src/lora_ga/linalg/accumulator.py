@@ -5,7 +5,8 @@ Shapes: T tokens, I inputs, O outputs, K kept directions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,6 +22,30 @@ class Size(NamedTuple):
     used: int
 
 
+@dataclasses.dataclass(frozen=True)
+class UnitRows:
+    """Rows that are unit vectors, as the inputs of an embedding are. They are never formed.
+
+    Attributes:
+        places: (T,), where each row is 1.
+        width: I, the length of the rows.
+    """
+
+    places: Tensor
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, I)."""
+        return len(self.places), self.width
+
+
+Inputs = Tensor | UnitRows
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: float64 for a float64 model, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -29,14 +54,17 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 class Accumulator(Protocol):
     """Running sums of `weight · gᵀ x` over blocks of tokens, one for each layer."""
 
-    def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
+    def add(self, name: str, x_TI: Inputs, g_TO: Tensor, weight: float) -> None:
         """Add a block to a layer: inputs (T, I) and output gradients (T, O), of any floating dtype."""
 
-    def flush(self) -> None:
+    def flush(self, loss: Tensor | None = None) -> None:
         """Finish the blocks that were added since the last call; called once after each batch.
 
+        Args:
+            loss: The batch's loss, which is checked together with the blocks: one wait for the device serves both.
+
         Raises:
-            FloatingPointError: A value in a block was not finite.
+            FloatingPointError: A value in a block, or the loss, was not finite.
         """
 
     def changes(self) -> dict[str, float]:
@@ -55,8 +83,24 @@ class Accumulator(Protocol):
         """Add the state of another process, which has read other batches."""
 
 
+def all_finite(values: Sequence[Tensor]) -> bool:
+    """Whether scalars are finite. The host waits for the device here, and nowhere else in a batch.
+
+    Args:
+        values: Scalars of any floating dtype.
+
+    Returns:
+        True if all are.
+    """
+    if not values:
+        return True
+    return bool(
+        torch.stack([each.detach().reshape(()).to(values[0], non_blocking=True) for each in values]).isfinite().all()
+    )
+
+
 def refuse_infinite(sums: Mapping[str, Tensor]) -> None:
-    """Refuse sums that are not finite. The host waits for the device here, and nowhere else in a batch.
+    """Refuse sums that are not finite.
 
     Args:
         sums: Layer → a tensor that is not finite if the layer's sum is not.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_ga.linalg.accumulator import Size, refuse_infinite, sum_dtype
+from lora_ga.linalg.accumulator import Inputs, Size, UnitRows, all_finite, refuse_infinite, sum_dtype
 from lora_ga.linalg.low_rank import LowRank, probes, truncated_svd, wide
 
 
@@ -25,19 +25,30 @@ class Dense:
         self.sizes, self.seed = sizes, seed
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
+    def add(self, name: str, x_TI: Inputs, g_TO: Tensor, weight: float) -> None:
         """Add a block of tokens to a layer's sum."""
         dtype = sum_dtype(g_TO.dtype)
+        if isinstance(x_TI, UnitRows):
+            if name not in self.sums:
+                self.sums[name] = g_TO.new_zeros(g_TO.shape[1], x_TI.width, dtype=dtype)
+            self.sums[name].index_add_(1, x_TI.places, g_TO.to(dtype).mT, alpha=weight)
+            return
         added_OI = (g_TO.to(dtype).mT @ x_TI.to(dtype)).mul_(weight)
         self.sums[name] = self.sums[name].add_(added_OI) if name in self.sums else added_OI
 
-    def flush(self) -> None:
+    def flush(self, loss: Tensor | None = None) -> None:
         """Check that all sums are finite.
 
+        Args:
+            loss: The batch's loss.
+
         Raises:
-            FloatingPointError: A sum is not finite.
+            FloatingPointError: A sum, or the loss, is not finite.
         """
-        refuse_infinite(self.sums)
+        # One number a layer. It may overflow where the sums do not, so it decides nothing.
+        if not all_finite([*(each.sum() for each in self.sums.values()), *([] if loss is None else [loss])]):
+            refuse_infinite(self.sums)
+            refuse_infinite({} if loss is None else {"the loss": loss})
 
     def changes(self) -> dict[str, float]:
         """Nothing: the dense estimator follows no directions."""

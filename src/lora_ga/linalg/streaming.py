@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lora_ga.linalg.accumulator import Size, refuse_infinite, sum_dtype
+from lora_ga.linalg.accumulator import Inputs, Size, UnitRows, all_finite, refuse_infinite, sum_dtype
 from lora_ga.linalg.low_rank import PROBES, LowRank, estimated_norm, gaussian, merge_factors, probes, wide
 
 # The number of random columns added to the warm start of each block, to find directions that only appear late.
@@ -23,10 +23,15 @@ FRESH = 12
 STRIDE = 4
 # Columns of Q below this share of their length before are rounding noise, and are replaced by zeros.
 SPURIOUS = 1e-2
+# Columns of Y of whose length less than this share is independent of the columns before them are left out, in float32:
+# dividing by a small share would magnify the rounding of Z.
+DEPENDENT = 1e-3
 # So are singular values below this share of the largest, by the dtype of the sums.
 NOISE = {torch.float32: 1e-7, torch.float64: 1e-14}
 # The number of layers truncated at once: enough to keep a device busy, few enough that their float64 copies stay small.
-STACKED = 8
+STACKED = 32
+# The number of steps of the QR algorithm in a truncation that is not exact.
+STEPS = 2
 
 
 def orthonormal(y: Tensor) -> Tensor:
@@ -58,7 +63,37 @@ def orthonormal(y: Tensor) -> Tensor:
     return torch.where(q64.norm(dim=0) > SPURIOUS, q64, 0.0).to(y)
 
 
-def first_directions(x_TI: Tensor, g_TO: Tensor, omega_IQ: Tensor) -> Tensor:
+def _times(x_TI: Inputs, w_IC: Tensor) -> Tensor:
+    """`x w`."""
+    return w_IC[x_TI.places] if isinstance(x_TI, UnitRows) else x_TI @ w_IC
+
+
+def _transposed_times(x_TI: Inputs, c_TC: Tensor) -> Tensor:
+    """`xᵀ c`."""
+    if isinstance(x_TI, UnitRows):
+        return c_TC.new_zeros(x_TI.width, c_TC.shape[1]).index_add_(0, x_TI.places, c_TC)
+    return x_TI.mT @ c_TC
+
+
+def _power_step(
+    held: tuple[Tensor, Tensor, Tensor] | None, x_TI: Inputs, g_TO: Tensor, weight: float, start_IQ: Tensor
+) -> Tensor:
+    """One power step, `orth(Mᵀ orth(M start))` for `M = U S Vᵀ + weight·gᵀx`, without forming M.
+
+    Returns:
+        (I, Q), nearly orthonormal; columns of zeros for directions that M does not have.
+    """
+    y_OQ = (g_TO.mT @ _times(x_TI, start_IQ)).mul_(weight)
+    if held is not None:
+        y_OQ.addmm_(held[0] * held[1], held[2].mT @ start_IQ)
+    q_OQ = orthonormal(y_OQ)
+    z_IQ = _transposed_times(x_TI, g_TO @ q_OQ).mul_(weight)
+    if held is not None:
+        z_IQ.addmm_(held[2] * held[1], held[0].mT @ q_OQ)
+    return orthonormal(z_IQ)
+
+
+def first_directions(x_TI: Inputs, g_TO: Tensor, omega_IQ: Tensor) -> Tensor:
     """The directions from which a layer's first block starts: one power iteration on some of its tokens.
 
     Args:
@@ -69,54 +104,10 @@ def first_directions(x_TI: Tensor, g_TO: Tensor, omega_IQ: Tensor) -> Tensor:
     Returns:
         (I, Q), nearly orthonormal. Directions that those tokens do not have are random.
     """
-    if len(x_TI) >= 2 * STRIDE * omega_IQ.shape[1]:
+    if isinstance(x_TI, Tensor) and len(x_TI) >= 2 * STRIDE * omega_IQ.shape[1]:
         x_TI, g_TO = x_TI[::STRIDE], g_TO[::STRIDE]
-    p_IQ = orthonormal(x_TI.mT @ (g_TO @ orthonormal(g_TO.mT @ (x_TI @ omega_IQ))))
+    p_IQ = _power_step(None, x_TI, g_TO, 1.0, omega_IQ)
     return torch.where(p_IQ.norm(dim=0) > 0, p_IQ, omega_IQ)
-
-
-def project(
-    held: tuple[Tensor, Tensor, Tensor] | None,
-    x_TI: Tensor,
-    g_TO: Tensor,
-    weight: float,
-    start_IQ: Tensor,
-    omega_IP: Tensor,
-    power_steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Add one block of tokens to a factorisation: `M = U S Vᵀ + weight·gᵀx ≈ Q Zᵀ`, without forming M.
-
-    `Q = orth(M start)`; for each power step `P = orth(Mᵀ Q)`, `Q = orth(M P)`; then `Z = Mᵀ Q`. This is Algorithm 4.4
-    of Halko, Martinsson and Tropp, "Finding structure with randomness" (2011). With the directions found so far as its
-    start it is one step of subspace iteration for each block.
-
-    Args:
-        held: The factorisation so far, U (O, K), S (K,), V (I, K); None for the first block.
-        x_TI: Inputs of the layer, in the dtype of the sums.
-        g_TO: Gradients of the loss at the layer's outputs.
-        weight: The weight of the block in the sum.
-        start_IQ: The directions to start from.
-        omega_IP: The matrix Ω of the sketch.
-        power_steps: The number of power steps for this block.
-
-    Returns:
-        Q (O, Q), nearly orthonormal, Z (I, Q), and the block's term of the sketch, (O, P).
-    """
-
-    def with_held(y_OQ: Tensor, w_IQ: Tensor) -> Tensor:
-        return y_OQ if held is None else y_OQ.addmm_(held[0] * held[1], held[2].mT @ w_IQ)
-
-    def adjoint(w_OQ: Tensor) -> Tensor:
-        z_IQ = (x_TI.mT @ (g_TO @ w_OQ)).mul_(weight)
-        return z_IQ if held is None else z_IQ.addmm_(held[2] * held[1], held[0].mT @ w_OQ)
-
-    both = (g_TO.mT @ (x_TI @ torch.cat([start_IQ, omega_IP], dim=1))).mul_(weight)
-    y_OQ, sketch_OP = both.split([start_IQ.shape[1], omega_IP.shape[1]], dim=1)
-    q_OQ = orthonormal(with_held(y_OQ, start_IQ))
-    for _ in range(power_steps):
-        p_IQ = orthonormal(adjoint(q_OQ))
-        q_OQ = orthonormal(with_held((g_TO.mT @ (x_TI @ p_IQ)).mul_(weight), p_IQ))
-    return q_OQ, adjoint(q_OQ), sketch_OP.clone()
 
 
 def _whitening(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -151,29 +142,71 @@ def _singular(c_IQ: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     return u_QK, torch.where(found, s_K, 0.0), v_IK
 
 
-def truncate(q_OQ: Tensor, z_IQ: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets of the projection of M on the columns of Q, from Q and `Z = Mᵀ Q`.
+def _by_size(h_QQ: Tensor, *, exactly: bool) -> Tensor:
+    """A rotation R for which `Rᵀ H R` is nearly diagonal, with its largest entries first. Takes batches.
 
-    `M ≈ Q (QᵀQ)⁻¹ Zᵀ`, so Q need not be exactly orthonormal. For float32, only Gram matrices, Q × Q, are decomposed, in
+    Args:
+        h_QQ: Symmetric and not negative, in float64.
+        exactly: Whether R has the eigenvectors of H. Otherwise two steps of the QR algorithm, made of Cholesky
+            factors: with `H = C Cᵀ` and `Cᵀ C = Tᵀ T` it is `R = C T⁻¹`, and `Rᵀ H R = T Tᵀ`. These are a few small
+            products, and nothing that the host waits for. Directions whose values differ by a factor f are
+            separated by f² in each step. Stewart, "The QLP approximation to the singular value decomposition"
+            (1999), shows how good two steps are.
+
+    Returns:
+        R, of the same shape.
+    """
+    if exactly:
+        return torch.linalg.eigh(h_QQ).eigenvectors.flip(-1)
+    diagonal, rotation = h_QQ.diagonal(dim1=-2, dim2=-1), None
+    diagonal.add_(1e-13 * diagonal.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(h_QQ.dtype).tiny))
+    for _ in range(STEPS):
+        c_QQ = torch.linalg.cholesky_ex(h_QQ).L
+        t_QQ = torch.linalg.cholesky_ex(c_QQ.mT @ c_QQ).L.mT
+        step = torch.linalg.solve_triangular(t_QQ, c_QQ, upper=True, left=False)
+        rotation = step if rotation is None else rotation @ step
+        h_QQ = t_QQ @ t_QQ.mT
+    assert rotation is not None
+    return rotation
+
+
+def truncate(y_OQ: Tensor, z_IQ: Tensor, kept: int, *, exactly: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading part of the projection of M on the columns of Y, from Y and `Z = Mᵀ Y`.
+
+    `M ≈ Y (YᵀY)⁻¹ Zᵀ`, so Y need not be orthonormal. For float32, only Gram matrices, Q × Q, are decomposed, in
     float64; a Z in float64 is decomposed itself. Takes batches: leading dimensions are those of a stack of layers.
 
     Args:
-        q_OQ: (…, O, Q).
+        y_OQ: (…, O, Q); for float64 nearly orthonormal.
         z_IQ: (…, I, Q).
         kept: K.
+        exactly: Whether to return singular triplets. Otherwise U is orthonormal, and `V S = Mᵀ U`, so V has columns of
+            length 1 that are only nearly orthogonal, and S descends only roughly. Float64 is always exact.
 
     Returns:
-        U (…, O, K), S (…, K), V (…, I, K). Directions that M does not have are columns of zeros.
+        U (…, O, K), S (…, K), V (…, I, K). Of directions that M does not have, S is zero and the columns of U and V
+        are arbitrary.
     """
-    z64 = wide(z_IQ)  # its columns have the lengths of singular values, whose squares need more than float32
-    whitening, _ = _whitening(wide(q_OQ.mT @ q_OQ), SPURIOUS)
     if z_IQ.dtype == torch.float64:
-        left, lengths, v_IK = _singular(z64 @ whitening, kept)
-        return q_OQ @ (whitening @ left), lengths, v_IK
-    rotation, lengths = _whitening(whitening.mT @ (z64.mT @ z64) @ whitening, NOISE[z_IQ.dtype])
-    right = (whitening @ rotation)[..., :kept]
-    lengths = lengths[..., :kept]
-    return q_OQ @ (right * lengths[..., None, :]).to(q_OQ), lengths.to(q_OQ), z_IQ @ right.to(z_IQ)
+        whitening, _ = _whitening(y_OQ.mT @ y_OQ, SPURIOUS)
+        left, s_K, v_IK = _singular(z_IQ @ whitening, kept)
+        return y_OQ @ (whitening @ left), s_K, v_IK
+    tiny = torch.finfo(torch.float64).tiny
+    y64, z64 = wide(y_OQ), wide(z_IQ)  # Z has the squares of singular values, which need more than float32
+    lengths = torch.linalg.vector_norm(y64, dim=-2, keepdim=True).clamp_min(tiny)
+    y64, z64 = y64 / lengths, z64 / lengths
+    gram = y64.mT @ y64
+    gram.diagonal(dim1=-2, dim2=-1).add_(1e-12)
+    factor = torch.linalg.cholesky_ex(gram).L
+    independent = (factor.diagonal(dim1=-2, dim2=-1) > DEPENDENT).to(factor.dtype)
+    inverse = torch.linalg.solve_triangular(factor.mT, torch.diag_embed(independent), upper=True)
+    rotation = _by_size(inverse.mT @ (z64.mT @ z64) @ inverse, exactly=exactly)
+    mixed = inverse @ rotation[..., :kept]
+    v_IK = z64 @ mixed
+    s_K = torch.linalg.vector_norm(v_IK, dim=-2)
+    v_IK /= s_K.clamp_min(tiny)[..., None, :]
+    s_K = torch.where(s_K > NOISE[z_IQ.dtype] * s_K.amax(dim=-1, keepdim=True), s_K, 0.0)
+    return (y64 @ mixed).to(y_OQ), s_K.to(y_OQ), v_IK.to(z_IQ)
 
 
 def direction_change(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -199,29 +232,64 @@ def direction_change(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor,
 
 @dataclasses.dataclass
 class _Stream:
-    """The state of one layer.
+    """The state of one layer, `M = U S Vᵀ`, and what its next block is multiplied with.
 
     Attributes:
-        held: The factorisation U, S, V; None before the first block, and between a block and the flush.
-        pending: Q and Z of a block that is not truncated yet.
-        before: The leading U and V before the last batch, where changes are compared.
-        sketch: The sum of the sketches.
+        u: (O, K).
+        s: (K,).
+        v: (I, K), random where S is zero.
+        omega: (I, Q + P), the directions from which the next block starts, and the probes Ω of the sketch. The first K
+            are those of `v`, which is a view of it.
+        y: (O, Q + P), `M omega`; the last P columns are the sketch. A block adds its part.
+        z: (I, Q), `(gᵀx)ᵀ Y` of the last block; None if no block waits to be truncated.
+        weight: The weight of the last block.
         blocks: The number of blocks added.
+        group: The layers that were truncated together with this one.
+        before: The leading U and V, and the sketch, before the last batch, where changes are compared.
     """
 
-    held: tuple[Tensor, Tensor, Tensor] | None = None
-    pending: tuple[Tensor, Tensor] | None = None
-    before: tuple[Tensor, Tensor] | None = None
-    sketch: Tensor | None = None
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    omega: Tensor
+    y: Tensor
+    z: Tensor | None = None
+    weight: float = 1.0
     blocks: int = 0
+    group: tuple[str, ...] = ()
+    before: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U, S and V; the columns of directions that M does not have are zeros."""
+        return torch.where(self.s > 0, self.u, 0.0), self.s, torch.where(self.s > 0, self.v, 0.0)
+
+    @property
+    def sketch(self) -> Tensor:
+        """The sum of the sketches, (O, P)."""
+        return self.y[:, -PROBES:]
+
+    @property
+    def start(self) -> Tensor:
+        """The directions from which the next block starts, (I, Q)."""
+        return self.omega[:, :-PROBES]
+
+    def turn(self, start_IQ: Tensor) -> None:
+        """Let the next block start from other directions; those that are zero stay as they are."""
+        start_IQ = torch.where(start_IQ.norm(dim=0) > 0, start_IQ, self.start)
+        u_OK, s_K, v_IK = self.held
+        self.y = torch.cat([(u_OK * s_K) @ (v_IK.mT @ start_IQ), self.sketch], dim=1)
+        self.omega = torch.cat([start_IQ, self.omega[:, -PROBES:]], dim=1)
 
 
 class Streaming:
     """Keeps K directions of each gradient, (O + I)·K numbers, by warm-started subspace iteration; G is never formed.
 
-    A block costs two thin products to multiply by gᵀx, two for its transpose, and one Cholesky QR. The small
-    decompositions are done in `flush`, for layers of one shape together. The host does not wait for the device before
-    `flush`.
+    For a block a layer computes four thin products: `Y += gᵀ(x Ω)` and `Z = xᵀ(g Y)`, where Ω has the directions found
+    so far and a few random ones, and Y begins as `M Ω`. This is Algorithm 4.4 of Halko, Martinsson and Tropp, "Finding
+    structure with randomness" (2011), without its orthonormalisations, which can wait: the columns of Y have the angles
+    of the left singular vectors, so they are nearly orthogonal. What is left is done for layers of one shape together,
+    by products and Cholesky factors. The host does not wait for the device before `flush`, and there once.
 
     Args:
         sizes: Layer → how many directions to keep.
@@ -233,95 +301,149 @@ class Streaming:
     def __init__(self, sizes: Mapping[str, Size], power_steps: int, seed: int, *, watched: bool = False) -> None:
         self.sizes, self.power_steps, self.seed, self.watched = sizes, power_steps, seed, watched
         self.streams: dict[str, _Stream] = {}
-        self._random: dict[tuple[str, int, int, torch.device, torch.dtype], Tensor] = {}
+        self._waiting: dict[Hashable, list[str]] = {}
+        self._totals: list[Tensor] = []
+        self._random: dict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def _gaussian(self, like: Tensor, columns: int, purpose: str) -> Tensor:
-        """Gaussian numbers for all layers with this number of inputs, drawn once, and kept by device and dtype."""
-        key = (purpose, like.shape[1], columns, like.device, like.dtype)
+    def _gaussian(self, inputs: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Random directions, twice one below the other, and the probes: for all layers with this number of inputs."""
+        key = (inputs, columns, like.device, like.dtype)
         if key not in self._random:
-            drawn = gaussian(like.shape[1], columns, self.seed, purpose)
-            self._random[key] = drawn.to(like)
+            drawn = gaussian(inputs, columns, self.seed, "test").to(like)
+            self._random[key] = torch.cat([drawn, drawn]), probes(inputs, self.seed).to(like)
         return self._random[key]
 
-    def _start(self, name: str, stream: _Stream, x_TI: Tensor, g_TO: Tensor, columns: int) -> Tensor:
-        """The directions from which a block's iteration starts: those held, and a few random ones, new each time."""
-        random_IQ = self._gaussian(x_TI, columns, "test")
-        if stream.held is None:
-            return first_directions(x_TI, g_TO, random_IQ)
+    def _fresh(self, name: str, random_2IQ: Tensor, blocks: int) -> Tensor:
+        """Random directions of a layer, new for each block."""
         # Rolled rows are as random as new numbers, and need no transfer from the host.
-        digest = hashlib.sha256(f"{self.seed}\x1f{name}\x1f{stream.blocks}".encode()).digest()
-        random_IQ = random_IQ.roll(int.from_bytes(digest[:6], "big") % len(random_IQ), dims=0)
-        _, s_K, v_IK = stream.held
-        known = s_K.numel()
-        started_IK = torch.where(s_K > 0, v_IK, random_IQ[:, :known])
-        return torch.cat([started_IK, random_IQ[:, known:]], dim=1)
+        inputs = len(random_2IQ) // 2
+        digest = hashlib.sha256(f"{self.seed}\x1f{name}\x1f{blocks}".encode()).digest()
+        first = int.from_bytes(digest[:6], "big") % inputs
+        return random_2IQ[first : first + inputs]
 
-    def add(self, name: str, x_TI: Tensor, g_TO: Tensor, weight: float) -> None:
-        """Add a block of tokens to a layer's sum.
-
-        Raises:
-            FloatingPointError: A value in an earlier block of this batch was not finite.
-        """
-        stream = self.streams.setdefault(name, _Stream())
-        if stream.pending is not None:  # the layer ran twice in this batch
-            self._refuse_infinite([name])
-            self._truncate([name])
+    def add(self, name: str, x_TI: Inputs, g_TO: Tensor, weight: float) -> None:
+        """Add a block of tokens to a layer's sum."""
         dtype = sum_dtype(g_TO.dtype)
-        x_TI, g_TO = x_TI.to(dtype), g_TO.to(dtype)
-        columns = min(self.sizes[name].kept + FRESH, x_TI.shape[1], g_TO.shape[1])
-        start_IQ = self._start(name, stream, x_TI, g_TO, columns)
-        omega_IP = self._gaussian(x_TI, PROBES, "norm")
-        q_OQ, z_IQ, added_OP = project(stream.held, x_TI, g_TO, weight, start_IQ, omega_IP, self.power_steps)
-        if self.watched and stream.held is not None and stream.before is None:
+        x_TI, g_TO = x_TI.to(dtype) if isinstance(x_TI, Tensor) else x_TI, g_TO.to(dtype)
+        stream = self.streams.get(name)
+        if stream is None:
+            stream = self.streams[name] = self._begun(name, x_TI, g_TO)
+        elif stream.z is not None:  # the layer runs twice in this batch
+            self._truncate(self._waiting.pop(self._shape(name)))
+            stream = self.streams[name]
+        if self.watched and stream.blocks and stream.before is None:
             used = self.sizes[name].used
-            stream.before = (stream.held[0][:, :used].clone(), stream.held[2][:, :used].clone())
-        stream.held, stream.pending = None, (q_OQ, z_IQ)
-        stream.sketch = added_OP if stream.sketch is None else stream.sketch.add_(added_OP)
+            stream.before = (stream.u[:, :used].clone(), stream.held[2][:, :used].clone(), stream.sketch.clone())
+        for _ in range(self.power_steps):
+            stream.turn(_power_step(stream.held, x_TI, g_TO, weight, stream.start))
+        stream.y.addmm_(g_TO.mT, _times(x_TI, stream.omega), alpha=weight)
+        y_OQ = stream.y[:, :-PROBES]
+        # Rounding hides weak directions behind strong ones. So float64 models do not leave Y as it is, nor do layers so
+        # small that all directions are kept: their sums are exact.
+        if dtype == torch.float64 or y_OQ.shape[1] == min(x_TI.shape[1], g_TO.shape[1]):
+            y_OQ.copy_(orthonormal(y_OQ))
+        stream.z, stream.weight = _transposed_times(x_TI, g_TO @ y_OQ), weight
         stream.blocks += 1
+        waiting = self._waiting.setdefault(self._shape(name), [])
+        waiting.append(name)
+        if len(waiting) == STACKED:
+            self._truncate(self._waiting.pop(self._shape(name)))
 
-    def flush(self) -> None:
-        """Truncate the layers that the batch has reached to K directions.
+    def _begun(self, name: str, x_TI: Inputs, g_TO: Tensor) -> _Stream:
+        """A layer before its first block."""
+        inputs, outputs = x_TI.shape[1], g_TO.shape[1]
+        columns = min(self.sizes[name].kept + FRESH, inputs, outputs)
+        kept = min(self.sizes[name].kept, columns)
+        random_2IQ, probes_IP = self._gaussian(inputs, columns, g_TO)
+        start_IQ = first_directions(x_TI, g_TO, random_2IQ[:inputs])
+        y = g_TO.new_zeros(outputs, columns + PROBES)
+        omega = torch.cat([start_IQ, probes_IP], dim=1)
+        return _Stream(y[:, :kept].clone(), y.new_zeros(kept), omega[:, :kept], omega, y)
 
-        Raises:
-            FloatingPointError: A value in a block was not finite.
-        """
-        waiting = {name: stream for name, stream in self.streams.items() if stream.pending is not None}
-        self._refuse_infinite(waiting)
-        shapes: dict[object, list[str]] = defaultdict(list)
-        for name, stream in waiting.items():
-            assert stream.pending is not None
-            q_OQ, z_IQ = stream.pending
-            shapes[(q_OQ.shape, z_IQ.shape, self.sizes[name].kept, q_OQ.dtype, q_OQ.device)].append(name)
-        for names in shapes.values():
-            for first in range(0, len(names), STACKED):
-                self._truncate(names[first : first + STACKED])
-
-    def _refuse_infinite(self, names: Iterable[str]) -> None:
-        refuse_infinite({name: sum for name in names if (sum := self.streams[name].sketch) is not None})
+    def _shape(self, name: str) -> Hashable:
+        """What layers need to have in common to be truncated together."""
+        stream = self.streams[name]
+        kind = (stream.y.dtype, stream.y.device, stream.weight)
+        return (stream.omega.shape, stream.y.shape, self.sizes[name].kept, kind)
 
     def _truncate(self, names: Sequence[str]) -> None:
-        """Truncate layers of one shape in one stack."""
-        pending = [each for name in names if (each := self.streams[name].pending) is not None]
-        q_NOQ, z_NIQ = (torch.stack(parts) for parts in zip(*pending, strict=True))
-        u_NOK, s_NK, v_NIK = truncate(q_NOQ, z_NIQ, self.sizes[names[0]].kept)
-        for index, name in enumerate(names):
-            self.streams[name].pending = None
-            # Copies, since views would keep the whole stack in memory.
-            self.streams[name].held = (u_NOK[index].clone(), s_NK[index].clone(), v_NIK[index].clone())
+        """Truncate layers of one shape, and prepare their next block."""
+        streams = [self.streams[name] for name in names]
+        exactly = self.watched or streams[0].y.dtype == torch.float64
+        if exactly:  # solvers of eigenvalues refuse NaN with an error of their own
+            self._refuse_infinite(names)
+        u_NOK, s_NK, v_NIK, y_NOC = (
+            torch.stack([getattr(stream, part) for stream in streams]) for part in ("u", "s", "v", "y")
+        )
+        z_NIQ = torch.stack([stream.z for stream in streams if stream.z is not None])
+        y_NOQ, sketch_NOP = y_NOC.split([y_NOC.shape[-1] - PROBES, PROBES], dim=-1)
+        z_NIQ.baddbmm_(v_NIK * s_NK[:, None], u_NOK.mT @ y_NOQ, beta=streams[0].weight)
+        self._totals.append(sketch_NOP.sum())
+        u_NOK, s_NK, v_NIK = truncate(y_NOQ, z_NIQ, s_NK.shape[-1], exactly=exactly)
+        self._prepare(names, (u_NOK, s_NK, v_NIK), sketch_NOP, [stream.blocks for stream in streams])
+
+    def _prepare(
+        self, names: Sequence[str], held: tuple[Tensor, Tensor, Tensor], sketch_NOP: Tensor, blocks: Sequence[int]
+    ) -> None:
+        """Store the factorisations of layers of one shape, with what their next block is multiplied with."""
+        u_NOK, s_NK, v_NIK = held
+        inputs, kept = v_NIK.shape[1:]
+        columns = min(self.sizes[names[0]].kept + FRESH, inputs, u_NOK.shape[1])
+        random_2IQ, probes_IP = self._gaussian(inputs, columns, u_NOK)
+        fresh_NIQ = torch.stack(
+            [self._fresh(name, random_2IQ, count) for name, count in zip(names, blocks, strict=True)]
+        )
+        v_NIK = torch.where(s_NK[:, None] > 0, v_NIK, fresh_NIQ[..., :kept])
+        new_NIF = fresh_NIQ[..., kept:] - v_NIK @ (v_NIK.mT @ fresh_NIQ[..., kept:])
+        omega_NIC = torch.cat([v_NIK, new_NIF, probes_IP.expand(len(names), -1, -1)], dim=-1)
+        crossed_NKQ = s_NK[..., None] * (v_NIK.mT @ omega_NIC[..., :columns])
+        y_NOC = torch.cat([u_NOK @ crossed_NKQ, sketch_NOP], dim=-1)
+        group = tuple(names)
+        # Views of a stack keep all of it in memory. They are copied where the layers will not be replaced together.
+        apart = any(name in self.streams and self.streams[name].group not in {(), group} for name in names)
+        for name, count, *views in zip(names, blocks, u_NOK, s_NK, omega_NIC, y_NOC, strict=True):
+            u, s, omega, y = (part.clone() for part in views) if apart else views
+            before = self.streams[name].before if name in self.streams else None
+            self.streams[name] = _Stream(u, s, omega[:, :kept], omega, y, blocks=count, group=group, before=before)
+
+    def flush(self, loss: Tensor | None = None) -> None:
+        """Truncate the layers that the batch has reached to K directions.
+
+        Args:
+            loss: The batch's loss.
+
+        Raises:
+            FloatingPointError: A value in a block, or the loss, was not finite.
+        """
+        while self._waiting:
+            self._truncate(self._waiting.popitem()[1])
+        totals, self._totals = self._totals, []
+        if not all_finite([*totals, *([] if loss is None else [loss])]):
+            self._refuse_infinite(self.streams)
+            refuse_infinite({} if loss is None else {"the loss": loss})
+
+    def _refuse_infinite(self, names: Iterable[str]) -> None:
+        refuse_infinite({name: self.streams[name].sketch for name in names})
 
     def changes(self) -> dict[str, float]:
         """How far the last batch has moved each layer's leading directions, if `watched`; see `direction_change`."""
         found = {}
         for name, stream in self.streams.items():
-            if stream.before is not None and stream.held is not None:
-                found[name] = direction_change(stream.before, stream.held)
+            if stream.before is not None:
+                *directions, sketch_OP = stream.before
+                change = direction_change((directions[0], directions[1]), stream.held)
+                # An expert without a token has not seen the batch.
+                found[name] = torch.where((stream.sketch == sketch_OP).all(), torch.nan, change)
                 stream.before = None
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+        if not found:
+            return {}
+        values = torch.stack(list(found.values())).tolist()
+        return {name: value for name, value in zip(found, values, strict=True) if not math.isnan(value)}
 
     def factors(self, name: str) -> LowRank | None:
         """The leading directions of a layer's sum, and the norm estimated from its sketch."""
         stream = self.streams.get(name)
-        if stream is None or stream.held is None or stream.sketch is None:
+        if stream is None:
             return None
         held = merge_factors([stream.held], self.sizes[name].kept)
         norm = estimated_norm(held, stream.sketch, probes(held[2].shape[0], self.seed))
@@ -331,8 +453,6 @@ class Streaming:
         """U, S, V, the sketch and the number of blocks of every layer."""
         tensors = {}
         for name, stream in self.streams.items():
-            assert stream.held is not None
-            assert stream.sketch is not None
             for part, tensor in zip("USV", stream.held, strict=True):
                 tensors[f"{name}.{part}"] = tensor
             tensors[f"{name}.sketch"] = stream.sketch
@@ -342,24 +462,20 @@ class Streaming:
     def restore(self, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:
         """Go on from a state that `state` returned."""
         for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
-            parts = (tensors[f"{name}.{part}"].to(devices[name]) for part in ("U", "S", "V", "sketch"))
-            u_OK, s_K, v_IK, sketch_OP = parts
-            blocks = int(tensors[f"{name}.blocks"])
-            self.streams[name] = _Stream(held=(u_OK, s_K, v_IK), sketch=sketch_OP, blocks=blocks)
+            parts = (tensors[f"{name}.{part}"].to(devices[name])[None] for part in ("U", "S", "V", "sketch"))
+            u_NOK, s_NK, v_NIK, sketch_NOP = parts
+            self._prepare([name], (u_NOK, s_NK, v_NIK), sketch_NOP, [int(tensors[f"{name}.blocks"])])
 
     def absorb(self, tensors: Mapping[str, Tensor]) -> None:
         """Merge the directions of another process into those held, layer by layer, and add up the sketches."""
         places = {key.removesuffix(".U"): tensor.device for key, tensor in tensors.items() if key.endswith(".U")}
-        places |= {name: mine.sketch.device for name, mine in self.streams.items() if mine.sketch is not None}
+        places |= {name: mine.y.device for name, mine in self.streams.items()}
         other = Streaming(self.sizes, self.power_steps, self.seed)
         other.restore(tensors, places)
         for name, theirs in other.streams.items():
             mine = self.streams.setdefault(name, theirs)
             if mine is theirs:
                 continue
-            assert mine.held is not None
-            assert mine.sketch is not None
-            assert theirs.held is not None
-            assert theirs.sketch is not None
-            mine.held = merge_factors([mine.held, theirs.held], self.sizes[name].kept)
-            mine.sketch, mine.blocks = mine.sketch + theirs.sketch, mine.blocks + theirs.blocks
+            u_OK, s_K, v_IK = merge_factors([mine.held, theirs.held], self.sizes[name].kept)
+            sketch_NOP, blocks = (mine.sketch + theirs.sketch)[None], mine.blocks + theirs.blocks
+            self._prepare([name], (u_OK[None], s_K[None], v_IK[None]), sketch_NOP, [blocks])
