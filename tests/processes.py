@@ -12,7 +12,7 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,17 @@ def start(function: Callable[..., None], *arguments: Any) -> Any:
     return process
 
 
+def exit_codes(started: Sequence[Any], timeout: int = 300) -> list[int]:
+    """Wait for processes and return their exit codes; kills those that need more than `timeout` seconds each."""
+    for process in started:
+        process.join(timeout)
+    for process in started:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started]
+
+
 def run(worker: Worker, size: int, folder: Path, *, timeout: int = 120) -> list[Any]:
     """Run `worker(rank, size, folder)` in `size` processes of a gloo group.
 
@@ -74,8 +85,7 @@ def run(worker: Worker, size: int, folder: Path, *, timeout: int = 120) -> list[
     """
     folder.mkdir(parents=True, exist_ok=True)
     started = [start(_process, rank, worker, size, folder, timeout) for rank in range(size)]
-    for process in started:
-        process.join(4 * timeout)
+    exit_codes(started, 4 * timeout)
     failures = [file.read_text() for file in sorted(folder.glob("*.txt"))]
     assert not failures, "\n".join(failures)
     files = [folder / f"{rank}.pt" for rank in range(size)]

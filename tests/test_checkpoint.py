@@ -159,8 +159,7 @@ def test_a_killed_process_leaves_a_whole_checkpoint_to_resume_from(tmp_path: Pat
     file = tmp_path / "state.safetensors"
     for after in (3, 7):  # killed twice
         process = processes.start(estimate_until_killed, file, after)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert processes.exit_codes([process]) == [-signal.SIGKILL]
         assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
         assert read_tensors(file, FILE_KIND)[1]["progress"]["batches"] == after
     assert_same(estimate(BATCHES, LoraGAConfig(), file, every=1), estimate(BATCHES, LoraGAConfig()))

@@ -65,9 +65,7 @@ def run_as_torchrun(launched: Any) -> None:
     for rank in range(int(launched.nproc_per_node)):
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(processes.start(run_script, environment, argv, folder / f"{rank}.txt"))
-    for process in started:
-        process.join()
-    assert [process.exitcode for process in started] == [0, 0]
+    assert processes.exit_codes(started) == [0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +130,7 @@ def test_the_command_of_the_recipe_does_the_same(forked: Callable[[str], Result]
 def test_processes_that_accelerate_does_not_connect_are_refused(tmp_path: Path) -> None:
     argv = [str(RECIPES / "train.py"), "--output_dir", str(tmp_path / "run")]
     process = processes.start(run_script, {"WORLD_SIZE": "2"}, argv, tmp_path / "shown.txt")
-    process.join()
-    assert process.exitcode == 1
+    assert processes.exit_codes([process]) == [1]
     shown = (tmp_path / "shown.txt").read_text()
     assert "2 processes were launched, but Accelerate found no accelerator and would run each alone" in shown
     assert not (tmp_path / "run").exists()

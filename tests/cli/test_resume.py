@@ -50,11 +50,9 @@ def train_until_killed(argv: list[str]) -> None:
     main(argv)
 
 
-def exit_code_of(argv: list[str]) -> int | None:
+def exit_code_of(argv: list[str]) -> int:
     """The exit code of a process that `train_until_killed` runs in."""
-    process = processes.start(train_until_killed, argv)
-    process.join()
-    return process.exitcode
+    return processes.exit_codes([processes.start(train_until_killed, argv)])[0]
 
 
 def interrupted_copy(uninterrupted: Path, interrupted: Path) -> Path:

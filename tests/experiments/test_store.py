@@ -112,8 +112,7 @@ def lock(folder: Path, answer: Path) -> None:
 
 def test_another_process_is_refused_too_and_does_not_release_the_lock(tmp_path: Path) -> None:
     def answer_of_another_process() -> str:
-        process = processes.start(lock, tmp_path / "store", tmp_path / "answer")
-        process.join()
+        assert processes.exit_codes([processes.start(lock, tmp_path / "store", tmp_path / "answer")]) == [0]
         return (tmp_path / "answer").read_text()
 
     with Store(tmp_path / "store").locked() as store:
