@@ -183,7 +183,6 @@ def assert_trained_adapter(adapter: Path, base: Path) -> None:
     assert not torch.equal(stock(ids).logits, before)
 
 
-@pytest.mark.slow
 def test_the_installed_llamafactory_trains_an_aligned_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
     import_or_skip("llamafactory.train.tuner")
