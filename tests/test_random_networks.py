@@ -21,6 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 import lora_ga
 from lora_ga import LoraGAConfig
@@ -29,7 +30,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-WIDTH, WORDS, ROWS, LENGTH, OUTPUTS = 6, 8, 4, 3, 6
+WIDTH, WORDS, ROWS, LENGTH, OUTPUTS = 6, 7, 4, 3, 7
 EXAMPLES = int(os.environ.get("LORA_GA_EXAMPLES", "0"))
 
 
@@ -60,7 +61,7 @@ class Spec:
     config: LoraGAConfig
 
 
-LEAVES = ["linear", "linear without bias", "layer norm", "batch norm", "dropout", "tanh", "relu in place"]
+LEAVES = ["linear", "linear without bias", "layer norm", "batch norm", "dropout", "tanh", "changed in place"]
 NODES = st.recursive(
     st.one_of(st.sampled_from(LEAVES), st.tuples(st.sampled_from(["again", "same weight"]), st.integers(0, 3))),
     lambda inner: st.tuples(
@@ -76,7 +77,7 @@ SPECS = st.builds(
     reads=st.sampled_from(["vectors", "words", "images"]),
     tree=st.lists(NODES, max_size=4),
     targets=BOOLEANS,
-    head=st.sampled_from(["target", "modules_to_save", "frozen", "trainable"]),
+    head=st.sampled_from(["target", "modules_to_save", "frozen", "trainable", "tied"]),
     outside=st.sampled_from(["nothing", "given as a whole", "in the loss"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     rank=st.integers(1, 3),
@@ -122,6 +123,8 @@ class Block(nn.Module):
         rest: Any = None if isinstance(node, str) else node[1]
         if isinstance(rest, list):
             return "block", Block(kind, rest, linears)
+        if kind == "changed in place":
+            return "block", Block("chain", ["linear", "relu in place"], linears)
         if kind == "again" and linears:
             return "again", linears[rest % len(linears)]
         if kind.startswith("linear") or rest is not None:
@@ -152,23 +155,39 @@ class Block(nn.Module):
         return x
 
 
+def tied(spec: Spec) -> bool:
+    """Whether the head has the weight of the embedding, and one change with it."""
+    return spec.reads == "words" and spec.head == "tied"
+
+
 class Body(nn.Module):
     """What gets the adapter: reads vectors, words or images, and ends in a linear layer."""
+
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012 (as Transformers has it)
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         if spec.reads == "words":
-            self.read: nn.Module = nn.Embedding(WORDS, WIDTH, padding_idx=0)
+            self.embed_tokens: nn.Module = nn.Embedding(WORDS, WIDTH, padding_idx=0)
         else:
-            self.read = nn.Conv2d(2, WIDTH, 3, padding=1) if spec.reads == "images" else nn.Identity()
+            self.embed_tokens = nn.Conv2d(2, WIDTH, 3, padding=1) if spec.reads == "images" else nn.Identity()
         self.linears: list[nn.Linear] = []
         self.tree = Block("chain", spec.tree, self.linears)
-        self.head = nn.Linear(WIDTH, OUTPUTS)
+        self.lm_head = nn.Linear(WIDTH, OUTPUTS)
+        self.config = PretrainedConfig(tie_word_embeddings=tied(spec))
+        if tied(spec):
+            self.lm_head.weight = self.embed_tokens.weight  # type: ignore[assignment]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        x = self.read(x)
+        x = self.embed_tokens(x)
         x = x.flatten(2).mT if x.dim() == 4 else x
-        out = self.head(self.tree(x))
+        out = self.lm_head(self.tree(x))
         return {"loss": (out.mean(1) - y).square().mean(), "out": out}
 
 
@@ -210,17 +229,20 @@ def make_batches(spec: Spec) -> list[dict[str, Tensor]]:
 
 def make_model(spec: Spec) -> PeftModel:
     body = make_body(spec)
-    linears = [name for name, module in body.named_modules() if isinstance(module, nn.Linear) and name != "head"]
-    names = chosen(([] if spec.reads == "vectors" else ["read"]) + linears, spec.targets)
+    linears = [name for name, module in body.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    names = chosen(([] if spec.reads == "vectors" else ["embed_tokens"]) + linears, spec.targets)
     if spec.head == "target" or not names:
-        names.append("head")
+        names.append("lm_head")
+    if tied(spec) and "embed_tokens" not in names:
+        names.append("embed_tokens")
     lora = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         use_rslora=spec.rslora,
         lora_dropout=spec.dropout,
         target_modules=names,
-        modules_to_save=["head"] if spec.head == "modules_to_save" and "head" not in names else None,
+        ensure_weight_tying=tied(spec),
+        modules_to_save=["lm_head"] if spec.head == "modules_to_save" and "lm_head" not in names else None,
     )
     model = get_peft_model(body, lora)
     if spec.other_adapter != "none":
@@ -235,7 +257,7 @@ def as_the_user_has_it(spec: Spec) -> tuple[nn.Module, PeftModel]:
     model = make_model(spec)
     network = model if spec.outside == "nothing" else Network(model).to(spec.dtype)
     if spec.head == "trainable":
-        model.base_model.model.head.requires_grad_(True)
+        model.base_model.model.lm_head.requires_grad_(True)
     own = [parameter for name, parameter in network.named_parameters() if "lora_" not in name]
     for parameter in chosen(own, spec.trainable):
         parameter.requires_grad_(True)
@@ -303,7 +325,8 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 # What a start may refuse in these networks.
 REFUSED = re.compile(
-    r'No layer is left|its weight is shared .*offset="base"|offset="base" would change the weight under'
+    r'No layer is left|its weight is shared .*offset="base"|offset="base" would change the weight under|'
+    r'PEFT saves the weights of adapted embeddings and heads beside the adapter, so offset="base"'
 )
 
 
@@ -321,7 +344,7 @@ def start(spec: Spec, network: nn.Module, model: PeftModel, batches: Sequence[di
         values(network, adapter=False),
         values(network, adapter=True),
     )
-    parameters = set(network.parameters())
+    named = dict(network.named_parameters())
     started = False
     with torch.set_grad_enabled(not spec.without_gradients):
         before = state(network)
@@ -335,7 +358,8 @@ def start(spec: Spec, network: nn.Module, model: PeftModel, batches: Sequence[di
             if not REFUSED.search(str(error)):
                 raise
         after = state(network)
-    assert set(network.parameters()) == parameters
+    gone = {name for name, parameter in named.items() if parameter not in set(network.parameters())}
+    assert gone == {name for name in named if started and tied(spec) and "lm_head.lora_" in name and ".default" in name}
     kept = before.keys() & after.keys()
     assert {each: after[each] for each in kept} == {each: before[each] for each in kept}
     if not started:

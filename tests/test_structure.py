@@ -308,13 +308,13 @@ def test_a_tied_head_with_another_rank_or_scaling_is_refused(settings: dict[str,
         lora_ga.initialize(tied_adapter(**settings), causal())
 
 
-def test_the_base_offset_refuses_a_tied_head() -> None:
+def test_the_base_offset_refuses_a_tied_head_and_weights_that_peft_saves() -> None:
+    config = LoraGAConfig(offset="base")
     with pytest.raises(ValueError, match=r"embed_tokens: its weight is shared .* use offset=\"adapter\""):
-        lora_ga.initialize(tied_adapter(), causal(), LoraGAConfig(offset="base"))
-    untied = tied_adapter()
-    untied.base_model.model.lm_head.base_layer.weight = nn.Parameter(llama().lm_head.weight.detach().clone())
-    with pytest.raises(ValueError, match=r"embed_tokens: lm_head computes with its factors .* use offset=\"adapter\""):
-        lora_ga.initialize(untied, causal(), LoraGAConfig(offset="base"))
+        lora_ga.initialize(tied_adapter(), causal(), config)
+    for name in ("embed_tokens", "lm_head"):
+        with pytest.raises(ValueError, match=rf"{name}: PEFT saves the weights .* the changed weight into the file"):
+            lora_ga.initialize(adapted(llama(), [name, "q_proj"]), causal(), config)
 
 
 def test_a_tied_head_that_ddp_has_wrapped_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -17,7 +18,7 @@ from lora_ga.adapter.directions import LayerSpec, split
 from lora_ga.adapter.structure import on_meta
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded, whole
-from lora_ga.files import another_base, fingerprint
+from lora_ga.files import another_base, base_model, fingerprint
 from lora_ga.gradients.coverage import BEYOND, report_missing, warn_parts, warn_unused_blocks
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.factors import Factor
@@ -217,6 +218,7 @@ def _check_base_can_change(network: nn.Module, targets: dict[str, Target], adapt
     owners: dict[int, set[str]] = {}
     for path, parameter in network.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(path)
+    saved = _embeddings(peft_model_in(network))
     for name, target in targets.items():
         base, kind = target.layer.get_base_layer(), kind_of(target.layer)
         others = [other for other in target.layer.r if other != adapter_name]
@@ -224,11 +226,6 @@ def _check_base_can_change(network: nn.Module, targets: dict[str, Target], adapt
             raise ValueError(
                 f'{name}: offset="base" would change the weight under the other adapters of the layer '
                 f'({", ".join(others)}); use offset="adapter", or delete them first.'
-            )
-        if target.heads and len(owners[id(base.weight)]) == 1:
-            raise ValueError(
-                f"{name}: {', '.join(target.heads)} computes with its factors (ensure_weight_tying), but has "
-                'its own weight, which offset="base" would not change; use offset="adapter".'
             )
         if kind is not None and kind.read is not None:
             raise ValueError(
@@ -253,3 +250,17 @@ def _check_base_can_change(network: nn.Module, targets: dict[str, Target], adapt
                 f'{name}: its weight is shared ({shared}), so offset="base" would change them all; use '
                 'offset="adapter", or leave the layer out.'
             )
+        if any(target.layer is layer for layer in saved):
+            raise ValueError(
+                f'{name}: PEFT saves the weights of adapted embeddings and heads beside the adapter, so offset="base" '
+                'would put the changed weight into the file; use offset="adapter", or leave the layer out.'
+            )
+
+
+def _embeddings(model: PeftModel) -> list[Any]:
+    """The input and the output embeddings of a model that knows them."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # not a model of Transformers
+            found.append(getattr(base_model(model), getter)())
+    return found
