@@ -14,7 +14,8 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
@@ -365,6 +366,26 @@ def test_the_trained_tensors_saved_by_hand_are_refused_and_their_joined_matrices
     assert torch.equal(logits(lora_ga.load(llama(), tmp_path).eval(), batch), logits(model, batch))
     write({name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}, tmp_path / file)
     assert torch.equal(logits(lora_ga.load(llama(), tmp_path).eval(), batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+@pytest.mark.parametrize(
+    "lora", [{}, {"r": 3, "lora_alpha": 7}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}]
+)
+def test_every_reader_that_divides_alpha_by_the_rank_gets_the_scaling(
+    tmp_path: Path, offset: str, lora: dict[str, Any]
+) -> None:
+    model = trained(tmp_path, offset=offset, **lora)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert not config.use_rslora
+    assert config.r == 2 * lora.get("r", 4)
+    assert bool(config.alpha_pattern) == ("rank_pattern" in lora)  # one α where the layers allow it
+    stock = PeftModel.from_pretrained(llama(), tmp_path)
+    layers = {name: m.scaling["default"] for name, m in stock.named_modules() if isinstance(m, LoraLayer)}
+    assert layers == {name: m.scaling["default"] for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    again = lora_ga.load(llama(), tmp_path, is_trainable=True)
+    again.save_pretrained(tmp_path / "again")
+    assert PeftConfig.from_pretrained(tmp_path / "again").to_dict() == config.to_dict()
 
 
 # --- loading into an adapter that exists ----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lora_ga.layers.kinds import entries
 from lora_ga.layers.targets import PREFIX, peft_models_in
 
 # The fields of LoraConfig that PEFT takes rank and scaling from.
-RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
 class ModelReference:
@@ -54,8 +54,8 @@ class Alignment:
         fingerprint: The fingerprint of the base model.
         plain: Layer name → (r, α), of the adapter's layers that are plain LoRA.
         original: The rank fields of the user's LoraConfig, before they were doubled.
-        saved: Fields of LoraConfig that have another value in the saved configuration. With offset="base" these are the
-            rank fields: the model computes at rank r, the file has rank 2r.
+        saved: Fields of LoraConfig that have another value in the saved configuration. A file has no rsLoRA: α/r is the
+            scaling. With offset="base" the model computes at rank r, the file has rank 2r.
         summary: The section on the start for a model card, in Markdown; empty before the start.
         ranks: Layer name (of experts and groups: part by part) → r, of those that started from an estimate.
     """

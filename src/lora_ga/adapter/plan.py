@@ -257,7 +257,7 @@ def _check_base_can_change(network: nn.Module, targets: dict[str, Target], adapt
             )
 
 
-def _embeddings(model: PeftModel) -> list[Any]:
+def _embeddings(model: nn.Module) -> list[Any]:
     """The input and the output embeddings of a model that knows them."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):

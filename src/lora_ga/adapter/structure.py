@@ -117,8 +117,9 @@ def build_structure(
     ranks |= {head: ranks[name] for head, name in heads.items()}
     scaling = alignment.scaling | {head: alignment.scaling[name] for head, name in heads.items()}
     doubled = doubled_rank_fields(peft_config, ranks, scaling, alignment.plain)
+    alignment.saved = without_rslora(peft_config, doubled, ranks, scaling, alignment.plain)
     if config.offset == "base":
-        alignment.saved, doubled = doubled, {}
+        alignment.saved, doubled = doubled | alignment.saved, {}
     model.peft_config[adapter] = AlignedLoraConfig.of(peft_config, alignment, **doubled)
     if isinstance(model, PeftModel):
         follow_added_adapters(model)
@@ -249,6 +250,43 @@ def doubled_rank_fields(
         rank_pattern = {f"^{re.escape(name)}": own for name, (own, _) in layers.items() if own != rank}
         alpha_pattern = {f"^{re.escape(name)}": own for name, (_, own) in layers.items() if own != alpha}
     return {"r": rank, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+
+
+def without_rslora(
+    config: LoraConfig,
+    doubled: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    scaling: Mapping[str, float],
+    plain: Mapping[str, tuple[int, float]],
+) -> dict[str, Any]:
+    """The fields by which a saved adapter has the same scalings without rsLoRA: α/r is the scaling of every layer.
+
+    llama.cpp's converter, mlx and others compute α/r and know nothing of rsLoRA.
+
+    Args:
+        config: The configuration of rank r.
+        doubled: Its rank fields at rank 2r.
+        ranks: Layer name → r, of the aligned layers.
+        scaling: Layer name → s, of the aligned layers.
+        plain: Layer name → (r, α), of the plain layers.
+
+    Returns:
+        The fields; none if the adapter does not use rsLoRA.
+    """
+    if not config.use_rslora:
+        return {}
+    alpha = _alpha(config.lora_alpha / math.sqrt(config.r), doubled["r"])
+    layers = {name: _alpha(scaling[name], 2 * rank) for name, rank in ranks.items()}
+    layers |= {name: _alpha(own / math.sqrt(rank), rank) for name, (rank, own) in plain.items()}
+    pattern = {f"^{re.escape(name)}": own for name, own in layers.items() if own != alpha}
+    return {"use_rslora": False, "lora_alpha": alpha, "alpha_pattern": pattern}
+
+
+def _alpha(scaling: float, rank: int) -> float:
+    """The α with which α/rank is the scaling exactly, if there is one."""
+    alpha = scaling * rank
+    near = (alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))
+    return next((each for each in near if each / rank == scaling), alpha)
 
 
 def copy_structure(model: PeftModel, source: str, target: str) -> None:
