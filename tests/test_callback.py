@@ -6,6 +6,7 @@ import inspect
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -23,7 +24,7 @@ import processes
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.save import FILE
 from lora_ga.adapter.structure import give_structure
-from toys import adapted, causal, gpt2, llama, logits
+from toys import adapted, causal, gpt2, injected, llama, logits
 from trainers import (
     TARGETS,
     callback,
@@ -483,6 +484,18 @@ def test_fsdp_1_is_refused(tmp_path: Path) -> None:
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="does not fill adapters in FSDP 1, .*Set fsdp_version: 2 in the Accelerate"):
         callback().attach(trainer)
+
+
+def test_an_injected_adapter_under_zero_3_is_refused(tmp_path: Path) -> None:
+    """Under ZeRO-3 a state dict holds the trained halves, which PeftModel's files get joined afterwards."""
+    zero_3: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3)))
+    trainer = transformers_trainer([], tmp_path, model=injected(llama(), TARGETS))
+    trainer.accelerator = zero_3
+    with pytest.raises(ValueError, match="does not fill injected adapters .model.add_adapter. under DeepSpeed ZeRO-3"):
+        callback().attach(trainer)
+    usual = transformers_trainer([], tmp_path)
+    usual.accelerator = zero_3
+    callback(batches=causal()).attach(usual)
 
 
 def test_a_checkpoint_of_plain_lora_is_refused(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ class LoraGACallback(TrainerCallback):
         Raises:
             ValueError: The trainer cannot be used, or the adapter has A₀ and B₀ already.
         """
-        _check_sharding(trainer)
+        _check_sharding(trainer, model)
         if self.batches is None:
             check_training_data(trainer)
         alignment = alignment_of(model, self.adapter_name)
@@ -327,12 +327,18 @@ def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path | None:
     )
 
 
-def _check_sharding(trainer: Trainer) -> None:
-    """Refuse a trainer that shards the model by FSDP 1.
+def _check_sharding(trainer: Trainer, model: Any) -> None:
+    """Refuse a trainer that shards the model by FSDP 1, and DeepSpeed ZeRO-3 with an injected adapter.
 
     Raises:
-        ValueError: It does.
+        ValueError: It is one of these.
     """
+    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3 and not isinstance(peft_model_in(model), PeftModel):
+        raise ValueError(
+            "LoraGACallback does not fill injected adapters (model.add_adapter) under DeepSpeed ZeRO-3: Transformers "
+            "would save the trained halves of A and B alone. Make the adapter with peft.get_peft_model."
+        )
     if trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
         raise ValueError(
             "LoraGACallback does not fill adapters in FSDP 1, which flattens parameters into one. Set fsdp_version: 2 "
