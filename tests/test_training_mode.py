@@ -33,6 +33,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 import lora_ga
 from lora_ga import LoraGAConfig
+from lora_ga.distributed.sharding import in_step
 from lora_ga.linalg.streaming import Streaming
 from toys import adapted, autograd_gradients, bert, causal, classified, llama, translated
 from trainers import TARGETS, callback, transformers_trainer
@@ -517,6 +518,14 @@ def test_the_accumulator_runs_outside_of_the_mode_that_switches_noise_off(monkey
     lora_ga.estimate_gradients(adapted(llama(), ATTENTION), causal(1))
     assert seen
     assert all(seen)
+
+
+def test_several_processes_pass_synchronised_norms_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Net(nn.SyncBatchNorm(32))
+    assert not in_step(network)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert in_step(network)
+    assert not in_step(Net(norm()))
 
 
 def test_the_callback_estimates_without_the_noise_that_the_trainer_adds(tmp_path: Path) -> None:

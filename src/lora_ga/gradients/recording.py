@@ -62,8 +62,8 @@ def recording(
 
     Args:
         model: A model with a fresh LoRA adapter, or a network that contains one (see `estimate_gradients`).
-        config: The settings; `estimator`, `oversample`, `power_steps`, `on_missing`, `seed` count here. With
-            `estimator="probe"` the passes in the block are not recorded, only those of `repeat`.
+        config: The settings; `estimator`, `oversample`, `power_steps`, `on_missing`, `training_mode`, `seed` count
+            here. With `estimator="probe"` the passes in the block are not recorded, only those of `repeat`.
         adapter_name: The adapter to align.
         repeat: Makes the passes of the block again. It is called twice, after the block, if layers ran without being
             called, as under fused kernels: then probes show their gradients. None to leave such layers out.

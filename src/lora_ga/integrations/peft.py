@@ -91,7 +91,8 @@ def preprocess_loraga(
         train_step: Runs all forward and backward passes of the estimate. Their gradients add up. If layers ran without
             being called, as under fused kernels, it is called twice more.
         cache_file: A safetensors file for the estimate. If it exists, it is read and `train_step` does not run.
-        config: Settings that PEFT does not have: `estimator`, `oversample`, `power_steps`, `on_missing`, `seed`.
+        config: Settings that PEFT does not have: `estimator`, `oversample`, `power_steps`, `on_missing`,
+            `training_mode`, `seed`.
 
     Returns:
         The estimate. `get_peft_model` finds it without being given it.
