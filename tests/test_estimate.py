@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -235,11 +236,13 @@ def test_labels_all_ignored_are_counted_in_a_warning_and_refused_where_no_others
         lora_ga.estimate_gradients(adapted(llama()), data[2:])
 
 
-def test_a_loss_that_is_not_finite_raises_an_error_with_its_batch() -> None:
-    with pytest.raises(ValueError, match="batch 1: its loss is nan"):
-        lora_ga.estimate_gradients(
-            adapted(llama()), causal(), loss_fn=lambda model, batch: model(**batch).loss * float("nan")
-        )
+@pytest.mark.parametrize(("factor", "offset", "found"), [(math.nan, 0.0, "nan"), (1.0, math.inf, "inf")])
+def test_a_loss_that_is_not_finite_raises_an_error_with_its_batch(factor: float, offset: float, found: str) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(**batch).loss * factor + offset  # with the offset alone, the gradients stay finite
+
+    with pytest.raises(ValueError, match=f"batch 1: its loss is {found}"):
+        lora_ga.estimate_gradients(adapted(llama()), causal(), loss_fn=loss)
 
 
 @pytest.mark.parametrize("estimator", ["dense", "streaming"])

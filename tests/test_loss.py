@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lora_ga
 from lora_ga import LoraGAConfig
-from lora_ga.gradients.loss import label_tokens, model_loss, weighed_loss
+from lora_ga.gradients.loss import counted_labels, label_tokens, model_loss, refuse_infinite_loss, weighed_loss
 from toys import VOCABULARY, adapted, bert, causal, classified, gpt2, llama, t5, tokens, translated
 
 
@@ -59,21 +59,24 @@ def test_a_batch_of_another_type_needs_a_loss_function() -> None:
         model_loss(llama(), tokens())
 
 
+def weighed(batch: Any, loss_fn: Any) -> tuple[Any, float]:
+    model = llama()
+    return weighed_loss(model, batch, loss_fn, counted_labels(model, batch, loss_fn))
+
+
 def test_the_loss_function_may_return_the_weight_and_otherwise_labels_or_rows_count() -> None:
     batch = causal(1)[0]
-    loss, weight = weighed_loss(llama(), batch, lambda model, batch: (model(**batch).loss, 5))
+    loss, weight = weighed(batch, lambda model, batch: (model(**batch).loss, 5))
     assert weight == 5
-    assert weighed_loss(llama(), batch, lambda model, batch: model(**batch).loss)[1] == 44
-    assert weighed_loss(llama(), tokens(4), lambda model, ids: model(ids, labels=ids).loss)[1] == 4
-    assert weighed_loss(llama(), "text", lambda model, text: torch.ones(()))[1] == 1
+    assert weighed(batch, lambda model, batch: model(**batch).loss)[1] == 44
+    assert weighed(tokens(4), lambda model, ids: model(ids, labels=ids).loss)[1] == 4
+    assert weighed("text", lambda model, text: torch.ones(()))[1] == 1
     assert torch.isfinite(loss)
 
 
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (torch.tensor(float("nan")), "its loss is nan. Check the data, or compute the loss in float32"),
-        (torch.tensor(float("inf")), "its loss is inf"),
         (torch.ones(2), r"its loss must be a scalar tensor, found of shape \(2,\)"),
         (1.5, "its loss must be a scalar tensor, found a float"),
         ((torch.tensor(1.0), 0), "its weight is 0.0; it must be a finite number above 0"),
@@ -82,14 +85,20 @@ def test_the_loss_function_may_return_the_weight_and_otherwise_labels_or_rows_co
 )
 def test_a_loss_that_cannot_be_used_is_refused(result: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        weighed_loss(llama(), causal(1)[0], lambda model, batch: result)
+        weighed(causal(1)[0], lambda model, batch: result)
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    for value in ("nan", "inf"):
+        with pytest.raises(ValueError, match=f"its loss is {value}. Check the data, or compute the loss in float32"):
+            refuse_infinite_loss(torch.tensor(float(value)))
 
 
 def test_a_batch_whose_labels_are_all_ignored_is_refused() -> None:
     batch = causal(1)[0]
     batch["labels"][:] = -100
     with pytest.raises(ValueError, match="every label is -100, so it has no loss"):
-        weighed_loss(llama(), batch, None)
+        weighed(batch, None)
 
 
 def test_rows_are_counted_where_labels_have_other_names() -> None:
@@ -101,7 +110,7 @@ def test_rows_are_counted_where_labels_have_other_names() -> None:
 
 def test_a_second_value_that_is_not_a_weight_is_refused_with_its_type() -> None:
     with pytest.raises(ValueError, match=r"loss_fn returned \(loss, dict\); the second must be the weight, a number"):
-        weighed_loss(llama(), causal(1)[0], lambda model, batch: (model(**batch).loss, {"logits": 1}))  # type: ignore[arg-type,return-value]
+        weighed(causal(1)[0], lambda model, batch: (model(**batch).loss, {"logits": 1}))
 
 
 DENSE = LoraGAConfig(estimator="dense")

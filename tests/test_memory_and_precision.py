@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +19,11 @@ from torch.utils._pytree import tree_leaves
 import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.gradients.isolation import isolated
+from lora_ga.layers.embedding import EMBEDDING
+from lora_ga.layers.experts import EXPERTS
 from lora_ga.layers.targets import find_targets
 from lora_ga.linalg.accumulator import Size
+from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.streaming import STACKED, Streaming
 from toys import adapted, causal, llama
 
@@ -40,6 +46,20 @@ class NewShapes(TorchDispatchMode):
 
 Batches = list[dict[str, Tensor]]
 
+
+class Reads(TorchDispatchMode):
+    """Counts the operations for which the host needs a value from the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        self.count += func.overloadpacket in {aten._local_scalar_dense, aten.nonzero, aten._unique2, aten.unique_dim}
+        return func(*args, **(kwargs or {}))
+
+
 # No batch, head or rank has these widths, so a shape with two of them is that of a gradient.
 SIZES: dict[str, Any] = {
     "hidden_size": 92,
@@ -60,6 +80,34 @@ def test_no_tensor_of_the_size_of_a_gradient_is_allocated(settings: dict[str, An
     found = {shape for shape in new.shapes if shape[-2:] in forbidden}
     assert len(new.shapes) > 30
     assert bool(found) == (settings.get("estimator") == "dense")  # so the check can fail
+
+
+def test_an_embedding_allocates_at_most_a_tenth_more_than_its_output_gradient() -> None:
+    layer = SimpleNamespace(get_base_layer=lambda: nn.Embedding(600, 48, padding_idx=3))
+    ids, g = torch.randint(0, 600, (4, 500)), torch.randn(4, 500, 48)
+    for kind in (Streaming, Dense):
+        accumulator = kind({"layer": Size(kept=12, used=4)}, 0, 0)
+        with NewShapes() as new:
+            ((_, x_TI, g_TO),) = EMBEDDING.rows(layer, ids, g)
+            accumulator.add("layer", x_TI, g_TO, 1.0)
+            accumulator.flush()
+        assert g.numel() / 4 < max(math.prod(shape) for shape in new.shapes) <= 1.1 * g.numel()
+
+
+def test_experts_allocate_less_than_one_gradient_of_an_expert_and_read_no_value() -> None:
+    layer = SimpleNamespace(_did_swap_in_out_features=True)
+    experts, outputs, inputs = 3, 400, 600
+    accumulator = Streaming(dict.fromkeys("012", Size(kept=12, used=4)), 0, 0)
+    g = torch.randn(experts, outputs, inputs)
+    g[1] = 0  # no token reached it
+    with NewShapes() as new, Reads() as reads:
+        for part, x_TI, g_TO in EXPERTS.rows(layer, g, g):
+            accumulator.add(str(part), x_TI, g_TO, 1.0)
+        assert reads.count == 0
+        accumulator.flush()
+    assert max(math.prod(shape) for shape in new.shapes) < outputs * inputs
+    found = [accumulator.factors(str(part)) for part in range(experts)]
+    assert [bool(each and each.norm > 0) for each in found] == [True, False, True]
 
 
 def test_adding_blocks_does_not_wait_for_the_device_and_a_flush_waits_once() -> None:
@@ -89,29 +137,35 @@ class Kernels(TorchDispatchMode):
         return result
 
 
-def test_a_layer_and_batch_cost_at_most_twelve_operations_beyond_the_frozen_pass() -> None:
-    model = adapted(llama(num_hidden_layers=6, **SIZES))
-    layers = len(find_targets(model))
-
-    def operations(batches: Batches, work: Callable[[Batches], Any]) -> int:
-        with Kernels() as kernels:
-            work(batches)
-        return kernels.count
+def beyond_the_frozen_pass(model: nn.Module, mode: type[Kernels] | type[Reads]) -> float:
+    """How many operations of a kind the estimate adds to a batch of frozen passes."""
 
     def frozen(batches: Batches) -> None:
-        hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())  # type: ignore[operator,union-attr]
         with isolated(model, "default"):
             for batch in batches:
                 model(**batch).loss.backward()
         hook.remove()
 
-    def estimate(batches: Batches) -> None:
-        lora_ga.estimate_gradients(model, batches)
+    def counted(work: Callable[[Batches], Any], batches: int) -> int:
+        # The number of labels is given, so that it is not counted.
+        made = [batch | {"num_items_in_batch": 18} for batch in causal(batches, rows=3, length=7)]
+        with mode() as found:
+            work(made)
+        return found.count
 
-    one, four = causal(1, rows=3, length=7), causal(4, rows=3, length=7)
-    added = [operations(four, work) - operations(one, work) for work in (estimate, frozen)]
-    assert layers == 42
-    assert 4 < (added[0] - added[1]) / (3 * layers) <= 12
+    ways = (functools.partial(lora_ga.estimate_gradients, model), frozen)
+    estimate, passes = (counted(way, 4) - counted(way, 1) for way in ways)
+    return (estimate - passes) / 3
+
+
+def test_a_layer_and_batch_cost_at_most_twelve_operations_beyond_the_frozen_pass() -> None:
+    model = adapted(llama(num_hidden_layers=6, **SIZES))
+    assert 4 < beyond_the_frozen_pass(model, Kernels) / len(find_targets(model)) <= 12
+
+
+def test_the_host_waits_for_one_value_a_batch() -> None:
+    assert beyond_the_frozen_pass(adapted(llama(**SIZES)), Reads) == 1
 
 
 def relative_error(one: Any, other: Any) -> float:

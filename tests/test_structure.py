@@ -97,7 +97,7 @@ def test_each_expert_converges_alone_and_a_layer_keeps_its_hooks_until_all_have(
     model, batches = adapted_experts(), causal(1, rows=16) * 12
     hooks = []
 
-    def loss_fn(m: nn.Module, batch: Any) -> torch.Tensor:
+    def loss_fn(m: Any, batch: Any) -> torch.Tensor:
         hooks.append(sum(len(module._forward_hooks) for module in m.get_base_model().model.modules()))
         return m(**batch).loss
 

@@ -10,8 +10,9 @@ from typing import Any
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from lora_ga.files import base_model
 from lora_ga.gradients.isolation import computes_in_float16, grad_kept, input_device
-from lora_ga.gradients.loss import BatchError, LossFunction, weighed_loss
+from lora_ga.gradients.loss import BatchError, LossFunction, counted_labels, weighed_loss
 from lora_ga.gradients.noise import NoiseOff
 from lora_ga.layers.targets import peft_model_in
 
@@ -51,13 +52,15 @@ class BatchPass:
         self.model, self.loss_fn = model, loss_fn
         self.device = input_device(model)
         self.float16 = computes_in_float16(model, self.device)
-        self.noise = NoiseOff(peft_model_in(model).get_base_model())
+        self.noise = NoiseOff(base_model(peft_model_in(model)))
 
     def forward(self, batch: Any) -> tuple[Tensor, float]:
         """The loss of a batch, and the batch's weight in the mean of all."""
+        # Labels are counted where the data has them: on a device, the host would wait for the count.
+        counted = counted_labels(self.model, batch, self.loss_fn)
         batch = send_to_device(batch, self.device)
         with self.noise:
-            return weighed_loss(self.model, batch, self.loss_fn)
+            return weighed_loss(self.model, batch, self.loss_fn, counted)
 
     def backward(self, loss: Tensor, weight: float, starts: Sequence[Tensor]) -> None:
         """The backward pass of a batch. No other `.grad` changes than those of `starts`.

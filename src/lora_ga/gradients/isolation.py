@@ -267,7 +267,7 @@ def set_modes(network: nn.Module, *, training: bool) -> None:
     """
     if not training:
         network.eval()
-    elif not peft_model_in(network).get_base_model().training:
+    elif not base_model(peft_model_in(network)).training:
         network.train()
     for module in network.modules():
         unpack(module)

@@ -6,17 +6,21 @@ batch left takes part with its last one, or with one lent by another process, an
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from lora_ga.distributed.agreement import check_same_data, warn_same_data
 from lora_ga.distributed.processes import DeferredError
 from lora_ga.distributed.sharding import in_step
 from lora_ga.gradients.batch import BatchPass, batch_in_errors
 from lora_ga.gradients.checkpoint import digest_of
+from lora_ga.gradients.loss import refuse_infinite_loss
 from lora_ga.gradients.probe import Probes, ReadBatches, uncalled
 from lora_ga.gradients.reader import ALL_IGNORED, NO_BATCH, SKIPPED, BatchReader
 from lora_ga.gradients.recorder import Recorder
@@ -115,15 +119,26 @@ def _pass(
         return
     with held, batch_in_errors(number):
         recorder.scale = passes.scale(weight) if recorded else 0.0
-        passes.backward(loss, weight, recorder.starts)
-        if recorded:
-            recorder.finish_batch(weight)
-            if setup.checkpoint is not None and number % setup.checkpoint.every == 0:
-                state = recorder.accumulator.state()
-                setup.checkpoint.save(recorder.progress, state)
-                # The run that goes on from the file starts from this state, layer by layer. So does this one, since
-                # products of stacks may round differently.
-                recorder.accumulator.restore(state, setup.devices)
+        with _loss_in_errors(loss):
+            passes.backward(loss, weight, recorder.starts)
+            if recorded:
+                recorder.finish_batch(weight, loss)
+        if recorded and setup.checkpoint is not None and number % setup.checkpoint.every == 0:
+            state = recorder.accumulator.state()
+            setup.checkpoint.save(recorder.progress, state)
+            # The run that goes on from the file starts from this state, layer by layer. So does this one, since
+            # products of stacks may round differently.
+            recorder.accumulator.restore(state, setup.devices)
+
+
+@contextlib.contextmanager
+def _loss_in_errors(loss: Tensor) -> Iterator[None]:
+    """Where a gradient is not finite because the loss is not, refuse the loss."""
+    try:
+        yield
+    except FloatingPointError:
+        refuse_infinite_loss(loss)
+        raise
 
 
 def keep_batches(setup: Setup, reader: BatchReader) -> None:
@@ -157,6 +172,7 @@ def probe_reads(passes: BatchPass, batches: Sequence[Any]) -> ReadBatches:
                 loss, weight = passes.forward(copy.copy(batch))
                 probes.scale = passes.scale(weight)
                 passes.backward(loss, weight, probes.starts)
+                refuse_infinite_loss(loss)
                 del loss  # the backward pass frees only the part of the graph that it has been through
                 probes.check_finite()
             total += weight

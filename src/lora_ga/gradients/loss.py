@@ -178,30 +178,29 @@ def counted_labels(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -
     return counted
 
 
-def weighed_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> tuple[Tensor, float]:
+def weighed_loss(
+    model: nn.Module, batch: Any, loss_fn: LossFunction | None, counted: float | None
+) -> tuple[Tensor, float]:
     """The loss of one micro-batch, and its weight in the mean of all.
 
     Args:
         model: The model.
         batch: The batch, on the model's device.
         loss_fn: The caller's loss, `(model, batch) → loss` or `→ (loss, weight)`; None for the model's own.
+        counted: The batch's label tokens, from `counted_labels`.
 
     Returns:
         The loss and its weight. The weight is the one that `loss_fn` returns; otherwise the number of label tokens or
         rows, or 1 where the batch shows neither.
 
     Raises:
-        BatchError: The batch has no label at all, the loss is not a finite scalar, or the weight is not a finite
-            number above 0.
+        BatchError: The loss is not a scalar, or the weight is not a finite number above 0.
     """
-    counted = counted_labels(model, batch, loss_fn)
     result = model_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
     loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, counted or 1.0)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise BatchError(f"its loss must be a scalar tensor, found {found}")
-    if not bool(torch.isfinite(loss)):
-        raise BatchError(f"its loss is {loss.item()}. Check the data, or compute the loss in float32")
     if not (isinstance(weight, (int, float)) or (isinstance(weight, Tensor) and weight.numel() == 1)):
         raise BatchError(
             f"loss_fn returned (loss, {type(weight).__name__}); the second must be the weight, a number. Return the "
@@ -210,3 +209,13 @@ def weighed_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> 
     if not (0 < float(weight) < float("inf")):
         raise BatchError(f"its weight is {float(weight)}; it must be a finite number above 0")
     return loss, float(weight)
+
+
+def refuse_infinite_loss(loss: Tensor) -> None:
+    """Refuse a loss that is not finite. The host waits for the device, so this comes after the backward pass.
+
+    Raises:
+        BatchError: It is not finite.
+    """
+    if not bool(torch.isfinite(loss)):
+        raise BatchError(f"its loss is {loss.item()}. Check the data, or compute the loss in float32")

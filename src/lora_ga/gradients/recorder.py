@@ -70,17 +70,18 @@ class Recorder:
         ):
             yield
 
-    def finish_batch(self, weight: float) -> None:
+    def finish_batch(self, weight: float, loss: Tensor | None = None) -> None:
         """Finish a batch whose backward pass is done.
 
         Args:
             weight: The batch's weight in the mean of all.
+            loss: Its loss; None if it is not known.
 
         Raises:
-            FloatingPointError: A gradient was not finite.
+            FloatingPointError: A gradient or the loss was not finite.
         """
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            self.accumulator.flush()
+            self.accumulator.flush(loss)
         self.progress.batches += 1
         self.progress.weight += weight
         self.progress.ran |= self._owners(self._coverage.ran)

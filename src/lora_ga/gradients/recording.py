@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.processes import DeferredError
+from lora_ga.files import base_model
 from lora_ga.gradients.batch import batch_in_errors
 from lora_ga.gradients.merge import merged_estimate
 from lora_ga.gradients.noise import NoiseOff
@@ -83,7 +84,7 @@ def recording(
             'estimator="streaming".'
         )
     setup, recorder = prepare(model, config, adapter_name, process_group)
-    noise = NoiseOff(setup.model.get_base_model())
+    noise = NoiseOff(base_model(setup.model))
     recorded, held = Recording(setup, recorder), DeferredError()
     with setup.isolated():
         with held:

@@ -186,7 +186,7 @@ def estimated_norm(held: tuple[Tensor, Tensor, Tensor], sketch_OP: Tensor, omega
     held_OP = (u_OK * s_K) @ (v_IK.mT @ wide(omega_IP.to(v_IK.device)))
     rest_OP = wide(sketch_OP) - held_OP
     chance = (2 * (held_OP * rest_OP).sum() + rest_OP.square().sum()) / omega_IP.shape[1]
-    return math.sqrt(s_K.square().sum().item() + max(0.0, chance.item()))
+    return (s_K.square().sum() + chance.clamp_min(0)).sqrt().item()
 
 
 def merge(parts: Sequence[tuple[LowRank, float]], kept: int, omega_IP: Tensor) -> LowRank:
