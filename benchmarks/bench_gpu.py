@@ -1,24 +1,28 @@
-"""A Llama-2-7B-shaped model in bfloat16 on a GPU: seconds and peak memory of the estimate and of other workloads.
+"""Models on a GPU, large and small: seconds and peak memory of the estimate and of other workloads.
 
     python benchmarks/bench_gpu.py         # one GPU of 40 GB or more; reports what does not fit
     python benchmarks/bench_gpu.py --repeats 1 --ways "frozen pass" ours   # some workloads, each once
-    python benchmarks/bench_gpu.py --toy   # the same script on any machine, with a model of two small layers
+    python benchmarks/bench_gpu.py --models "width 768" MiniLM             # some models; the record keeps the others
+    python benchmarks/bench_gpu.py --toy   # the same script on any machine, with small models and no record
 
-Random weights, 64 sequences of 1024 tokens, four at a time, gradient checkpointing, r = 8, all linear layers. Goals:
-the estimate needs less than 20 GB, and at most 1.2 times as long as the frozen pass. Before the timing, the estimate
-runs once in CUDA's synchronisation debug mode: there, any synchronisation of the host with the device raises an error
-while a block is added.
+r = 8, all linear layers, batches of four sequences. The models, with random weights where nothing else is said: a
+Llama-2-7B shape (bfloat16, 64 sequences of 1024 tokens, gradient checkpointing), a Llama of width 768 with 12 layers
+(float32, 64 sequences of 512 tokens), and the pretrained MiniLM with two classes (float32, 64 sequences of 128 tokens).
+Before the timing, each estimate runs once in CUDA's synchronisation debug mode: there, any synchronisation of the host
+with the device raises an error while a block is added.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
+import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from peft import EvaConfig, get_peft_model, initialize_lora_eva_weights
@@ -27,12 +31,64 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import bench_alignment
 import record
 from lora_ga.linalg.streaming import Streaming
 from ways import Batches, adapter, frozen_pass, lora_steps, ours
 
-LARGE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-TOY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
+SEVEN_B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+WIDTH_768 = SEVEN_B | {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+
+
+class Model(NamedTuple):
+    """A model to measure: how it is made, and how long its sequences are."""
+
+    make: Callable[[bool, torch.device], nn.Module]
+    length: int
+    classes: int | None = None
+
+
+def llama(settings: Mapping[str, int], dtype: torch.dtype, toy: bool, device: torch.device) -> LlamaForCausalLM:
+    """A Llama with random weights."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM(LlamaConfig(**(TOY if toy else settings))).to(dtype).eval()
+
+
+def seven_b(toy: bool, device: torch.device) -> LlamaForCausalLM:
+    """A Llama-2-7B shape in bfloat16, with gradient checkpointing."""
+    model = llama(SEVEN_B, torch.bfloat16, toy, device)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+MODELS = {
+    "Llama-2-7B shape": Model(seven_b, 1024),
+    "width 768": Model(functools.partial(llama, WIDTH_768, torch.float32), 512),
+    "MiniLM": Model(lambda toy, device: bench_alignment.minilm().to(device), 128, classes=2),
+}
+
+
+def batches_of(model: Model, toy: bool, device: torch.device) -> Batches:
+    """Sixteen batches of four random sequences; two short ones for the toy."""
+    count, length = (8, 32) if toy else (64, model.length)
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 256, (count, length), generator=draw)
+    labels = ids if model.classes is None else torch.randint(0, model.classes, (count,), generator=draw)
+    parts = zip(ids.to(device).split(4), labels.to(device).split(4), strict=True)
+    return [{"input_ids": x, "labels": y} for x, y in parts]
 
 
 def peft(base: nn.Module, batches: Batches) -> None:
@@ -63,19 +119,9 @@ WAYS: dict[str, Callable[[nn.Module, Batches], None]] = {
 }
 
 
-def fresh(toy: bool, device: torch.device) -> LlamaForCausalLM:
-    """The model; the same weights in every call."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256 if toy else 32000, **(TOY if toy else LARGE))
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.eval()
-
-
-def measured(way: str, toy: bool, device: torch.device, batches: Batches) -> dict[str, float]:
+def measured(way: str, model: Model, toy: bool, device: torch.device, batches: Batches) -> dict[str, float]:
     """The seconds and the peak memory in GB of one workload on a fresh model."""
-    base = fresh(toy, device)
+    base = model.make(toy, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -89,11 +135,13 @@ def measured(way: str, toy: bool, device: torch.device, batches: Batches) -> dic
     return found
 
 
-def runs(way: str, toy: bool, device: torch.device, batches: Batches, repeats: int) -> Iterator[dict[str, float]]:
+def runs(
+    way: str, model: Model, toy: bool, device: torch.device, batches: Batches, repeats: int
+) -> Iterator[dict[str, float]]:
     """Run one workload several times. Prints a message if it does not fit on the device."""
     for _ in range(repeats):
         try:
-            yield measured(way, toy, device, batches)
+            yield measured(way, model, toy, device, batches)
         except torch.cuda.OutOfMemoryError:
             print(f"{way}: out of memory", flush=True)
             return
@@ -103,7 +151,7 @@ def runs(way: str, toy: bool, device: torch.device, batches: Batches, repeats: i
                 torch.cuda.empty_cache()
 
 
-def check_waits(toy: bool, device: torch.device, batches: Batches) -> None:
+def check_waits(model: Model, toy: bool, device: torch.device, batches: Batches) -> None:
     """Run the estimate; raises if adding a block synchronises with the device (CUDA's debug mode)."""
     plain = Streaming.add
 
@@ -117,43 +165,52 @@ def check_waits(toy: bool, device: torch.device, batches: Batches) -> None:
 
     Streaming.add = watched  # type: ignore[method-assign]
     try:
-        ours(fresh(toy, device), batches[:3])
+        ours(model.make(toy, device), batches[:3])
     finally:
         Streaming.add = plain  # type: ignore[method-assign]
 
 
-def main(toy: bool, repeats: int, ways: Sequence[str]) -> None:
-    """Measure the workloads, print the table and write the record."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    if device.type != "cuda" and not toy:
-        raise SystemExit("This benchmark needs a CUDA device. With --toy it runs on any machine, without a record.")
-    length, count = (32, 8) if toy else (1024, 64)
-    ids = torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(1)).to(device)
-    batches = [{"input_ids": part, "labels": part} for part in ids.split(4)]
+def table(model: Model, toy: bool, device: torch.device, repeats: int, ways: Sequence[str]) -> dict[str, Any]:
+    """Measure the workloads of one model, and print their table."""
+    batches = batches_of(model, toy, device)
     if device.type == "cuda":
-        check_waits(toy, device, batches)
+        check_waits(model, toy, device, batches)
     results: dict[str, Any] = {}
     for way in dict.fromkeys(["frozen pass", *ways]):
-        each = list(runs(way, toy, device, batches, repeats))
-        print(way, each, flush=True)
+        each = list(runs(way, model, toy, device, batches, repeats))
         results[way] = {key: statistics.median(run[key] for run in each) for key in each[0]} if each else None
     floor = results["frozen pass"]["seconds"]
     for way, found in results.items():
         shown = "out of memory" if found is None else f"{found['seconds']:8.2f} s  {found['seconds'] / floor:5.2f}"
-        print(f"{way:14} {shown}" + (f"  {found['GB']:6.1f} GB" if found and "GB" in found else ""))
+        print(f"{way:14} {shown}" + (f"  {found['GB']:6.1f} GB" if found and "GB" in found else ""), flush=True)
+    return results
+
+
+def main(toy: bool, repeats: int, ways: Sequence[str], models: Sequence[str]) -> None:
+    """Measure the models, print their tables and write the record."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if device.type != "cuda" and not toy:
+        raise SystemExit("This benchmark needs a CUDA device. With --toy it runs on any machine, without a record.")
+    path = record.RESULTS / "gpu.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    for name in models:
+        print(f"\n{name}", flush=True)
+        gpu = torch.cuda.get_device_name() if device.type == "cuda" else "none"
+        results[name] = {"gpu": gpu, "repeats": repeats, "ways": table(MODELS[name], toy, device, repeats, ways)}
     if not toy:
-        record.finish("gpu", {"gpu": torch.cuda.get_device_name(), "repeats": repeats, "results": results})
+        record.finish("gpu", {"results": results})
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toy", action="store_true", help="a model of two small layers, on any machine; no record")
+    parser.add_argument("--toy", action="store_true", help="small models, on any machine; no record")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each workload (default: 3)")
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="workloads to run, beside the frozen pass"
     )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure")
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}; it must be at least 1.")
-    main(options.toy, options.repeats, options.ways)
+    main(options.toy, options.repeats, options.ways, options.models)

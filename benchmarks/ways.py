@@ -12,8 +12,8 @@ import lora_ga
 from lora_ga.gradients.isolation import isolated
 
 RANK = 8
-# PEFT's LoRA-GA does not support "all-linear".
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# PEFT's LoRA-GA does not support "all-linear". The names of Llama's layers, and of BERT's.
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "query", "key", "value", "dense"]
 Batches = list[dict[str, Tensor]]
 
 

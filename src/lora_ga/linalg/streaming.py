@@ -193,18 +193,16 @@ def truncate(y_OQ: Tensor, z_IQ: Tensor, kept: int, *, exactly: bool = True) -> 
         return y_OQ @ (whitening @ left), s_K, v_IK
     tiny = torch.finfo(torch.float64).tiny
     y64, z64 = wide(y_OQ), wide(z_IQ)  # Z has the squares of singular values, which need more than float32
-    lengths = torch.linalg.vector_norm(y64, dim=-2, keepdim=True).clamp_min(tiny)
-    y64, z64 = y64 / lengths, z64 / lengths
-    gram = y64.mT @ y64
+    gram, other = y64.mT @ y64, z64.mT @ z64
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(tiny)[..., None]
+    gram = gram / lengths / lengths.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-12)
     factor = torch.linalg.cholesky_ex(gram).L
     independent = (factor.diagonal(dim1=-2, dim2=-1) > DEPENDENT).to(factor.dtype)
-    inverse = torch.linalg.solve_triangular(factor.mT, torch.diag_embed(independent), upper=True)
-    rotation = _by_size(inverse.mT @ (z64.mT @ z64) @ inverse, exactly=exactly)
-    mixed = inverse @ rotation[..., :kept]
-    v_IK = z64 @ mixed
-    s_K = torch.linalg.vector_norm(v_IK, dim=-2)
-    v_IK /= s_K.clamp_min(tiny)[..., None, :]
+    inverse = torch.linalg.solve_triangular(factor.mT, torch.diag_embed(independent), upper=True) / lengths
+    mixed = inverse @ _by_size(inverse.mT @ other @ inverse, exactly=exactly)[..., :kept]
+    s_K = ((other @ mixed) * mixed).sum(dim=-2).clamp_min(0).sqrt()
+    v_IK = z64 @ (mixed / s_K.clamp_min(tiny)[..., None, :])
     s_K = torch.where(s_K > NOISE[z_IQ.dtype] * s_K.amax(dim=-1, keepdim=True), s_K, 0.0)
     return (y64 @ mixed).to(y_OQ), s_K.to(y_OQ), v_IK.to(z_IQ)
 
