@@ -1,13 +1,16 @@
-"""`lora-ga` calls its sub-commands and reports their errors."""
+"""`lora-ga` calls its sub-commands, reports their errors, and names the extra `cli` if it is missing."""
 
 import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_ga.cli import main as command
-from lora_ga.cli.main import COMMANDS, main
+from lora_ga.cli.main import COMMANDS, EXTRA, main
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]])
@@ -94,3 +97,146 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
 def test_python_m_lora_ga_runs_the_command() -> None:
     shown = subprocess.run([sys.executable, "-m", "lora_ga", "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("lora-ga ")
+
+
+# --- without the extra cli -------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+# The library's dependencies require these packages of the extra too. Only the command line can be tested without them.
+ALWAYS_THERE = {"yaml", "filelock", "jinja2"}
+
+# Hides modules as if they were not installed: wraps every import finder so that it does not find them.
+BLOCK = """
+import sys
+
+class Without:
+    def __init__(self, finder, blocked):
+        self.finder, self.blocked = finder, blocked
+
+    def find_spec(self, name, *rest):
+        return None if name.split(".")[0] in self.blocked else self.finder.find_spec(name, *rest)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder, {blocked!r}) for finder in sys.meta_path]
+for blocked in {blocked!r}:
+    assert blocked not in sys.modules
+    try:
+        __import__(blocked)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{{blocked}} is not blocked")
+"""
+
+
+def run_without(blocked: set[str], code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process that cannot import some modules."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])}
+    return subprocess.run(
+        [sys.executable, "-c", BLOCK.format(blocked=sorted(blocked)) + code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+COMMAND = "from lora_ga.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def names(requirements: list[str]) -> set[str]:
+    """The names of the required packages, without versions."""
+    return {requirement.partition(">=")[0].partition("==")[0] for requirement in requirements}
+
+
+def test_the_library_needs_five_packages(project: dict[str, Any]) -> None:
+    assert names(project["dependencies"]) == {"torch", "transformers", "peft", "accelerate", "safetensors"}
+
+
+def test_the_command_line_checks_for_every_package_of_the_extra_cli(project: dict[str, Any]) -> None:
+    assert names(project["optional-dependencies"]["cli"]) == set(EXTRA.values())
+
+
+@pytest.mark.parametrize("extra", ["trl", "eval", "demo", "dev"])
+def test_the_other_extras_install_the_command_line_too(extra: str, project: dict[str, Any]) -> None:
+    assert any(name.startswith("lora-ga[cli") for name in project["optional-dependencies"][extra])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_the_extra_a_command_names_it_in_one_line(command: str) -> None:
+    run = run_without(set(EXTRA), COMMAND, command, "--help")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == (
+        f"lora-ga {command}: error: needs datasets, rich, matplotlib, pyyaml, filelock, jinja2, which are not "
+        'installed. Run pip install "lora-ga[cli]", or in a checkout pip install -e ".[cli]".\n'
+    )
+
+
+@pytest.mark.parametrize("module", EXTRA)
+def test_one_missing_package_is_enough_to_name_the_extra(module: str) -> None:
+    run = run_without({module}, COMMAND, "merge", "a.safetensors")
+    assert run.returncode == 2
+    assert f"lora-ga merge: error: needs {EXTRA[module]}, which is not installed." in run.stderr
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_and_version_need_no_extra(argument: str) -> None:
+    run = run_without(set(EXTRA), COMMAND, argument)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "lora-ga" in run.stdout
+
+
+LIBRARY = """
+import lora_ga
+from peft import LoraConfig, PeftModel, get_peft_model
+from toys import adapted, causal, llama
+
+folder = sys.argv[1]
+model = adapted(llama())
+estimate = lora_ga.initialize(model, causal())
+estimate.save(folder + "/estimate.safetensors")
+model.save_pretrained(folder + "/adapter")
+lora_ga.load(llama(), folder + "/adapter", is_trainable=True)
+PeftModel.from_pretrained(llama(), folder + "/adapter")
+lora_ga.compress_adapter(folder + "/adapter", folder + "/small", 2)
+
+model = adapted(llama())
+lora_ga.estimate_gradients(model, causal())
+lora_ga.apply_estimate(model, lora_ga.GradientEstimate.load(folder + "/estimate.safetensors"))
+"""
+
+TRAINER = """
+import torch
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainingArguments
+
+class Stream(IterableDataset):
+    def __init__(self):
+        self.rows = iter(rows)
+    def __iter__(self):
+        yield from self.rows
+
+rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (32, 8))]
+settings = TrainingArguments(folder, max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True)
+callback = lora_ga.LoraGACallback()
+Trainer(adapted(llama()), settings, train_dataset=rows, callbacks=[callback]).train()
+assert callback.estimate is not None
+try:
+    Trainer(adapted(llama()), settings, train_dataset=Stream(), callbacks=[lora_ga.LoraGACallback()])
+except ValueError as error:
+    assert "The training data is a Stream" in str(error)
+else:
+    raise AssertionError("the stream was not refused")
+"""
+
+
+def test_the_library_and_its_callback_work_without_the_extra(tmp_path: Path) -> None:
+    run = run_without(set(EXTRA) - ALWAYS_THERE, LIBRARY + TRAINER, str(tmp_path))
+    assert run.returncode == 0, run.stderr

@@ -1,5 +1,6 @@
 """`lora-ga train` on small models: what it writes, that it learns, and what it refuses."""
 
+import ast
 import json
 import random
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from transformers import (
 )
 
 import lora_ga
+import peft_script
+from bench_alignment import alignment_ratios, gradients
 from lora_ga.cli import data as reading
 from lora_ga.cli.data import EstimateBatches
 from lora_ga.cli.finetune import training_arguments
@@ -33,7 +36,7 @@ from lora_ga.cli.options import EstimateOptions
 from lora_ga.cli.train import parse
 from lora_ga.experiments.records.runs import load_run
 
-from .conftest import VOCABULARY, save_tokenizer, write_rows
+from .conftest import VOCABULARY, save_tokenizer, text, write_rows
 
 QUICK = {"rank": 2, "estimate_batches": 2, "max_steps": 6, "logging_steps": 2, "learning_rate": 3e-3, "warmup_ratio": 0}
 
@@ -349,3 +352,40 @@ def test_the_trainer_uses_one_gpu_even_if_several_are_visible(
     monkeypatch.setattr(TrainingArguments, "__post_init__", three_gpus)
     assert TrainingArguments().n_gpu == 3
     assert training_arguments(job, tmp_path).n_gpu == 1
+
+
+# --- the example script with PEFT's flow -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    path = tmp_path / "notes.txt"
+    path.write_text(" ".join(text(number, 12) for number in range(60)), encoding="utf-8")
+    return path
+
+
+def test_the_script_trains_and_saves_an_adapter_for_the_original_base(llama: Path, notes: Path, tmp_path: Path) -> None:
+    argv = [f"--model={llama}", f"--train_file={notes}", f"--output_dir={tmp_path / 'out'}", "--rank=2", "--length=12"]
+    peft_script.main([*argv, "--max_steps=4", "--learning_rate=1e-3"])
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "out")
+    assert stock.peft_config["default"].r == 4
+    ids = torch.arange(5, 12)[None]
+    assert not torch.equal(stock(ids).logits, AutoModelForCausalLM.from_pretrained(llama)(ids).logits)
+
+
+def test_the_scripts_start_is_aligned(llama: Path, notes: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    examples = peft_script.examples_of(tokenizer, notes.read_text(), 12)
+    batches = peft_script.estimate_batches(examples, 4)
+    truth = gradients(AutoModelForCausalLM.from_pretrained(llama).double(), batches)
+    model = peft_script.adapt(AutoModelForCausalLM.from_pretrained(llama).double(), batches, 2)
+    ratios = alignment_ratios(model, truth, batches, 2)
+    assert len(ratios) == 14
+    assert min(ratios.values()) > 0.999
+
+
+def test_the_script_imports_lora_ga_compat_in_place_of_peft() -> None:
+    tree = ast.parse(Path(peft_script.__file__).read_text(encoding="utf-8"))
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert modules.count("lora_ga.compat") == 1
+    assert "peft" not in modules
