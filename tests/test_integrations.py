@@ -327,6 +327,23 @@ def flux(library: Any) -> Any:
     ).eval()
 
 
+def sd3(library: Any) -> Any:
+    torch.manual_seed(0)
+    return library.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=8,
+    ).eval()
+
+
 class Autoencoder(nn.Module):
     """Called as those of diffusers are; it encodes nothing."""
 
@@ -356,15 +373,23 @@ def pixels(batch: dict[str, Tensor]) -> Tensor:
     return batch["pixel_values"]
 
 
-def condition_of_flux(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def condition_of_sd3(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     states = TEXT(batch["input_ids"])
-    places = {"txt_ids": torch.zeros(8, 3), "img_ids": torch.zeros(6, 3)}
-    return {"encoder_hidden_states": states, "pooled_projections": states.mean(1)} | places
+    return {"encoder_hidden_states": states, "pooled_projections": states.mean(1)}
+
+
+def condition_of_flux(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return condition_of_sd3(batch) | {"txt_ids": torch.zeros(8, 3), "img_ids": torch.zeros(6, 3)}
 
 
 def stable_diffusion(library: Any, scheduler: Any, model: Any) -> Any:
     parts = dict.fromkeys(["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"])
     return library.StableDiffusionPipeline(**parts, unet=model, scheduler=scheduler, requires_safety_checker=False)
+
+
+def sd3_pipeline(library: Any, scheduler: Any, model: Any) -> Any:
+    parts = [f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer")]
+    return library.StableDiffusion3Pipeline(**dict.fromkeys(["vae", *parts]), transformer=model, scheduler=scheduler)
 
 
 def flux_pipeline(library: Any, scheduler: Any, model: Any) -> Any:
@@ -377,8 +402,9 @@ def flux_pipeline(library: Any, scheduler: Any, model: Any) -> Any:
     [
         (unet, stable_diffusion, "unet", "DDPMScheduler", (4, 4, 8, 8), Autoencoder(), TextEncoder()),
         (flux, flux_pipeline, "transformer", "FlowMatchEulerDiscreteScheduler", (4, 6, 16), pixels, condition_of_flux),
+        (sd3, sd3_pipeline, "transformer", "FlowMatchEulerDiscreteScheduler", (4, 4, 8, 8), pixels, condition_of_sd3),
     ],
-    ids=["UNet", "Flux"],
+    ids=["UNet", "Flux", "SD3"],
 )
 def test_a_denoising_model_loads_in_its_pipeline_and_resumes(
     make: Any, pipeline: Any, part: str, scheduler: str, shape: Any, latents: Any, condition: Any, tmp_path: Path
