@@ -124,7 +124,8 @@ class CalledModules:
             if parameter.requires_grad and parameter not in self.gradients:
                 self.gradients[parameter] = parameter.grad
                 parameter.grad = None
-        self.switch_off_noise(module)
+        if id(module) not in self._quiet:
+            self.switch_off_noise(module)
         if not module.training:
             self._note_gradient(module, args)
             return  # normalisation layers update their running statistics in training mode alone
