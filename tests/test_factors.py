@@ -27,6 +27,7 @@ from lora_ga.layers.embedding import EMBEDDING
 from lora_ga.layers.factors import FACTORS, Delta, DeltaA, DeltaB, Factor
 from lora_ga.layers.joined import JoinedA, JoinedB
 from lora_ga.layers.optimizers import reads_values
+from lora_ga.linalg.accumulator import UnitRows
 from lora_ga.linalg.low_rank import LowRank
 from toys import VOCABULARY, adapted, autograd_gradients, causal, llama, logits, tokens
 
@@ -117,6 +118,7 @@ def test_the_rows_of_a_scaled_embedding_give_the_gradient_of_its_weight() -> Non
     ((base(ids) * base.embed_scale) * g).sum().backward()
     ((_, x_TI, g_TO),) = EMBEDDING.rows(SimpleNamespace(get_base_layer=lambda: base), ids, g)
     assert base.weight.grad is not None
+    assert isinstance(x_TI, UnitRows)
     units = torch.nn.functional.one_hot(x_TI.places, x_TI.width).float()
     torch.testing.assert_close(g_TO.mT @ units, base.weight.grad.mT)
 

@@ -19,6 +19,7 @@ from lora_ga.gradients.hooks import Coverage, record_layers, record_parameters
 from lora_ga.gradients.isolation import isolated
 from lora_ga.gradients.recording import Recording, recording
 from lora_ga.layers.targets import find_targets
+from lora_ga.linalg.accumulator import Inputs
 from toys import FAMILIES, adapted, autograd_gradients, causal, llama
 
 
@@ -28,7 +29,8 @@ class Summed:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, x: Tensor, g: Tensor) -> None:
+    def __call__(self, name: str, x: Inputs, g: Tensor) -> None:
+        assert isinstance(x, Tensor)
         self.sums[name] = self.sums.get(name, 0) + g.mT @ x
 
 
@@ -225,7 +227,7 @@ def test_a_parameter_on_the_meta_device_is_refused() -> None:
     layer = nn.Linear(2, 2, device="meta")
     sums: list[Any] = []
 
-    def sink(name: str, x: Tensor, g: Tensor) -> None:
+    def sink(name: str, x: Inputs, g: Tensor) -> None:
         sums.append(name)
 
     message = "experts: its weight is on the meta device while the layer runs"

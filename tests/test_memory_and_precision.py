@@ -44,7 +44,7 @@ class NewShapes(TorchDispatchMode):
         return result
 
 
-Batches = list[dict[str, Tensor]]
+Batches = list[dict[str, Any]]
 
 
 class Reads(TorchDispatchMode):
@@ -141,7 +141,7 @@ def beyond_the_frozen_pass(model: nn.Module, mode: type[Kernels] | type[Reads]) 
     """How many operations of a kind the estimate adds to a batch of frozen passes."""
 
     def frozen(batches: Batches) -> None:
-        hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())  # type: ignore[operator,union-attr]
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())  # type: ignore[operator]
         with isolated(model, "default"):
             for batch in batches:
                 model(**batch).loss.backward()
@@ -149,7 +149,7 @@ def beyond_the_frozen_pass(model: nn.Module, mode: type[Kernels] | type[Reads]) 
 
     def counted(work: Callable[[Batches], Any], batches: int) -> int:
         # The number of labels is given, so that it is not counted.
-        made = [batch | {"num_items_in_batch": 18} for batch in causal(batches, rows=3, length=7)]
+        made: Batches = [{**batch, "num_items_in_batch": 18} for batch in causal(batches, rows=3, length=7)]
         with mode() as found:
             work(made)
         return found.count

@@ -17,6 +17,7 @@ import lora_ga
 import processes
 import workers
 from lora_ga.distributed.tensor_parallel import Split, unfit
+from lora_ga.linalg.accumulator import UnitRows
 from toys import adapted, causal, llama, logits
 
 
@@ -55,7 +56,12 @@ def test_the_zero_padded_blocks_of_a_gradient_add_up_to_it(dim: int) -> None:
     for begin, count in ((0, 2), (2, 2), (4, 1)):
         split, cut = Split((5, 5), dim, begin, count), slice(begin, begin + count)
         block = split.padded(*((x, g[:, cut]) if dim == 0 else (x[:, cut], g)))
+        assert isinstance(block[0], Tensor)
         total += block[1].mT @ block[0]
+        if dim == 1:  # the same for inputs that are unit vectors
+            units, _ = split.padded(UnitRows(torch.arange(count), count), g)
+            assert isinstance(units, UnitRows)
+            assert (units.width, units.places.tolist()) == (5, list(range(begin, begin + count)))
     torch.testing.assert_close(total, g.mT @ x)
 
 
