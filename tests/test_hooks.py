@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ga
-from fused import fused_llama
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.gradients.hooks import Coverage, record_layers, record_parameters
 from lora_ga.gradients.isolation import isolated
 from lora_ga.gradients.recording import Recording, recording
 from lora_ga.layers.targets import find_targets
 from lora_ga.linalg.accumulator import Inputs
-from toys import FAMILIES, adapted, autograd_gradients, causal, llama
+from toys import FAMILIES, adapted, autograd_gradients, causal, fused_llama, llama
 
 
 class Summed:

@@ -20,14 +20,26 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import lora_ga
 from cases import Convolutions, Twisted, mixtral, seeded
-from fused import ALL, FusedLlama, fused_llama
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.adapter.structure import give_structure
 from lora_ga.gradients.probe import random_probe
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import find_targets
 from lora_ga.linalg.low_rank import LowRank
-from toys import adapted, causal, data_folder, gpt2, llama, logits, minilm_folder, tokens, train
+from toys import (
+    ALL,
+    FusedLlama,
+    adapted,
+    causal,
+    data_folder,
+    fused_llama,
+    gpt2,
+    llama,
+    logits,
+    minilm_folder,
+    tokens,
+    train,
+)
 
 PROBE = LoraGAConfig(estimator="probe")
 DENSE = LoraGAConfig(estimator="dense", oversample=10**4)

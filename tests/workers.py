@@ -30,11 +30,10 @@ from transformers.distributed import DistributedConfig
 
 import bench_alignment
 import lora_ga
-from fused import fused_llama
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.adapter.structure import give_structure
 from lora_ga.layers.factors import Factor
-from toys import adapted, causal, data_folder, llama, logits
+from toys import adapted, causal, data_folder, fused_llama, llama, logits
 
 STEPS = 20
 EXACT = LoraGAConfig(estimator="dense")
