@@ -94,7 +94,7 @@ def test_an_embedding_allocates_at_most_a_tenth_more_than_its_output_gradient() 
         assert g.numel() / 4 < max(math.prod(shape) for shape in new.shapes) <= 1.1 * g.numel()
 
 
-def test_experts_allocate_less_than_one_gradient_of_an_expert_and_read_no_value() -> None:
+def test_experts_allocate_less_than_half_a_gradient_of_an_expert_and_read_no_value() -> None:
     layer = SimpleNamespace(_did_swap_in_out_features=True)
     experts, outputs, inputs = 3, 400, 600
     accumulator = Streaming(dict.fromkeys("012", Size(kept=12, used=4)), 0, 0)
@@ -105,7 +105,7 @@ def test_experts_allocate_less_than_one_gradient_of_an_expert_and_read_no_value(
             accumulator.add(str(part), x_TI, g_TO, 1.0)
         assert reads.count == 0
         accumulator.flush()
-    assert max(math.prod(shape) for shape in new.shapes) < outputs * inputs
+    assert max(math.prod(shape) for shape in new.shapes) < outputs * inputs / 2
     found = [accumulator.factors(str(part)) for part in range(experts)]
     assert [bool(each and each.norm > 0) for each in found] == [True, False, True]
 
