@@ -38,7 +38,7 @@ import lora_ga
 import record
 from lora_ga.linalg.low_rank import PROBES
 from lora_ga.linalg.streaming import FRESH
-from ways import RANK, Batches, adapter, frozen_pass, lora_steps, ours
+from record import RANK, Batches, adapter, frozen_pass, lora_steps, ours
 
 REPEATS, LENGTH = 5, 512
 

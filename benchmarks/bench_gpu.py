@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import bench_alignment
 import record
 from lora_ga.linalg.streaming import Streaming
-from ways import Batches, adapter, frozen_pass, lora_steps, ours
+from record import Batches, adapter, frozen_pass, lora_steps, ours
 
 TOY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
 SEVEN_B = {

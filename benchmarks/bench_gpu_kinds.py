@@ -30,7 +30,7 @@ import bench_alignment
 import lora_ga
 import record
 from lora_ga.layers.targets import find_targets
-from ways import Batches, adapter
+from record import Batches, adapter
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
 TOY = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}

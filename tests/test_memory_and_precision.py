@@ -1,4 +1,7 @@
-"""The estimate allocates no gradient, does not wait for the device, and hardly depends on kernels and dtypes."""
+"""The estimate allocates no gradient, does not wait for the device, and hardly depends on kernels and dtypes.
+
+Also the streaming estimator in both dtypes of sums, from the first block on, and where directions are weak or missing.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,9 @@ from lora_ga.layers.experts import EXPERTS
 from lora_ga.layers.targets import find_targets
 from lora_ga.linalg.accumulator import Size
 from lora_ga.linalg.dense import Dense
-from lora_ga.linalg.streaming import STACKED, Streaming
-from toys import adapted, causal, llama
+from lora_ga.linalg.low_rank import LowRank, gaussian
+from lora_ga.linalg.streaming import FRESH, STACKED, Streaming, first_directions
+from toys import VOCABULARY, adapted, causal, classified, llama
 
 
 class NewShapes(TorchDispatchMode):
@@ -202,3 +206,180 @@ def test_float16_models_give_the_factors_of_float32_even_for_tiny_gradients() ->
     exact = lora_ga.estimate_gradients(adapted(llama()), causal(4), loss_fn=small)
     half = lora_ga.estimate_gradients(adapted(llama().half()), causal(4), loss_fn=small)
     assert 0 < relative_error(exact, half) < 0.05
+
+
+# --- the streaming estimator in both dtypes of sums ------------------------------------------------------------------
+
+INPUTS, OUTPUTS = 64, 48
+
+
+def rotation(size: int, columns: int, seed: int) -> Tensor:
+    drawn = torch.randn(size, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q
+
+
+def blocks(s: Tensor, count: int, dtype: torch.dtype = torch.float64, tokens: int = 256) -> list[tuple[Tensor, Tensor]]:
+    """Blocks of tokens, each of which has the gradient `U diag(s) Vᵀ`."""
+    u, v = rotation(OUTPUTS, len(s), 1), rotation(INPUTS, len(s), 2)
+    mixed = [rotation(tokens, len(s), 3 + index) for index in range(count)]
+    return [((c @ (v * s.sqrt()).mT).to(dtype), (c @ (u * s.sqrt()).mT).to(dtype)) for c in mixed]
+
+
+def found(accumulator: Dense | Streaming, parts: list[tuple[Tensor, Tensor]], name: str = "layer") -> LowRank:
+    for x, g in parts:
+        accumulator.add(name, x, g, 1.0)
+        accumulator.flush()
+    factors = accumulator.factors(name)
+    assert factors is not None
+    return factors
+
+
+# Dtypes
+
+
+def test_layers_of_one_width_may_have_sums_in_float32_and_in_float64() -> None:
+    s = 0.7 ** torch.arange(OUTPUTS, dtype=torch.float64)
+    sizes = {"half": Size(20, 8), "whole": Size(20, 8)}
+    for order in (("half", "whole"), ("whole", "half")):
+        dtypes = {"half": torch.bfloat16, "whole": torch.float64}
+        both = Streaming(sizes, 0, 0)
+        for name in order:
+            mixed = found(both, blocks(s, 3, dtypes[name]), name)
+            alone = found(Streaming(sizes, 0, 0), blocks(s, 3, dtypes[name]), name)
+            assert mixed.S.dtype == (torch.float32 if name == "half" else torch.float64)
+            assert torch.equal(mixed.S, alone.S)
+            assert torch.equal(mixed.V, alone.V)
+
+
+class TwoDtypes(nn.Module):
+    """A classifier with one layer in float32 and one of the same width in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.first, self.second = nn.Embedding(VOCABULARY, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.second.double()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.first(self.embed(input_ids)).relu().mean(1)
+        return {"loss": nn.functional.cross_entropy(self.second(x.double()), labels)}
+
+
+def test_a_model_of_two_dtypes_is_estimated_as_by_the_dense_sums() -> None:
+    model = adapted(TwoDtypes(), ["first", "second"], r=1)
+    streaming, dense = (
+        lora_ga.estimate_gradients(model, classified(), LoraGAConfig(estimator=kind)) for kind in ("streaming", "dense")
+    )
+    for name, dtype in (("first", torch.float32), ("second", torch.float64)):
+        assert streaming[name].S.dtype == dtype
+        torch.testing.assert_close(streaming[name].S[:2], dense[name].S[:2], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("decay", [0.3, 0.2, 0.12])  # σ₁₆/σ₁ of 1.4e-8, 3e-11 and 1.5e-14
+def test_in_float64_weak_directions_are_those_of_the_dense_estimator(decay: float, count: int) -> None:
+    s = decay ** torch.arange(OUTPUTS, dtype=torch.float64)
+    streaming, dense = (found(kind({"layer": Size(32, 16)}, 0, 0), blocks(s, count)) for kind in (Streaming, Dense))
+    held = s[:16] > 1e-12  # beyond it rounding noise of float64 is in both
+    for mine, true in ((streaming.U, dense.U), (streaming.V, dense.V)):
+        cosines = (mine[:, :16] * true[:, :16]).sum(dim=0)
+        assert cosines[held].min() > 0.999
+    torch.testing.assert_close(streaming.S[:16][held], dense.S[:16][held], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_directions_that_no_block_had_are_zeros_in_the_state(rank: int, dtype: torch.dtype) -> None:
+    """Rounding noise would stay in the sum as directions of the gradient, and be iterated on in later blocks."""
+    s = 2.0 ** -torch.arange(rank, dtype=torch.float64)
+    accumulator = Streaming({"layer": Size(20, 8)}, 0, 0)
+    found(accumulator, blocks(s, 5, dtype))
+    state = accumulator.state()
+    torch.testing.assert_close(state["layer.S"][:rank], (5 * s).to(dtype), rtol=1e-5, atol=0)
+    assert state["layer.S"][rank:].eq(0).all()
+    assert state["layer.U"][:, rank:].eq(0).all()
+    assert state["layer.V"][:, rank:].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_first_call_that_is_not_finite_is_named_when_the_layer_is_called_twice(dtype: torch.dtype) -> None:
+    ((x, g),), accumulator = (
+        blocks(torch.ones(4, dtype=torch.float64), 1, dtype),
+        Streaming({"layer": Size(8, 4)}, 0, 0),
+    )
+
+    def batch() -> None:
+        for each in (x * torch.nan, x):
+            accumulator.add("layer", each, g, 1.0)
+        accumulator.flush()
+
+    with pytest.raises(FloatingPointError, match=r"^layer: the gradient is not finite$"):
+        batch()
+
+
+# Directions to start from
+
+
+def slow(dtype: torch.dtype = torch.float64) -> Tensor:
+    """A spectrum of eight strong directions above a floor of weak ones."""
+    s = torch.full((OUTPUTS,), 0.2, dtype=dtype)
+    s[:8] = torch.linspace(1.2, 0.8, 8, dtype=dtype)
+    return s
+
+
+def test_the_first_block_starts_from_directions_that_have_seen_its_tokens() -> None:
+    """One power iteration amplifies a direction by σ²: random directions alone hold Q/I of each leading one."""
+    ((x, g),), v = blocks(slow(), 1, tokens=1024), rotation(INPUTS, OUTPUTS, 2)[:, :8]
+    omega = gaussian(INPUTS, 20, 0, "test").double()
+    start = first_directions(x, g, omega)
+    seen = (torch.linalg.qr(start).Q.mT @ v).square().sum(dim=0)
+    unseen = (torch.linalg.qr(omega).Q.mT @ v).square().sum(dim=0)
+    assert unseen.max() < 0.4
+    assert seen.min() > 0.9
+    torch.testing.assert_close(start.mT @ start, torch.eye(20, dtype=start.dtype), atol=1e-6, rtol=0)
+
+
+def test_one_block_alone_is_close_to_the_dense_estimate_without_power_steps() -> None:
+    parts, sizes = blocks(slow(), 1, tokens=1024), {"layer": Size(8, 8)}
+    streaming, dense = (found(kind(sizes, 0, 0), parts) for kind in (Streaming, Dense))
+    g = parts[0][1].mT @ parts[0][0]
+    captured = (streaming.U.mT @ g @ streaming.V).norm() / dense.S.norm()
+    assert captured > 0.998
+
+
+def test_a_late_direction_is_found_also_where_the_first_test_directions_are_blind_to_it() -> None:
+    """Every block and every layer has other test directions, so nothing stays out of their sight."""
+    kept = 8
+    random = gaussian(INPUTS, kept + FRESH, 0, "test").double()
+    blind = torch.linalg.qr(random).Q
+    hidden = rotation(INPUTS, 1, 5)
+    hidden = hidden - blind @ (blind.mT @ hidden)
+    hidden = hidden / hidden.norm()
+    assert (random.mT @ hidden).abs().max() < 1e-12
+    early = rotation(INPUTS, kept, 2)
+    early = torch.linalg.qr(early - hidden @ (hidden.mT @ early)).Q
+    left = rotation(OUTPUTS, kept + 1, 1)
+    accumulator = Streaming({"layer": Size(kept, kept), "other": Size(kept, kept)}, 0, 0)
+    accumulator.add("layer", early.mT.contiguous(), left[:, :kept].mT.contiguous(), 1.0)
+    accumulator.flush()
+    factors = found(accumulator, [(hidden.mT, 10 * left[:, kept:].mT)] * 3)
+    assert (factors.V[:, :1].mT @ hidden).abs() > 0.999
+    assert factors.S[0] == pytest.approx(30.0, rel=1e-3)
+
+
+def test_test_directions_differ_between_blocks_and_layers_and_not_between_runs() -> None:
+    x, g = blocks(slow(), 1)[0]
+
+    def starts(names: tuple[str, ...], seed: int = 0) -> list[Tensor]:
+        accumulator, made = Streaming(dict.fromkeys(names, Size(4, 4)), 0, seed), []
+        for _ in range(3):
+            for name in names:
+                accumulator.add(name, x, g, 1.0)
+                accumulator.flush()
+                made.append(accumulator.streams[name].start[:, 4:])
+        return made
+
+    drawn, again, other = starts(("a", "b")), starts(("a", "b")), starts(("a", "b"), seed=1)
+    assert all(torch.equal(one, same) for one, same in zip(drawn, again, strict=True))
+    for index, one in enumerate(drawn):
+        assert not any(torch.equal(one, each) for each in (*drawn[:index], *other))

@@ -1,19 +1,26 @@
-"""Files and hub data sets are read, checked and tokenised."""
+"""Files, hub data sets and conversations are read, checked and tokenised; `lora-ga train` on conversations."""
 
+import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file as load_tensors
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from lora_ga.cli import data, tasks
+from lora_ga.cli import conversations, data, tasks
 from lora_ga.cli.data import Labels, RowEncoder, check_columns, encode_rows, load_file, load_hub, read_labels
+from lora_ga.cli.main import main
 from lora_ga.cli.models import load_tokenizer
 from lora_ga.cli.options import DataOptions, ModelOptions
 
-from .conftest import VOCABULARY, write_rows
+from .conftest import VOCABULARY, text, write_rows
 
 ROWS = [{"text": "a b", "label": 1}, {"text": "NA", "label": 0}, {"text": 'c, "d"', "label": 1}]
 WRITERS: dict[str, Callable[[datasets.Dataset, Path], Any]] = {
@@ -123,7 +130,7 @@ def test_missing_labels_and_labels_of_one_class_are_refused() -> None:
         read_labels(rows(y=["a", "a"]), "y", "f")
 
 
-def ids(text: str) -> list[int]:
+def token_ids(text: str) -> list[int]:
     return [VOCABULARY[word] for word in text.split()]
 
 
@@ -134,7 +141,7 @@ def test_a_pair_of_texts_becomes_one_sequence_cut_to_the_length(bert: Path) -> N
     found = encode_rows(
         rows(text=["a b", "a b c d"], other=["c", "e f"], label=["y", "x"]), RowEncoder.classes, encoder, "f"
     )
-    assert found["input_ids"][0] == ids("[CLS] a b [SEP] c [SEP]")
+    assert found["input_ids"][0] == token_ids("[CLS] a b [SEP] c [SEP]")
     assert found["token_type_ids"][0] == [0, 0, 0, 0, 1, 1]
     assert [len(example) for example in found["input_ids"]] == [6, 6]
     assert found["labels"][:] == [1, 0]
@@ -157,14 +164,14 @@ def test_a_missing_text_is_refused_with_its_row(bert: Path) -> None:
 def test_plain_text_is_divided_without_loss_of_tokens(llama: Path) -> None:
     encoder = RowEncoder(load_tokenizer(str(llama)), options(), 4)
     found = encode_rows(rows(text=["a b c d e", "f", ""]), RowEncoder.plain_text, encoder, "f")
-    assert found["input_ids"][:] == [ids("a b c d"), ids("e </s>"), ids("f </s>")]
+    assert found["input_ids"][:] == [token_ids("a b c d"), token_ids("e </s>"), token_ids("f </s>")]
     assert found["labels"][:] == found["input_ids"][:]
 
 
 def test_prompts_and_targets_of_seq2seq_become_inputs_and_labels(t5: Path) -> None:
     encoder = RowEncoder(load_tokenizer(str(t5)), options(prompt_column="p", target_column="t"), 3)
     found = encode_rows(rows(p=["a b c d"], t=["e"]), RowEncoder.pairs, encoder, "f")
-    assert found[0] == {"input_ids": ids("a b </s>"), "attention_mask": [1, 1, 1], "labels": ids("e </s>")}
+    assert found[0] == {"input_ids": token_ids("a b </s>"), "attention_mask": [1, 1, 1], "labels": token_ids("e </s>")}
 
 
 @pytest.mark.parametrize(
@@ -208,3 +215,292 @@ def test_a_tokenizer_without_padding_and_end_tokens_is_refused(llama: Path, tmp_
 def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--model .*none: AutoTokenizer could not load it"):
         load_tokenizer(str(tmp_path / "none"))
+
+
+# --- conversations, and prompts with targets -------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '[CLS] ' if message['role'] == 'user' else '[SEP] ' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + ' </s>' }}{% endgeneration %}"
+    "{{ ' ' }}{% else %}{{ message['content'] + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[SEP] {% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def trl() -> None:
+    pytest.importorskip("trl", reason="install the extra 'trl' to run this test")
+
+
+@pytest.fixture(scope="session")
+def chat_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Llama with a chat template."""
+    folder = tmp_path_factory.mktemp("chatty")
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def conversation(*turns: str) -> list[dict[str, str]]:
+    """A conversation of these turns; the first is the user's."""
+    return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """40 conversations of two turns, each as messages and as a prompt with its completion."""
+    turns = [(text(n), text(n + 1, 4)) for n in range(40)]
+    rows = [
+        {"messages": conversation(q, a), "asked": conversation(q), "answered": conversation(q, a)[1:]} for q, a in turns
+    ]
+    return write_rows(tmp_path / "talks.jsonl", rows)
+
+
+def ids(words: str) -> list[int]:
+    return [VOCABULARY[word] for word in words.split()]
+
+
+def encode(model: Path, row: dict[str, Any], length: int = 64, **given: Any) -> dict[str, list[int]]:
+    """Encodes one row into tokens and labels."""
+    options = DataOptions(train_file="f.jsonl", **given)
+    rows = datasets.Dataset.from_list([row])
+    columns = tasks.columns_of("causal-lm", options)
+    return conversations.encode(rows, columns, load_tokenizer(str(model)), options, length, "f")[0]
+
+
+def test_prompts_have_no_loss_and_long_rows_are_cut(llama: Path) -> None:
+    columns: dict[str, Any] = {"prompt_column": "p", "target_column": "t"}
+    found = encode(llama, {"p": "a b ", "t": "c"}, **columns)
+    assert found == {"input_ids": ids("a b c </s>"), "labels": [-100, -100, *ids("c </s>")]}
+    found = encode(llama, {"p": "a ", "t": "b c d e f"}, 4, **columns)
+    assert found == {"input_ids": ids("a b c d"), "labels": [-100, *ids("b c d")]}
+
+
+def test_the_chat_template_formats_conversations(chat_llama: Path) -> None:
+    row = {"m": conversation("a b", "c", "d", "e f")}
+    whole = ids("[CLS] a b [SEP] c </s> [CLS] d [SEP] e f </s>")
+    assert encode(chat_llama, row, messages_column="m") == {"input_ids": whole, "labels": whole}
+    found = encode(chat_llama, row, messages_column="m", assistant_only_loss=True)
+    labels = [-100] * 4 + ids("c </s>") + [-100] * 3 + ids("e f </s>")
+    assert found == {"input_ids": whole, "labels": labels}
+    found = encode(
+        chat_llama, {"p": conversation("a b"), "t": conversation("", "c")[1:]}, prompt_column="p", target_column="t"
+    )
+    assert found == {"input_ids": ids("[CLS] a b [SEP] c </s>"), "labels": [-100] * 4 + ids("c </s>")}
+
+
+def by_trl(model: Path, row: dict[str, Any], length: int, *, assistant_only: bool) -> dict[str, list[int]]:
+    """Encodes one row with TRL's SFTTrainer; the columns have TRL's names."""
+    from trl import SFTConfig, SFTTrainer
+
+    settings = SFTConfig("unused", max_length=length, assistant_only_loss=assistant_only, report_to=[], bf16=False)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    rows = datasets.Dataset.from_list([row])
+    trainer = SFTTrainer(base, settings, train_dataset=rows, processing_class=load_tokenizer(str(model)))
+    found = trainer.train_dataset.select_columns(["input_ids", "labels"])
+    return found[0] if len(found) else {}
+
+
+@pytest.mark.parametrize("length", [64, 7])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a b ", "completion": "c d e f g"},
+        {"prompt": "a b ", "completion": "c </s>"},
+        # The last token of the prompt merges with the first of the target.
+        {"prompt": "a b", "completion": "c d"},
+        {"prompt": "a ", "completion": ""},
+        {"messages": conversation("a b", "c", "d", "e f")},
+        {"messages": conversation("a b", "c", "d")},
+        {"prompt": conversation("a b"), "completion": conversation("", "c d e f g")[1:]},
+        {"prompt": conversation("a b", "c", "d"), "completion": conversation("", "e", "f", "g")[1:]},
+        # The prompt ends inside an answer, so the whole text does not contain the generation prompt after it.
+        {"prompt": conversation("a b", "c"), "completion": conversation("d", "e")},
+    ],
+)
+def test_tokens_and_labels_equal_those_of_trls_trainer(row: dict[str, Any], length: int, chat_llama: Path) -> None:
+    given = {"messages_column": "messages"} if "messages" in row else {}
+    given |= {"prompt_column": "prompt", "target_column": "completion"} if "prompt" in row else {}
+    # Plain text has no turns, so the assistant's cannot be picked out.
+    for assistant_only in [False] if isinstance(row.get("prompt"), str) else [False, True]:
+        expected = by_trl(chat_llama, row, length, assistant_only=assistant_only)
+        if expected:
+            assert encode(chat_llama, row, length, assistant_only_loss=assistant_only, **given) == expected
+        else:
+            with pytest.raises(ValueError, match=f"no row has a token to learn within {length} tokens"):
+                encode(chat_llama, row, length, assistant_only_loss=assistant_only, **given)
+
+
+def test_a_target_whose_first_token_merges_with_the_prompt_gives_a_warning(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode(llama, {"p": "a b ", "t": "c"}, prompt_column="p", target_column="t")
+    assert capsys.readouterr().err == ""
+    encode(llama, {"p": "a b", "t": "c"}, prompt_column="p", target_column="t")
+    assert "f: in 1 of 1 rows the tokens of the prompt alone are not the first tokens" in capsys.readouterr().err
+
+
+def test_assistant_only_loss_needs_a_template_that_marks_the_turns_and_their_end(
+    chat_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = DataOptions(train_file="f.jsonl", messages_column="m", assistant_only_loss=True)
+    rows = datasets.Dataset.from_list([{"m": conversation("a", "b")}])
+    tokenizer = load_tokenizer(str(chat_llama))
+    columns = {"messages_column": "m"}
+    conversations.encode(rows, columns, tokenizer, options, 64, "f")
+    assert capsys.readouterr().err == ""
+    # TRL itself would test the template with a word that this small tokenizer does not know.
+    monkeypatch.setattr("trl.chat_template_utils.is_chat_template_stop_token_trained", lambda *given: False)
+    conversations.encode(rows, columns, tokenizer, options, 64, "f")
+    assert "leaves the token that ends the assistant's turn out of the loss" in capsys.readouterr().err
+    tokenizer.chat_template = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(ValueError, match="f: --assistant_only_loss needs a chat template that marks"):
+        conversations.encode(rows, columns, tokenizer, options, 64, "f")
+
+
+def test_rows_that_cannot_be_formatted_are_refused_with_the_reason(chat_llama: Path) -> None:
+    tokenizer = load_tokenizer(str(chat_llama))
+    pairs: dict[str, Any] = {"prompt_column": "p", "target_column": "t"}
+    mixed = datasets.Dataset.from_list([{"p": "a", "t": conversation("", "b")[1:]}])
+    with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(prompt and target must both be text"):
+        conversations.encode(mixed, pairs, tokenizer, DataOptions(train_file="f", **pairs), 64, "f")
+    texts = datasets.Dataset.from_list([{"p": "a ", "t": "b"}])
+    options = DataOptions(train_file="f", **pairs, assistant_only_loss=True)
+    with pytest.raises(ValueError, match="f: --assistant_only_loss needs messages, but the columns hold text"):
+        conversations.encode(texts, pairs, tokenizer, options, 64, "f")
+    tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
+    messages = datasets.Dataset.from_list([{"m": conversation("a", "b")}])
+    options = DataOptions(train_file="f", messages_column="m")
+    with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(roles must alternate\)"):
+        conversations.encode(messages, {"messages_column": "m"}, tokenizer, options, 64, "f")
+    unanswered = datasets.Dataset.from_list([{"m": conversation("a")}])
+    options = DataOptions(train_file="f", messages_column="m", assistant_only_loss=True)
+    with pytest.raises(ValueError, match=r"f: row 0 cannot be formatted \(the chat template marks no token as the"):
+        conversations.encode(unanswered, {"messages_column": "m"}, load_tokenizer(str(chat_llama)), options, 64, "f")
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "lora", "full"])
+@pytest.mark.parametrize(
+    "columns", [["--messages_column=messages"], ["--prompt_column=asked", "--target_column=answered"]]
+)
+def test_every_method_learns_conversations(
+    method: str, columns: list[str], chat_llama: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, begin = [], Trainer.train
+
+    def train(self: Trainer, *given: Any, **named: Any) -> Any:
+        trained.append(type(self).__name__)
+        return begin(self, *given, **named)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    out = tmp_path / "run"
+    argv = [
+        "train",
+        f"--model={chat_llama}",
+        "--task=causal-lm",
+        f"--train_file={chats}",
+        f"--eval_file={chats}",
+        *columns,
+    ]
+    argv += [f"--output_dir={out}", f"--method={method}", "--rank=2", "--max_steps=12", "--logging_steps=2"]
+    assert main([*argv, "--learning_rate=3e-3", "--estimate_batches=2", "--warmup_ratio=0"]) == 0
+    assert trained == ["SFTTrainer"]
+    record = json.loads((out / "run.json").read_text())
+    losses = [point["loss"] for point in record["curve"]]
+    assert losses[-1] < losses[0]
+    assert record["metrics"]["eval_loss"] < losses[0]
+    if method != "full":
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chat_llama), out / "adapter")
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(chat_llama: Path, chats: Path, tmp_path: Path) -> None:
+    argv = [
+        f"--model={chat_llama}",
+        "--task=causal-lm",
+        f"--train_file={chats}",
+        "--messages_column=messages",
+        "--rank=2",
+    ]
+    argv += ["--max_steps=6", "--save_steps=3", "--logging_steps=1", "--estimate_batches=2", "--lora_dropout=0.1"]
+    whole, interrupted = tmp_path / "whole", tmp_path / "broken"
+    for out in (whole, interrupted):
+        assert main(["train", *argv, f"--output_dir={out}"]) == 0
+    for path in ("run.json", "checkpoints/checkpoint-6/trainer_state.json"):
+        (interrupted / path).unlink()
+    assert main(["train", "--resume", f"--output_dir={interrupted}"]) == 0
+    one, other = (load_tensors(out / "adapter" / "adapter_model.safetensors") for out in (whole, interrupted))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    curves = [json.loads((out / "run.json").read_text())["curve"] for out in (whole, interrupted)]
+    assert curves[0] == curves[1]
+
+
+def test_lora_ga_estimate_gives_the_estimate_of_the_run(chat_llama: Path, chats: Path, tmp_path: Path) -> None:
+    argv = [
+        f"--model={chat_llama}",
+        "--task=causal-lm",
+        f"--train_file={chats}",
+        "--messages_column=messages",
+        "--rank=2",
+    ]
+    assert main(["estimate", *argv, "--estimate_batches=2", f"--output={tmp_path / 'e.safetensors'}"]) == 0
+    assert main(["train", *argv, "--estimate_batches=2", "--max_steps=1", f"--output_dir={tmp_path / 'run'}"]) == 0
+    one, other = load_tensors(tmp_path / "e.safetensors"), load_tensors(tmp_path / "run" / "estimate.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_warning_counts_the_rows_that_are_left_out(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "f.jsonl", [{"p": "a b c d ", "t": "e"}, {"p": "a ", "t": "b"}])
+    columns = DataOptions(train_file=str(file), prompt_column="p", target_column="t", max_length=4)
+    prepared = tasks.prepare_data(ModelOptions(model=str(llama), task="causal-lm"), columns)
+    assert len(prepared.train) == 1
+    assert "1 of 2 rows have no token to learn within 4 tokens and are left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"f: no row has a token to learn within 2 tokens. Raise --max_length"):
+        encode(llama, {"p": "a b ", "t": "c"}, 2, prompt_column="p", target_column="t")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"m": conversation("a", "b")}, {"m": []}], "row 1 has nothing in column 'm'"),
+        ([{"m": "a b"}], r"row 0 of column 'm' \(--messages_column\) is 'a b', but must be a list of messages, each"),
+        ([{"other": "a b"}], r"there is no column 'm' \(--messages_column\); its columns are other"),
+    ],
+)
+def test_rows_without_a_conversation_are_refused(
+    rows: list[dict[str, Any]], message: str, chat_llama: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    file = write_rows(tmp_path / "f.jsonl", rows)
+    argv = ["train", "--task=causal-lm", f"--model={chat_llama}", f"--train_file={file}", "--messages_column=m"]
+    shown = error_of([*argv, f"--output_dir={tmp_path / 'run'}"])
+    assert re.search(message, shown)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(
+    llama: Path, chats: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    argv = ["train", "--task=causal-lm", f"--model={llama}", f"--train_file={chats}", "--messages_column=messages"]
+    assert "tokenizer has no chat template" in error_of([*argv, f"--output_dir={tmp_path / 'run'}"])
+
+
+def test_without_trl_the_extra_is_named_and_plain_text_still_works(
+    llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
+    argv = [
+        "train",
+        "--task=causal-lm",
+        f"--model={llama}",
+        f"--train_file={prompts}",
+        f"--output_dir={tmp_path / 'run'}",
+    ]
+    shown = error_of([*argv, "--prompt_column=prompt", "--target_column=target"])
+    assert 'pip install "lora-ga[trl]"' in shown
+    assert not (tmp_path / "run").exists()
+    assert main([*argv, "--max_steps=1", "--rank=2"]) == 0
