@@ -303,17 +303,18 @@ def test_streaming_finds_late_directions_after_a_first_block_of_one_token() -> N
 
 @pytest.mark.parametrize("kind", [Dense, Streaming])
 def test_a_restored_accumulator_continues_as_the_uninterrupted_one(kind: Kind) -> None:
-    parts = blocks(9, torch.float32)
-    names = ("layer", "other")
-    whole, first = filled(kind, parts, names), filled(kind, parts[:4], names)
-    resumed = kind(SIZES, 0, 0)
-    resumed.restore(
-        {key: value.clone() for key, value in first.state().items()}, dict.fromkeys(names, torch.device("cpu"))
-    )
+    """After each save a run goes on from what it has saved, so a resumed run computes on the same memory layout."""
+    parts, names = blocks(9, torch.float32), ("layer", "other")
+    devices = dict.fromkeys(names, torch.device("cpu"))
+    whole, resumed = filled(kind, parts[:4], names), kind(SIZES, 0, 0)
+    state = whole.state()
+    resumed.restore({key: value.clone() for key, value in state.items()}, devices)
+    whole.restore(state, devices)
     for x, g, weight in parts[4:]:
-        for name in names:
-            resumed.add(name, x, g, weight)
-        resumed.flush()
+        for accumulator in (whole, resumed):
+            for name in names:
+                accumulator.add(name, x, g, weight)
+            accumulator.flush()
     for name in names:
         mine, true = resumed.factors(name), whole.factors(name)
         assert mine is not None
