@@ -351,6 +351,8 @@ def test_the_trained_tensors_saved_by_hand_are_refused_and_their_joined_matrices
             lora_ga.load(llama(), tmp_path, is_trainable=trainable)
     if file.endswith("safetensors"):
         with pytest.raises(ValueError, match=f"{file}: .*{message}"):
+            lora_ga.load(injected(llama(), ["q_proj"]), tmp_path)
+        with pytest.raises(ValueError, match=f"{file}: .*{message}"):
             lora_ga.compress_adapter(tmp_path, tmp_path / "small", rank=2)
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(tensors, strict=False)

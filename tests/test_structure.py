@@ -6,6 +6,7 @@ Also: estimates of experts that end early or resume.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -239,6 +241,21 @@ def test_the_saved_adapter_of_a_tied_head_is_what_was_trained(dtype: torch.dtype
     again = lora_ga.load(tied_base().to(dtype), tmp_path, is_trainable=True)
     torch.testing.assert_close(logits(again.eval(), batch), wanted)
     assert train(again, causal()) == train(model, causal())
+
+
+def test_a_tied_adapter_that_exists_takes_the_saved_change_and_no_other(
+    tied_run: tuple[Any, Path], tmp_path: Path
+) -> None:
+    model, folder = tied_run
+    again = lora_ga.load(tied_adapter(), folder, is_trainable=True)
+    assert torch.equal(logits(again.eval(), causal(1)[0]), logits(model, causal(1)[0]))
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.lora_A.weight"] += 1
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"lm_head has not the change of model.embed_tokens, which this model ties"):
+        lora_ga.load(tied_adapter(), tmp_path)
 
 
 def test_a_tied_head_starts_in_a_trainer_and_resumes_bit_for_bit(tmp_path: Path) -> None:

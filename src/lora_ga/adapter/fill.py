@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,7 @@ from lora_ga.adapter.structure import build_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
 from lora_ga.files import another_base
-from lora_ga.layers.factors import Factor
+from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.joined import JoinedA, JoinedB
 from lora_ga.layers.kinds import entries, weight_of
 from lora_ga.layers.targets import PREFIX, Target, find_targets, peft_model_in
@@ -137,7 +138,7 @@ def _read(path: Path, targets: Mapping[str, Target]) -> SavedAdapter:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or holds no layer of the model, or one several times.
+        ValueError: It is damaged, or holds dA and dB alone, or no layer of the model, or one several times.
     """
     files = [path] if path.is_file() else [path / SAFETENSORS_WEIGHTS_NAME, path / PIPELINE_FILE]
     where = next((file for file in files if file.is_file()), None)
@@ -151,6 +152,8 @@ def _read(path: Path, targets: Mapping[str, Target]) -> SavedAdapter:
             tensors = {_in_peft(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{where}: damaged, or not a safetensors file ({error}). Save the adapter again.") from error
+    for reason in without_start(tensors):
+        raise ValueError(f"{where}: {reason}")
     first = next(iter(targets))
     found = [key.removesuffix(first + end) for key in tensors for end in ENDS["A"] if key.endswith(first + end)]
     prefixes = [prefix for prefix in found if not prefix or prefix.endswith(".")]
@@ -190,7 +193,9 @@ def _check_shapes(saved: SavedAdapter, targets: Mapping[str, Target], adapter_na
     Raises:
         ValueError: It is one of these.
     """
-    different = sorted(saved.layers ^ set(targets))
+    tied = {head: name for name, target in targets.items() for head in target.heads}
+    _check_tied(saved, tied)
+    different = sorted((saved.layers - set(tied)) ^ set(targets))
     if different:
         raise ValueError(
             f"{saved.where}: of an adapter with other layers: {len(different)} are in only one of the two, as "
@@ -216,6 +221,23 @@ def _check_shapes(saved: SavedAdapter, targets: Mapping[str, Target], adapter_na
                     + ". Give the adapter the rank of the run that saved it: half of what its configuration says."
                 )
     return aligned
+
+
+def _check_tied(saved: SavedAdapter, tied: Mapping[str, str]) -> None:
+    """Refuse an adapter in which a head has another change than the embedding that it is tied to here.
+
+    Raises:
+        ValueError: It has.
+    """
+    for head, embedding in tied.items():
+        for letter, other in zip("AB", "BA", strict=True):
+            theirs, ours = saved.factor(head, letter), saved.factor(embedding, other)
+            if theirs is None or ours is None or not torch.equal(theirs, ours.mT):
+                raise ValueError(
+                    f"{saved.where}: {head} has not the change of {embedding}, which this model ties to it "
+                    "(ensure_weight_tying). Give the adapter the ensure_weight_tying and target_modules of the run "
+                    "that saved it."
+                )
 
 
 def _shape(sizes: list[int]) -> str:

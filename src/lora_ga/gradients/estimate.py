@@ -41,9 +41,8 @@ def estimate_gradients(
     share of the batches. Their sums are added up, and all processes return the same estimate, bit for bit.
 
     Args:
-        model: A model with a fresh LoRA adapter (a `PeftModel`, or one with an injected adapter, as `model.add_adapter`
-            makes it), or a network that contains one; plain, in DistributedDataParallel, or sharded by FSDP2 or
-            DeepSpeed ZeRO-3. The loss is that of the whole network.
+        model: A model with a fresh LoRA adapter (of PEFT or `model.add_adapter`), or a network that contains one;
+            plain, in DistributedDataParallel, or sharded by FSDP2 or ZeRO-3. The loss is that of the whole network.
         data: Batches: mappings (keyword arguments of the model), tuples, or whatever `loss_fn` takes. They are moved
             to the model's device. Each counts by its label tokens: many small ones give the gradient of one large one.
             Without a `loss_fn`, batches whose labels are all -100 are left out, with one warning.
