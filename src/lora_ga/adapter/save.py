@@ -45,6 +45,7 @@ class AlignedLoraConfig(LoraConfig):
     """
 
     alignment: Alignment | None = None
+    aligned_rank: int | None = None
 
     @classmethod
     def of(cls, config: LoraConfig, alignment: Alignment, **changes: Any) -> AlignedLoraConfig:
@@ -53,11 +54,14 @@ class AlignedLoraConfig(LoraConfig):
         made: Any = copy.copy(config)
         made.__class__ = cls
         vars(made).update(changes, alignment=alignment)
+        made.aligned_rank = made.r
         return made
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the rank-2r adapter, as they are saved."""
-        return LoraConfig.to_dict(self) | ({} if self.alignment is None else self.alignment.saved)
+        fields = LoraConfig.to_dict(self)
+        # PEFT changes the rank, and scales α with it, where it adds a second adapter to the file while saving.
+        return fields if self.alignment is None or self.r != self.aligned_rank else fields | self.alignment.saved
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` of the rank-2r adapter, and the sidecar.

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lora_ga.adapter.alignment import Alignment
 from lora_ga.adapter.model_card import start_section
@@ -17,7 +16,7 @@ from lora_ga.adapter.structure import build_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.agreement import check_same
 from lora_ga.distributed.processes import DeferredError, processes
-from lora_ga.distributed.sharding import unwrapped
+from lora_ga.distributed.sharding import in_ddp, unwrapped
 from lora_ga.distributed.tensor_parallel import check_together
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.kinds import base_weights, layout_of
@@ -107,7 +106,7 @@ def _check_wrapper(wrapped: nn.Module, plan: Plan) -> None:
         ValueError: There is such a head.
     """
     heads = [head for target in plan.aligned.values() for head in target.heads]
-    if heads and plan.alignment is None and isinstance(wrapped, DistributedDataParallel):
+    if heads and plan.alignment is None and in_ddp(wrapped):
         raise ValueError(
             f"{heads[0]} is tied to the embedding (ensure_weight_tying) and is to compute with its factors, but "
             "DistributedDataParallel holds the head's own. Call this before the model is wrapped, or use "

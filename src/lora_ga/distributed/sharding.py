@@ -47,6 +47,11 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def in_ddp(model: Any) -> bool:
+    """Whether DistributedDataParallel wraps a model: it waits for the gradients of the parameters that it has found."""
+    return isinstance(model, DistributedDataParallel)
+
+
 def in_step(model: nn.Module) -> bool:
     """Whether a forward pass through the model communicates, so that all processes have to run it together."""
     synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
