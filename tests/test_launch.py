@@ -39,7 +39,10 @@ def arguments(engine: str, folder: Path) -> list[str]:
         port = found.getsockname()[1]
     argv = ["--main_process_port", str(port), "--config_file", f"{RECIPES / engine}.yaml"]
     argv += [] if engine == "ddp" else [str(ROOT / "tests" / "processes.py")]
-    return [*argv, str(RECIPES / "train.py"), "--output_dir", str(folder), *(["--cpu"] if engine == "ddp" else [])]
+    argv += [str(RECIPES / "train.py"), "--output_dir", str(folder), *(["--cpu"] if engine == "ddp" else [])]
+    # ZeRO-3 rounds otherwise than DDP. In the directions of the streaming estimator this shows in the third digit, and
+    # the losses would differ by 1e-3. The dense one compares the engines alone.
+    return [*argv, "--estimator=dense"]
 
 
 def run_script(environment: dict[str, str], argv: list[str], output: Path) -> None:

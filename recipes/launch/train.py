@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--model", help="a causal language model, as a folder or a name on the hub")
     parser.add_argument("--text", default=__file__, help="a text file to train on")
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--estimator", default="streaming", choices=["streaming", "dense"], help="see LoraGAConfig")
     parser.add_argument("--max_steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-2)
@@ -78,7 +79,7 @@ def main() -> None:
         args=arguments,
         train_dataset=pieces(Path(options.text).read_text(), options.model, options.length),
         data_collator=default_data_collator,
-        callbacks=[LoraGACallback(LoraGAConfig(max_batches=8))],
+        callbacks=[LoraGACallback(LoraGAConfig(max_batches=8, estimator=options.estimator))],
     )
     trainer.train()
     trainer.save_model(str(Path(options.output_dir) / "adapter"))
