@@ -40,8 +40,8 @@ def arguments(engine: str, folder: Path) -> list[str]:
     argv = ["--main_process_port", str(port), "--config_file", f"{RECIPES / engine}.yaml"]
     argv += [] if engine == "ddp" else [str(ROOT / "tests" / "processes.py")]
     argv += [str(RECIPES / "train.py"), "--output_dir", str(folder), *(["--cpu"] if engine == "ddp" else [])]
-    # ZeRO-3 rounds otherwise than DDP. In the directions of the streaming estimator this shows in the third digit, and
-    # the losses would differ by 1e-3. The dense one compares the engines alone.
+    # ZeRO-3 rounds otherwise than DDP. The streaming estimator amplifies rounding to 1e-3 in directions, and the losses
+    # then differ by 1e-3. The dense estimator does not, so this compares the engines.
     return [*argv, "--estimator=dense"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -423,14 +424,17 @@ def test_random_numbers_of_another_kind_are_named(name: str) -> None:
     assert everything(model) == before
 
 
-def test_random_numbers_of_the_loss_and_of_a_teacher_are_nobodys_business() -> None:
+def test_random_numbers_of_the_loss_and_of_a_teacher_are_not_reported() -> None:
     model = adapted(Net(nn.Identity()), ["first"])
     teacher = nn.Sequential(Function(lambda x, _: x * torch.rand(()))).eval()
 
     def loss(model: Any, batch: Any) -> Tensor:
         return model(**batch)["loss"] + torch.randn(()) + teacher(batch["x"]).sum() * np.random.rand()
 
-    lora_ga.estimate_gradients(model, [BATCH], loss_fn=loss)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lora_ga.estimate_gradients(model, [BATCH], loss_fn=loss)
+    assert not [each for each in caught if "Random numbers were drawn" in str(each.message)]
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
