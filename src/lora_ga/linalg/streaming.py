@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,7 +204,7 @@ def truncate(y_OQ: Tensor, z_IQ: Tensor, kept: int, *, exactly: bool = True) -> 
     mixed = inverse @ _by_size(inverse.mT @ other @ inverse, exactly=exactly)[..., :kept]
     s_K = ((other @ mixed) * mixed).sum(dim=-2).clamp_min(0).sqrt()
     v_IK = z64 @ (mixed / s_K.clamp_min(tiny)[..., None, :])
-    s_K = torch.where(s_K > NOISE[z_IQ.dtype] * s_K.amax(dim=-1, keepdim=True), s_K, 0.0)
+    s_K = s_K * (s_K > NOISE[z_IQ.dtype] * s_K.amax(dim=-1, keepdim=True))
     return (y64 @ mixed).to(y_OQ), s_K.to(y_OQ), v_IK.to(z_IQ)
 
 
@@ -228,6 +229,24 @@ def direction_change(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor,
     return 1 - (energy * (left + right)).sum() / (2 * energy.sum()).clamp_min(torch.finfo(energy.dtype).tiny)
 
 
+class _Stack(NamedTuple):
+    """The states of layers of one shape, one tensor for each part. Each layer's state is a view of them.
+
+    Attributes:
+        names: The layers.
+        u: (N, O, K).
+        s: (N, K).
+        v: (N, I, K).
+        y: (N, O, Q + P).
+    """
+
+    names: tuple[str, ...]
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    y: Tensor
+
+
 @dataclasses.dataclass
 class _Stream:
     """The state of one layer, `M = U S Vᵀ`, and what its next block is multiplied with.
@@ -242,7 +261,8 @@ class _Stream:
         z: (I, Q), `(gᵀx)ᵀ Y` of the last block; None if no block waits to be truncated.
         weight: The weight of the last block.
         blocks: The number of blocks added.
-        group: The layers that were truncated together with this one.
+        stack: The states of the layers that were truncated together with this one. Its parts u, s, v and y are views of
+            it, or it is None.
         before: The leading U and V, and the sketch, before the last batch, where changes are compared.
     """
 
@@ -254,7 +274,7 @@ class _Stream:
     z: Tensor | None = None
     weight: float = 1.0
     blocks: int = 0
-    group: tuple[str, ...] = ()
+    stack: _Stack | None = None
     before: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -276,7 +296,7 @@ class _Stream:
         """Let the next block start from other directions; those that are zero stay as they are."""
         start_IQ = torch.where(start_IQ.norm(dim=0) > 0, start_IQ, self.start)
         u_OK, s_K, v_IK = self.held
-        self.y = torch.cat([(u_OK * s_K) @ (v_IK.mT @ start_IQ), self.sketch], dim=1)
+        self.y[:, :-PROBES] = (u_OK * s_K) @ (v_IK.mT @ start_IQ)
         self.omega = torch.cat([start_IQ, self.omega[:, -PROBES:]], dim=1)
 
 
@@ -370,15 +390,22 @@ class Streaming:
         exactly = self.watched or streams[0].y.dtype == torch.float64
         if exactly:  # solvers of eigenvalues refuse NaN with an error of their own
             self._refuse_infinite(names)
-        u_NOK, s_NK, v_NIK, y_NOC = (
-            torch.stack([getattr(stream, part) for stream in streams]) for part in ("u", "s", "v", "y")
-        )
+        _, u_NOK, s_NK, v_NIK, y_NOC = self._stacked(names)
         z_NIQ = torch.stack([stream.z for stream in streams if stream.z is not None])
         y_NOQ, sketch_NOP = y_NOC.split([y_NOC.shape[-1] - PROBES, PROBES], dim=-1)
         z_NIQ.baddbmm_(v_NIK * s_NK[:, None], u_NOK.mT @ y_NOQ, beta=streams[0].weight)
         self._totals.append(sketch_NOP.sum())
         u_NOK, s_NK, v_NIK = truncate(y_NOQ, z_NIQ, s_NK.shape[-1], exactly=exactly)
         self._prepare(names, (u_NOK, s_NK, v_NIK), sketch_NOP, [stream.blocks for stream in streams])
+
+    def _stacked(self, names: Sequence[str]) -> _Stack:
+        """The states of layers of one shape; not copied if these layers were truncated together before."""
+        streams = [self.streams[name] for name in names]
+        stack = streams[0].stack
+        if stack is not None and stack.names == tuple(names) and all(stream.stack is stack for stream in streams):
+            return stack
+        parts = (torch.stack([getattr(stream, part) for stream in streams]) for part in ("u", "s", "v", "y"))
+        return _Stack(tuple(names), *parts)
 
     def _prepare(
         self, names: Sequence[str], held: tuple[Tensor, Tensor, Tensor], sketch_NOP: Tensor, blocks: Sequence[int]
@@ -392,17 +419,19 @@ class Streaming:
             [self._fresh(name, random_2IQ, count) for name, count in zip(names, blocks, strict=True)]
         )
         v_NIK = torch.where(s_NK[:, None] > 0, v_NIK, fresh_NIQ[..., :kept])
-        new_NIF = fresh_NIQ[..., kept:] - v_NIK @ (v_NIK.mT @ fresh_NIQ[..., kept:])
+        new_NIF = torch.baddbmm(fresh_NIQ[..., kept:], v_NIK, v_NIK.mT @ fresh_NIQ[..., kept:], alpha=-1)
         omega_NIC = torch.cat([v_NIK, new_NIF, probes_IP.expand(len(names), -1, -1)], dim=-1)
         crossed_NKQ = s_NK[..., None] * (v_NIK.mT @ omega_NIC[..., :columns])
         y_NOC = torch.cat([u_NOK @ crossed_NKQ, sketch_NOP], dim=-1)
-        group = tuple(names)
+        stack = _Stack(tuple(names), u_NOK, s_NK, omega_NIC[..., :kept], y_NOC)
         # Views of a stack keep all of it in memory. They are copied where the layers will not be replaced together.
-        apart = any(name in self.streams and self.streams[name].group not in {(), group} for name in names)
+        stacks = [self.streams[name].stack for name in names if name in self.streams]
+        apart = any(each is not None and each.names != stack.names for each in stacks)
         for name, count, *views in zip(names, blocks, u_NOK, s_NK, omega_NIC, y_NOC, strict=True):
             u, s, omega, y = (part.clone() for part in views) if apart else views
             before = self.streams[name].before if name in self.streams else None
-            self.streams[name] = _Stream(u, s, omega[:, :kept], omega, y, blocks=count, group=group, before=before)
+            found = None if apart else stack
+            self.streams[name] = _Stream(u, s, omega[:, :kept], omega, y, blocks=count, stack=found, before=before)
 
     def flush(self, loss: Tensor | None = None) -> None:
         """Truncate the layers that the batch has reached to K directions.
