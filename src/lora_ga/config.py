@@ -16,6 +16,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "estimator": ("streaming", "dense", "probe"),
     "on_missing": ("error", "lora"),
 }
+# Setting that files of earlier versions lack → its value there, if that is not the default.
+BEFORE: Mapping[str, Any] = {"training_mode": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +139,10 @@ class LoraGAConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraGAConfig:
-        """Read what `to_dict` wrote.
+        """Read what `to_dict` wrote, in this version or an earlier one.
 
         Args:
-            values: Setting names and plain values.
+            values: Setting names and plain values. Settings that the file lacks did not exist when it was written.
 
         Returns:
             The configuration, checked.
@@ -152,4 +154,4 @@ class LoraGAConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"LoraGAConfig has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-        return cls(**values)
+        return cls(**BEFORE | dict(values))

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
-# The version of the format that `write_tensors` writes.
-SCHEMA = 2
+# The version of the format that `write_tensors` writes, and those that `read_tensors` reads. docs/formats.md describes
+# them. Format 1 has no checksums; a file without a version is of format 1.
+SCHEMA, READABLE = 2, ("1", "2")
 # An error about another base tries vocabularies that differ by up to this many tokens. It takes about a second.
 MOST_TOKENS_ADDED = 4096
 
@@ -270,11 +271,13 @@ def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], re
         record: Plain values, stored as JSON in the file's header.
     """
     saved = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(record)
     header = {
         "format": "pt",
         "kind": kind,
         "schema": str(SCHEMA),
-        "record": json.dumps(record),
+        "record": text,
+        "record_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "sha256": _digest(saved),
     }
     write_atomically(path, save(saved, metadata=header))
@@ -285,7 +288,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        total.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
@@ -315,13 +318,21 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise ValueError(f"{path}: damaged, or not a safetensors file ({error}). Write it again.") from error
     if header.get("kind") != kind:
         raise ValueError(f"{path}: holds {header.get('kind', 'tensors of another program')}, expected {kind}.")
-    if header.get("schema") != str(SCHEMA):
+    schema, text = header.get("schema", "1"), header.get("record", "")
+    if schema not in READABLE:
         raise ValueError(
-            f"{path}: written in format {header.get('schema')}, this version reads format {SCHEMA}. Write it again."
+            f"{path}: written in format {schema}, this version of LoRA-GA reads the formats {' and '.join(READABLE)}. "
+            "Read it with the version that wrote it or a later one, or write it again with this one."
         )
-    if header.get("sha256") != _digest(tensors):
+    if (schema != "1" or "sha256" in header) and header.get("sha256") != _digest(tensors):
         raise ValueError(f"{path}: damaged, its values do not fit their checksum. Write it again.")
+    # The first files of format 2 have no checksum of the record.
+    if "record_sha256" in header and header["record_sha256"] != hashlib.sha256(text.encode()).hexdigest():
+        raise ValueError(f"{path}: damaged, its record does not fit its checksum. Write it again.")
     try:
-        return tensors, json.loads(header["record"])
-    except (KeyError, ValueError) as error:
+        record = json.loads(text)
+    except ValueError as error:
         raise ValueError(f"{path}: damaged, its record cannot be read ({error}). Write it again.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: damaged, its record is a {type(record).__name__}, not a mapping. Write it again.")
+    return tensors, record

@@ -7,6 +7,7 @@ every aligned layer (with offset="base" also A and B), the scaling, the settings
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,14 +25,18 @@ from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.model_card import write_section
+from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded
 from lora_ga.files import read_tensors, write_atomically, write_tensors
 from lora_ga.layers.factors import Factor, Shifted, without_start
 from lora_ga.layers.targets import PREFIX
 from lora_ga.layers.tied import tied_heads
+from lora_ga.version import __version__
 
 FILE = "lora_ga.safetensors"
 FILE_KIND = "the LoRA-GA sidecar of an adapter"
+# What the record of a sidecar holds.
+TYPES = {"config": dict, "fingerprint": str, "scaling": dict, "plain": dict, "original": dict}
 Factors = Mapping[str, tuple[Factor, Factor]]
 
 
@@ -118,6 +123,7 @@ def save_sidecar(model: nn.Module | None, adapter_name: str, folder: Path, *, sa
         "tied": [head.removeprefix(PREFIX) for head in tied_heads(model, adapter_name)] if model else [],
         "original": alignment.original,
         "summary": alignment.summary,
+        "versions": {"lora_ga": __version__, "torch": torch.__version__},
     }
     write_tensors(folder / FILE, FILE_KIND, tensors, record)
     write_section(folder, alignment.summary)
@@ -226,9 +232,26 @@ def _read_complete(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         ValueError: The file is damaged.
     """
     tensors, record = read_tensors(file, FILE_KIND)
-    missing = [key for key in ("config", "fingerprint", "scaling", "plain", "original") if key not in record]
-    parts = (f"{name}.{part}" for name in record.get("scaling", ()) for part in ("A0", "B0"))
-    missing += [key for key in parts if key not in tensors]
-    if missing:
-        raise ValueError(f"{file}: damaged, it holds no {missing[0]}. Put the complete file back, or remove it.")
+    wrong = [key for key, kind in TYPES.items() if not isinstance(record.get(key), kind)]
+    parts = () if wrong else [f"{name}.{part}" for name in record["scaling"] for part in ("A0", "B0")]
+    wrong += [key for key in parts if key not in tensors or not tensors[key].is_floating_point()]
+    if wrong:
+        raise ValueError(f"{file}: damaged, it holds no {wrong[0]}. Put the complete file back, or remove it.")
+    for name, scaling in record["scaling"].items():
+        finite = all(tensors[f"{name}.{part}"].isfinite().all() for part in ("A0", "B0"))
+        if not finite or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+            raise ValueError(f"{file}: damaged, {name} holds numbers that are not finite. Put the right file back.")
+    try:
+        LoraGAConfig.from_dict(record["config"])
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: {error} Use the version that wrote it{_version(record)}, or remove the file to load the adapter "
+            "as plain LoRA."
+        ) from error
     return tensors, record
+
+
+def _version(record: Mapping[str, Any]) -> str:
+    """The version that wrote a sidecar, for a sentence; the first versions did not say it."""
+    versions = record.get("versions")
+    return f" ({versions.get('lora_ga')})" if isinstance(versions, Mapping) else ""

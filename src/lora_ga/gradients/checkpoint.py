@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ga.config import BEFORE
 from lora_ga.files import differences, read_tensors, write_tensors
+from lora_ga.version import __version__
 
 FILE_KIND = "the running state of a LoRA-GA gradient estimate"
 # A layer has converged after so many batches in a row with a small change: one alone may be small by chance.
 SMALL_CHANGES = 2
 # Fields of `Progress` → their names in the file, where they differ.
 FILE_KEYS = {"small_changes": "calm"}
+VERSIONS = {"lora_ga": __version__, "torch": torch.__version__}
 
 
 @dataclasses.dataclass
@@ -116,6 +119,12 @@ def _hash(total: Any, value: Any) -> None:
         total.update(repr(value).encode())
 
 
+def _version(about: Mapping[str, Any]) -> str:
+    """The version of LoRA-GA that wrote a file; the first ones did not say it."""
+    versions = about.get("versions")
+    return str(versions.get("lora_ga")) if isinstance(versions, Mapping) else "0.1.0, or one before it"
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """The file from which an interrupted estimate continues.
@@ -148,8 +157,9 @@ class Checkpoint:
             FILE_KEYS.get(field, field): sorted(value) if isinstance(value, set) else value
             for field, value in vars(progress).items()
         }
+        record = {"identity": self.identity, "progress": values, "versions": VERSIONS}
         try:
-            write_tensors(self.path, FILE_KIND, tensors, {"identity": self.identity, "progress": values})
+            write_tensors(self.path, FILE_KIND, tensors, record)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -171,15 +181,17 @@ class Checkpoint:
             return Progress(), {}
         tensors, about = read_tensors(self.path, FILE_KIND)
         try:
-            identity = about["identity"]
+            identity = dict(about["identity"])
+            if "config" in identity:
+                identity["config"] = {**BEFORE, **identity["config"]}
             fields = {key: field for field, key in FILE_KEYS.items()}
             values = {fields.get(key, key): value for key, value in about["progress"].items()}
             progress = Progress(**values | {key: set(values[key]) for key in ("ran", "got_gradient")})
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path}: damaged, its record lacks {error}. Remove it to start again.") from error
         if found := differences(identity, self.identity):
             raise ValueError(
                 f"{self.path} belongs to another estimate: {found}. Give each estimate its own checkpoint, or remove "
-                "the file to start again."
+                f"the file to start again. The file was written by version {_version(about)}."
             )
         return progress, tensors

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ from lora_ga.version import __version__
 FILE_KIND = "a LoRA-GA gradient estimate"
 PARTS = ("U", "S", "V", "sketch")
 ABOUT = ("fingerprint", "weight", "batches", "missing", "settled", "settled_weight")
+# What the record of a file holds, and what the first versions did not write yet.
+TYPES = {
+    **dict.fromkeys(("config", "norms", "missing", "settled", "settled_weight"), dict),
+    **{"fingerprint": str, "weight": (int, float), "batches": int, "merged_from": list},
+}
+LATER = {"settled": {}, "settled_weight": {}, "merged_from": []}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,23 +123,18 @@ class GradientEstimate(Mapping[str, LowRank]):
             ValueError: The file is damaged, or not an estimate.
         """
         tensors, about = read_tensors(path, FILE_KIND)
+        about = LATER | about
+        if missing := sorted({*TYPES} - {*about}):
+            raise ValueError(f"{path}: damaged, {missing[0]!r} is missing. Make the estimate again.")
+        for key, kinds in TYPES.items():
+            if not isinstance(about[key], kinds):
+                raise ValueError(f"{path}: damaged, {key!r} is {about[key]!r}. Make the estimate again.")
+        layers = {name: _layer(path, name, tensors, norm) for name, norm in about["norms"].items()}
         try:
-            layers = {
-                name: LowRank(
-                    U=tensors[f"{name}.U"],
-                    S=tensors[f"{name}.S"],
-                    V=tensors[f"{name}.V"],
-                    norm=norm,
-                    sketch=tensors.get(f"{name}.sketch"),
-                )
-                for name, norm in about["norms"].items()
-            }
             config = LoraGAConfig.from_dict(about["config"])
-            rest = {key: about[key] for key in ABOUT}
-        except KeyError as error:
-            raise ValueError(f"{path}: damaged, {error} is missing. Make the estimate again.") from error
-        # Files of earlier versions do not have this entry.
-        return cls(layers, config, **rest, merged_from=tuple(about.get("merged_from", ())))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error} {_written_by(about)} Make the estimate again.") from error
+        return cls(layers, config, **{key: about[key] for key in ABOUT}, merged_from=tuple(about["merged_from"]))
 
     def merge(self, *others: GradientEstimate) -> GradientEstimate:
         """Add up estimates of one model on different batches, weighted by their label tokens.
@@ -204,6 +206,37 @@ class GradientEstimate(Mapping[str, LowRank]):
         layers = {*self, *self.missing} ^ {*other, *other.missing}
         if layers:
             raise ValueError(f"{pair} differ in their layers: {', '.join(sorted(layers)[:3])}.")
+
+
+def _written_by(about: Mapping[str, Any]) -> str:
+    """A sentence with the version that wrote a file."""
+    versions = about.get("versions")
+    return f"The file was written by version {versions.get('lora_ga')}." if isinstance(versions, dict) else ""
+
+
+def _layer(path: str | Path, name: str, tensors: Mapping[str, Tensor], norm: Any) -> LowRank:
+    """One layer of a file, checked: a file that was written by hand may hold anything.
+
+    Returns:
+        The layer.
+
+    Raises:
+        ValueError: A part is missing, or has another shape, another kind of dtype, or numbers that are not finite.
+    """
+    parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
+    if lost := [part for part in ("U", "S", "V") if part not in parts]:
+        raise ValueError(f"{path}: damaged, '{name}.{lost[0]}' is missing. Make the estimate again.")
+    shapes = [tuple(parts[part].shape) for part in ("U", "S", "V")]
+    kept = parts["S"].numel()
+    fits = [len(shape) for shape in shapes] == [2, 1, 2] and shapes[0][1] == shapes[2][1] == kept
+    if fits and "sketch" in parts:
+        fits = parts["sketch"].dim() == 2 and len(parts["sketch"]) == len(parts["U"])
+    if not fits:
+        raise ValueError(f"{path}: damaged, U, S and V of {name} are {shapes}. Make the estimate again.")
+    numbers = isinstance(norm, (int, float)) and math.isfinite(norm) and norm >= 0
+    if not numbers or not all(part.is_floating_point() and part.isfinite().all() for part in parts.values()):
+        raise ValueError(f"{path}: damaged, {name} holds numbers that are not finite. Make the estimate again.")
+    return LowRank(norm=norm, **parts)
 
 
 def _check_pairs(estimates: Sequence[GradientEstimate]) -> None:

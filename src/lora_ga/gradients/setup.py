@@ -111,6 +111,9 @@ def prepare(
 
     Returns:
         What the estimate works on, and the recorder, which starts where the checkpoint stands.
+
+    Raises:
+        ValueError: The adapter cannot be aligned, gradients are off, or the checkpoint does not fit or is damaged.
     """
     together, held = processes(process_group), DeferredError()
     found: tuple[Setup, Recorder] | None = None
@@ -126,7 +129,12 @@ def prepare(
             file = Checkpoint(together.own_file(Path(checkpoint)), every, identity | together.identity)
             setup = dataclasses.replace(setup, checkpoint=file)
             progress, tensors = file.load()
-            accumulator.restore(tensors, setup.devices)
+            try:
+                accumulator.restore(tensors, setup.devices)
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"{file.path}: damaged, it lacks a part ({error}). Remove it to start again."
+                ) from error
         found = setup, _recorder(setup, accumulator, progress)
     check_same(together.exchange(held, identity | {"checkpoint": checkpoint is not None}))
     assert found is not None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lora_ga.files import write_atomically, write_safetensors
 
 TENSORS, FACTS = "model.safetensors", "facts.json"
+SCHEMA = 1  # facts without a version are of the first
 
 
 def fingerprints(model: nn.Module) -> dict[int, str]:
@@ -47,8 +48,9 @@ def save(folder: Path, model: nn.Module, base: Mapping[int, str], facts: Mapping
     unchanged = {name for name, p in parameters if id(p) in base and not p.requires_grad and base[id(p)] == _digest(p)}
     # Clones, as safetensors refuses tensors that share memory (tied weights).
     tensors = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items() if name not in unchanged}
+    about = {"schema": SCHEMA, "facts": facts, "unchanged": sorted(unchanged)}
     write_safetensors(folder / TENSORS, tensors, {"format": "pt"})
-    write_atomically(folder / FACTS, json.dumps({"facts": facts, "unchanged": sorted(unchanged)}).encode())
+    write_atomically(folder / FACTS, json.dumps(about).encode())
 
 
 def is_saved(folder: Path) -> bool:
@@ -71,18 +73,24 @@ def restore(folder: Path, model: nn.Module) -> dict[str, Any]:
     """
     try:
         saved = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        found = model.load_state_dict(load_file(folder / TENSORS), strict=False)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        schema, facts, unchanged = saved.get("schema", SCHEMA), dict(saved["facts"]), {*saved["unchanged"]}
+        found = model.load_state_dict(load_file(folder / TENSORS), strict=False) if schema == SCHEMA else None
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}: the trained model cannot be loaded ({error}). Remove this folder to train it again."
         ) from error
-    wrong = sorted({*found.unexpected_keys, *(set(found.missing_keys) ^ set(saved["unchanged"]))})
+    if found is None:
+        raise ValueError(
+            f"{folder}: written in format {schema}, this version reads format {SCHEMA}. Judge it with the version that "
+            "wrote it, or remove this folder to train it again."
+        )
+    wrong = sorted({*found.unexpected_keys, *(set(found.missing_keys) ^ unchanged)})
     if wrong:
         raise ValueError(
             f"{folder}: the saved model and the one that was built differ in {', '.join(wrong[:3])}. "
             "Remove this folder to train it again."
         )
-    return saved["facts"]
+    return facts
 
 
 def discard(folder: Path) -> None:
