@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-.PHONY: demo test test-all test-zero3 lint bench clean
+.PHONY: demo test test-all campaign test-zero3 lint bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,11 @@ $(VENV)/zero3/.ready: $(VENV)/.ready
 
 test-zero3: $(VENV)/zero3/.ready
 	PYTHONPATH=$(VENV)/zero3 $(BIN)/python -m pytest tests/test_launch.py -k zero3
+
+# Kills, full disks, damaged files, dead processes and extreme numbers; docs/reliability.md describes it. ARGUMENTS, for
+# instance --seed 3 --part kills, are those of `python -m campaign`.
+campaign: $(VENV)/.ready
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:benchmarks $(BIN)/python -m campaign $(ARGUMENTS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ SCHEMA, READABLE = 2, ("1", "2")
 MOST_TOKENS_ADDED = 4096
 
 Shapes = set[tuple[str, tuple[int, ...]]]
+Companions = Callable[[Path], None]
 
 
 def base_model(model: Any) -> nn.Module:
@@ -243,6 +244,57 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
         temporary.chmod(mode)  # safetensors makes files that their owner alone can read, whatever the umask
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from a file that may hold anything.
+
+    Args:
+        text: The content of the file.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It is not JSON, or is nested more deeply than Python's parser can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+# What Python, safetensors and PEFT raise for files whose content is not what they expect.
+UNEXPECTED = (ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def damaged(path: str | Path) -> Iterator[None]:
+    """Name a file or folder in every error that its content causes in other code.
+
+    Args:
+        path: What is read in the block.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: The content caused an error that did not name the path.
+    """
+    try:
+        yield
+    except UNEXPECTED as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no reason was given"
+        raise ValueError(
+            f"{path}: damaged, or not what it should be ({type(error).__name__}: {reason}). Put a complete copy back, "
+            "or save it again."
+        ) from error
+
+
+def no_companions(folder: Path) -> None:
+    """Writes nothing beside what a function writes into its new folder."""
+
+
 def check_empty(folder: str | Path) -> Path:
     """Refuse an output folder that has files in it.
 
@@ -330,7 +382,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     if "record_sha256" in header and header["record_sha256"] != hashlib.sha256(text.encode()).hexdigest():
         raise ValueError(f"{path}: damaged, its record does not fit its checksum. Write it again.")
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: damaged, its record cannot be read ({error}). Write it again.") from error
     if not isinstance(record, dict):

@@ -25,7 +25,7 @@ from lora_ga.adapter.save import FILE, read_sidecar
 from lora_ga.adapter.structure import build_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
-from lora_ga.files import another_base
+from lora_ga.files import another_base, damaged
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.joined import JoinedA, JoinedB
 from lora_ga.layers.kinds import entries, weight_of
@@ -165,16 +165,20 @@ def _read(path: Path, targets: Mapping[str, Target]) -> SavedAdapter:
         )
     (prefix,) = prefixes
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    config = None
+    with damaged(where):
+        return SavedAdapter(where, own, _config(where, header, prefix), read_sidecar(where.parent))
+
+
+def _config(where: Path, header: Mapping[str, str], prefix: str) -> Any:
+    """The configuration of a saved adapter; None if there is none."""
     if where.name == SAFETENSORS_WEIGHTS_NAME and (where.parent / CONFIG_NAME).is_file():
-        config = PeftConfig.from_pretrained(str(where.parent))
-    elif PIPELINE_CONFIGS in header:
+        return PeftConfig.from_pretrained(str(where.parent))
+    if PIPELINE_CONFIGS in header:
         fields = json.loads(header[PIPELINE_CONFIGS])
         start = prefix if any(key.startswith(prefix) for key in fields) else ""
-        config = LoraConfig.from_peft_type(
-            **{key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)}
-        )
-    return SavedAdapter(where, own, config, read_sidecar(where.parent))
+        own = {key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)}
+        return LoraConfig.from_peft_type(**own)
+    return None
 
 
 def _in_peft(key: str) -> str:

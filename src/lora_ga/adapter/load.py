@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from lora_ga.adapter.structure import follow_added_adapters, follow_ties, make_f
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped, whole
+from lora_ga.files import damaged
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, weight_of
 from lora_ga.layers.targets import PREFIX, SHIFTED_BASES, peft_model_in, peft_models_in
@@ -68,9 +70,10 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False, adapt
         raise ValueError('The base was changed by offset="base"; load the original base model again.')
     check_has_starts(Path(path))
     sidecar = read_sidecar(path)
-    if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
-        check_base(base, sidecar[1]["fingerprint"], path)
-    model = PeftModel.from_pretrained(base, str(path), adapter_name, is_trainable=is_trainable)
+    with damaged(path) if Path(path).is_dir() else contextlib.nullcontext():
+        if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
+            check_base(base, sidecar[1]["fingerprint"], path)
+        model = PeftModel.from_pretrained(base, str(path), adapter_name, is_trainable=is_trainable)
     try:
         if sidecar is not None:
             check_base(model, sidecar[1]["fingerprint"], path)

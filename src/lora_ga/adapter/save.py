@@ -27,7 +27,7 @@ from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.model_card import write_section
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded
-from lora_ga.files import read_tensors, write_atomically, write_tensors
+from lora_ga.files import damaged, read_tensors, write_atomically, write_tensors
 from lora_ga.layers.factors import Factor, Shifted, without_start
 from lora_ga.layers.targets import PREFIX
 from lora_ga.layers.tied import tied_heads
@@ -182,13 +182,14 @@ def check_has_starts(folder: Path) -> None:
         folder: The adapter's folder; nothing happens if it holds no adapter file.
 
     Raises:
-        ValueError: The file holds dA and dB.
+        ValueError: The file holds dA and dB, or is damaged.
     """
     if (file := folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        with safe_open(str(file), framework="pt") as opened:
+        with damaged(file), safe_open(str(file), framework="pt") as opened:
             names = list(opened.keys())
     elif (file := folder / WEIGHTS_NAME).is_file():
-        names = list(torch.load(file, weights_only=True, map_location="meta"))
+        with damaged(file):
+            names = list(torch.load(file, weights_only=True, map_location="meta"))
     else:
         return
     for reason in without_start(names):

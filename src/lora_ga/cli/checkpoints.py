@@ -1,6 +1,5 @@
 """The folder of a run: the files in it, and the checkpoint from which an unfinished run resumes."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 
 from lora_ga.adapter import save as sidecar
-from lora_ga.files import write_atomically
+from lora_ga.files import parse_json, write_atomically
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -112,8 +111,44 @@ def last_checkpoint(folder: Path, method: str) -> Path:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads the state that the trainer wrote: step, log and more."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    """Reads the state that the trainer wrote.
+
+    Returns:
+        The steps, the log and more.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        state = parse_json((checkpoint / STATE).read_text(encoding="utf-8"))
+        whole = isinstance(state["log_history"], list) and all(isinstance(each, dict) for each in state["log_history"])
+        if not whole or not all(isinstance(state[key], int) for key in ("global_step", "max_steps")):
+            raise ValueError("log_history, global_step or max_steps has another type")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--resume: {checkpoint / STATE} is damaged ({error}). Remove {checkpoint} to resume from the checkpoint "
+            "before it."
+        ) from error
+    return state
+
+
+def read_labels(adapter: Path) -> dict[int, str]:
+    """Reads the names of the classes beside the adapter of a classifier.
+
+    Returns:
+        Class → name; empty if the adapter has none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not (file := adapter / LABELS).is_file():
+        return {}
+    try:
+        return {int(number): str(name) for number, name in parse_json(file.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: damaged, it must map the numbers of classes to their names ({error}). Write it again."
+        ) from error
 
 
 def is_last_checkpoint(checkpoint: Path) -> bool:

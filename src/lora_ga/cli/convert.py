@@ -1,6 +1,7 @@
 """`lora-ga convert`: turns the adapter of an older LoRA-GA run into one for the original base model."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -40,8 +41,7 @@ def main(argv: list[str]) -> int:
     from lora_ga.export.convert import convert_run
 
     final, out = Path(positional.final), Path(options.output)
-    errors = convert_run(positional.init, final, out)
-    copy_companions(final, out)
+    errors = convert_run(positional.init, final, out, companions=partial(copy_companions, final))
     print(
         f"{out}: {len(errors)} layers for the original base, read back with a relative error of "
         f"{median(errors.values()):.1e} (median), {max(errors.values()):.1e} (worst)"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -91,15 +92,15 @@ def compress(adapter: Path, out: Path, rank: int) -> None:
     """Writes an adapter of lower rank and prints the error of each layer."""
     from lora_ga.export.compress import compress_adapter
 
-    show_written(adapter, out, compress_adapter(adapter, out, rank))
+    companions = partial(copy_companions, adapter)
+    show_written(out, compress_adapter(adapter, out, rank, companions=companions))
 
 
-def show_written(adapter: Path, out: Path, errors: dict[str, float]) -> None:
-    """Copies tokenizer and class names to a written adapter and prints the error of each layer."""
+def show_written(out: Path, errors: dict[str, float]) -> None:
+    """Prints the error of each layer of a written adapter."""
     from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.experiments.tables.table import Table
 
-    copy_companions(adapter, out)
     rank = json.loads((out / "adapter_config.json").read_text())["r"]
     rows = [[name, f"{error:.2e}"] for name, error in errors.items()]
     terminal().print(as_rich(Table(["layer", "relative error of its change"], rows)))
@@ -120,7 +121,9 @@ def serve(adapter: Path, options: ExportOptions, server: str) -> int:
 
     verdict = check_served(adapter, server)
     if options.output:
-        show_written(adapter, Path(options.output), write_served(adapter, options.output, server, options.rank))
+        companions = partial(copy_companions, adapter)
+        errors = write_served(adapter, options.output, server, options.rank, companions=companions)
+        show_written(Path(options.output), errors)
         return serve(Path(options.output), ExportOptions(), server)
     if options.rank is not None:
         raise ValueError("--rank was given with --for, but no --output to write to. Give both, or neither.")
@@ -160,12 +163,11 @@ def merge(adapter: Path, out: Path, options: ExportOptions) -> None:
     if tokenizer is not None and base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id  # a classifier cannot read a padded batch without it
     try:
-        merge_adapter(adapter, out, base=base)
+        companions = (lambda _: None) if tokenizer is None else tokenizer.save_pretrained
+        merge_adapter(adapter, out, base=base, companions=companions)
     except RuntimeError as error:
         first = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error))
         raise ValueError(f"{adapter}: does not fit {name} ({first}). Give its base model by --model.") from error
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
     print(f"{out}: {name} with the adapter merged in" + ("" if tokenizer else "; no tokenizer was found to go with it"))
 
 
@@ -180,7 +182,7 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
     """
     import transformers
 
-    from lora_ga.cli.checkpoints import LABELS
+    from lora_ga.cli.checkpoints import read_labels
     from lora_ga.cli.models import load_pretrained
     from lora_ga.cli.tasks import TASK_CLASSES
     from lora_ga.export.saved_adapter import read_adapter
@@ -196,8 +198,7 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
             "Load its base model in Python and call lora_ga.export.merge.merge_adapter."
         )
     settings: dict[str, Any] = {"dtype": options.dtype}
-    if (adapter / LABELS).is_file():
-        names = {int(number): label for number, label in json.loads((adapter / LABELS).read_text()).items()}
+    if names := read_labels(adapter):
         settings |= {"id2label": names, "label2id": {label: number for number, label in names.items()}}
     return name, load_pretrained(getattr(transformers, classes[config.task_type]), name, **settings)
 

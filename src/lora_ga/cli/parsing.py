@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from lora_ga.experiments.suites.spec import check_size
+
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the default after each help text, keeps paragraphs, and shows one spelling of each option."""
@@ -127,8 +129,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such configuration file.")
     try:
-        values = readers[path.suffix](path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
+        values = check_size(readers[path.suffix](path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: could not be read as {path.suffix[1:].upper()}: {error}") from error
     if values is None:
         return {}

@@ -15,17 +15,20 @@ from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import scaling_of
 from lora_ga.export.saved_adapter import read_adapter
-from lora_ga.files import check_empty, new_folder, write_safetensors
+from lora_ga.files import Companions, check_empty, damaged, new_folder, no_companions, write_safetensors
 from lora_ga.layers.targets import PREFIX
 
 
-def compress_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, float]:
+def compress_adapter(
+    path: str | Path, out: str | Path, rank: int, *, companions: Companions = no_companions
+) -> dict[str, float]:
     """Write the best adapter of a lower rank, by SVD of each layer's product s·B A (Eckart and Young, 1936).
 
     Args:
         path: The folder of a LoRA adapter, for instance one of rank 2r written after LoRA-GA training.
         out: A new or empty folder for the compressed adapter: plain LoRA with s = 1 in every layer.
         rank: The new rank k.
+        companions: Called with the new folder before it appears, to write more files into it.
 
     Returns:
         Layer name → ‖ΔW − ΔW_k‖ / ‖ΔW‖.
@@ -38,14 +41,17 @@ def compress_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, 
     source = Path(path)
     check_empty(out)
     config, tensors = read_adapter(source)
-    names = _linear_layers(tensors, config, source)
+    with damaged(source):
+        names = _linear_layers(tensors, config, source)
     largest = max(tensors[f"{name}.lora_A.weight"].shape[0] for name in names)
     if not 1 <= rank < largest:
         raise ValueError(f"rank {rank}: the adapter has rank {largest}; compress to a rank from 1 to {largest - 1}.")
-    return resize_adapter(source, out, rank)
+    return resize_adapter(source, out, rank, companions=companions)
 
 
-def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, float]:
+def resize_adapter(
+    path: str | Path, out: str | Path, rank: int, *, companions: Companions = no_companions
+) -> dict[str, float]:
     """Write an adapter that has one rank and s = 1 in every layer.
 
     Layers of a higher rank are compressed, those of a lower rank padded with zeros.
@@ -54,6 +60,7 @@ def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, fl
         path: The folder of a LoRA adapter.
         out: A new or empty folder.
         rank: The rank of every layer.
+        companions: Called with the new folder before it appears, to write more files into it.
 
     Returns:
         Layer name → ‖ΔW − ΔW_k‖ / ‖ΔW‖; zero for layers that were not compressed.
@@ -63,6 +70,12 @@ def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, fl
         ValueError: The adapter is not plain LoRA of linear layers, or `out` is not empty.
     """
     source, target = Path(path), check_empty(out)
+    with damaged(source):
+        return _resize(source, target, rank, companions)
+
+
+def _resize(source: Path, target: Path, rank: int, companions: Companions) -> dict[str, float]:
+    """Write the adapter; see `resize_adapter`."""
     config, tensors = read_adapter(source)
     errors = {}
     for name in _linear_layers(tensors, config, source):
@@ -79,6 +92,7 @@ def resize_adapter(path: str | Path, out: str | Path, rank: int) -> dict[str, fl
     with new_folder(target) as folder:
         write_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors, {"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True))
+        companions(folder)
     return errors
 
 
@@ -107,6 +121,8 @@ def _linear_layers(tensors: Mapping[str, Tensor], config: LoraConfig, path: Path
             raise ValueError(
                 f"{path}: {key} is not a factor of a linear layer; only linear layers can be compressed. Merge it."
             )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key} holds numbers that are not finite. Take an earlier checkpoint.")
         if key.endswith(".lora_A.weight"):
             names.append(match[1])
     if not names:

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_ga.adapter.save import FILE as SIDECAR
-from lora_ga.files import check_empty, new_folder, write_safetensors
+from lora_ga.files import Companions, check_empty, damaged, new_folder, no_companions, parse_json, write_safetensors
 
 # The factors of linear and convolution layers, and of embeddings: letter → the dimension of the rank.
 FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<letter>[AB])(?P<weight>\.weight)?")
@@ -53,13 +53,16 @@ Config = dict[str, Any]
 Tensors = dict[str, Tensor]
 
 
-def convert_run(init: str | Path, final: str | Path, out: str | Path) -> dict[str, float]:
+def convert_run(
+    init: str | Path, final: str | Path, out: str | Path, *, companions: Companions = no_companions
+) -> dict[str, float]:
     """Write an adapter for the original base, from the initial and the final adapter of a run on a changed base.
 
     Args:
         init: The folder of the adapter as it was before training.
         final: The folder of the adapter after training (or any checkpoint of it).
         out: A new or empty folder: a plain rank-2r adapter in float32.
+        companions: Called with the new folder before it appears, to write more files into it.
 
     Returns:
         Layer name → relative error (Frobenius) of the product read back against s·(B A − B₀A₀) in float64.
@@ -70,6 +73,12 @@ def convert_run(init: str | Path, final: str | Path, out: str | Path) -> dict[st
             no conversion or allows none, or what was written cannot be read back.
     """
     first, last, target = Path(init), Path(final), check_empty(out)
+    with damaged(f"{first} or {last}"):
+        return _convert(first, last, target, companions)
+
+
+def _convert(first: Path, last: Path, target: Path, companions: Companions) -> dict[str, float]:
+    """Convert the run; see `convert_run`."""
     (config_0, tensors_0), (config, tensors) = _read(first), _read(last)
     _check_convertible(config, tensors, last)
     _check_same_run(config_0, config, first, last)
@@ -84,6 +93,7 @@ def convert_run(init: str | Path, final: str | Path, out: str | Path) -> dict[st
         contiguous = {key: tensor.contiguous() for key, tensor in joined.items()}
         write_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, contiguous, {"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(_rank_2r_config(config), indent=2, sort_keys=True))
+        companions(folder)
         return _check_written(folder, pairs, tensors_0, tensors)
 
 
@@ -101,10 +111,12 @@ def _read(folder: Path) -> tuple[Config, Tensors]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder}: holds no {file}; give the folder that save_pretrained wrote.")
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{folder}: damaged, its files cannot be read ({error}). Take another copy.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}: damaged, {CONFIG_NAME} is not a mapping. Take another copy.")
     if config.get("peft_type") not in {"LORA", "LORAGA"}:  # the second in the authors' fork
         raise ValueError(f"{folder}: an adapter of type {config.get('peft_type')}; only LoRA can be converted.")
     return config, tensors

@@ -10,12 +10,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_ga.export.saved_adapter import read_adapter
-from lora_ga.files import check_empty, new_folder
+from lora_ga.files import Companions, check_empty, new_folder, no_companions
 from lora_ga.layers.targets import PREFIX
 from lora_ga.layers.tied import tied_heads
 
 
-def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None:
+def merge_adapter(
+    path: str | Path, out: str | Path, *, base: nn.Module, companions: Companions = no_companions
+) -> None:
     """Write the base model with an adapter merged into its weights.
 
     The written model computes what the adapted one does, up to the rounding of the weights' dtype.
@@ -24,6 +26,7 @@ def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None
         path: The adapter's folder.
         out: A new or empty folder.
         base: The original base model, without LoRA layers; its weights are changed in place.
+        companions: Called with the new folder before it appears, to write more files into it.
 
     Raises:
         FileNotFoundError: There is no adapter in `path`.
@@ -50,6 +53,7 @@ def merge_adapter(path: str | Path, out: str | Path, *, base: nn.Module) -> None
     merged = model.merge_and_unload(safe_merge=True)
     with new_folder(target) as folder:
         merged.save_pretrained(folder)
+        companions(folder)
 
 
 def _check_complete(model: PeftModel, tensors: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_ga.export.compress import resize_adapter
 from lora_ga.export.saved_adapter import read_adapter
+from lora_ga.files import Companions, no_companions
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # The field of PEFT's configuration → why vLLM refuses an adapter that sets it, and what to do.
@@ -88,7 +89,9 @@ def check_served(path: str | Path, server: str) -> Verdict:
     return SERVERS[server](*read_adapter(Path(path)))
 
 
-def write_served(path: str | Path, out: str | Path, server: str, rank: int | None = None) -> dict[str, float]:
+def write_served(
+    path: str | Path, out: str | Path, server: str, rank: int | None = None, *, companions: Companions = no_companions
+) -> dict[str, float]:
     """Write an adapter in a form that a server accepts: one rank for all layers, and the scaling multiplied into B.
 
     Args:
@@ -96,6 +99,7 @@ def write_served(path: str | Path, out: str | Path, server: str, rank: int | Non
         out: A new or empty folder.
         server: One of `SERVERS`.
         rank: The rank to compress to; None for the smallest allowed one that loses nothing.
+        companions: Called with the new folder before it appears, to write more files into it.
 
     Returns:
         Layer name → ‖ΔW − ΔW'‖ / ‖ΔW‖, zero where nothing is lost.
@@ -113,4 +117,4 @@ def write_served(path: str | Path, out: str | Path, server: str, rank: int | Non
     wanted = rank or verdict.rank
     if wanted is None:
         raise ValueError(f"{path}: its rank is above all that {server} allows ({allowed}). Give --rank to compress it.")
-    return resize_adapter(path, out, wanted)
+    return resize_adapter(path, out, wanted, companions=companions)

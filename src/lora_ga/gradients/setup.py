@@ -30,6 +30,7 @@ from lora_ga.layers.targets import Target, find_targets, peft_model_in
 from lora_ga.linalg.accumulator import Accumulator, Size
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.streaming import Streaming
+from lora_ga.version import __version__
 
 ESTIMATORS: Mapping[str, type[Dense] | type[Streaming]] = {"dense": Dense, "streaming": Streaming}
 
@@ -136,7 +137,8 @@ def prepare(
                     f"{file.path}: damaged, it lacks a part ({error}). Remove it to start again."
                 ) from error
         found = setup, _recorder(setup, accumulator, progress)
-    check_same(together.exchange(held, identity | {"checkpoint": checkpoint is not None}))
+    same = identity | {"checkpoint": checkpoint is not None, "version of lora_ga": __version__}
+    check_same(together.exchange(held, same))
     assert found is not None
     return found
 

@@ -14,7 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_ga.files import parse_json
+
 GZIP = 16 + zlib.MAX_WBITS  # zlib's code for "a gzip header and its checksum"
+MOST = 2**28  # bytes of text that a file may hold: a small damaged file can decompress to very many
 
 
 def encode(objects: Iterable[Mapping[str, Any]]) -> bytes:
@@ -62,7 +65,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     objects = []
     for number, line in enumerate(_complete(path)[0].splitlines(), 1):
         try:
-            found = json.loads(line)
+            found = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{path}: line {number} is damaged, it is not JSON ({error}).") from error
         if not isinstance(found, dict):
@@ -94,12 +97,16 @@ def _complete(path: Path) -> tuple[bytes, int]:
     while rest.strip(b"\0"):  # after a power failure a file may end in zeros
         member = zlib.decompressobj(GZIP)
         try:
-            found = member.decompress(rest)
+            found = member.decompress(rest, MOST - len(text) + 1)
         except zlib.error as error:
             raise ValueError(
                 f"{path}: damaged after byte {size - len(rest)} ({error}). Restore the file from a copy; or cut it off "
                 "there, to run the cells of the lost records again."
             ) from error
+        if len(text) + len(found) > MOST:
+            raise ValueError(
+                f"{path}: damaged, it holds more than {MOST // 2**20} MiB of text. Restore it from a copy."
+            )
         if not member.eof:
             break
         text, rest = text + found, member.unused_data

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ga.files import write_atomically
+from lora_ga.files import parse_json, write_atomically
 
 SCHEMA = 1
 RECORD = "run.json"
@@ -125,7 +125,7 @@ def load_run(folder: Path) -> Run:
             "Wait until the run ends, continue it with `lora-ga train ... --resume`, or leave this folder out."
         )
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also UnicodeDecodeError
         raise ValueError(f"{path}: damaged, it is not JSON ({error}). Train again, or leave out this run.") from error
     _check(path, record)

@@ -15,11 +15,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_ga.experiments.records import gzip_lines
-from lora_ga.files import write_atomically
+from lora_ga.files import parse_json, write_atomically
 
 SCHEMA = 1  # of a record
 FORMAT, OLD_FORMAT = 2, 1  # of the folder: one file for each suite; one JSON file for each record
 HEADER, LOCK, HOLDER, ENDING = "store.json", ".lock", ".lock.pid", ".jsonl.gz"
+NEEDED = {"digest": str, "suite": str, "status": str, "attempt": int}  # the store's own keys of a record
 UNJUDGED = "unjudged"  # folder of trained models that have not been judged yet
 Record = dict[str, Any]
 
@@ -187,8 +188,15 @@ class Store:
                     "Give an empty folder, or one that does not exist, by --store."
                 )
             return None
-        found = json.loads((self.folder / HEADER).read_text(encoding="utf-8")).get("schema")
-        if found not in (OLD_FORMAT, FORMAT):
+        try:
+            header = parse_json((self.folder / HEADER).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.folder / HEADER}: damaged, it is not JSON ({error}). Restore it from a copy; it holds "
+                f'{{"schema": {FORMAT}}} for a store of files that end in {ENDING}.'
+            ) from error
+        found = header.get("schema") if isinstance(header, dict) else None
+        if isinstance(found, bool) or found not in (OLD_FORMAT, FORMAT):
             raise ValueError(
                 f"{self.folder}: written in format {found}, this version reads format {OLD_FORMAT} or {FORMAT}. "
                 "Use the version of lora-ga that wrote it, or another folder by --store."
@@ -209,7 +217,7 @@ def _place(record: Record) -> tuple[Any, ...]:
 
 def _single(path: Path) -> Record:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged, it is not JSON ({error}). Remove it to run its cell again.") from error
 
@@ -218,6 +226,9 @@ def _checked(path: Path, record: Any) -> Record:
     found = record.get("schema") if isinstance(record, dict) else None
     if found != SCHEMA:
         raise ValueError(f"{path}: written in format {found}, this version reads format {SCHEMA}.")
+    for key, kind in NEEDED.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"{path}: damaged, the {key} of a record is {record.get(key)!r}. Restore it from a copy.")
     return record
 
 

@@ -196,6 +196,32 @@ def available() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def check_size(value: Any, most: int = 100_000) -> Any:
+    """Refuse a nested value of very many parts: a YAML file of a few lines can name one part a billion times.
+
+    Args:
+        value: What was read from a file.
+        most: The largest number of parts, each counted as often as it is named.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It has more parts.
+    """
+    left, count = [value], 0
+    while left:
+        each = left.pop()
+        count += 1
+        if count > most:
+            raise ValueError(f"more than {most} values, counting each alias (*name) as what it stands for")
+        if isinstance(each, dict):
+            left += [*each, *each.values()]
+        elif isinstance(each, (list, tuple, set)):
+            left += each
+    return value
+
+
 def load_suite(name: str) -> Suite:
     """Reads a suite.
 
@@ -213,8 +239,8 @@ def load_suite(name: str) -> Suite:
     if path is None or not path.is_file():
         raise ValueError(f"{name}: there is no such suite. The suites are {', '.join(known)}; or give a .yaml file.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        values = check_size(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: could not be read as YAML ({error}).") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds no mapping; a suite has the keys {', '.join(names(Suite))}.")
@@ -222,6 +248,8 @@ def load_suite(name: str) -> Suite:
         return _suite(path.stem, values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    except (AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: a value has the wrong type ({error}). recipes/ holds examples of suites.") from error
 
 
 def names(kind: Any) -> list[str]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_ga.files import write_atomically, write_safetensors
+from lora_ga.files import parse_json, write_atomically, write_safetensors
 
 TENSORS, FACTS = "model.safetensors", "facts.json"
 SCHEMA = 1  # facts without a version are of the first
@@ -72,7 +72,7 @@ def restore(folder: Path, model: nn.Module) -> dict[str, Any]:
         ValueError: The files are damaged, or the model has other modules or shapes.
     """
     try:
-        saved = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        saved = parse_json((folder / FACTS).read_text(encoding="utf-8"))
         schema, facts, unchanged = saved.get("schema", SCHEMA), dict(saved["facts"]), {*saved["unchanged"]}
         found = model.load_state_dict(load_file(folder / TENSORS), strict=False) if schema == SCHEMA else None
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:

@@ -1,0 +1,1 @@
+"""A campaign of faults: kills, disks, bytes, processes and numbers. `make campaign` runs it."""
