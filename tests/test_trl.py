@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 
 import lora_ga
 from cases import LAYERS, nf4
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.save import FILE
-from toys import adapted, causal, llama, logits, train
+from toys import adapted, causal, llama, logits, tokens, train
 from trainers import (
     TARGETS,
     callback,
@@ -22,6 +23,7 @@ from trainers import (
     rows,
     settings,
     sft,
+    text,
     tokenizer,
     trl_classes,
 )
@@ -147,3 +149,129 @@ def test_grpo_estimates_on_whole_groups_of_answers(tmp_path: Path) -> None:
     assert groups == [[4] * 4] * (lora_ga_callback.estimate.batches + 2)
     stock = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-2")
     torch.testing.assert_close(logits(stock, causal(1)[0]), logits(made.model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
+
+
+# --- the other trainers -----------------------------------------------------------------------------------------------
+
+BATCH = {"input_ids": tokens(4, 8, seed=9) % 29}
+CHAT = "{% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+
+
+def letters(completions: list[Any], **_: Any) -> list[float]:
+    """A reward: the number of different letters."""
+    return [float(len(set(str(completion)))) for completion in completions]
+
+
+def chats(*columns: str) -> Dataset:
+    """A data set of conversations of a question and an answer, or of questions alone."""
+    roles = ("user", "assistant") if "messages" in columns else ("user",)
+    turns = [[{"role": role, "content": text((role, row), 5)} for role in roles] for row in range(24)]
+    return Dataset.from_list([{columns[0]: turn} | dict.fromkeys(columns[1:], "a b") for turn in turns])
+
+
+def chatting() -> Any:
+    """The tokenizer of letters, with a template of conversations."""
+    made = tokenizer()
+    made.chat_template = CHAT
+    return made
+
+
+SHORT = {"max_completion_length": 6}
+PROMPTS, JUDGED, TAUGHT = rows("prompt"), {"reward_funcs": letters}, {"teacher_model": llama(1)}
+# Trainer → its data, arguments and settings, and its tokenizer.
+OTHERS: dict[str, tuple[Dataset, dict[str, Any], dict[str, Any], Any]] = {
+    "RLOO": (PROMPTS, SHORT | {"num_generations": 4}, JUDGED, tokenizer),
+    "CPO": (rows("prompt", "chosen", "rejected"), {}, {}, tokenizer),
+    "TPO": (rows("prompt", "chosen", "rejected", "reference"), {}, {}, tokenizer),
+    "Distillation": (PROMPTS, SHORT, TAUGHT, tokenizer),
+    "GKD": (chats("messages"), {"max_new_tokens": 6, "max_length": 48}, TAUGHT, chatting),
+    "SDPO": (
+        chats("prompt"),
+        SHORT | {"num_generations": 4, "max_prompt_length": 24, "distillation_topk": 8},
+        JUDGED,
+        chatting,
+    ),
+    "OnlineDPO": (PROMPTS, {"max_new_tokens": 6, "missing_eos_penalty": None}, JUDGED, tokenizer),
+    "SDFT": (
+        chats("prompt", "privileged_context"),
+        SHORT | {"num_generations": 2, "max_prompt_length": 24, "distillation_topk": 8},
+        {},
+        chatting,
+    ),
+}
+
+
+def other(name: str, folder: Path, callbacks: list[Any], **changes: Any) -> Any:
+    """One of TRL's trainers for one step, with a `peft_config`."""
+    trainer, arguments = trl_classes(name)
+    data, given, named, words = OTHERS[name]
+    return trainer(
+        model=llama(),
+        args=arguments(**settings(folder, bf16=False, **({"max_steps": 1} | given | changes))),
+        train_dataset=data,
+        processing_class=words(),
+        callbacks=callbacks,
+        peft_config=peft_config(),
+        **named,
+    )
+
+
+def check_run(trainer: Any, used: LoraGACallback, folder: Path) -> None:
+    """Train; the start is that of the base, every layer has a gradient, and stock PEFT reads the checkpoint."""
+    begin: list[torch.Tensor] = []
+    used.on_step_begin = lambda *_, model, **named: begin.append(logits(model.eval(), BATCH))  # type: ignore[method-assign]
+    trainer.train()
+    assert torch.equal(begin[0], logits(llama(), BATCH))
+    assert used.estimate is not None
+    assert len(used.estimate) == 2 * len(TARGETS)
+    stock = PeftModel.from_pretrained(llama(), folder / "checkpoint-1")
+    torch.testing.assert_close(logits(stock, BATCH), logits(trainer.model.eval(), BATCH), rtol=0, atol=1e-6)
+    assert not torch.equal(logits(stock, BATCH), begin[0])
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("SDPO", "OnlineDPO")])
+def test_the_other_trainers_start_exactly_and_their_adapters_reload(name: str, tmp_path: Path) -> None:
+    used = LoraGACallback(LoraGAConfig(max_batches=1))
+    check_run(other(name, tmp_path, [used]), used, tmp_path)
+
+
+def test_a_callback_that_sdpo_needs_first_is_named_and_attaching_the_callback_works(tmp_path: Path) -> None:
+    """SDPO makes its teacher, a second adapter, in a callback of its own, which it adds after those of the user."""
+    used = LoraGACallback(LoraGAConfig(max_batches=1))
+    text = r"SDPOTrainer fails .*teacher not found.*\(PEFTAdapterEMACallback\). Add it last, .*attach\(trainer\)"
+    with pytest.raises(ValueError, match=text):
+        other("SDPO", tmp_path, [used]).train()
+    trainer, used = other("SDPO", tmp_path, []), LoraGACallback(LoraGAConfig(max_batches=1))
+    used.attach(trainer)
+    check_run(trainer, used, tmp_path)
+    layer = trainer.model.get_submodule(f"base_model.model.model.layers.0.self_attn.{TARGETS[0]}")
+    rate = trainer.args.teacher_update_rate  # of one step, from a teacher that began as zero
+    for modules in (layer.lora_A, layer.lora_B):
+        torch.testing.assert_close(modules["teacher"].weight, rate * modules["default"].weight)
+
+
+def test_a_loss_in_the_training_step_is_named_and_a_loss_function_works(tmp_path: Path) -> None:
+    used = LoraGACallback(LoraGAConfig(max_batches=1))
+    with pytest.raises(ValueError, match="OnlineDPOTrainer fails .* in its training_step, .* Pass LoraGACallback"):
+        other("OnlineDPO", tmp_path, [used]).train()
+    batches = [{key: value % 29 for key, value in batch.items()} for batch in causal(1)]
+    used = LoraGACallback(batches=batches, loss_fn=lambda model, batch: model(**batch).loss)
+    check_run(other("OnlineDPO", tmp_path, [used]), used, tmp_path)
+
+
+def test_batches_that_share_an_optimizer_step_have_other_prompts_in_the_estimate(tmp_path: Path) -> None:
+    """DistillationTrainer's loader gives the prompts of an optimizer step together, once for each of its batches."""
+    prompts: list[list[int]] = []
+    used = LoraGACallback(LoraGAConfig(max_batches=3))
+    trainer = other("Distillation", tmp_path, [used], gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    compute = trainer.compute_loss
+
+    def compute_loss(model: Any, inputs: Any, **named: Any) -> Any:
+        prompts.extend(inputs["prompt_ids"].tolist())
+        return compute(model, inputs, **named)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert len(prompts) == 3 * 2 + 4
+    assert len({*map(tuple, prompts[:6])}) == 6
+    assert trainer.args.gradient_accumulation_steps == 2

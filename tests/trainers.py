@@ -86,8 +86,8 @@ def transformers_trainer(callbacks: list[Any], folder: Path, *, model: Any = Non
 def trl_classes(name: str) -> tuple[Any, Any]:
     """Return the class of one of TRL's trainers and the class of its arguments."""
     package = pytest.importorskip("trl", reason="install the extra 'trl' to run this test")
-    if name == "ORPO":  # TRL has it among its experimental trainers
-        package = pytest.importorskip("trl.experimental.orpo")
+    if name not in ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO", "Distillation"):  # one of the experimental trainers
+        package = pytest.importorskip(f"trl.experimental.{'online_dpo' if name == 'OnlineDPO' else name.lower()}")
     return getattr(package, f"{name}Trainer"), getattr(package, f"{name}Config")
 
 

@@ -231,15 +231,27 @@ class LoraGACallback(TrainerCallback):
 
     def _initialize(self, trainer: Trainer, model: Any, loader: Any) -> GradientEstimate:
         """Estimate the gradient with the trainer's loss, data and autocast, and write A₀ and B₀."""
+        later = self._later(trainer)
         with contextlib.ExitStack() as stack:
             stack.enter_context(trainer_kept(trainer, self.config.seed))
+            use_arguments_of_one_batch(trainer)
             batches = self.batches
             if batches is None:
                 batches = stack.enter_context(batches_of_trainer(trainer, loader))
-            use_arguments_of_one_batch(trainer)
-            loss = TrainerLoss(trainer, model, self.adapter_name, self.loss_fn)
+            loss = TrainerLoss(trainer, model, self.adapter_name, self.loss_fn, later)
             stack.enter_context(trainer.accelerator.autocast())
             return initialize(model, batches, self.config, loss_fn=loss, adapter_name=self.adapter_name)
+
+    def _later(self, trainer: Trainer) -> list[str]:
+        """The kinds of callbacks, Transformers' own left out, that act at the beginning of training after this one."""
+        callbacks = trainer.callback_handler.callbacks
+        place = next((place for place, each in enumerate(callbacks) if each is self), len(callbacks))
+        return [
+            type(each).__name__
+            for each in callbacks[place + 1 :]
+            if type(each).on_train_begin is not TrainerCallback.on_train_begin
+            and not type(each).__module__.startswith("transformers.")
+        ]
 
     def _extend_model_card(self, trainer: Trainer) -> None:
         """Let the trainer's `create_model_card` add the section on LoRA-GA to the card that it writes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from accelerate.state import GradientState
@@ -161,7 +161,14 @@ class TrainerLoss:
         needs_labels: Whether a batch without a label has no loss: with the trainer's own loss.
     """
 
-    def __init__(self, trainer: Trainer, model: Any, adapter_name: str, loss_fn: LossFunction | None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: Any,
+        adapter_name: str,
+        loss_fn: LossFunction | None,
+        later: Sequence[str] = (),
+    ) -> None:
         """Compute the loss of `trainer`.
 
         Args:
@@ -169,8 +176,10 @@ class TrainerLoss:
             model: The model as the trainer passes it to its callbacks.
             adapter_name: The adapter that the estimate leaves out.
             loss_fn: The user's loss, in the place of `compute_loss`.
+            later: Kinds of callbacks that will do something at the beginning of training, after the estimate.
         """
         self.trainer, self.model, self.adapter_name, self.loss_fn = trainer, model, adapter_name, loss_fn
+        self.later = later
         self.needs_labels = loss_fn is None
 
     def __call__(self, adapted: nn.Module, batch: Any) -> Tensor | tuple[Tensor, float]:
@@ -179,10 +188,33 @@ class TrainerLoss:
         _, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
         inputs = _prepared(trainer, batch)
         with trainer.compute_loss_context_manager():
-            if self.loss_fn is None:
-                loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
-            else:
-                loss = self.loss_fn(adapted, inputs)
+            loss = self._loss_of_trainer(inputs, items) if self.loss_fn is None else self.loss_fn(adapted, inputs)
         # A preference loss switches adapters for its reference and back.
         deactivate_adapter(self.model, self.adapter_name)
         return loss
+
+    def _loss_of_trainer(self, inputs: Any, items: Any) -> Tensor:
+        """The trainer's `compute_loss`; where the trainer explains why it fails, a ValueError says so."""
+        trainer: Any = self.trainer
+        try:
+            return trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if (reason := self._why_it_fails(error)) is None:
+                raise
+            raise ValueError(reason) from error
+
+    def _why_it_fails(self, error: Exception) -> str | None:
+        """Why the trainer's `compute_loss` fails before training, and what to do; None if nothing is known of it."""
+        kind = type(self.trainer)
+        if kind.training_step is not Trainer.training_step and kind.compute_loss is Trainer.compute_loss:
+            return (
+                f"compute_loss of {kind.__name__} fails ({error}); its loss may be in its training_step, where it "
+                "cannot be computed without a step. Pass LoraGACallback(batches=..., loss_fn=...)."
+            )
+        if self.later:
+            return (
+                f"compute_loss of {kind.__name__} fails before training has begun ({error}). What it needs may come "
+                f"from callbacks that run after LoraGACallback ({', '.join(self.later)}). Add it last, when the "
+                "trainer is made: LoraGACallback().attach(trainer)."
+            )
+        return None

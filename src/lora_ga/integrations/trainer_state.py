@@ -60,10 +60,10 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def use_arguments_of_one_batch(trainer: Trainer) -> None:
-    """Let a kept trainer compute the loss as for an optimizer step of one batch in one process, and report to nothing.
+    """Let a kept trainer read and compute as for an optimizer step of one batch in one process, and report to nothing.
 
-    Otherwise the loss would be a part of a mean over several batches, processes or GPUs. `trainer_kept` puts the
-    arguments back.
+    Otherwise the loss would be a part of a mean over several batches, processes or GPUs; and some of TRL's loaders
+    would give the batches of an optimizer step together, once for each of them. `trainer_kept` puts the arguments back.
 
     Args:
         trainer: The trainer.
@@ -71,6 +71,7 @@ def use_arguments_of_one_batch(trainer: Trainer) -> None:
     arguments: Any = copy.copy(trainer.args)
     arguments.average_tokens_across_devices = False
     arguments._n_gpu = 1
+    arguments.gradient_accumulation_steps = 1
     arguments.report_to = []  # TRL's trainers write durations to the trackers without calling `log`
     vars(trainer).update(args=arguments, current_gradient_accumulation_steps=1)
 
