@@ -1,4 +1,4 @@
-"""Axolotl, LLaMA-Factory and ms-swift: their integrations, with stand-ins, and with the packages if installed."""
+"""Axolotl, LLaMA-Factory, ms-swift: their integrations, with stand-ins, and with the packages if installed. Unsloth."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 
 import lora_ga
 from cli.conftest import VOCABULARY, save_tokenizer
+from lora_ga import LoraGAConfig
 from lora_ga.entrypoint import LoraGAContext, get_lora_ga_model
 from test_integrations import block
-from toys import causal, llama, logits, tokens, train
+from toys import ALL, FusedLlama, adapted, causal, fused_llama, llama, logits, tokens, train
 
 
 class FakePlugin:
@@ -379,3 +380,62 @@ def test_the_installed_ms_swift_makes_an_aligned_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(llama(), tmp_path)
     torch.testing.assert_close(logits(stock, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+
+
+# --- Unsloth: stand-ins after the source of unsloth and unsloth_zoo 2026.10.9, whose kernels need a GPU ---
+
+
+def unsloth_llama(**settings: Any) -> Any:
+    """A Llama with layers as Unsloth computes them. As in Unsloth the embedded tokens require a gradient."""
+    base = FusedLlama(unsloth=True).eval()
+    base.embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    model = adapted(base, ALL, **settings)
+    for name, parameter in model.named_parameters():  # what its preparation lets train
+        parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+    return model
+
+
+def test_unsloths_layers_are_called_in_the_estimate_and_fused_in_training(recwarn: pytest.WarningsRecorder) -> None:
+    exact = LoraGAConfig(estimator="dense", oversample=10**4)
+    true = lora_ga.estimate_gradients(fused_llama(set(ALL)), causal(), exact)
+    for config in (exact, LoraGAConfig(estimator="probe", oversample=10**4)):
+        model = unsloth_llama()
+        before = logits(model, causal(1)[0])
+        found = lora_ga.initialize(model, causal(), config)
+        for name, part in true.items():
+            g = (part.U * part.S) @ part.V.mT
+            assert ((found[name].U * found[name].S) @ found[name].V.mT - g).norm() <= 1e-3 * g.norm(), name
+        assert torch.equal(logits(model, causal(1)[0]), before)
+    assert not any("ran without being called" in str(warning.message) for warning in recwarn)
+    losses = train(model, causal(1), steps=4, lr=1e-3)
+    assert losses[-1] < losses[0]
+
+
+def test_unsloth_saves_merges_and_loads_the_trained_adapter(tmp_path: Path) -> None:
+    model, batch = unsloth_llama(), causal(1)[0]
+    lora_ga.initialize(model, causal())
+    for name, parameter in model.named_parameters():  # its preparation runs again when a model is loaded
+        trains = ".lora_A." in name or ".lora_B." in name
+        assert parameter.requires_grad == trains
+    train(model, causal())
+    trained = logits(model, batch)
+    # save_lora, for vLLM: the factors by their names in the state dict.
+    factors = {key: value for key, value in model.state_dict().items() if ".lora_A." in key or ".lora_B." in key}
+    model.save_pretrained(tmp_path / "lora", state_dict=factors)
+    stock = PeftModel.from_pretrained(FusedLlama(set(ALL)).eval(), tmp_path / "lora", is_trainable=True)
+    torch.testing.assert_close(logits(stock, batch), trained, rtol=0, atol=1e-5)
+    again = lora_ga.load(unsloth_llama(), tmp_path / "lora", is_trainable=True)
+    torch.testing.assert_close(logits(again, batch), trained, rtol=0, atol=1e-5)
+    assert train(again, causal()) == pytest.approx(train(model, causal()), abs=1e-4)  # both with LoRA-GA's structure
+    # save_pretrained_merged: W + s·B A, of the modules whose path ends in lora_A.default and lora_B.default.
+    trained, modules, merged = logits(model, batch), dict(model.named_modules()), FusedLlama(set(ALL)).eval()
+    count = 0
+    for name, module in modules.items():
+        if name.endswith(".lora_A.default"):
+            layer = modules[name.removesuffix(".lora_A.default")]
+            assert layer._modules["lora_B"]._modules["default"]._parameters.get("bias") is None  # its fast path
+            weight = merged.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.default")).weight
+            weight.data.addmm_(layer.lora_B.default.weight, module.weight, alpha=layer.scaling["default"])
+            count += 1
+    assert count == 2 * len(ALL)
+    torch.testing.assert_close(logits(merged, batch), trained, rtol=0, atol=1e-5)

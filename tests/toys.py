@@ -222,19 +222,27 @@ class _Fused(torch.autograd.Function):
         return inputs, None, below.mT @ flat_x, flat_g.mT @ (flat_x @ a.mT) * ctx.scaling, None
 
 
-def fused(layer: Any, x: Tensor) -> Tensor:
-    """Compute a layer as Unsloth's and Axolotl's kernels do: read its parameters and call no module."""
+def fused(layer: Any, x: Tensor, *, unsloth: bool = False) -> Tensor:
+    """Compute a layer as Axolotl's kernels do: read its parameters and call no module.
+
+    Unsloth's kernels (2026.10) do the same, but call a layer whose adapters are disabled, if a gradient is to pass it.
+    """
     if not isinstance(layer, LoraLayer):
         return layer(x)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return _Fused.apply(x, layer.get_base_layer().weight, a, b, layer.scaling["default"])
+    weight = layer.get_base_layer().weight
+    if layer.disable_adapters or layer.merged:
+        return layer(x) if unsloth and torch.is_grad_enabled() and x.requires_grad else x @ weight.mT
+    active = layer.active_adapters[0]
+    a, b = layer.lora_A[active].weight, layer.lora_B[active].weight
+    return _Fused.apply(x, weight, a, b, layer.scaling[active])
 
 
 class Block(nn.Module):
     """Attention with one head, and a gated feed-forward network."""
 
-    def __init__(self, width: int, inner: int, called: set[str]) -> None:
+    def __init__(self, width: int, inner: int, called: set[str], *, unsloth: bool = False) -> None:
         super().__init__()
+        self.unsloth = unsloth
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.gate_proj, self.up_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(inner, width, bias=False)
@@ -242,7 +250,7 @@ class Block(nn.Module):
 
     def apply_layer(self, name: str, x: Tensor) -> Tensor:
         layer = getattr(self, name)
-        return layer(x) if name in self.called else fused(layer, x)
+        return layer(x) if name in self.called else fused(layer, x, unsloth=self.unsloth)
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.rms_norm(x, x.shape[-1:])
@@ -257,11 +265,11 @@ class Block(nn.Module):
 class FusedLlama(nn.Module):
     """A small Llama. Fused kernels read the parameters of its layers, except of those in `called`, which are called."""
 
-    def __init__(self, called: set[str] | None = None) -> None:
+    def __init__(self, called: set[str] | None = None, *, unsloth: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(VOCABULARY, 32)
-        self.blocks = nn.ModuleList(Block(32, 48, called or set()) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(32, 48, called or set(), unsloth=unsloth) for _ in range(2))
         self.unused = nn.Linear(32, 32)
         self.head = nn.Linear(32, VOCABULARY, bias=False)
 

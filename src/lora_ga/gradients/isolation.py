@@ -281,6 +281,9 @@ def set_modes(network: nn.Module, *, training: bool) -> None:
 def deactivate_adapter(network: nn.Module, adapter_name: str) -> None:
     """Deactivate an adapter, and let no parameter require a gradient. `isolated` restores both.
 
+    A layer without another active adapter is disabled as a whole: the kernels of Unsloth and Axolotl look for this,
+    and fail where no adapter is active. Under it Unsloth's call the layers, whose hooks then see the gradients.
+
     Call it again after a loss that disables adapters or switches between them, as preference losses do for their
     reference model: switching back activates the adapter and lets its parameters require gradients.
 
@@ -292,7 +295,7 @@ def deactivate_adapter(network: nn.Module, adapter_name: str) -> None:
         parameter.requires_grad_(False)
     for layer in _lora_layers(network):
         active = [name for name in layer.active_adapters if name != adapter_name]
-        layer.set_adapter(active, inference_mode=True)
+        _set_active(layer, active, enabled=bool(active) and not layer.disable_adapters)
 
 
 def activate_adapter(layer: LoraLayer, adapter_name: str) -> None:
