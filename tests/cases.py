@@ -18,12 +18,22 @@ from transformers import (
     BitsAndBytesConfig,
     CLIPConfig,
     CLIPModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -230,6 +240,113 @@ def qwen_moe() -> nn.Module:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, decoder_sparse_step=1, tie_word_embeddings=False))
 
 
+IMAGE = 63  # the token that stands for a part of a picture
+
+
+def whisper() -> nn.Module:
+    return WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=VOCABULARY,
+            num_mel_bins=8,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_source_positions=10,
+            max_target_positions=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        )
+    )
+
+
+def speech() -> list[dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    return [
+        {"input_features": torch.randn(4, 8, 20, generator=draw), "labels": tokens(4, 7, seed)} for seed in range(3)
+    ]
+
+
+def wav2vec2() -> nn.Module:
+    """With the masks, the layer dropout and the dropout that its configuration has by default."""
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return Wav2Vec2ForSequenceClassification(
+        Wav2Vec2Config(**SMALL, **convolutions, **positions, classifier_proj_size=16, num_labels=12)
+    )
+
+
+def waves() -> list[dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    return [{"input_values": torch.randn(12, 200, generator=draw), "labels": torch.arange(12)} for _ in range(3)]
+
+
+def qwen_vl() -> nn.Module:
+    positions = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
+    special = {"image_token_id": IMAGE, "video_token_id": 62, "vision_start_token_id": 61, "vision_end_token_id": 60}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=DECODER | {"rope_parameters": positions}, vision_config=vision, **special)
+    )
+
+
+def gemma() -> nn.Module:
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=DECODER | {"head_dim": 8, "sliding_window": 8},
+            vision_config=SMALL | PICTURE | {"vision_use_head": False},
+            mm_tokens_per_image=4,
+            image_token_index=IMAGE,
+            boi_token_index=62,
+            eoi_token_index=61,
+        )
+    )
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # Transformers makes zeros
+    return model
+
+
+def llava() -> nn.Module:
+    """A LLaVA of two vision blocks, of which it uses the first."""
+    vision = SMALL | {"image_size": 16, "patch_size": 8, "projection_dim": 16, "model_type": "clip_vision_model"}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=DECODER | {"model_type": "llama"}, image_token_index=IMAGE)
+    )
+
+
+def described(pictures_of: Callable[[torch.Generator], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Batches of a picture, which four tokens stand for, and its description."""
+    found = []
+    for seed in range(3):
+        ids = tokens(4, 12, seed).clamp(max=59)
+        marks = torch.full((4, 4), IMAGE)
+        labels = torch.cat([torch.full_like(marks, -100), ids], 1)
+        pictures = pictures_of(torch.Generator().manual_seed(seed))
+        found.append({"input_ids": torch.cat([marks, ids], 1), "labels": labels} | pictures)
+    return found
+
+
+def square(draw: torch.Generator) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(4, 3, 16, 16, generator=draw)}
+
+
+def patches(draw: torch.Generator) -> dict[str, Tensor]:
+    """Pictures as Qwen2.5-VL takes them."""
+    kinds = (torch.arange(16) < 4).long().expand(4, -1)
+    grids = torch.tensor([[1, 4, 4]] * 4)
+    return {"pixel_values": torch.randn(64, 96, generator=draw), "image_grid_thw": grids, "mm_token_type_ids": kinds}
+
+
+def typed(draw: torch.Generator) -> dict[str, Tensor]:
+    """Pictures as Gemma 3 takes them."""
+    return square(draw) | {"token_type_ids": (torch.arange(16) < 4).long().expand(4, -1)}
+
+
 EXPERTS = {
     "target_modules": ATTENTION,
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -293,6 +410,15 @@ MODELS: Mapping[str, Case] = {
         {"target_modules": ATTENTION[:3]},
         clip_loss,
         lambda model, batch: model(**batch).logits_per_text,
+    ),
+    "Whisper (speech to text)": Case(seeded(whisper), speech),
+    "Wav2Vec2 (speech)": Case(seeded(wav2vec2), waves),
+    "Qwen2.5-VL (vision and language)": Case(seeded(qwen_vl), functools.partial(described, patches)),
+    "Gemma 3 (vision and language)": Case(seeded(gemma), functools.partial(described, typed)),
+    "LLaVA (vision and language)": Case(
+        seeded(llava),
+        functools.partial(described, square),
+        {"target_modules": r".*vision_tower.*\.0\..*_proj|.*up_proj"},
     ),
     "tied embeddings": Case(
         functools.partial(llama, tie_word_embeddings=True),

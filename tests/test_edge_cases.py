@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     Trainer,
@@ -23,6 +20,7 @@ from transformers import (
 )
 
 import lora_ga
+from cases import described, llava, seeded, square
 from lora_ga import LoraGAConfig
 from lora_ga.adapter.save import FILE, FILE_KIND
 from lora_ga.export.merge import merge_adapter
@@ -371,26 +369,9 @@ def test_a_failed_get_lora_ga_model_leaves_the_parameters_of_the_base_trainable(
 # --- layers that the model does not use -----------------------------------------------------------------------------
 
 
-def llava() -> Any:
-    """A LLaVA of two vision blocks, of which it uses the first."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = CLIPVisionConfig(**size, image_size=16, patch_size=8, projection_dim=16)
-    config = LlavaConfig(vision_config=vision, text_config=llama().config, image_token_index=63)
-    return LlavaForConditionalGeneration(config).eval()
-
-
-def seen(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch, with a picture at the beginning of each row."""
-    ids = batch["input_ids"].clamp(max=62)
-    marks = torch.full((len(ids), 4), 63)
-    labels = torch.cat([torch.full_like(marks, -100), ids], 1)
-    pixels = torch.randn(len(ids), 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": torch.cat([marks, ids], 1), "labels": labels, "pixel_values": pixels}
-
-
 def test_the_vision_block_that_llava_does_not_use_stays_plain_with_one_warning(tmp_path: Path) -> None:
-    model, batches = adapted(llava(), ["q_proj", "v_proj"]), [seen(batch) for batch in causal(2)]
+    make, batches = seeded(llava), described(square)[:2]
+    model = adapted(make(), ["q_proj", "v_proj"])
     before = logits(model, batches[0])
     with pytest.warns(UserWarning, match=r"the last blocks of model\.vision_tower\..*layers; their 2 layers") as caught:
         estimate = lora_ga.initialize(model, batches)
@@ -400,12 +381,12 @@ def test_the_vision_block_that_llava_does_not_use_stays_plain_with_one_warning(t
     assert {name.partition(".layers.")[2] for name in estimate.missing} == {"1.self_attn.q_proj", "1.self_attn.v_proj"}
     train(model, batches)
     model.save_pretrained(tmp_path)
-    stock = PeftModel.from_pretrained(llava(), tmp_path).eval()
+    stock = PeftModel.from_pretrained(make(), tmp_path).eval()
     torch.testing.assert_close(logits(stock, batches[0]), logits(model.eval(), batches[0]), rtol=0, atol=1e-5)
     with pytest.warns(UserWarning, match="their 2 layers start as plain LoRA"):
-        lora_ga.apply_estimate(adapted(llava(), ["q_proj", "v_proj"]), estimate)
+        lora_ga.apply_estimate(adapted(make(), ["q_proj", "v_proj"]), estimate)
 
 
 def test_a_vision_tower_that_runs_not_at_all_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"4 of 8 layers cannot be aligned:\n  model.vision_tower.*never ran in 2"):
-        lora_ga.initialize(adapted(llava(), ["q_proj", "v_proj"]), causal(2))
+        lora_ga.initialize(adapted(seeded(llava)(), ["q_proj", "v_proj"]), causal(2))

@@ -296,6 +296,18 @@ def test_the_base_offset_is_refused_for_grouped_convolutions() -> None:
         lora_ga.initialize(model, pictures(), LoraGAConfig(offset="base"))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_the_base_offset_is_refused_where_the_adapter_pads_otherwise() -> None:
+    base = seeded(Waves)()
+    base.wide = nn.Conv1d(3, 16, 9, stride=2, padding=1, padding_mode="circular")
+    model = adapted(base, ["wide"])
+    before = logits(model, pictures()[0])
+    with pytest.raises(ValueError, match='wide: offset="base" cannot change a convolution with circular padding, who'):
+        lora_ga.initialize(model, pictures(), LoraGAConfig(offset="base"))
+    lora_ga.initialize(model, pictures())
+    assert torch.equal(logits(model, pictures()[0]), before)
+
+
 class Refusing(WeightLayout):
     """A layout as the file of a new layer kind would define it."""
 

@@ -37,6 +37,7 @@ from toys import (
     llama,
     logits,
     minilm_folder,
+    t5,
     tokens,
     train,
 )
@@ -182,6 +183,35 @@ def test_a_model_whose_layers_are_all_called_gives_no_warning_and_keeps_no_batch
         estimate = lora_ga.estimate_gradients(model, batches(), loss_fn=loss_fn)
     assert len(estimate) == 14
     assert alive == [1, 1, 1, 1]
+
+
+def test_layers_that_a_loss_does_not_use_cost_one_pass_and_keep_at_most_two_batches() -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for seed in range(5):
+            ids = tokens(seed=seed)
+            made.append(weakref.ref(ids))
+            yield {"input_ids": ids}
+            del ids
+
+    def of_encoder(model: Any, batch: Any) -> Tensor:
+        gc.collect()
+        alive.append(sum(each() is not None for each in made))
+        return model.get_encoder()(**batch).last_hidden_state[..., 0].square().mean()
+
+    model = adapted(t5(), ["q", "v"])
+    with pytest.warns(
+        UserWarning, match=r"8 of 12 layers cannot be aligned:\n  decoder.*never ran in 5 batches"
+    ) as seen:
+        estimate = lora_ga.estimate_gradients(model, batches(), LoraGAConfig(on_missing="lora"), loss_fn=of_encoder)
+    assert sum("cannot be aligned" in str(each.message) for each in seen) == 1
+    assert len(estimate) == 4
+    assert len(alive) == 5 + 1  # the first batch is tried once more
+    assert max(alive) <= 2
+    alone = lora_ga.estimate_gradients(adapted(t5(), r"encoder.*\.[qv]"), batches(), loss_fn=of_encoder)
+    assert all(torch.equal(part.S, alone[name].S) for name, part in estimate.items())
 
 
 def as_generator(batches: list[Any]) -> Iterator[Any]:

@@ -71,12 +71,14 @@ def estimate_gradients(
     passes = BatchPass(setup.network, loss_fn)
     with setup.isolated():
         reader = _reader(setup, recorder, data, loss_fn)
+        probed, read = {}, True
         if config.estimator == "probe":
             keep_batches(setup, reader)
         else:
-            record_batches(setup, recorder, reader, passes)
+            read = record_batches(setup, recorder, reader, passes)
         report_unlabelled(setup, reader)
-        probed = probe_uncalled(setup, recorder, probe_reads(passes, reader.kept), batches=len(reader.kept))
+        if read:
+            probed = probe_uncalled(setup, recorder, probe_reads(passes, reader.kept), batches=len(reader.kept))
         passes.noise.report()
     return merged_estimate(setup, recorder, probed)
 

@@ -21,24 +21,33 @@ from lora_ga.distributed.sharding import in_step
 from lora_ga.gradients.batch import BatchPass, batch_in_errors
 from lora_ga.gradients.checkpoint import digest_of
 from lora_ga.gradients.loss import refuse_infinite_loss
-from lora_ga.gradients.probe import Probes, ReadBatches, uncalled
+from lora_ga.gradients.probe import Probes, ReadBatches, read_uncalled, uncalled
 from lora_ga.gradients.reader import ALL_IGNORED, NO_BATCH, SKIPPED, BatchReader
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.setup import Setup
 
 
-def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes: BatchPass) -> None:
+def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes: BatchPass) -> bool:
     """Pass this process's share of the batches through the model, and record the gradients.
 
     Args:
         setup: What the estimate works on; the model is isolated.
         recorder: Records the gradients; it starts where its progress stands.
-        reader: Reads the batches.
+        reader: Reads the batches. It keeps them as long as a probe may need them.
         passes: Makes the passes.
+
+    Returns:
+        Whether a process has, or may have, layers that the loss reads without calling them (see `read_uncalled`).
     """
     processes, held = setup.processes, DeferredError()
     sharded = processes.size > 1 and in_step(setup.network)
-    batches = reader.batches(keep=lambda: bool(uncalled(setup, recorder.progress.ran)), finished=recorder.all_converged)
+    # Whether the loss reads layers without calling them: here, as far as is known, and in any process. The first batch
+    # decides it. With a tensor-parallel plan a process cannot try a batch alone.
+    read_here = read = True
+    tried = setup.tensor_parallel
+    batches = reader.batches(
+        keep=lambda: read and bool(uncalled(setup, recorder.progress.ran)), finished=recorder.all_converged
+    )
     more = True
     with recorder.hooks():
         for number in itertools.count():
@@ -52,16 +61,30 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
             compared = setup.tensor_parallel or (number == 0 and processes.size > 1)
             digest = digest_of(batch) if compared and has_batch else ""
             wants_more = reader.open and not recorder.all_converged
-            reports = processes.exchange(held, (recorded, wants_more, reader.last is not NO_BATCH, digest))
-            more = any(wants for _, wants, _, _ in reports)
+            own = (recorded, wants_more, reader.last is not NO_BATCH, read_here, digest)
+            reports = processes.exchange(held, own)
+            more, read = any(wants for _, wants, *_ in reports), any(reads for *_, reads, _ in reports)
+            if not read:
+                reader.kept.clear()
             (check_same_data if setup.tensor_parallel else warn_same_data)([each for *_, each in reports])
             if any(records for records, *_ in reports):
                 if sharded:
-                    reader.lend(processes, [has for _, _, has, _ in reports])
+                    reader.lend(processes, [has for _, _, has, *_ in reports])
                 if sharded or recorded:
                     _pass(setup, recorder, passes, held, reader.last, recorded=recorded, sharded=sharded)
+                if recorded and not tried and held.error is None:
+                    tried, read_here = True, _try(setup, recorder, passes, held, reader)
             elif not more:
                 break
+    return read
+
+
+def _try(setup: Setup, recorder: Recorder, passes: BatchPass, held: DeferredError, reader: BatchReader) -> bool:
+    """Whether the loss of the batch that was passed last reads layers without calling them."""
+    recorder.scale = 0.0
+    with held, batch_in_errors(recorder.progress.batches):
+        return read_uncalled(setup, recorder.progress.ran, probe_reads(passes, reader.kept[-1:]))
+    return True
 
 
 def report_unlabelled(setup: Setup, reader: BatchReader) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_ga.distributed.processes import DeferredError, Processes
 from lora_ga.distributed.sharding import in_step
 from lora_ga.gradients.coverage import warn_probed
-from lora_ga.gradients.isolation import activate_adapter, compute_device, factors_replaced
+from lora_ga.gradients.isolation import activate_adapter, compute_device, deactivate_adapter, factors_replaced
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.setup import Setup
 from lora_ga.layers.kinds import entries, weight_of
@@ -143,6 +143,34 @@ def uncalled(setup: Setup, ran: Container[str]) -> dict[str, Target]:
     if in_step(setup.network):  # a pass of one process would need a pass of all
         return {}
     return {name: target for name, target in setup.fitting.items() if name not in ran and target.layout.probed}
+
+
+def read_uncalled(setup: Setup, ran: Container[str], read: ReadBatches) -> bool:
+    """Whether the loss depends on layers that were not called, as under fused kernels that read their weights.
+
+    Other layers that were not called are not used, as the decoder in a loss of the encoder. No probe is worth its
+    passes there.
+
+    Args:
+        setup: What the estimate works on; the model is isolated.
+        ran: The layers that were called.
+        read: Passes one batch through the model, with probes of rank 1 in those layers.
+
+    Returns:
+        Whether one of the layers got a gradient.
+    """
+    layers = uncalled(setup, ran)
+    if not layers:
+        return False
+    seed = setup.config.seed
+    sums = {name: random_probe(name, target, 1, seed, torch.float32) for name, target in layers.items()}
+    placed = Probes(layers, setup.adapter_name, sums)
+    try:
+        with placed.placed():
+            read(placed)
+    finally:
+        deactivate_adapter(setup.network, setup.adapter_name)
+    return bool(_with_gradient(sums, sums))
 
 
 def probe_uncalled(setup: Setup, recorder: Recorder, read: ReadBatches, *, batches: int) -> dict[str, LowRank]:

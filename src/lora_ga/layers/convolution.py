@@ -82,8 +82,11 @@ class ConvolutionLayout(WeightLayout):
         return "is a dilated convolution, which PEFT adapts by one without dilation; leave it out"
 
     def why_not_shifted(self, layer: Any) -> str | None:
-        """The product of PEFT's factors spans all inputs, the weight of a grouped convolution only a group's."""
-        return "a grouped convolution, whose adapter reaches across the groups" if self.parts(layer) > 1 else None
+        """PEFT's factors span all inputs, the weight of a grouped convolution only a group's; and they pad by zeros."""
+        if self.parts(layer) > 1:
+            return "a grouped convolution, whose adapter reaches across the groups"
+        mode = layer.get_base_layer().padding_mode
+        return None if mode == "zeros" else f"a convolution with {mode} padding, whose adapter pads by zeros"
 
 
 def _padding_by_side(base: Any) -> list[int]:
