@@ -25,9 +25,20 @@ MEANING = {
     'offset="base"': "with the offset in the base weights, the output equals the base model's up to rounding, and the "
     "saved adapter fits the original base",
     'offset="base" refused': "it is refused, because the weight cannot be changed",
+    "merge": "PEFT's `merge_and_unload` gives a model that computes what the adapted one does",
+    "merge refused": "`lora-ga export --merge` refuses it: PEFT merges into quantised weights with rounding (PEFT "
+    "0.21.2 into frozen quanto layers not at all, without a warning), and not into grouped convolutions",
     "alignment": "the first step reaches at least 0.99 of its limit (median over experts)",
     "works": "behaves as PEFT documents it, with both offsets where both apply",
 }
+# What a row does not say.
+NOTES = (
+    "HQQ: the rows are layers made by the package hqq. Transformers 5.24 cannot quantise on the fly: "
+    "`from_pretrained(..., quantization_config=HqqConfig(...))` raises NotImplementedError.",
+    "torchao: with dynamic activations (Int8DynamicActivationInt8WeightConfig) a layer passes no gradient to "
+    "its input. The estimate names such layers in a warning, also where they are not adapted. Training "
+    "lacks the same part.",
+)
 SIGNS = {"passed": "✓", "failed": "**✗**"}
 
 
@@ -61,6 +72,8 @@ def page(record: dict[str, Any]) -> str:
         "",
     ]
     lines += [f"- **{column}**: {meaning}." for column, meaning in MEANING.items()]
+    lines += [""]
+    lines += [f"- {note}" for note in NOTES]
     for group, rows in record["groups"].items():
         lines += ["", f"## {group.capitalize()}", "", *table(rows)]
     skipped = sorted(

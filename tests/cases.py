@@ -70,6 +70,11 @@ class Case:
     base_offset: bool = True
     reload_error: float = 1e-5
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the base is quantised: all optional packages are for this."""
+        return self.needs is not None
+
     def check_installed(self) -> None:
         """Skip the test if an optional package is missing."""
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:

@@ -334,6 +334,19 @@ def test_the_merged_checkpoint_has_the_function_of_the_adapted_model(tmp_path: P
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=llama())
 
 
+def test_merging_into_a_quantised_layer_of_a_model_that_does_not_say_so_is_refused(tmp_path: Path) -> None:
+    class Quantised(torch.Tensor):
+        """Stands for quanto's frozen weight, of which PEFT changes a copy."""
+
+    saved(tmp_path / "adapter", targets=["v_proj"])
+    base = llama()
+    projection = base.model.layers[1].self_attn.v_proj
+    projection.weight = torch.nn.Parameter(projection.weight.data.as_subclass(Quantised), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.v_proj: its weight is quantised .*in full precision"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=base)
+    assert not (tmp_path / "merged").exists()
+
+
 # --- serving ----------------------------------------------------------------------------------------------------
 
 

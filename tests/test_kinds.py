@@ -384,7 +384,7 @@ def batches(*, padded: bool) -> list[dict[str, Tensor]]:
     return made
 
 
-@pytest.fixture(params=[True, False], ids=["fast path on", "fast path off"], autouse=True)
+@pytest.fixture(params=[True, False], ids=["fast path on", "fast path off"])
 def fast_path(request: pytest.FixtureRequest) -> Any:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(request.param)
@@ -419,3 +419,34 @@ def test_the_fast_path_is_as_it_was_also_after_an_error(fast_path: bool) -> None
     with pytest.raises(OSError, match="broken"):
         lora_ga.estimate_gradients(adapted(Classifier(), TARGETS), batches(padded=False), loss_fn=broken)
     assert torch.backends.mha.get_fastpath_enabled() == fast_path
+
+
+class WithoutGradient(nn.Linear):
+    """A linear layer whose backward pass ends in it, as torchao's with dynamic int8 activations."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def dynamic_int8(model: nn.Module) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model.model.layers, Int8DynamicActivationInt8WeightConfig(), lambda _, name: "gate_proj" in name)
+
+
+def stand_in(model: nn.Module) -> None:
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.__class__ = WithoutGradient
+
+
+@pytest.mark.parametrize("change", [stand_in, dynamic_int8])
+def test_layers_that_pass_no_gradient_to_their_input_are_named_though_they_are_no_targets(change: Any) -> None:
+    base = llama()
+    change(base)
+    model = adapted(base, ["down_proj"])
+    text = r"^1 layers pass no gradient to their input: .*layers.1.mlp.gate_proj \(.*Int8WeightOnlyConfig"
+    with pytest.warns(UserWarning, match=text):
+        lora_ga.initialize(model, causal(1))
+    assert not any(module._forward_hooks for module in base.modules())

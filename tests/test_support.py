@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import support_page
 from cases import CASES, Case
 from conftest import _weight
 from lora_ga import LoraGAConfig
+from lora_ga.export.merge import merge_adapter
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import base_weights, kind_of
 from lora_ga.layers.targets import Target, find_targets
@@ -29,11 +30,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*experts .or groups. got no gra
 MODULES = ["test_support", "test_ways_of_running", "test_kinds", "test_trained_adapters", "test_probe"]
 
 
-def rows(column: str, *, only: Callable[[Case], bool] = lambda case: True) -> Any:
+def rows(
+    column: str, *, only: Callable[[Case], bool] = lambda case: True, groups: Collection[str] = tuple(CASES)
+) -> Any:
     """Parametrize a test by the rows of the matrix, and mark each as the cell in `column`."""
     found = [
         pytest.param(case, id=row, marks=pytest.mark.support(group, row, column))
         for group, cases in CASES.items()
+        if group in groups
         for row, case in cases.items()
         if only(case)
     ]
@@ -102,7 +106,15 @@ def oracle(case: Case, model: PeftModel, batch: Any) -> dict[str, Tensor]:
     }
 
 
-@rows("gradient", only=lambda case: "grouped" not in case.settings.get("target_modules", ()))
+def grouped(case: Case) -> bool:
+    return "grouped" in case.settings.get("target_modules", ())
+
+
+def mergeable(case: Case) -> bool:
+    return not (case.quantised or grouped(case))
+
+
+@rows("gradient", only=lambda case: not grouped(case))
 def test_the_estimated_gradient_equals_autograds(case: Case) -> None:
     model, batch = fresh(case), case.batches()[0]
     config = LoraGAConfig(estimator="dense", oversample=10**4)
@@ -199,6 +211,29 @@ def test_the_base_offset_is_refused_where_the_weight_cannot_be_changed(case: Cas
     with pytest.raises(ValueError, match='offset="base"'):
         lora_ga.initialize(model, case.batches(), LoraGAConfig(offset="base"), loss_fn=case.loss_fn)
     assert not any(isinstance(module, Factor) for module in model.modules())
+
+
+@rows("merge", only=mergeable, groups=["layers"])
+def test_the_merged_model_computes_what_the_adapted_one_does(case: Case) -> None:
+    model = fresh(case)
+    lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
+    one_step(case, model)
+    trained = output(case, model)
+    assert not torch.equal(output(case, case.make()), trained)
+    torch.testing.assert_close(output(case, model.merge_and_unload()), trained, rtol=0, atol=1e-4)
+
+
+@rows("merge refused", only=lambda case: not mergeable(case), groups=["layers"])
+def test_merging_into_quantised_layers_and_grouped_convolutions_is_refused(case: Case, tmp_path: Path) -> None:
+    model = fresh(case)
+    lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
+    model.save_pretrained(tmp_path / "adapter")
+    base = case.make()
+    if grouped(case):  # not a model of Transformers
+        base.save_pretrained = torch.save
+    with pytest.raises(ValueError, match="quantised.*in full precision to merge|cannot merge .* with 2 groups"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=base)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_the_page_is_drawn_from_the_record() -> None:

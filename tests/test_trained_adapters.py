@@ -41,7 +41,7 @@ def trained(offset: str) -> PeftModel:
     return made.eval()
 
 
-@cell("merge_and_unload")
+@cell("merge_and_unload, weights not quantised")
 def test_merging_keeps_the_adapted_function(model: PeftModel, offset: str) -> None:
     expected = logits(model, BATCH)
     merged = model.merge_and_unload()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ga.export.saved_adapter import read_adapter
 from lora_ga.files import Companions, check_empty, new_folder, no_companions
+from lora_ga.layers.kinds import kind_of, layout_of
 from lora_ga.layers.targets import PREFIX
 from lora_ga.layers.tied import tied_heads
 
@@ -31,8 +32,8 @@ def merge_adapter(
     Raises:
         FileNotFoundError: There is no adapter in `path`.
         TypeError: The base model has no `save_pretrained`.
-        ValueError: `out` is not empty, the base is quantised, an adapted weight is shared with other modules, the
-            adapter is damaged, or the merged weights are not finite.
+        ValueError: `out` is not empty, the base or an adapted layer is quantised, an adapted weight is shared with
+            other modules or is a grouped convolution's, the adapter is damaged, or the merged weights are not finite.
     """
     target = check_empty(out)
     if not hasattr(base, "save_pretrained"):
@@ -43,6 +44,7 @@ def merge_adapter(
     model = PeftModel.from_pretrained(base, str(path))
     try:
         _check_complete(model, tensors)
+        _check_mergeable(model)
         heads = tied_heads(model, "default")
         _check_not_shared(model, heads)
     except ValueError:
@@ -69,6 +71,34 @@ def _check_complete(model: PeftModel, tensors: Iterable[str]) -> None:
             f"The adapter changes {left_out[0]}, but PEFT does not load this change onto the base model. If the "
             "adapter was made with ensure_weight_tying, load the base model with tie_word_embeddings=True."
         )
+
+
+def _check_mergeable(model: PeftModel) -> None:
+    """Refuse quantised layers, also in a model that does not say that it is quantised, and grouped convolutions.
+
+    PEFT 0.21 takes a frozen layer of quanto for a plain one and adds the change to a dequantised copy of its weight, so
+    the merged model is the base. Into other quantised weights it merges with rounding, and into grouped convolutions
+    not at all.
+
+    Raises:
+        ValueError: There is such a layer.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base, kind = layer.get_base_layer(), kind_of(layer)
+        weight = getattr(base, layout_of(layer).parameter_name(layer), None)
+        if getattr(base, "groups", 1) > 1:
+            raise ValueError(
+                f"{name.removeprefix(PREFIX)}: PEFT cannot merge into a convolution with {base.groups} groups. Keep "
+                "the adapter apart, or train without this layer."
+            )
+        own_type = isinstance(weight, Tensor) and type(weight.data) is not Tensor
+        if own_type or (kind is not None and kind.read is not None):
+            raise ValueError(
+                f"{name.removeprefix(PREFIX)}: its weight is quantised ({type(base).__name__}), so the adapter cannot "
+                "be merged into it as it is. Load the base model in full precision to merge an adapter into it."
+            )
 
 
 def _check_not_shared(model: PeftModel, tied: Mapping[str, str]) -> None:

@@ -38,8 +38,9 @@ def missing(targets: Mapping[str, Target], progress: Progress, factors: Mapping[
             reasons[name] = f"never ran in {progress.batches} batches{probed}"
         elif name not in progress.got_gradient or (not found and target.parts == 1):
             reasons[name] = (
-                "ran, but got no gradient (does the loss use its output? Does it run outside of torch.no_grad? With "
-                "training_mode=False, some models run parts of themselves under torch.no_grad)"
+                "ran, but got no gradient (does the loss use its output? Does it run outside of torch.no_grad? Do "
+                "quantised layers pass gradients on? With training_mode=False, some models run parts of themselves "
+                "under torch.no_grad)"
             )
         elif all(factor.norm == 0 for factor in found):
             reasons[name] = "its gradient is exactly zero"

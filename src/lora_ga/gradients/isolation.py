@@ -96,14 +96,25 @@ def called_modules_kept(network: nn.Module) -> Iterator[CalledModules]:
         What was noted.
     """
     called = CalledModules()
-    handle = nn.modules.module.register_module_forward_pre_hook(called.note)
+    handles = [nn.modules.module.register_module_forward_pre_hook(called.note)]
     try:
         for module in network.modules():
             called.switch_off_noise(module)
+            if _may_stop_gradients(module):
+                handles.append(module.register_forward_hook(called.note_output))
         yield called
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         called.restore()
+
+
+def _may_stop_gradients(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of another class or with another kind of weight than torch's own."""
+    if "in_features" not in vars(module) or isinstance(module, LoraLayer):
+        return False
+    weight = getattr(module, "weight", None)
+    return type(module) is not nn.Linear or (isinstance(weight, Tensor) and type(weight.data) is not Tensor)
 
 
 class CalledModules:
@@ -117,6 +128,7 @@ class CalledModules:
         self._quiet: dict[int, Any] = {}
         self._without_gradient: dict[nn.Module, None] = {}
         self._with_gradient: set[nn.Module] = set()
+        self._stops_gradient: dict[nn.Module, None] = {}
 
     def note(self, module: nn.Module, args: Any) -> None:
         """Note what a module has, unless it was called before, and switch its noise off."""
@@ -154,6 +166,36 @@ class CalledModules:
             self._with_gradient.add(module)
         elif any(isinstance(value, Tensor) and value.requires_grad for value in args):
             self._without_gradient[module] = None
+
+    def note_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note whether the gradient of a linear layer's output ends in the layer: its input gets none."""
+        ends = torch.is_grad_enabled() and isinstance(output, Tensor) and not output.requires_grad
+        if ends and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            self._stops_gradient[module] = None
+
+    def warn_stopped_gradients(self, network: nn.Module) -> None:
+        """Warn of linear layers that pass no gradient to their input, as quantised ones may.
+
+        Args:
+            network: What computes the loss.
+        """
+        found = [
+            (name.removesuffix(".base_layer"), module)
+            for name, module in network.named_modules()
+            if module in self._stops_gradient
+        ]
+        if found:
+            names = ", ".join(name for name, _ in found[:3])
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            module = found[0][1]
+            kind = f"{type(module).__name__}, weight {type(getattr(module, 'weight', None)).__name__}"
+            warnings.warn(
+                f"{len(found)} layers pass no gradient to their input: {names}{more} ({kind}). The layers before them "
+                "lack this part of their gradient, here and in training. Of torchao's quantisations use one that "
+                "quantises weights only (Int8WeightOnlyConfig), not one with dynamic activations.",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def warn_without_gradient(self, network: nn.Module) -> None:
         """Warn of modules that ran in evaluation mode and under `torch.no_grad` only, although targets came before.
@@ -225,6 +267,7 @@ def isolated(network: nn.Module, adapter_name: str, *, training_mode: bool = Tru
                 config.use_cache = False
             with called_modules_kept(network) as called:
                 yield
+            called.warn_stopped_gradients(network)
             if not training_mode:
                 called.warn_without_gradient(network)
         finally:
