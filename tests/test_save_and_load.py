@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -26,7 +26,10 @@ from lora_ga.adapter import save as sidecar
 from lora_ga.adapter.load import check_optimizer_state
 from lora_ga.adapter.save import FILE
 from lora_ga.config import CHOICES
+from lora_ga.export.merge import merge_adapter
+from lora_ga.files import write_tensors
 from lora_ga.layers.factors import Factor
+from lora_ga.layers.targets import PREFIX
 from toys import FAMILIES, adapted, bert, causal, classified, injected, llama, logits, t5, train, translated
 
 
@@ -388,6 +391,68 @@ def test_every_reader_that_divides_alpha_by_the_rank_gets_the_scaling(
     again = lora_ga.load(llama(), tmp_path, is_trainable=True)
     again.save_pretrained(tmp_path / "again")
     assert PeftConfig.from_pretrained(tmp_path / "again").to_dict() == config.to_dict()
+
+
+def compiled(*, blocks: bool = False) -> Any:
+    """A Llama that torch.compile has wrapped, or one whose blocks it has wrapped."""
+    base = llama()
+    if not blocks:
+        return torch.compile(base, backend="eager")
+    base.model.layers = nn.ModuleList(torch.compile(layer, backend="eager") for layer in base.model.layers)
+    return base
+
+
+@pytest.fixture
+def untraced() -> Iterator[None]:
+    """Compiled modules run without being compiled; their names are what counts."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+SOME: dict[str, Any] = {"targets": ["q_proj"], "modules_to_save": ["lm_head"]}
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("blocks", [False, True])
+def test_an_adapter_of_a_compiled_base_has_the_names_of_the_base(tmp_path: Path, blocks: bool) -> None:
+    whole = trained(tmp_path, lambda: compiled(blocks=blocks), **SOME)
+    plain = trained(tmp_path / "plain", **SOME)
+    for file in ("adapter_model.safetensors", FILE):
+        mine, theirs = load_file(tmp_path / file), load_file(tmp_path / "plain" / file)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path), causal(1)[0]), logits(plain, causal(1)[0]))
+    again = lora_ga.load(compiled(blocks=blocks), tmp_path, is_trainable=True)
+    adapter = adapted(compiled(blocks=blocks), **SOME)
+    for other in (again, lora_ga.load(adapter, tmp_path, is_trainable=True)):
+        assert torch.equal(logits(other.eval(), causal(1)[0]), logits(whole, causal(1)[0]))
+    train(whole.train(), causal())
+    again.load_adapter(tmp_path, "default", is_trainable=True)  # as a trainer resumes
+    assert train(again.train(), causal()) == train(lora_ga.load(llama(), tmp_path, is_trainable=True).train(), causal())
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_file_with_the_names_of_a_compiled_base_is_refused_with_the_cause(tmp_path: Path) -> None:
+    whole = trained(tmp_path, compiled, targets=["q_proj"])
+    for file in (tmp_path / "adapter_model.safetensors", tmp_path / FILE):  # as PEFT and earlier versions wrote them
+        tensors, record = load_file(file), sidecar.read_sidecar(tmp_path)
+        if file.name == FILE:
+            assert record is not None
+            named = {f"_orig_mod.{name}": value for name, value in record[1]["scaling"].items()}
+            renamed = {f"_orig_mod.{name}": value for name, value in tensors.items()}
+            write_tensors(file, sidecar.FILE_KIND, renamed, record[1] | {"scaling": named})
+        else:
+            save_file({name.replace(PREFIX, f"{PREFIX}_orig_mod."): t for name, t in tensors.items()}, file)
+    for trainable in (True, False):
+        with pytest.raises(
+            ValueError, match=r"from get_peft_model\(torch.compile\(base\)\), so its names contain _orig"
+        ):
+            lora_ga.load(llama(), tmp_path, is_trainable=trainable)
+    with pytest.raises(ValueError, match="so its names contain _orig_mod"):
+        merge_adapter(tmp_path, tmp_path / "merged", base=llama())
+    again = lora_ga.load(compiled(), tmp_path, is_trainable=True)
+    again.save_pretrained(tmp_path / "again")  # what the message says to do
+    assert torch.equal(logits(lora_ga.load(llama(), tmp_path / "again"), causal(1)[0]), logits(whole, causal(1)[0]))
 
 
 # --- loading into an adapter that exists ----------------------------------------------------------------------------

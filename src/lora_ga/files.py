@@ -27,6 +27,9 @@ SCHEMA, READABLE = 2, ("1", "2")
 # An error about another base tries vocabularies that differ by up to this many tokens. It takes about a second.
 MOST_TOKENS_ADDED = 4096
 
+# The step that torch.compile(module) puts into the paths of everything inside the module.
+COMPILED = "_orig_mod"
+
 Shapes = set[tuple[str, tuple[int, ...]]]
 Companions = Callable[[Path], None]
 
@@ -34,6 +37,11 @@ Companions = Callable[[Path], None]
 def base_model(model: Any) -> nn.Module:
     """The base model of a `PeftModel`, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def without_compiled(path: str) -> str:
+    """A path of a module or tensor without the steps that torch.compile adds: the path in the model itself."""
+    return ".".join(part for part in path.split(".") if part != COMPILED)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -62,8 +70,10 @@ def another_base(model: nn.Module, recorded: str) -> str | None:
         The difference, for an error message; None if the file is for this model.
     """
     found = fingerprint(model)
-    # Earlier versions took the shape that PEFT's wrapper of a tied head reports for the head's, but transposed.
-    if recorded in {found, _digest_of_shapes(_shapes(model, wrappers=True))}:
+    # Earlier versions took the shape that PEFT's wrapper of a tied head reports for the head's, but transposed, and the
+    # paths of a compiled base as they are.
+    earlier = (_shapes(model, wrappers=wrappers, compiled=True) for wrappers in (True, False))
+    if recorded in {found, *map(_digest_of_shapes, earlier)}:
         return None
     difference = f"its fingerprint is {recorded}, this model's {found} (module names and weight shapes)"
     sizes = _vocabulary_sizes(model, recorded)
@@ -79,12 +89,13 @@ def _digest_of_shapes(shapes: Shapes) -> str:
     return hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
 
 
-def _shapes(model: nn.Module, *, wrappers: bool) -> Shapes:
+def _shapes(model: nn.Module, *, wrappers: bool, compiled: bool = False) -> Shapes:
     """The paths of a base model's linear layers and other parameters, and their shapes.
 
     Args:
         model: A base model, or a `PeftModel` around it.
         wrappers: Whether PEFT's wrappers of whole modules count as well, as in earlier versions.
+        compiled: Whether the steps that torch.compile adds to paths count as well, as in earlier versions.
 
     Returns:
         Paths and shapes.
@@ -96,7 +107,7 @@ def _shapes(model: nn.Module, *, wrappers: bool) -> Shapes:
         wrapper = {"original_module", "modules_to_save"} <= {child for child, _ in module.named_children()}
         if adapter or (wrapper and not wrappers) or hasattr(module, "base_layer"):
             continue
-        path = _path_in_base(name)
+        path = _path_in_base(name) if compiled else without_compiled(_path_in_base(name))
         outputs, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
         if isinstance(outputs, int) and isinstance(inputs, int):
             shapes.add((path, (outputs, inputs)))
@@ -126,7 +137,11 @@ def _vocabulary_sizes(model: nn.Module, recorded: str) -> tuple[int, int] | None
         size = int(ends[0].weight.shape[0])
     except (AttributeError, NotImplementedError):  # not a model of Transformers, or one without a vocabulary
         return None
-    paths = {_path_in_base(name) for name, module in base.named_modules() if any(module is end for end in ends)}
+    paths = {
+        without_compiled(_path_in_base(name))
+        for name, module in base.named_modules()
+        if any(module is end for end in ends)
+    }
     shapes = sorted(_shapes(model, wrappers=False))
     resized = [
         index

@@ -14,7 +14,7 @@ from torch import nn
 from lora_ga.config import LoraGAConfig
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries
-from lora_ga.layers.targets import PREFIX, peft_models_in
+from lora_ga.layers.targets import layer_name, peft_models_in
 
 # The fields of LoraConfig that PEFT takes rank and scaling from.
 RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -111,7 +111,7 @@ def factors_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[Factor, F
         if isinstance(layer, LoraLayer) and adapter_name in layer.r:
             a, b = entries(layer, adapter_name)
             if isinstance(a, Factor) and isinstance(b, Factor):
-                found[path.removeprefix(PREFIX)] = (a, b)
+                found[layer_name(path)] = (a, b)
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import alignment_of, scaling_of
+from lora_ga.adapter.file import compiled_names
 from lora_ga.adapter.save import FILE, read_sidecar
 from lora_ga.adapter.structure import build_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
-from lora_ga.files import another_base, damaged
+from lora_ga.files import another_base, base_model, damaged
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.joined import JoinedA, JoinedB
 from lora_ga.layers.kinds import entries, weight_of
@@ -117,8 +119,9 @@ def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainabl
     if aligned and alignment is None:
         plain = {name: target for name, target in targets.items() if name not in aligned}
         alignment = build_structure(network, aligned, plain, config, adapter_name)
-    start = PREFIX if isinstance(model, PeftModel) else ""
-    set_peft_model_state_dict(model, {f"{start}{key}": value for key, value in saved.tensors.items()}, adapter_name)
+    start, compiled = PREFIX if isinstance(model, PeftModel) else "", compiled_names(base_model(model))
+    named = {start + _in_compiled(key, compiled): value for key, value in saved.tensors.items()}
+    set_peft_model_state_dict(model, named, adapter_name)
     if alignment is not None and saved.sidecar is not None:
         alignment.config, alignment.summary = config, record.get("summary", "")
         for name, pair in alignment.factors.items():
@@ -179,6 +182,13 @@ def _config(where: Path, header: Mapping[str, str], prefix: str) -> Any:
         own = {key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)}
         return LoraConfig.from_peft_type(**own)
     return None
+
+
+def _in_compiled(key: str, compiled: Mapping[str, str]) -> str:
+    """A name in a file as the model has it (see `compiled_names`)."""
+    for pattern, replacement in compiled.items():
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def _in_peft(key: str) -> str:

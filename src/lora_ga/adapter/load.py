@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
+from lora_ga.adapter.file import check_names, compiled_names
 from lora_ga.adapter.fill import check_base, fill
-from lora_ga.adapter.save import FILE, AlignedLoraConfig, check_has_starts, read_sidecar
-from lora_ga.adapter.structure import follow_added_adapters, follow_ties, make_factors, place, set_rank
+from lora_ga.adapter.save import FILE, AlignedLoraConfig, read_sidecar
+from lora_ga.adapter.structure import follow_adapters, follow_ties, make_factors, place, set_rank
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped, whole
 from lora_ga.files import damaged
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, weight_of
-from lora_ga.layers.targets import PREFIX, SHIFTED_BASES, peft_model_in, peft_models_in
+from lora_ga.layers.targets import SHIFTED_BASES, layer_name, peft_model_in, peft_models_in
 from lora_ga.layers.tied import tied_heads
 
 # The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
@@ -56,8 +57,9 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False, adapt
         FileNotFoundError: There is no such adapter.
         TypeError: The base has LoRA layers, but no configuration of their adapters.
         ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none, and the folder
-            holds the optimizer state of LoRA-GA training; or the adapter file holds dA and dB without A₀ and B₀; or the
-            saved adapter does not fit the model's. The base or model is then as before.
+            holds the optimizer state of LoRA-GA training; or the adapter file holds dA and dB without A₀ and B₀, or
+            has the names of a compiled base; or the saved adapter does not fit the model's. The base or model is then
+            as before.
     """
     if peft_models_in(unwrapped(base)):
         filled = fill(unwrapped(base), path, adapter_name, is_trainable=is_trainable)
@@ -68,12 +70,14 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False, adapt
         raise TypeError("The base has LoRA layers, but no peft_config. Give the original base model.")
     if any(module in SHIFTED_BASES for module in base.modules()):
         raise ValueError('The base was changed by offset="base"; load the original base model again.')
-    check_has_starts(Path(path))
+    check_names(Path(path), base)
     sidecar = read_sidecar(path)
+    compiled = compiled_names(base)
+    renamed: dict[str, Any] = {"key_mapping": compiled} if compiled else {}
     with damaged(path) if Path(path).is_dir() else contextlib.nullcontext():
         if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
             check_base(base, sidecar[1]["fingerprint"], path)
-        model = PeftModel.from_pretrained(base, str(path), adapter_name, is_trainable=is_trainable)
+        model = PeftModel.from_pretrained(base, str(path), adapter_name, is_trainable=is_trainable, **renamed)
     try:
         if sidecar is not None:
             check_base(model, sidecar[1]["fingerprint"], path)
@@ -106,7 +110,7 @@ def _check_tied_heads(model: PeftModel, adapter_name: str, record: Mapping[str, 
     Raises:
         ValueError: The head is tied to the embedding now, and was not, or the other way round.
     """
-    tied = {found.removeprefix(PREFIX) for found in tied_heads(model, adapter_name)}
+    tied = {layer_name(found) for found in tied_heads(model, adapter_name)}
     for head in tied.intersection(record["scaling"]):
         raise ValueError(
             f"{path}: an earlier version of LoRA-GA gave {head} a start of its own, but ensure_weight_tying makes PEFT "
@@ -127,7 +131,7 @@ def _restore_structure(
 ) -> None:
     """Give a plain rank-2r adapter the structure its sidecar describes."""
     config, peft_config = LoraGAConfig.from_dict(record["config"]), model.peft_config[adapter_name]
-    layers = {path.removeprefix(PREFIX): module for path, module in model.named_modules()}
+    layers = {layer_name(path): module for path, module in model.named_modules()}
     alignment = Alignment(
         model=ModelReference(model),
         adapter_name=adapter_name,
@@ -151,7 +155,7 @@ def _restore_structure(
             shift_base(layers[name], a.start, b.start, alignment.scaling[name])
     follow_ties(model, adapter_name)
     model.peft_config[adapter_name] = AlignedLoraConfig.of(peft_config, alignment, **changes)
-    follow_added_adapters(model)
+    follow_adapters(model)
 
 
 def _restore_pair(

@@ -18,26 +18,26 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
+from lora_ga.adapter.file import Factors, rewrite
 from lora_ga.adapter.model_card import write_section
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded
-from lora_ga.files import damaged, read_tensors, write_atomically, write_tensors
-from lora_ga.layers.factors import Factor, Shifted, without_start
-from lora_ga.layers.targets import PREFIX
+from lora_ga.files import read_tensors, without_compiled, write_tensors
+from lora_ga.layers.factors import Shifted
+from lora_ga.layers.targets import PREFIX, layer_name
 from lora_ga.layers.tied import tied_heads
 from lora_ga.version import __version__
 
 FILE = "lora_ga.safetensors"
+NAMED = ("scaling", "plain")  # the parts of its record that have an entry for each layer
 FILE_KIND = "the LoRA-GA sidecar of an adapter"
 # What the record of a sidecar holds.
 TYPES = {"config": dict, "fingerprint": str, "scaling": dict, "plain": dict, "original": dict}
-Factors = Mapping[str, tuple[Factor, Factor]]
 
 
 class AlignedLoraConfig(LoraConfig):
@@ -97,7 +97,7 @@ def save_sidecar(model: nn.Module | None, adapter_name: str, folder: Path, *, sa
     if saving and not isinstance(model, PeftModel):
         is_other = [adapter_name] != _active_adapters(model)
     elif weights.is_file():
-        _join_halves(weights, factors)
+        rewrite(weights, factors)
         is_other = not _is_saved(weights, factors)
     else:
         is_other = False
@@ -120,7 +120,7 @@ def save_sidecar(model: nn.Module | None, adapter_name: str, folder: Path, *, sa
         "fingerprint": alignment.fingerprint,
         "scaling": alignment.scaling,
         "plain": alignment.plain,
-        "tied": [head.removeprefix(PREFIX) for head in tied_heads(model, adapter_name)] if model else [],
+        "tied": [layer_name(head) for head in tied_heads(model, adapter_name)] if model else [],
         "original": alignment.original,
         "summary": alignment.summary,
         "versions": {"lora_ga": __version__, "torch": torch.__version__},
@@ -133,30 +133,6 @@ def _active_adapters(model: nn.Module | None) -> list[str]:
     """The active adapters of a model's first LoRA layer: those that Transformers saves."""
     layers = () if model is None else model.modules()
     return next((list(layer.active_adapters) for layer in layers if isinstance(layer, LoraLayer)), [])
-
-
-def _join_halves(weights: Path, factors: Factors) -> None:
-    """Replace the trained halves of the factors in an adapter file by the joined rank-2r matrices.
-
-    DeepSpeed ZeRO-3 gathers parameters by their names, so files saved under it hold only the trained halves.
-    """
-    names = {
-        f"{PREFIX}{name}.lora_{letter}.{factor.trainable_name}": (f"{PREFIX}{name}.lora_{letter}.weight", factor)
-        for name, pair in factors.items()
-        for letter, factor in zip("AB", pair, strict=True)
-        if factor.trainable_name != "weight"
-    }
-    with safe_open(str(weights), framework="pt") as file:
-        if not names.keys() & set(file.keys()):
-            return
-        header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for key in names.keys() & tensors.keys():
-        plain, factor = names[key]
-        delta = tensors.pop(key)
-        start = factor.start.to(delta)
-        tensors[plain] = factor.join(delta, start + delta) if factor.joined_dim == 0 else factor.join(start, delta)
-    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    write_atomically(weights, as_safetensors(contiguous, metadata=header))
 
 
 def _is_saved(weights: Path, factors: Factors) -> bool:
@@ -173,27 +149,6 @@ def _is_saved(weights: Path, factors: Factors) -> bool:
         same_shape = saved.dim() == 2 and saved.shape[1] == 2 * start.shape[1]
         return same_shape and torch.equal(b.halves(saved)[0], start.to(saved))
     return saved.shape == b.joined().shape and torch.equal(saved, b.joined().detach().to(saved))
-
-
-def check_has_starts(folder: Path) -> None:
-    """Refuse an adapter file, written by hand, that holds dA and dB alone. PEFT would load nothing of it.
-
-    Args:
-        folder: The adapter's folder; nothing happens if it holds no adapter file.
-
-    Raises:
-        ValueError: The file holds dA and dB, or is damaged.
-    """
-    if (file := folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        with damaged(file), safe_open(str(file), framework="pt") as opened:
-            names = list(opened.keys())
-    elif (file := folder / WEIGHTS_NAME).is_file():
-        with damaged(file):
-            names = list(torch.load(file, weights_only=True, map_location="meta"))
-    else:
-        return
-    for reason in without_start(names):
-        raise ValueError(f"{file}: {reason}")
 
 
 def read_sidecar(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -249,7 +204,9 @@ def _read_complete(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
             f"{file}: {error} Use the version that wrote it{_version(record)}, or remove the file to load the adapter "
             "as plain LoRA."
         ) from error
-    return tensors, record
+    # Earlier versions wrote the names of a compiled base.
+    record |= {part: {without_compiled(name): value for name, value in record[part].items()} for part in NAMED}
+    return {without_compiled(name): value for name, value in tensors.items()}, record
 
 
 def _version(record: Mapping[str, Any]) -> str:

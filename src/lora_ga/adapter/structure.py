@@ -18,16 +18,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of, factors_of
+from lora_ga.adapter.file import compiled_names
 from lora_ga.adapter.save import AlignedLoraConfig
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import partitioned, placed_like, register_moved, whole
-from lora_ga.files import fingerprint
+from lora_ga.files import base_model, fingerprint
 from lora_ga.gradients.coverage import report_missing
 from lora_ga.gradients.isolation import compute_device
 from lora_ga.layers.embedding import FactorTable
 from lora_ga.layers.factors import FACTORS, Factor, follow_plan
 from lora_ga.layers.kinds import entries, layout_of, weight_of
-from lora_ga.layers.targets import PREFIX, Target, find_targets, peft_model_in
+from lora_ga.layers.targets import Target, find_targets, layer_name, peft_model_in
 from lora_ga.layers.tied import TiedFactor, tied_heads
 
 
@@ -122,7 +123,7 @@ def build_structure(
         alignment.saved, doubled = doubled | alignment.saved, {}
     model.peft_config[adapter] = AlignedLoraConfig.of(peft_config, alignment, **doubled)
     if isinstance(model, PeftModel):
-        follow_added_adapters(model)
+        follow_adapters(model)
     return alignment
 
 
@@ -306,8 +307,9 @@ def copy_structure(model: PeftModel, source: str, target: str) -> None:
     alignment = alignment_of(model, source)
     if alignment is None or alignment.config.offset == "base":
         raise ValueError(f'Adapter {source!r} has no structure to copy; it needs LoRA-GA\'s, with offset="adapter".')
+    layers: dict[str, Any] = {layer_name(path): module for path, module in model.named_modules()}
     for name, (a, b) in factors_of(model, source).items():
-        layer: Any = model.get_submodule(f"{PREFIX}{name}")
+        layer = layers[name]
         if target in layer.r:
             pair = make_factors(layer, target, "adapter", rank=a.rank, starts=(a.start, b.start))
             place(layer, target, pair)
@@ -345,10 +347,30 @@ class AddAdapter:
             copy_structure(model, source, adapter_name)
 
 
-def follow_added_adapters(model: PeftModel) -> None:
+class LoadAdapter:
+    """`load_adapter` of a model whose base was compiled: files have the names of the original base.
+
+    Trainers resume by it. It can be copied and pickled with the model.
+    """
+
+    def __init__(self, model: PeftModel, names: Mapping[str, str]) -> None:
+        self.model, self.names = ModelReference(model), dict(names)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Load an adapter; arguments and result as PEFT's."""
+        model: Any = self.model()
+        assert model is not None, "the model calls it"
+        return type(model).load_adapter(model, *args, **({"key_mapping": self.names} | kwargs))
+
+
+def follow_adapters(model: PeftModel) -> None:
     """From now on give the structure to adapters that are added with an aligned adapter's configuration.
+
+    In a model with a compiled base, adapters are also loaded by the names of the original base.
 
     Args:
         model: The model.
     """
     model.add_adapter = AddAdapter(model)
+    if names := compiled_names(base_model(model)):
+        model.load_adapter = LoadAdapter(model, names)

@@ -17,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lora_ga.files import COMPILED
+
 
 def unwrapped(model: Any) -> Any:
     """The model inside DistributedDataParallel, a DeepSpeed engine or torch.compile; any other as it is.
@@ -37,8 +39,8 @@ def unwrapped(model: Any) -> Any:
     if not isinstance(model, nn.Module):  # a pipeline, which is refused where its layers are looked for
         return model
     # Not by getattr: a PeftModel passes on the attributes of the model inside, which may be compiled.
-    if "_orig_mod" in dict(model.named_children()):
-        return unwrapped(model._orig_mod)
+    if COMPILED in (children := dict(model.named_children())):
+        return unwrapped(children[COMPILED])
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise TypeError(
             "The model is wrapped by FullyShardedDataParallel (FSDP 1), which flattens parameters into one. Use FSDP2 "

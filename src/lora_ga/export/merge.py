@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_ga.adapter.file import check_names
 from lora_ga.export.saved_adapter import read_adapter
 from lora_ga.files import Companions, check_empty, new_folder, no_companions
 from lora_ga.layers.kinds import kind_of, layout_of
@@ -41,6 +42,7 @@ def merge_adapter(
     if getattr(base, "is_quantized", False):
         raise ValueError("The base model is quantised; load it in full precision to merge an adapter into it.")
     _, tensors = read_adapter(Path(path))
+    check_names(Path(path), base)
     model = PeftModel.from_pretrained(base, str(path))
     try:
         _check_complete(model, tensors)

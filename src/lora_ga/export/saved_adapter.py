@@ -9,8 +9,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_ga.adapter.save import check_has_starts
-from lora_ga.files import damaged
+from lora_ga.adapter.file import check_names
+from lora_ga.files import damaged, without_compiled
 
 
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -20,7 +20,7 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         folder: Its folder.
 
     Returns:
-        Its configuration and its tensors.
+        Its configuration, and its tensors by the names of the original base (see `check_names`).
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -30,8 +30,9 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder}: holds no {file}; give the folder that save_pretrained wrote.")
     with damaged(folder):
-        check_has_starts(folder)
+        check_names(folder)
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
             raise ValueError(f"{folder}: an adapter of type {config.peft_type}, not LoRA. Give the folder of one.")
-        return config, load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        return config, {without_compiled(key): value for key, value in tensors.items()}

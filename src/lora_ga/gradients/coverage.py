@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ga.gradients.checkpoint import Progress
-from lora_ga.layers.targets import PREFIX, Target
+from lora_ga.layers.targets import Target, layer_name
 from lora_ga.linalg.low_rank import LowRank
 
 # How the reason begins of a layer in a block whose output the model does not use at all.
@@ -71,7 +71,7 @@ def unused_blocks(model: nn.Module, names: Collection[str], got_gradient: Collec
             used[tower] = max(number, used.get(tower, -1))
     if not any(used.get(tower) == end for tower, end in ends.items() if tower):
         return {}
-    modules = {path.removeprefix(PREFIX): module for path, module in model.named_modules()}
+    modules = {layer_name(path): module for path, module in model.named_modules()}
     return {
         name: BEYOND + tower
         for name, (tower, number) in places.items()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_ga.distributed.sharding import gathered, whole
 from lora_ga.distributed.tensor_parallel import Split, in_fsdp, split_of, unfit
+from lora_ga.files import without_compiled
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, entries, kind_of, layout_of, warn_never_run, weight_of
 from lora_ga.layers.linear import WeightLayout
@@ -102,6 +103,18 @@ class Target:
         )
 
 
+def layer_name(path: str) -> str:
+    """The name of a layer in messages and files: its path in the base model, also if that was compiled.
+
+    Args:
+        path: Its path in the model with adapters.
+
+    Returns:
+        The name.
+    """
+    return without_compiled(path.removeprefix(PREFIX))
+
+
 def peft_models_in(network: Any) -> dict[str, nn.Module]:
     """The models with PEFT's adapters in a network: a `PeftModel`, or one into which adapters were injected.
 
@@ -112,7 +125,7 @@ def peft_models_in(network: Any) -> dict[str, nn.Module]:
         network: Any module.
 
     Returns:
-        Path in the network ("" is the network itself) → model. A layer's name is its path in the model, less `PREFIX`.
+        Path in the network ("" is the network itself) → model. Layers are named by `layer_name`.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
     for path, module in network.named_modules() if isinstance(network, nn.Module) else ():
@@ -250,7 +263,7 @@ def find_targets(model: nn.Module, adapter_name: str = "default", *, fresh: bool
             share a factor in another way than PEFT's `ensure_weight_tying`.
     """
     layers = _lora_layers(model, adapter_name)
-    named, fsdp = {full.removeprefix(PREFIX): layer for full, layer in layers.items()}, in_fsdp(model)
+    named, fsdp = {layer_name(full): layer for full, layer in layers.items()}, in_fsdp(model)
     tied = _tied_heads(model, adapter_name)
     reasons = [
         _why_not_aligned(name, layer, adapter_name) or unfit(name, layer.get_base_layer(), fsdp=fsdp)
@@ -259,7 +272,7 @@ def find_targets(model: nn.Module, adapter_name: str = "default", *, fresh: bool
     ties = ((head, why_not_tied(named[head], named[source], adapter_name)) for head, source in tied.items())
     reasons += [f"{head} {reason}" for head, reason in ties if reason]
     modules = peft_model_in(model).named_modules()
-    everywhere = {path.removeprefix(PREFIX): layer for path, layer in modules if isinstance(layer, LoraLayer)}
+    everywhere = {layer_name(path): layer for path, layer in modules if isinstance(layer, LoraLayer)}
     reasons += [why_not_separate(everywhere, adapter_name, tied), why_not_used_once(model, named)]
     refusals = [reason for reason in reasons if reason]
     if refusals:
@@ -279,7 +292,7 @@ def find_targets(model: nn.Module, adapter_name: str = "default", *, fresh: bool
 def _tied_heads(network: nn.Module, adapter_name: str) -> dict[str, str]:
     """`tied_heads`, by layer names."""
     found = tied_heads(peft_model_in(network), adapter_name)
-    return {head.removeprefix(PREFIX): source.removeprefix(PREFIX) for head, source in found.items()}
+    return {layer_name(head): layer_name(source) for head, source in found.items()}
 
 
 def _target(
