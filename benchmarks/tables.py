@@ -230,6 +230,25 @@ def published_results(name: str) -> list[Result]:
 # Page → its tables, in their order on the page.
 
 
+def readers_table() -> str:
+    """What other programs compute from a saved adapter, in Markdown."""
+    lines = [
+        "| program | the README's settings | other ranks and scalings in some layers | the same, exported for it |",
+        "|---|---|---|---|",
+    ]
+    for name, found in load("readers").items():
+        cells = [found.get(column, "not needed") for column in ("plain", "patterns", "exported")]
+        lines.append(f"| {name} | " + " | ".join(map(reader_cell, cells)) + " |")
+    return "\n".join(lines)
+
+
+def reader_cell(outcome: str) -> str:
+    """What a program makes of an adapter, in words."""
+    word, _, rest = outcome.partition(": ")
+    words = {"right": "reads right", "refused": "refuses", "wrong": f"**computes something else** (error {rest})"}
+    return words.get(word, outcome)
+
+
 # docs/scale.md: measurements, and the cost of larger models computed from them by formulas. The shapes are those of the
 # published configurations: name → hidden size, intermediate size, size of keys and values, layers, parameters.
 MODELS: Mapping[str, tuple[int, int, int, int, float]] = {
@@ -348,6 +367,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         functools.partial(suite_methods, "ablation", "babyllama105"),
         why_table,
     ),
+    "docs/serving.md": (readers_table,),
     "docs/scale.md": (exchange_table, accuracy_table, larger_models_table),
 }
 

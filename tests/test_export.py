@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import lora_ga
 from lora_ga.cli.main import main
 from lora_ga.export.convert import convert_run
 from lora_ga.export.merge import merge_adapter
-from lora_ga.export.vllm import VLLM_RANKS, check_served, write_served
+from lora_ga.export.readers import VLLM_RANKS, check_reader, write_for
 from toys import adapted, bert, causal, classified, gpt2, llama, logits, saved, train
 
 WEIGHTS = "adapter_model.safetensors"
@@ -350,18 +351,40 @@ def test_merging_into_a_quantised_layer_of_a_model_that_does_not_say_so_is_refus
 # --- serving ----------------------------------------------------------------------------------------------------
 
 
-def merged_as_by_vllm(folder: Path) -> Any:
-    """Add the adapter to the base as vLLM does: B A of every layer times one scaling, from r and lora_alpha."""
+# Program → the factor of a layer's B A that it computes from adapter_config.json and the rank of the layer's matrices.
+RULES: dict[str, Callable[[dict[str, Any], int], float]] = {
+    "vllm": lambda config, rank: config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"]),
+    "sglang": lambda config, rank: config["lora_alpha"] / config["r"],
+    "llama.cpp": lambda config, rank: config["lora_alpha"] / rank,
+}
+
+
+def merged_as_by(name: str, folder: Path) -> Any:
+    """Add the adapter to the base as a program does."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["r"] in VLLM_RANKS
-    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
-    tensors, base = load_file(folder / "adapter_model.safetensors"), llama()
+    tensors, base = load_file(folder / WEIGHTS), llama()
+    assert name != "vllm" or config["r"] in VLLM_RANKS
     with torch.no_grad():
         for key, a in tensors.items():
             if key.endswith(".lora_A.weight"):
-                assert len(a) <= config["r"]
+                assert len(a) <= config["r"] if name == "vllm" else len(a) == config["r"] or name == "llama.cpp"
                 layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                base.get_submodule(layer).weight += scaling * tensors[key.replace("lora_A", "lora_B")] @ a
+                change = tensors[key.replace("lora_A", "lora_B")] @ a
+                base.get_submodule(layer).weight += RULES[name](config, len(a)) * change
+    return base
+
+
+def merged_as_by_mlx(folder: Path) -> Any:
+    """Add the adapter to the base as mlx-lm does: y + scale · x A B, in the last `num_layers` blocks (-1: all)."""
+    config, base = json.loads((folder / "adapter_config.json").read_text()), llama()
+    settings, tensors = config["lora_parameters"], load_file(folder / "adapters.safetensors")
+    assert (config["fine_tune_type"], config["num_layers"]) == ("lora", -1)
+    with torch.no_grad():
+        for number, block in enumerate(base.model.layers):
+            for key in settings["keys"]:
+                a, b = (tensors[f"model.layers.{number}.{key}.lora_{letter}"] for letter in "ab")
+                assert (a.shape[1], b.shape[0]) == (settings["rank"], settings["rank"])
+                block.get_submodule(key).weight += settings["scale"] * (a @ b).T
     return base
 
 
@@ -381,35 +404,64 @@ def test_stock_peft_loads_a_saved_adapter_beside_another(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("use_rslora", [True, False])
-def test_a_plain_adapter_is_served_as_it_is(use_rslora: bool, tmp_path: Path) -> None:
+def test_every_program_that_reads_pefts_files_reads_a_saved_adapter_right(use_rslora: bool, tmp_path: Path) -> None:
     model = saved(tmp_path, use_rslora=use_rslora)
-    verdict = check_served(tmp_path, "vllm")
-    assert (verdict.refused, verdict.fixable, verdict.rank) == ((), (), 8)
-    served = logits(merged_as_by_vllm(tmp_path), causal(1)[0])
-    torch.testing.assert_close(served, logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+    for name in RULES:
+        verdict = check_reader(tmp_path, name)
+        assert (verdict.refused, verdict.fixable, verdict.rank) == ((), (), 8)
+        found = logits(merged_as_by(name, tmp_path), causal(1)[0])
+        torch.testing.assert_close(found, logits(model, causal(1)[0]), rtol=0, atol=1e-5)
 
 
-def test_patterns_that_vllm_would_scale_wrongly_are_rewritten_without_loss(tmp_path: Path) -> None:
+def test_a_file_that_programs_would_scale_wrongly_is_rewritten_without_loss(tmp_path: Path) -> None:
     model = saved(tmp_path / "a", rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 64})
-    verdict = check_served(tmp_path / "a", "vllm")
-    assert "rank_pattern, alpha_pattern: vLLM scales every layer by r" in verdict.fixable[0]
     wanted = logits(model, causal(1)[0])
-    assert (logits(merged_as_by_vllm(tmp_path / "a"), causal(1)[0]) - wanted).abs().max() > 1e-2
-    errors = write_served(tmp_path / "a", tmp_path / "b", "vllm")
-    assert set(errors.values()) == {0.0}
-    assert check_served(tmp_path / "b", "vllm").fixable == ()
-    torch.testing.assert_close(logits(merged_as_by_vllm(tmp_path / "b"), causal(1)[0]), wanted, rtol=0, atol=1e-5)
-    stock = PeftModel.from_pretrained(llama(), tmp_path / "b")
-    torch.testing.assert_close(logits(stock, causal(1)[0]), wanted, rtol=0, atol=1e-5)
+    texts = {
+        "vllm": r"^4 of 14 layers would be scaled wrongly, .* as model.layers.0.self_attn.q_proj by .*: vLLM before 0",
+        "sglang": r"^4 of 14 layers would be .*: SGLang scales every layer by lora_alpha / r",
+        "llama.cpp": r"^4 of 14 layers would be .*: llama.cpp scales each layer by lora_alpha over its own rank",
+    }
+    for name in RULES:
+        verdict = check_reader(tmp_path / "a", name)
+        assert re.match(texts[name], verdict.fixable[0])
+        errors = write_for(tmp_path / "a", tmp_path / name, name)
+        assert set(errors.values()) == {0.0}
+        assert check_reader(tmp_path / name, name).fixable == ()
+        torch.testing.assert_close(logits(merged_as_by(name, tmp_path / name), causal(1)[0]), wanted, rtol=0, atol=1e-5)
+        stock = PeftModel.from_pretrained(llama(), tmp_path / name)
+        torch.testing.assert_close(logits(stock, causal(1)[0]), wanted, rtol=0, atol=1e-5)
+    assert "2 of 14 layers have another rank than r = 8, as" in check_reader(tmp_path / "a", "sglang").fixable[1]
+    assert (logits(merged_as_by("llama.cpp", tmp_path / "a"), causal(1)[0]) - wanted).abs().max() > 1e-2
+
+
+def test_an_adapter_of_an_earlier_version_with_rslora_is_mended(tmp_path: Path) -> None:
+    model = adapted(llama(), ["q_proj"], init_lora_weights=False)
+    model.save_pretrained(tmp_path / "a")  # as PEFT saves rsLoRA
+    for name, wrong in {"sglang": True, "llama.cpp": True, "vllm": False}.items():
+        assert bool(check_reader(tmp_path / "a", name).fixable) == wrong
+        write_for(tmp_path / "a", tmp_path / name, name)
+        found = logits(merged_as_by(name, tmp_path / name), causal(1)[0])
+        torch.testing.assert_close(found, logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
+
+
+def test_for_mlx_the_adapter_is_written_as_mlx_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = saved(tmp_path / "a", rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 64})
+    argv = ["export", str(tmp_path / "a"), "--for", "mlx-lm"]
+    assert main(argv) == 2
+    assert "in the way: mlx-lm does not read PEFT's files, it has its own" in capsys.readouterr().out
+    assert main([*argv, "--output", str(tmp_path / "b")]) == 0
+    assert f"Use it with: mlx_lm.generate --model BASE --adapter-path {tmp_path / 'b'}" in capsys.readouterr().out
+    found = logits(merged_as_by_mlx(tmp_path / "b"), causal(1)[0])
+    torch.testing.assert_close(found, logits(model, causal(1)[0]), rtol=0, atol=1e-5)
 
 
 def test_a_rank_that_vllm_does_not_allow_is_padded_or_compressed_to_one_it_does(tmp_path: Path) -> None:
     saved(tmp_path / "a", r=6)
-    assert check_served(tmp_path / "a", "vllm").rank == 16
-    errors = write_served(tmp_path / "a", tmp_path / "padded", "vllm")
+    assert check_reader(tmp_path / "a", "vllm").rank == 16
+    errors = write_for(tmp_path / "a", tmp_path / "padded", "vllm")
     assert json.loads((tmp_path / "padded" / "adapter_config.json").read_text())["r"] == 16
     assert set(errors.values()) == {0.0}
-    errors = write_served(tmp_path / "a", tmp_path / "small", "vllm", 8)
+    errors = write_for(tmp_path / "a", tmp_path / "small", "vllm", 8)
     assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["r"] == 8
     assert 0 < max(errors.values()) < 0.5
 
@@ -418,7 +470,7 @@ def test_a_rank_above_the_largest_allowed_one_is_reported(tmp_path: Path) -> Non
     saved(tmp_path / "a", targets=["q_proj"])
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))
-    assert "rank 1024: the largest --max-lora-rank is 512; give --rank" in check_served(tmp_path / "a", "vllm").fixable
+    assert "rank 1024: the largest --max-lora-rank is 512; give --rank" in check_reader(tmp_path / "a", "vllm").fixable
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -427,16 +479,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"modules_to_save": ["lm_head"], "targets": ["q_proj"]},
         "modules_to_save: modules trained in full are not",
     ),
-    ({"trainable_token_indices": [1, 2], "targets": ["q_proj"]}, "trainable_token_indices: trained tokens need"),
+    ({"trainable_token_indices": [1, 2], "targets": ["q_proj"]}, "trainable_token_indices: trained tokens are not"),
 ]
 
 
 @pytest.mark.parametrize(("lora", "message"), REFUSED)
 def test_adapters_that_no_rewriting_can_fix_are_refused(lora: dict[str, Any], message: str, tmp_path: Path) -> None:
     saved(tmp_path / "a", **lora)
-    assert message in check_served(tmp_path / "a", "vllm").refused[0]
+    assert message in check_reader(tmp_path / "a", "vllm").refused[0]
     with pytest.raises(ValueError, match=f"vllm does not accept it, whatever its rank. {message}"):
-        write_served(tmp_path / "a", tmp_path / "b", "vllm")
+        write_for(tmp_path / "a", tmp_path / "b", "vllm")
     assert not (tmp_path / "b").exists()
 
 
@@ -446,7 +498,7 @@ def test_biases_are_refused(tmp_path: Path) -> None:
         model = adapted(bert(), ["query"], **settings)
         lora_ga.initialize(model, classified())
         model.save_pretrained(tmp_path / name)
-        assert name in check_served(tmp_path / name, "vllm").refused[0]
+        assert name in check_reader(tmp_path / name, "vllm").refused[0]
 
 
 def test_the_command_reports_the_obstacles_and_writes_an_adapter_that_is_served(
@@ -454,15 +506,15 @@ def test_the_command_reports_the_obstacles_and_writes_an_adapter_that_is_served(
 ) -> None:
     saved(tmp_path / "good")
     assert main(["export", str(tmp_path / "good"), "--for", "vllm"]) == 0
-    assert "nothing is in the way. Serve it with: vllm serve BASE --enable-lora --max-lora-rank 8" in (
+    assert "nothing is in the way. Use it with: vllm serve BASE --enable-lora --max-lora-rank 8" in (
         capsys.readouterr().out
     )
     saved(tmp_path / "a", r=5, alpha_pattern={"q_proj": 1})
     argv = ["export", str(tmp_path / "a"), "--for", "vllm"]
     assert main(argv) == 2
     shown = capsys.readouterr().out
-    assert "in the way: rank_pattern, alpha_pattern" in shown
-    assert "not served by vllm as it is. Write one that is: lora-ga export " in shown
+    assert "in the way: 2 of 14 layers would be scaled wrongly" in shown
+    assert "not read right by vllm as it is. Write one that is: lora-ga export " in shown
     assert main([*argv, "--output", str(tmp_path / "b"), "--rank", "8"]) == 0
     shown = capsys.readouterr().out
     assert "b: rank 8; median error " in shown
@@ -472,12 +524,15 @@ def test_the_command_reports_the_obstacles_and_writes_an_adapter_that_is_served(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--for", "tgi"], "--for tgi: the rules of this server are not known; known are vllm."),
+        (
+            ["--for", "tgi"],
+            "--for tgi: the rules of this program are not known; known are vllm, sglang, llama.cpp, mlx-lm. PEFT, Tra",
+        ),
         (["--for", "vllm", "--merge"], "--for checks adapters, and --merge makes a full model"),
         (["--for", "vllm", "--rank", "8"], "--rank was given with --for, but no --output to write to"),
         (
             ["--for", "vllm", "--rank", "7", "--output", "out"],
-            "--rank 7: vllm allows 8, 16, 32, 64, 128, 256, 320, 512",
+            "--rank 7: vllm allows 1, 8, 16, 32, 64, 128, 256, 320, 512",
         ),
     ],
 )

@@ -429,14 +429,14 @@ class WithoutGradient(nn.Linear):
         return super().forward(x)
 
 
-def dynamic_int8(model: nn.Module) -> None:
+def dynamic_int8(model: Any) -> None:
     pytest.importorskip("torchao")
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(model.model.layers, Int8DynamicActivationInt8WeightConfig(), lambda _, name: "gate_proj" in name)
 
 
-def stand_in(model: nn.Module) -> None:
+def stand_in(model: Any) -> None:
     for layer in model.model.layers:
         layer.mlp.gate_proj.__class__ = WithoutGradient
 

@@ -395,10 +395,11 @@ def test_every_reader_that_divides_alpha_by_the_rank_gets_the_scaling(
 
 def compiled(*, blocks: bool = False) -> Any:
     """A Llama that torch.compile has wrapped, or one whose blocks it has wrapped."""
-    base = llama()
+    base: Any = llama()
     if not blocks:
         return torch.compile(base, backend="eager")
-    base.model.layers = nn.ModuleList(torch.compile(layer, backend="eager") for layer in base.model.layers)
+    layers: list[Any] = [torch.compile(layer, backend="eager") for layer in base.model.layers]
+    base.model.layers = nn.ModuleList(layers)
     return base
 
 

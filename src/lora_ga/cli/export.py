@@ -1,4 +1,4 @@
-"""`lora-ga export`: turns a trained adapter into a smaller one, a full model, or one that a server accepts."""
+"""`lora-ga export`: turns a trained adapter into a smaller one, a full model, or one that another program reads."""
 
 import json
 import shutil
@@ -11,13 +11,14 @@ from typing import Any, Literal
 from lora_ga.cli.options import at_least, option, require
 from lora_ga.cli.parsing import OptionParser
 
-USAGE = "lora-ga export ADAPTER (--output FOLDER (--rank K | --merge) | --for SERVER [--output FOLDER]) [options]"
+USAGE = "lora-ga export ADAPTER (--output FOLDER (--rank K | --merge) | --for PROGRAM [--output FOLDER]) [options]"
 
 DESCRIPTION = """\
 Turn a trained adapter into another form. After LoRA-GA training with rank r the adapter file has rank 2r. It is plain
 LoRA for the unchanged base model and can be used without an export. --rank K writes the nearest adapter of rank K and
-shows the error of each layer. --merge writes a full model, with the tokenizer if there is one. --for vllm lists what
-keeps vLLM from serving the adapter; with --output it writes an adapter that vLLM serves, of an allowed rank.
+shows the error of each layer. --merge writes a full model, with the tokenizer if there is one. --for vllm (or sglang,
+llama.cpp, mlx-lm) lists what keeps the program from reading the adapter as PEFT does; with --output it writes one that
+the program reads right. PEFT, Transformers, lm-eval and mergekit need no export.
 
 example:
   lora-ga export runs/mrpc/adapter --output small --rank 8
@@ -64,14 +65,17 @@ def main(argv: list[str]) -> int:
     parser = OptionParser((ExportOptions,), prog="lora-ga export", usage=USAGE, description=DESCRIPTION)
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter: DIR/adapter of a run, or any other")
     parser.add_argument(
-        "--for", dest="server", metavar="SERVER", help="a server to check the adapter for, or to write one for: vllm"
+        "--for",
+        dest="reader",
+        metavar="PROGRAM",
+        help="a program to check the adapter for, or to write one for: vllm, sglang, llama.cpp, mlx-lm",
     )
     options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    if positional.server is None:
+    if positional.reader is None:
         options.check()
     elif options.merge:
         raise ValueError(
-            "--for checks adapters, and --merge makes a full model, which any server accepts. Leave one out."
+            "--for checks adapters, and --merge makes a full model, which any program reads. Leave one out."
         )
     adapter, out = Path(positional.adapter), Path(options.output)
     if not (adapter / "adapter_config.json").is_file():
@@ -79,8 +83,8 @@ def main(argv: list[str]) -> int:
             f"{adapter}: there is no adapter (no adapter_config.json). Give the folder that save_pretrained wrote, "
             "for a run of `lora-ga train` its adapter folder."
         )
-    if positional.server is not None:
-        return serve(adapter, options, positional.server)
+    if positional.reader is not None:
+        return prepare(adapter, options, positional.reader)
     if options.merge:
         merge(adapter, out, options)
     else:
@@ -101,39 +105,43 @@ def show_written(out: Path, errors: dict[str, float]) -> None:
     from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.experiments.tables.table import Table
 
-    rank = json.loads((out / "adapter_config.json").read_text())["r"]
+    written = json.loads((out / "adapter_config.json").read_text())
+    rank = written["lora_parameters"]["rank"] if "lora_parameters" in written else written["r"]
     rows = [[name, f"{error:.2e}"] for name, error in errors.items()]
     terminal().print(as_rich(Table(["layer", "relative error of its change"], rows)))
     worst = max(errors, key=lambda name: errors[name])
     print(f"{out}: rank {rank}; median error {median(errors.values()):.2e}, worst {errors[worst]:.2e} ({worst})")
 
 
-def serve(adapter: Path, options: ExportOptions, server: str) -> int:
-    """Prints what keeps a server from accepting the adapter. With --output it writes one that the server accepts.
+def prepare(adapter: Path, options: ExportOptions, name: str) -> int:
+    """Prints what keeps a program from reading the adapter right. With --output it writes one that it reads right.
 
     Returns:
-        0 if the server accepts the adapter, or the written one; 2 otherwise.
+        0 if the program reads the adapter, or the written one, right; 2 otherwise.
 
     Raises:
-        ValueError: The server is not known, or accepts the adapter in no form.
+        ValueError: The program is not known, or reads the adapter in no form.
     """
-    from lora_ga.export.vllm import check_served, write_served
+    from lora_ga.export.readers import READERS, check_reader, write_for
 
-    verdict = check_served(adapter, server)
+    verdict = check_reader(adapter, name)
     if options.output:
+        out = Path(options.output)
         companions = partial(copy_companions, adapter)
-        errors = write_served(adapter, options.output, server, options.rank, companions=companions)
-        show_written(Path(options.output), errors)
-        return serve(Path(options.output), ExportOptions(), server)
+        show_written(out, write_for(adapter, out, name, options.rank, companions=companions))
+        if READERS[name].factor is None:  # not a file of PEFT, so it cannot be checked as one
+            print(f"{out}: written for {name}. Use it with: {READERS[name].advice.format(adapter=out)}")
+            return 0
+        return prepare(out, ExportOptions(), name)
     if options.rank is not None:
         raise ValueError("--rank was given with --for, but no --output to write to. Give both, or neither.")
     for reason in (*verdict.refused, *verdict.fixable):
         print(f"in the way: {reason}")
     if verdict.refused or verdict.fixable:
-        cure = "" if verdict.refused else f" Write one that is: lora-ga export {adapter} --for {server} --output FOLDER"
-        print(f"{adapter}: not served by {server} as it is.{cure}")
+        cure = "" if verdict.refused else f" Write one that is: lora-ga export {adapter} --for {name} --output FOLDER"
+        print(f"{adapter}: not read right by {name} as it is.{cure}")
         return 2
-    print(f"{adapter}: nothing is in the way. Serve it with: {verdict.advice}")
+    print(f"{adapter}: nothing is in the way. Use it with: {verdict.advice}")
     return 0
 
 

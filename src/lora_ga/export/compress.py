@@ -70,12 +70,35 @@ def resize_adapter(
         ValueError: The adapter is not plain LoRA of linear layers, or `out` is not empty.
     """
     source, target = Path(path), check_empty(out)
+    tensors, errors = resized(source, rank)
+    values: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
+    values |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    with new_folder(target) as folder:
+        write_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors, {"format": "pt"})
+        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True))
+        companions(folder)
+    return errors
+
+
+def resized(source: Path, rank: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The tensors of an adapter, with one rank and s = 1 in every layer.
+
+    Args:
+        source: The adapter's folder.
+        rank: The rank.
+
+    Returns:
+        The tensors by PEFT's names, and layer name → relative error, as `resize_adapter` returns it.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
     with damaged(source):
-        return _resize(source, target, rank, companions)
+        return _resized(source, rank)
 
 
-def _resize(source: Path, target: Path, rank: int, companions: Companions) -> dict[str, float]:
-    """Write the adapter; see `resize_adapter`."""
+def _resized(source: Path, rank: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """See `resized`."""
     config, tensors = read_adapter(source)
     errors = {}
     for name in _linear_layers(tensors, config, source):
@@ -87,13 +110,7 @@ def _resize(source: Path, target: Path, rank: int, companions: Companions) -> di
         bias = f"{name}.lora_B.bias"
         if bias in tensors:
             tensors[bias] = scaling * tensors[bias]
-    values: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
-    values |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    with new_folder(target) as folder:
-        write_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors, {"format": "pt"})
-        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True))
-        companions(folder)
-    return errors
+    return tensors, errors
 
 
 def _linear_layers(tensors: Mapping[str, Tensor], config: LoraConfig, path: Path) -> list[str]:
