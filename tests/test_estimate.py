@@ -6,10 +6,13 @@ import copy
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,10 @@ from torch import Tensor, nn
 import lora_ga
 from cases import EXPERTS, mixtral, seeded
 from lora_ga import GradientEstimate, LoraGAConfig
+from lora_ga.distributed.processes import Processes
+from lora_ga.gradients import progress
 from lora_ga.gradients.loss import label_tokens
+from lora_ga.gradients.setup import prepare
 from lora_ga.linalg.low_rank import LowRank, probes, truncated_svd
 from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified, llama, t5, tokens, translated
 
@@ -473,3 +479,57 @@ def test_estimates_of_a_model_without_experts_are_what_they_were() -> None:
     for name in merged:
         sketches = [each[name].sketch * (each.weight / merged.weight) for each in (one, other)]  # type: ignore[operator]
         assert torch.equal(merged[name].sketch, torch.stack(sketches).sum(dim=0))  # type: ignore[arg-type]
+
+
+# --- what an estimate says -------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_says_a_line_before_and_a_line_after(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lora_ga"):
+        lora_ga.initialize(adapted(llama()), causal(), LoraGAConfig(max_batches=2))
+    before, after = (record.getMessage() for record in caplog.records if record.name == "lora_ga")
+    assert before == "LoRA-GA: estimating the gradients of 14 layers on 2 batches"
+    assert re.fullmatch(
+        r"LoRA-GA: done in \d+ s: 14 gradients from 2 batches, alignment limit [01]\.\d\d \(median\)", after
+    )
+
+
+def test_lines_are_printed_where_the_program_has_no_logging_and_are_silenced_by_the_level(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(progress.LOGGER, "level", logging.INFO)
+    monkeypatch.setattr(progress.LOGGER, "_cache", {})
+    progress.LOGGER.info("one line")
+    assert capsys.readouterr().err == "one line\n"
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.NullHandler()])
+    progress.LOGGER.info("for the handler of the program")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_counts_the_passes_and_is_hidden_in_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def bar(**settings: Any) -> Any:
+        bars.append(SimpleNamespace(count=0, **settings))
+        return SimpleNamespace(update=lambda: setattr(bars[-1], "count", bars[-1].count + 1), close=lambda: None)
+
+    monkeypatch.setattr(progress, "tqdm", bar)
+    monkeypatch.setattr(progress.LOGGER, "level", logging.INFO)
+    monkeypatch.setattr(progress.LOGGER, "_cache", {})
+    setup, _ = prepare(adapted(llama()), DENSE, "default", None)
+    progress.Report(dataclasses.replace(setup, processes=Processes(rank=1, size=2)), causal())
+    lora_ga.estimate_gradients(adapted(llama()), causal(), DENSE)
+    assert [(bar.total, bar.count, bar.disable) for bar in bars] == [(3, 0, True), (3, 3, None)]
+
+
+def test_an_estimate_is_one_line_in_a_terminal_and_a_table_in_a_notebook() -> None:
+    estimate = lora_ga.estimate_gradients(adapted(llama()), causal(), DENSE)
+    assert repr(estimate) == (
+        "GradientEstimate(14 gradients, 3 batches, 132 label tokens; 100% of the squared norm held (median))"
+    )
+    name = next(iter(estimate))
+    assert re.fullmatch(r"LowRank\(32 x 32, 32 directions, norm \S+, 100% of its square held\)", repr(estimate[name]))
+    table = estimate._repr_html_()
+    assert table.count("<tr>") == 15
+    assert f"<td>{name}</td><td>32 × 32</td>" in table

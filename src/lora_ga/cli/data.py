@@ -1,6 +1,5 @@
 """Reads a file or a hub data set, checks and tokenises it, and chooses the batches of an estimate."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from rich.console import Console
-from rich.progress import Progress
 from torch.utils.data import DataLoader
 
 from lora_ga.cli.options import DataOptions, EstimateOptions
@@ -268,7 +265,7 @@ def encode_rows(rows: Dataset, encoding: Encoding, encoder: RowEncoder, source: 
 
 
 class EstimateBatches:
-    """A seeded choice of training examples in batches, with a progress bar on a terminal.
+    """A seeded choice of training examples in batches.
 
     A separate generator draws the choice, so that an estimate does not change the random numbers of training.
     """
@@ -317,8 +314,4 @@ class EstimateBatches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-            bar = progress.add_task("Estimating the gradient", total=len(self))
-            for batch in self._loader:
-                progress.advance(bar)  # before the yield, since the reader does not ask again after the last batch
-                yield batch
+        yield from self._loader

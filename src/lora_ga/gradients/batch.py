@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from accelerate.utils import send_to_device
@@ -47,9 +47,9 @@ class BatchPass:
         noise: Switches the noise off, and has noted the random numbers that were drawn all the same.
     """
 
-    def __init__(self, model: Any, loss_fn: LossFunction | None) -> None:
-        """Pass batches through `model` with `loss_fn`, or with the model's own loss."""
-        self.model, self.loss_fn = model, loss_fn
+    def __init__(self, model: Any, loss_fn: LossFunction | None, passed: Callable[[], None] = lambda: None) -> None:
+        """Pass batches through `model` with `loss_fn`, or with the model's own loss; `passed` is called after each."""
+        self.model, self.loss_fn, self.passed = model, loss_fn, passed
         self.device = input_device(model)
         self.float16 = computes_in_float16(model, self.device)
         self.noise = NoiseOff(base_model(peft_model_in(model)))
@@ -70,6 +70,10 @@ class BatchPass:
             weight: The batch's weight.
             starts: The leaves to which the pass has to go so that the gradients are recorded.
         """
+        self._backward(loss, weight, starts)
+        self.passed()
+
+    def _backward(self, loss: Tensor, weight: float, starts: Sequence[Tensor]) -> None:
         if not loss.requires_grad:  # no layer of the adapter ran; these are named after the pass
             return
         scaled = loss * self._magnification(weight) if self.float16 else loss

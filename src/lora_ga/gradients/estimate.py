@@ -14,6 +14,7 @@ from lora_ga.gradients.loop import keep_batches, probe_reads, record_batches, re
 from lora_ga.gradients.loss import LossFunction, unlabelled
 from lora_ga.gradients.merge import merged_estimate
 from lora_ga.gradients.probe import probe_uncalled
+from lora_ga.gradients.progress import Report
 from lora_ga.gradients.reader import BatchReader
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.result import GradientEstimate
@@ -39,6 +40,8 @@ def estimate_gradients(
 
     Under an initialised process group of torch.distributed all its processes have to call this, each with a different
     share of the batches. Their sums are added up, and all processes return the same estimate, bit for bit.
+
+    The logger `lora_ga` says when the estimate begins and how it ended; a terminal shows a bar (see `progress`).
 
     Args:
         model: A model with a fresh LoRA adapter (of PEFT or `model.add_adapter`), or a network that contains one;
@@ -68,8 +71,9 @@ def estimate_gradients(
         OSError: The checkpoint cannot be written; the one before is intact.
     """
     setup, recorder = prepare(model, config, adapter_name, process_group, checkpoint, every)
-    passes = BatchPass(setup.network, loss_fn)
-    with setup.isolated():
+    report = Report(setup, data)
+    passes = BatchPass(setup.network, loss_fn, report.passed)
+    with report, setup.isolated():
         reader = _reader(setup, recorder, data, loss_fn)
         probed, read = {}, True
         if config.estimator == "probe":
@@ -80,7 +84,9 @@ def estimate_gradients(
         if read:
             probed = probe_uncalled(setup, recorder, probe_reads(passes, reader.kept), batches=len(reader.kept))
         passes.noise.report()
-    return merged_estimate(setup, recorder, probed)
+    estimate = merged_estimate(setup, recorder, probed)
+    report.done(estimate)
+    return estimate
 
 
 def _reader(setup: Setup, recorder: Recorder, data: Iterable[Any], loss_fn: LossFunction | None) -> BatchReader:

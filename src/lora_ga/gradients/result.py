@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import html
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ TYPES = {
 LATER = {"settled": {}, "settled_weight": {}, "merged_from": []}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GradientEstimate(Mapping[str, LowRank]):
     """The leading directions of the loss gradient of every adapted weight, as a mapping layer name → `LowRank`.
 
@@ -64,6 +66,21 @@ class GradientEstimate(Mapping[str, LowRank]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __repr__(self) -> str:
+        held = f"; {statistics.median(self.held().values()):.0%} of the squared norm held (median)" if self else ""
+        return f"GradientEstimate({len(self)} gradients, {self.batches} batches, {self.weight:,.0f} label tokens{held})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks, with a row for each gradient."""
+        head = "".join(f"<th>{title}</th>" for title in ("layer", "out × in", "‖G‖", "directions", "held"))
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{layer.U.shape[0]} × {layer.V.shape[0]}</td><td>{layer.norm:.3g}</td>"
+            f"<td>{layer.S.numel()}</td><td>{layer.held:.1%}</td></tr>"
+            for name, layer in self.layers.items()
+        )
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return f'<p>{html.escape(repr(self))}</p><div style="max-height: 30em; overflow: auto">{table}</div>'
 
     def limit(self, rank: int) -> dict[str, float]:
         """The alignment limit of every layer: the largest cosine between its gradient and a first step of LoRA.

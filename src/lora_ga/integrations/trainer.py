@@ -24,6 +24,7 @@ from lora_ga.adapter.structure import give_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped
 from lora_ga.gradients.loss import LossFunction
+from lora_ga.gradients.progress import LOGGER
 from lora_ga.gradients.result import GradientEstimate, scalars
 from lora_ga.integrations.trainer_data import TrainerLoss, batches_of_trainer, check_training_data
 from lora_ga.integrations.trainer_state import trainer_kept, use_arguments_of_one_batch
@@ -159,6 +160,8 @@ class LoraGACallback(TrainerCallback):
         alignment = alignment_of(model, self.adapter_name)
         if checkpoint is not None:
             restore_starts(model, checkpoint, self.adapter_name)
+            if state.is_world_process_zero:
+                LOGGER.info(f"LoRA-GA: A₀ and B₀ restored from {checkpoint}")
         elif alignment is None or alignment is not self._filled:
             self.estimate = self._initialize(trainer, model, train_dataloader)
             alignment = alignment_of(model, self.adapter_name)

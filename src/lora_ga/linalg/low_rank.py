@@ -36,7 +36,7 @@ def wide(x: Tensor) -> Tensor:
     return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LowRank:
     """The leading part `U diag(S) Vᵀ` of a gradient G = ∂L/∂W of a layer with O outputs and I inputs.
 
@@ -55,6 +55,10 @@ class LowRank:
     V: Tensor
     norm: float
     sketch: Tensor | None = None
+
+    def __repr__(self) -> str:
+        size = f"{self.U.shape[0]} x {self.V.shape[0]}"
+        return f"LowRank({size}, {self.S.numel()} directions, norm {self.norm:.3g}, {self.held:.0%} of its square held)"
 
     def limit(self, rank: int) -> float:
         """The largest alignment with G that the first step of a LoRA of rank r can have: √(Σ_{i≤2r} σᵢ²)/‖G‖.

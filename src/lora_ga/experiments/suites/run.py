@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
+import logging
 import math
 import platform
 import resource
@@ -86,6 +87,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """
     began, curves = time.perf_counter(), Curves()
     record = about(cell, place)
+    logging.getLogger("lora_ga").setLevel(logging.WARNING)  # a suite says one line for each cell
     try:
         found = result(cell, place, curves, began)
     except DivergedError as error:

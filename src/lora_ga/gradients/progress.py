@@ -1,0 +1,102 @@
+"""What an estimate says while it runs: a line before it and one after by the logger `lora_ga`, and a bar on a terminal.
+
+`logging.getLogger("lora_ga").setLevel(logging.WARNING)` silences both.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sized
+from typing import Any
+
+from transformers.utils.logging import tqdm
+
+from lora_ga.gradients.result import GradientEstimate
+from lora_ga.gradients.setup import Setup
+
+LOGGER = logging.getLogger("lora_ga")
+
+
+class _Lines(logging.Handler):
+    """Prints messages on stderr. In a program that has set up logging, its own handlers print them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message.
+
+        Args:
+            record: The message.
+        """
+        others = [*logging.getLogger().handlers, *(each for each in LOGGER.handlers if each is not self)]
+        if not others:
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
+LOGGER.addHandler(_Lines())
+if LOGGER.level == logging.NOTSET:
+    LOGGER.setLevel(logging.INFO)
+
+
+class Report:
+    """Says that an estimate begins and how it ended, and shows its passes on a bar; in the first process alone.
+
+    The bar is that of Transformers: `transformers.logging.disable_progress_bar()` turns it off.
+    """
+
+    def __init__(self, setup: Setup, data: Iterable[Any]) -> None:
+        """Say that the estimate begins.
+
+        Args:
+            setup: What the estimate works on.
+            data: The batches of this process.
+        """
+        self._ranks = {key: target.rank for target in setup.fitting.values() for key in target.keys}
+        self._began, self._says = time.monotonic(), setup.processes.rank == 0 and LOGGER.isEnabledFor(logging.INFO)
+        known, most = None, setup.config.max_batches
+        if isinstance(data, Sized):
+            known = len(data) * (1 if setup.tensor_parallel else setup.processes.size)
+            most = known if most is None else min(known, most)
+        count = "all" if most is None else f"{most}" if known is not None else f"up to {most}"
+        self._say(f"LoRA-GA: estimating the gradients of {len(setup.targets)} layers on {count} batches")
+        here = None if most is None else math.ceil(most / (1 if setup.tensor_parallel else setup.processes.size))
+        passes = 2 if setup.config.estimator == "probe" else 1
+        self._bar = tqdm(
+            total=None if here is None else here * passes,
+            desc="Estimating gradients",
+            unit="batch",
+            leave=False,
+            disable=None if self._says else True,  # None: shown on a terminal or in a notebook only
+        )
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def passed(self) -> None:
+        """Show that a batch went through the model."""
+        self._bar.update()
+
+    def done(self, estimate: GradientEstimate) -> None:
+        """Say how the estimate ended.
+
+        Args:
+            estimate: The estimate.
+        """
+        limits = [estimate[key].limit(self._ranks[key]) for key in estimate]
+        limits = [limit for limit in limits if not math.isnan(limit)]
+        reached = f", alignment limit {statistics.median(limits):.2f} (median)" if limits else ""
+        plain = len(estimate.missing)
+        left = f"; {plain} start as plain LoRA" if plain else ""
+        self._say(
+            f"LoRA-GA: done in {time.monotonic() - self._began:.0f} s: {len(estimate)} gradients from "
+            f"{estimate.batches} batches{reached}{left}"
+        )
+
+    def _say(self, line: str) -> None:
+        if self._says:
+            LOGGER.info(line)
