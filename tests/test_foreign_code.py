@@ -35,7 +35,6 @@ OTHER_OBJECTS = {
     "cli/export.py": {"base"},
     "cli/finetune.py": {"settings", "trainer"},
     "cli/models.py": {"tokenizer", "model", "parameter"},
-    "cli/parsing.py": {"action"},
     "experiments/suites/training.py": {"parameter"},
 }
 SETTERS = {"setattr", "delattr"}

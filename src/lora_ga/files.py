@@ -14,12 +14,12 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
-from torch import Tensor, nn
+
+if TYPE_CHECKING:  # torch is imported where tensors are written, so that commands need not wait for it
+    from torch import Tensor, nn
 
 # The version of the format that `write_tensors` writes, and those that `read_tensors` reads. docs/formats.md describes
 # them. Format 1 has no checksums; a file without a version is of format 1.
@@ -253,6 +253,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
         tensors: Name → contiguous tensor.
         metadata: The file's metadata.
     """
+    from safetensors.torch import save_file
+
     with _replacing(Path(path), folder=False) as temporary:
         mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(dict(tensors), temporary, metadata=dict(metadata))
@@ -337,6 +339,8 @@ def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], re
         tensors: Name → tensor, on any device.
         record: Plain values, stored as JSON in the file's header.
     """
+    from safetensors.torch import save
+
     saved = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(record)
     header = {
@@ -352,6 +356,8 @@ def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], re
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """A checksum of all values, which does not depend on the order of the tensors in the file."""
+    import torch
+
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())

@@ -104,6 +104,13 @@ def test_inspect_shows_the_table_and_writes_the_plot(
     assert Path("shares.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_takes_the_folder_of_a_run(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", file]) == 0
+    shown = capsys.readouterr().out
+    assert main(["inspect", "."]) == 0
+    assert capsys.readouterr().out == shown
+
+
 def test_the_plot_of_1000_layers_has_the_size_of_that_of_60() -> None:
     known_shares = dict.fromkeys(RANKS, math.nan) | {1: 0.5, 2: 0.7}
     figures = [share_figure([known_shares] * n, [str(i) for i in range(n)]) for n in (60, 1000)]
@@ -114,9 +121,10 @@ def test_the_plot_of_1000_layers_has_the_size_of_that_of_60() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "0 estimate files given, but it must be 1"),
-        (["estimate.safetensors", "other"], "2 estimate files given, but it must be 1"),
+        ([], "0 estimates given, but it must be 1"),
+        (["estimate.safetensors", "other"], "2 estimates given, but it must be 1"),
         (["gone.safetensors"], "gone.safetensors: no such file"),
+        (["/"], "/: this folder holds no estimate.safetensors. Give the folder of a LoRA-GA run, or an estimate"),
         (["damaged.safetensors"], "damaged.safetensors: damaged, or not a safetensors file"),
         (["adapter.safetensors"], "adapter.safetensors: holds tensors of another program"),
         (["estimate.safetensors", "--plot", "plot.svg"], "plot.svg: ends in .svg, but what is written is .png"),
@@ -141,7 +149,7 @@ def test_inspect_refuses_bad_input_with_a_message_and_writes_nothing(
 def test_the_help_of_inspect_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["inspect", "--help"])
-    assert "lora-ga inspect runs/lora-ga/estimate.safetensors" in capsys.readouterr().out
+    assert "lora-ga inspect runs/lora-ga\n" in capsys.readouterr().out
 
 
 # --- compare ---------------------------------------------------------------------------------------------------------

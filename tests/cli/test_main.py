@@ -240,3 +240,30 @@ else:
 def test_the_library_and_its_callback_work_without_the_extra(tmp_path: Path) -> None:
     run = run_without(set(EXTRA) - ALWAYS_THERE, LIBRARY + TRAINER, str(tmp_path))
     assert run.returncode == 0, run.stderr
+
+
+# --- what is refused before torch is imported ------------------------------------------------------------------------
+
+WRONG = [
+    *([name, "--hlep"] for name in COMMANDS),
+    ["train", "--lr", "1e-3"],
+    ["train", "--model", "./none", "--task", "seq-cls", "--train_file", "rows.csv", "--output_dir", "out"],
+    ["estimate", "--model", "m", "--task", "seq-cls", "--train_file", "rows.csv", "--output", "out.safetensors"],
+    ["compare", "runs/none"],
+    ["inspect", "runs/none"],
+    ["report", "no-suite"],
+    ["export", "runs/none", "--output", "out", "--merge"],
+]
+
+
+def test_wrong_options_and_missing_files_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        f"import sys; from lora_ga.cli.main import main; print([main(argv) for argv in {WRONG!r}]);"
+        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert run.stdout.splitlines() == [str([2] * len(WRONG)), "[]"]
+    messages = run.stderr.splitlines()
+    assert len(messages) == len(WRONG)
+    assert "--lr: there is no such option. Here --lr is --learning_rate." in messages[len(COMMANDS)]
+    assert "--model ./none: there is no folder ./none." in messages[len(COMMANDS) + 1]

@@ -1,5 +1,6 @@
 """The options of the command line, their checks, and the configuration file."""
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -8,6 +9,7 @@ import pytest
 
 from lora_ga.cli import train
 from lora_ga.cli.estimate import GROUPS
+from lora_ga.cli.export import ExportOptions
 from lora_ga.cli.options import (
     LEARNING_RATES,
     AdapterOptions,
@@ -18,7 +20,9 @@ from lora_ga.cli.options import (
     TargetOptions,
     TrainingOptions,
 )
-from lora_ga.cli.parsing import config_parser, parse_with_config, read_mapping
+from lora_ga.cli.parsing import OTHER_NAMES, config_parser, parse_with_config, read_mapping
+from lora_ga.cli.report import ReportOptions
+from lora_ga.cli.reproduce import ReproduceOptions
 from lora_ga.cli.settings import (
     ELSEWHERE,
     HELP,
@@ -74,7 +78,10 @@ def test_options_written_to_a_file_are_read_back_unchanged(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rnk: 4", r"file.yaml: unknown keys rnk. The known keys are .*rank, .*warmup_ratio"),
+        (
+            "lora_r: 4",
+            r"file.yaml: unknown keys lora_r. Here lora_r is rank. The known keys are .*rank, .*warmup_ratio",
+        ),
         ("rank: many", r"file.yaml: argument --rank: invalid int value: 'many'"),
         ("task: sorting", r"file.yaml: argument --task: invalid choice: 'sorting' \(choose from .*seq-cls"),
         ("rank: {a: 1}", r"file.yaml: rank holds a mapping, but every option is a single value or a list"),
@@ -128,6 +135,37 @@ def test_missing_files_and_other_formats_are_refused_and_an_empty_file_holds_no_
 def test_wrong_options_are_refused_by_name(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         job(*NEEDED, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--lr 1e-3", "--lr: there is no such option. Here --lr is --learning_rate."),
+        ("--lora_r 4", "--lora_r: there is no such option. Here --lora_r is --rank."),
+        ("--per-device-train-batch-size 4", "Here --per-device-train-batch-size is --batch_size."),
+        ("--bf16", "Here --bf16 is --dtype bfloat16."),
+        ("--output out", "Here --output is --output_dir."),
+        ("--model_name_or_path m", "Here --model_name_or_path is --model."),
+        (
+            "--lr=1 --model_name m --rnk 4",
+            "--lr, --model_name, --rnk: there are no such options. Here --lr is --learning_rate. Here --model_name is "
+            "--model. Did you mean --rank for --rnk?",
+        ),
+        ("--colour red", "--colour: there is no such option. `lora-ga train --help`"),
+    ],
+)
+def test_names_of_other_tools_are_pointed_to_the_option_here_before_missing_ones_are_named(
+    argv: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        job(*argv.split())
+
+
+def test_every_other_name_points_to_an_option_of_some_command_and_is_none_itself() -> None:
+    groups = [*Job.GROUPS, *GROUPS, ExportOptions, ReportOptions, ReproduceOptions]
+    options = {item.name for group in groups for item in fields(group)} | {"overwrite", "load_in_4bit"}
+    assert {option for meant in OTHER_NAMES.values() for option in meant} <= options
+    assert set(OTHER_NAMES) & {item.name for group in Job.GROUPS for item in fields(group)} == {"output_dir"}
 
 
 def test_two_sources_of_evaluation_data_are_refused() -> None:

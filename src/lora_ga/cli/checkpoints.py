@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from lora_ga.adapter import save as sidecar
 from lora_ga.files import parse_json, write_atomically
 
 CONFIG = "config.yaml"
@@ -101,6 +100,8 @@ def last_checkpoint(folder: Path, method: str) -> Path:
             f"--resume: there is no complete checkpoint in {folder / CHECKPOINTS}; the run ended before the first one "
             f"(--save_steps). Remove {folder} and start again."
         )
+    from lora_ga.adapter import save as sidecar  # slow to import, so after the checks above
+
     newest = steps[max(steps)]
     if method == "lora-ga" and not (newest / sidecar.FILE).is_file():
         raise FileNotFoundError(

@@ -1,19 +1,22 @@
 """`lora-ga compare`: shows finished runs as tables in the terminal and on one HTML page."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from lora_ga.cli.parsing import config_parser, parse_with_config
 from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
 from lora_ga.experiments.comparison.runs import Comparison, compare_runs
-from lora_ga.experiments.pages.drawing import render
-from lora_ga.experiments.pages.runs import page_html, summary_caption, training_figure
 from lora_ga.experiments.records.runs import load_run
 from lora_ga.experiments.tables.runs import cost_table, summary_table
 from lora_ga.experiments.tables.table import Table
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 EXAMPLE = """\
 Compare finished runs: steps to a common training loss, final metrics, cost, loss curves.
@@ -64,6 +67,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("folders", nargs="*", metavar="RUN", help="folder of a finished run")
     # Not a field of the options: a boolean field takes an optional value and would read a folder after it as the value.
     parser.add_argument("--overwrite", action="store_true", help="replace the page and the picture if they exist")
+    parser.refuse_unknown(argv)
     namespace, stray = parser.parse_known_args(argv)
     if stray:
         raise ValueError(f"{' '.join(stray)}: not understood. Give all the run folders together, and then the options.")
@@ -76,14 +80,16 @@ def main(argv: list[str]) -> int:
     check_output(page, ".html", overwrite=namespace.overwrite)
     if png:
         check_output(png, ".png", overwrite=namespace.overwrite)
-    comparison = compare_runs(
-        [load_run(folder) for folder in folders], target_loss=options.target_loss, window=options.smooth
-    )
+    runs = [load_run(folder) for folder in folders]
+    from lora_ga.experiments.pages.drawing import render  # slow to import, so after the checks above
+    from lora_ga.experiments.pages.runs import page_html, summary_caption, training_figure
+
+    comparison = compare_runs(runs, target_loss=options.target_loss, window=options.smooth)
     html = page_html(comparison).encode()
     if png:
         write_output(png, render(training_figure(comparison), "png"))
     write_output(page, html)
-    _show(comparison, page, png)
+    _show(comparison, summary_caption(comparison), page, png)
     return 0
 
 
@@ -100,13 +106,13 @@ def _refuse_twice(folders: list[Path]) -> None:
             raise ValueError(f"{folder}: given twice (first as {first}). Name each run once.")
 
 
-def _show(comparison: Comparison, page: Path, png: Path | None) -> None:
+def _show(comparison: Comparison, caption: str, page: Path, png: Path | None) -> None:
     console = terminal()
     for notice in comparison.notices:
         console.print(Text(f"Note: {notice}", style="yellow"))
     for table in (summary_table(comparison), cost_table(comparison)):
         console.print(_upright(table) if len(table.rows) <= 4 else as_rich(table))
-    console.print(Text(summary_caption(comparison), style="dim"))
+    console.print(Text(caption, style="dim"))
     for file in (page, png) if png else (page,):
         console.print(Text(f"Written: {file.resolve()}"), soft_wrap=True)
 

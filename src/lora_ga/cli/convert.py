@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     parser = OptionParser((ConvertOptions,), prog="lora-ga convert", usage=USAGE, description=DESCRIPTION)
     parser.add_argument("init", metavar="INIT", help="folder of the adapter as it was before training")
     parser.add_argument("final", metavar="FINAL", help="folder of the adapter after training")
-    options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    (options,), positional = parser.parse(argv)
     from lora_ga.cli.export import copy_companions
     from lora_ga.export.convert import convert_run
 

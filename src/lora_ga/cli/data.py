@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch.utils.data import DataLoader
 
-from lora_ga.cli.options import DataOptions, EstimateOptions
+from lora_ga.cli.options import DataOptions, EstimateOptions, check_data_file
 
 # Suffix -> reader of the datasets library, and its settings. By default pandas reads "NA" and "None" as missing values.
 FILE_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,17 +40,7 @@ def load_file(path: Path) -> Dataset:
         FileNotFoundError: There is no such file.
         ValueError: The kind of file is not supported, or the file cannot be read or holds no rows.
     """
-    if path.suffix not in FILE_TYPES:
-        raise ValueError(
-            f"{path}: a data file ends in {', '.join(FILE_TYPES)}; this one ends in {path.suffix!r}. "
-            "Plain text goes into the column 'text' of one of these."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: there is no such data file. Check the path, or give a hub data set by --dataset."
-        )
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: holds no rows. Give a file with at least one example.")
+    check_data_file(path)
     kind, settings = FILE_TYPES[path.suffix]
     try:
         rows = load_dataset(kind, data_files={"rows": str(path)}, split="rows", **settings)

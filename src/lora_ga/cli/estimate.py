@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_ga.cli.options import DataOptions, EstimateOptions, ModelOptions, TargetOptions, at_least, option, require
+from lora_ga.cli.options import (
+    DataOptions,
+    EstimateOptions,
+    ModelOptions,
+    TargetOptions,
+    at_least,
+    check_inputs,
+    option,
+    require,
+)
 from lora_ga.cli.parsing import config_parser, parse_with_config
 
 
@@ -84,6 +93,7 @@ def main(argv: list[str]) -> int:
     parser = config_parser(GROUPS, prog="lora-ga estimate", usage=USAGE, description=DESCRIPTION)
     model, data, target, options, output = parse_with_config(parser, argv)
     file = check_new_file(output.output)
+    check_inputs(model, data)
     estimate = run_estimate(model, data, target, options, output)
     estimate.save(file)
     limits = sorted(limit for limit in estimate.limit(target.rank).values() if not math.isnan(limit))

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         metavar="PROGRAM",
         help="a program to check the adapter for, or to write one for: vllm, sglang, llama.cpp, mlx-lm",
     )
-    options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    (options,), positional = parser.parse(argv)
     if positional.reader is None:
         options.check()
     elif options.merge:

@@ -1,29 +1,33 @@
 """`lora-ga inspect`: shows an estimate file layer by layer."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
 from rich.text import Text
 
-from lora_ga import GradientEstimate
+from lora_ga.cli.checkpoints import ESTIMATE
 from lora_ga.cli.parsing import config_parser, parse_with_config
 from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
-from lora_ga.experiments.pages.drawing import FAINT, STYLE, render
 from lora_ga.experiments.tables.table import BLANK, Table
+
+if TYPE_CHECKING:  # slow to import
+    from matplotlib.figure import Figure
+
+    from lora_ga import GradientEstimate
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 EXAMPLE = """\
 Show an estimate: the norm of the gradient of each layer, and the share of the gradient that LoRA can follow.
 
-  lora-ga inspect runs/lora-ga/estimate.safetensors
+  lora-ga inspect runs/lora-ga
   lora-ga inspect estimate.safetensors --sort share --plot shares.png
 
 The share at rank r is the largest possible cosine between the first step of a LoRA of rank r and the gradient: the norm
@@ -63,21 +67,26 @@ def main(argv: list[str]) -> int:
         0.
 
     Raises:
-        ValueError: There is no file or more than one, or `GradientEstimate.load` refuses it.
+        ValueError: No estimate or more than one is named, or `GradientEstimate.load` refuses it.
     """
     parser = config_parser([InspectOptions], prog="lora-ga inspect", description=EXAMPLE)
-    parser.add_argument("estimates", nargs="*", metavar="ESTIMATE", help="the estimate.safetensors of a run")
+    parser.add_argument("estimates", nargs="*", metavar="ESTIMATE", help="the folder of a run, or an estimate file")
     parser.add_argument("--overwrite", action="store_true", help="replace the plot if it exists")
+    parser.refuse_unknown(argv)
     namespace, _ = parser.parse_known_args(argv)
     (options,) = parse_with_config(parser, argv)
     if len(namespace.estimates) != 1:
         raise ValueError(
-            f"{len(namespace.estimates)} estimate files given, but it must be 1. Name one .safetensors file."
+            f"{len(namespace.estimates)} estimates given, but it must be 1. Name one run or one .safetensors file."
         )
     plot = Path(options.plot) if options.plot else None
     if plot:
         check_output(plot, ".png", overwrite=namespace.overwrite)
-    estimate = GradientEstimate.load(namespace.estimates[0])
+    file = estimate_of(Path(namespace.estimates[0]))
+    from lora_ga import GradientEstimate
+    from lora_ga.experiments.pages.drawing import render
+
+    estimate = GradientEstimate.load(file)
     shares: Shares = {name: {} for name in estimate}
     for rank in RANKS:
         for name, share in estimate.limit(rank).items():
@@ -92,6 +101,28 @@ def main(argv: list[str]) -> int:
     if plot:
         console.print(Text(f"Written: {plot.resolve()}"), soft_wrap=True)
     return 0
+
+
+def estimate_of(path: Path) -> Path:
+    """The estimate file of a path: the path itself, or the estimate of a run's folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: There is no such file, or the folder holds no estimate.
+    """
+    if path.is_dir():
+        if not (path / ESTIMATE).is_file():
+            raise FileNotFoundError(
+                f"{path}: this folder holds no {ESTIMATE}. Give the folder of a LoRA-GA run, or an estimate file."
+            )
+        return path / ESTIMATE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file. Give the folder of a run, or an estimate that `lora-ga estimate` wrote."
+        )
+    return path
 
 
 def ordered(estimate: Mapping[str, Any], shares: Shares, by: str) -> list[str]:
@@ -173,6 +204,11 @@ def settled_line(estimate: GradientEstimate) -> str:
 
 def share_figure(shares: Sequence[Mapping[int, float]], labels: Sequence[str]) -> Figure:
     """Returns a heat map of the shares: a row for each layer, a column for each rank, white for blank shares."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from lora_ga.experiments.pages.drawing import FAINT, STYLE
+
     ranks = [rank for rank in RANKS if any(math.isfinite(layer[rank]) for layer in shares)] or [RANKS[0]]
     values = [[layer[rank] for rank in ranks] for layer in shares]
     with mpl.rc_context({**STYLE, "axes.grid": False}):

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser = OptionParser((), prog="lora-ga merge", description=EXAMPLE)
     parser.add_argument("estimates", nargs="*", metavar="ESTIMATE", help="two or more .safetensors files")
     parser.add_argument("-o", "--output", metavar="FILE", help="file to write; it must not exist (required)")
-    namespace = parser.parse_args(argv)
+    _, namespace = parser.parse(argv)
     files = namespace.estimates
     if len(files) < 2:
         raise ValueError(f"{len(files)} estimate files given, but it must be two or more.")

@@ -3,7 +3,9 @@
 The parser shows the help text of each field and its default. This module imports nothing slow.
 """
 
+import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_ga.cli.settings import START, estimate_settings, library_config, settings_as_options
@@ -54,6 +56,49 @@ def require(options: object, *names: str) -> None:
     for name in names:
         if not getattr(options, name):
             raise ValueError(f"--{name} is missing. Give it on the command line or in the --config file.")
+
+
+# The kinds of data files.
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def check_data_file(path: Path) -> None:
+    """Refuses a data file that cannot be read, without reading it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The kind of file is not supported, or the file is empty.
+    """
+    if path.suffix not in DATA_SUFFIXES:
+        raise ValueError(
+            f"{path}: a data file ends in {', '.join(DATA_SUFFIXES)}; this one ends in {path.suffix!r}. "
+            "Plain text goes into the column 'text' of one of these."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: there is no such data file. Check the path, or give a hub data set by --dataset."
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: holds no rows. Give a file with at least one example.")
+
+
+def check_model_folder(model: str) -> None:
+    """Refuses a name that can only be a local folder, if there is no such folder, and a folder without a model.
+
+    Names on the hub are NAME and OWNER/NAME.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no model in it.
+    """
+    folder = Path(model)
+    if not folder.exists() and not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model):
+        raise FileNotFoundError(
+            f"--model {model}: there is no folder {model}. Check the path, or give the name of a model on the hub."
+        )
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(
+            f"--model {model}: this folder holds no model (no config.json). Give the folder that save_pretrained wrote."
+        )
 
 
 @dataclass
@@ -241,6 +286,18 @@ class TrainingOptions:
             raise ValueError(f"--estimate_file belongs to --method lora-ga, but the method is {self.method}.")
         if self.eval_steps is not None and self.eval_file is None and self.eval_split is None:
             raise ValueError("--eval_steps was given, but nothing to evaluate on. Give --eval_file or --eval_split.")
+
+
+def check_inputs(model: ModelOptions, data: DataOptions) -> None:
+    """Refuses local inputs that do not exist.
+
+    Raises:
+        FileNotFoundError: The model's folder or the data file does not exist.
+        ValueError: The data file is of another kind, or empty.
+    """
+    check_model_folder(model.model)
+    if data.train_file is not None:
+        check_data_file(Path(data.train_file))
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("suite", metavar="SUITE", nargs="?", help="the name of a suite, or a .yaml file")
     # Not a field of the options: a boolean field takes an optional value and would read a suite after it as that value.
     parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
-    options, other = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    (options,), other = parser.parse(argv)
     if other.suite is None:
         raise ValueError(f"which suite? There are {', '.join(available())}; or give a .yaml file.")
     suite = load_suite(other.suite)

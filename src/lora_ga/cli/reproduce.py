@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("suite", metavar="SUITE", nargs="?", help="the name of a suite, or a .yaml file")
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", action="store_true", help=text)
-    options, other = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    (options,), other = parser.parse(argv)
     if other.list:
         return show_suites()
     if other.suite is None:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lora_ga.cli.options import Job
+from lora_ga.cli import checkpoints
+from lora_ga.cli.options import Job, check_data_file, check_inputs
 from lora_ga.cli.parsing import OptionParser, config_parser, parse_with_config
 
 USAGE = "lora-ga train --model MODEL --task TASK (--train_file FILE | --dataset NAME) --output_dir FOLDER [options]"
@@ -33,7 +34,7 @@ def make_parser() -> OptionParser:
 
 
 def parse(argv: list[str]) -> tuple[Job, Path | None]:
-    """Reads and checks the options.
+    """Reads and checks the options, and that their files exist. Nothing slow is imported.
 
     Returns:
         The job, and the checkpoint from which a resumed run starts, else None.
@@ -41,17 +42,19 @@ def parse(argv: list[str]) -> tuple[Job, Path | None]:
     Raises:
         ValueError: An option is wrong, or a resumed run began with other options.
         FileExistsError: The output folder is not empty.
-        FileNotFoundError: There is nothing to resume.
+        FileNotFoundError: There is nothing to resume, or a file or folder does not exist.
     """
     parser = make_parser()
-    given = parser.parse_known_args(argv)[0]  # shows the help, before anything slow is imported
-    from lora_ga.cli import checkpoints
-
+    parser.refuse_unknown(argv)
+    given = parser.parse_known_args(argv)[0]
     saved = None
     if given.resume and given.config is None and given.output_dir:
         saved = checkpoints.find_config(Path(given.output_dir))
     job = Job(*parse_with_config(parser, argv, config=str(saved) if saved else None))
     folder = Path(job.training.output_dir)
+    check_inputs(job.model, job.data)
+    if job.training.eval_file is not None:
+        check_data_file(Path(job.training.eval_file))
     if not job.training.resume:
         checkpoints.check_output_dir(folder)
         return job, None

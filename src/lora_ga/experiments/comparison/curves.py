@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from lora_ga.experiments.records.runs import Curve
 
 
@@ -25,6 +23,8 @@ def smooth(curve: Curve, window: int) -> Curve:
     """
     if not curve:
         return ()
+    import numpy as np  # so that `lora-ga compare` refuses wrong folders without waiting for it
+
     steps = np.array([step for step, _ in curve])
     values = np.array([value for _, value in curve], dtype=np.float64)
     finite = np.isfinite(values)
