@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import lora_ga
 from lora_ga import files
-from lora_ga.cli.checkpoints import STATE, read_labels, read_trainer_state
+from lora_ga.cli.checkpoints import STATE, read_trainer_state
 from lora_ga.cli.parsing import read_mapping
 from lora_ga.experiments.records import gzip_lines
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.spec import load_suite
 from lora_ga.export.merge import merge_adapter
 from lora_ga.export.saved_adapter import read_adapter
-from lora_ga.files import damaged, read_tensors, write_tensors
+from lora_ga.files import damaged, read_labels, read_tensors, write_tensors
 from toys import llama, saved
 
 DEEP = "[" * 100_000

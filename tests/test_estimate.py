@@ -481,6 +481,15 @@ def test_estimates_of_a_model_without_experts_are_what_they_were() -> None:
         assert torch.equal(merged[name].sketch, torch.stack(sketches).sum(dim=0))  # type: ignore[arg-type]
 
 
+def test_a_rank_too_large_for_all_layers_is_one_line_with_the_largest_that_fits() -> None:
+    message = (
+        r"14 of 14 layers cannot be aligned:\n  .*q_proj, .*k_proj, .*v_proj and 11 more: rank 17 is more than half of "
+        r"a layer's smaller side. The largest rank that fits all is 8 \(.*k_proj is 16 x 32\)\nUse a rank of at most 8"
+    )
+    with pytest.raises(ValueError, match=message + r"\.$"):
+        lora_ga.estimate_gradients(adapted(llama(), r=17), causal())
+
+
 # --- what an estimate says -------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
+from transformers import BertForSequenceClassification
 
 import lora_ga
 from lora_ga import LoraGAConfig
@@ -30,7 +31,7 @@ from lora_ga.export.merge import merge_adapter
 from lora_ga.files import write_tensors
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import PREFIX
-from toys import FAMILIES, adapted, bert, causal, classified, injected, llama, logits, t5, train, translated
+from toys import FAMILIES, adapted, bert, causal, classified, injected, llama, logits, t5, tokens, train, translated
 
 
 def trained(
@@ -209,9 +210,45 @@ def test_an_adapter_stored_in_bfloat16_is_close_and_loads(tmp_path: Path) -> Non
 def test_another_base_model_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     trained(tmp_path)
     base = llama(intermediate_size=64)
-    with pytest.raises(ValueError, match="trained on another base model: its fingerprint is"):
+    with pytest.raises(
+        ValueError, match=r"trained on another base model: .*down_proj is 32 x 48 there, and 32 x 64 in this"
+    ):
         lora_ga.load(base, tmp_path)
     assert not any("lora" in name for name, _ in base.named_modules())
+
+
+def test_a_base_with_another_number_of_classes_is_refused_with_the_layer_and_its_two_shapes(tmp_path: Path) -> None:
+    model = adapted(bert(num_labels=4), ["query"], task_type="SEQ_CLS")
+    lora_ga.initialize(model, classified())
+    model.save_pretrained(tmp_path)
+    message = r"classifier is 4 x 32 in this adapter, and 2 x 32 in the model. Load the base model with num_labels=4."
+    with pytest.raises(ValueError, match=message):
+        lora_ga.load(bert(num_labels=2), tmp_path)
+    (tmp_path / FILE).unlink()  # an adapter of plain LoRA
+    with pytest.raises(ValueError, match=message):
+        lora_ga.load(bert(num_labels=2), tmp_path)
+
+
+def test_the_folder_alone_loads_the_base_too_and_names_the_classes(tmp_path: Path) -> None:
+    bert(num_labels=2).save_pretrained(tmp_path / "base")
+    base = BertForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=4, ignore_mismatched_sizes=True
+    ).eval()
+    model = adapted(base, ["query"], task_type="SEQ_CLS")
+    lora_ga.initialize(model, classified())
+    model.save_pretrained(tmp_path / "adapter")
+    names = {0: "a", 1: "b", 2: "c", 3: "d"}
+    (tmp_path / "adapter" / "labels.json").write_text(json.dumps(names))
+    alone = lora_ga.load(tmp_path / "adapter")
+    ids = {"input_ids": tokens()}
+    assert torch.equal(logits(alone, ids), logits(model.eval(), ids))
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=4, ignore_mismatched_sizes=True)
+    given = lora_ga.load(base, tmp_path / "adapter")
+    assert alone.config.id2label == given.config.id2label == names
+    with pytest.raises(TypeError, match="the base is a name. Give the model itself, or the folder alone"):
+        lora_ga.load("base", tmp_path / "adapter")
+    with pytest.raises(TypeError, match=r"load\(base\) lacks the adapter"):
+        lora_ga.load(base)
 
 
 @pytest.mark.parametrize("name", ["no-such-owner/no-such-adapter", "no/such/folder"])

@@ -29,6 +29,8 @@ MOST_TOKENS_ADDED = 4096
 
 # The step that torch.compile(module) puts into the paths of everything inside the module.
 COMPILED = "_orig_mod"
+# Beside the adapter of a classifier: the id of each class → its name.
+LABELS = "labels.json"
 
 Shapes = set[tuple[str, tuple[int, ...]]]
 Companions = Callable[[Path], None]
@@ -42,6 +44,15 @@ def base_model(model: Any) -> nn.Module:
 def without_compiled(path: str) -> str:
     """A path of a module or tensor without the steps that torch.compile adds: the path in the model itself."""
     return ".".join(part for part in path.split(".") if part != COMPILED)
+
+
+def embeddings(model: Any) -> list[Any]:
+    """The input and the output embeddings of a model that knows them."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # not a model of Transformers
+            found.append(getattr(base_model(model), getter)())
+    return found
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -305,6 +316,28 @@ def damaged(path: str | Path) -> Iterator[None]:
         raise ValueError(
             f"{path}: damaged, or not what it should be ({type(error).__name__}: {reason}). Put a complete copy back, "
             "or save it again."
+        ) from error
+
+
+def read_labels(adapter: Path) -> dict[int, str]:
+    """Read the names of the classes beside the adapter of a classifier.
+
+    Args:
+        adapter: The adapter's folder.
+
+    Returns:
+        Class → name; empty if the adapter has none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not (file := adapter / LABELS).is_file():
+        return {}
+    try:
+        return {int(number): str(name) for number, name in parse_json(file.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: damaged, it must map the numbers of classes to their names ({error}). Write it again."
         ) from error
 
 

@@ -23,7 +23,7 @@ from campaign.commands import WORLD
 from campaign.faults import Result, forked, last_line, limit_memory, lost, new_folder
 from lora_ga import GradientEstimate
 from lora_ga.adapter import save as sidecar
-from lora_ga.cli.checkpoints import read_labels, read_trainer_state
+from lora_ga.cli.checkpoints import read_trainer_state
 from lora_ga.cli.parsing import parse_with_config
 from lora_ga.cli.train import make_parser
 from lora_ga.experiments.records import gzip_lines
@@ -33,7 +33,7 @@ from lora_ga.experiments.suites import trained
 from lora_ga.experiments.suites.spec import load_suite
 from lora_ga.export.convert import convert_run
 from lora_ga.export.saved_adapter import read_adapter
-from lora_ga.files import write_tensors
+from lora_ga.files import read_labels, write_tensors
 from lora_ga.gradients import checkpoint, result
 
 BATCH = 100  # mutations in one process

@@ -277,8 +277,17 @@ def test_an_output_folder_that_is_not_empty_is_refused(
         ({"text_column": "txt"}, "there is no column 'txt' (--text_column); its columns are text, label."),
         ({"train_file": "none.jsonl"}, "none.jsonl: there is no such data file."),
         ({"train_file": "none.doc"}, "none.doc: a data file ends in .jsonl, .json, .csv, .tsv, .parquet"),
-        ({"model": "/none"}, "--model /none: AutoTokenizer could not load it"),
-        ({"target_modules": "nothing"}, "--target_modules nothing: No modules were targeted"),
+        ({"model": "/none"}, "--model /none: there is no folder /none."),
+        ({"model": "none"}, "--model none: AutoConfig could not load it"),
+        (
+            {"target_modules": "nothing"},
+            "--target_modules nothing: the model has no layer of this name. It has word_embeddings (1 Embedding), "
+            "position_embeddings (1 Embedding), token_type_embeddings (1 Embedding), query (2 Linear)",
+        ),
+        (
+            {"target_modules": "query,value"},
+            "names are separated by spaces, not commas: --target_modules query value",
+        ),
         ({"rank": 17}, "17"),
         ({"report_to": "paper"}, "--report_to paper: not installed or not known. Available here are none, all"),
         ({"estimate_file": "none.safetensors"}, "none.safetensors"),
@@ -329,6 +338,35 @@ def test_a_model_that_sees_later_tokens_is_refused_for_causal_lm(
     argv = ["train", "--model", bert, "--task", "causal-lm", "--train_file", prompts, "--output_dir", tmp_path / "run"]
     assert "sees later tokens, so it cannot learn to continue text" in error_of(argv)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "message"),
+    [
+        (
+            "t5",
+            "causal-lm",
+            "is an encoder-decoder, which --task causal-lm cannot train: use --task seq2seq",
+        ),
+        (
+            "llama",
+            "seq2seq",
+            "is a model of type llama, which --task seq2seq cannot train: use --task causal-lm",
+        ),
+    ],
+)
+def test_a_model_for_another_task_is_refused_with_the_task_that_it_fits(
+    model: str,
+    task: str,
+    message: str,
+    prompts: Path,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    error_of: Callable[[list[object]], str],
+) -> None:
+    columns = {"prompt_column": "prompt", "target_column": "target"} if task == "seq2seq" else {}
+    argv = command(request.getfixturevalue(model), prompts, tmp_path / "run", task=task, **columns)
+    assert message in error_of(argv)
 
 
 def test_an_output_folder_below_a_file_is_refused(

@@ -27,7 +27,7 @@ from lora_ga.adapter.save import FILE, read_sidecar
 from lora_ga.adapter.structure import build_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
-from lora_ga.files import another_base, base_model, damaged
+from lora_ga.files import another_base, base_model, damaged, embeddings
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.joined import JoinedA, JoinedB
 from lora_ga.layers.kinds import entries, weight_of
@@ -84,6 +84,50 @@ def check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
     """
     if difference := another_base(model, trained_on):
         raise ValueError(f"{path}: trained on another base model: {difference}. Give the base model it was trained on.")
+
+
+def check_layers(base: nn.Module, folder: Path) -> None:
+    """Refuse a base model in which a layer of a saved adapter has another shape, before PEFT loads the adapter.
+
+    Embeddings are left out: `check_base` names the two sizes of the vocabulary.
+
+    Args:
+        base: The base model.
+        folder: The adapter's folder. One without `adapter_model.safetensors` is not looked at.
+
+    Raises:
+        ValueError: There is such a layer; the message gives its two shapes.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return
+    ends = embeddings(base)
+    modules = {path: module for path, module in base.named_modules() if not any(module is end for end in ends)}
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            saved = {key.removeprefix(PREFIX): tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError:  # PEFT refuses the file
+        return
+    for key, shape in saved.items():
+        layer, _, parameter = key.rpartition(".")
+        module = modules.get(layer)
+        weight = getattr(module, parameter, None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and tuple(weight.shape) != shape:
+            classes = len(weight) == getattr(getattr(base, "config", None), "num_labels", None)
+            advice = f"Load the base model with num_labels={shape[0]}" if classes else "Give its own base model"
+            raise ValueError(
+                f"{folder}: {layer} is {shape[0]} x {shape[1]} in this adapter, and {weight.shape[0]} x "
+                f"{weight.shape[1]} in the model. {advice}."
+            )
+    for key in saved:
+        layer = key.removesuffix(ENDS["A"][0])
+        b = saved.get(layer + ENDS["B"][0])
+        sides = tuple(getattr(modules.get(layer), side, None) for side in ("out_features", "in_features"))
+        if b is not None and key != layer and len(b) == 2 and None not in sides and sides != (b[0], saved[key][1]):
+            raise ValueError(
+                f"{folder}: trained on another base model: {layer} is {b[0]} x {saved[key][1]} there, and {sides[0]} x "
+                f"{sides[1]} in this model. Give the base model it was trained on."
+            )
 
 
 def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainable: bool) -> bool:

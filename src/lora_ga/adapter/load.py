@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -17,13 +18,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
 from lora_ga.adapter.file import check_names, compiled_names
-from lora_ga.adapter.fill import check_base, fill
+from lora_ga.adapter.fill import check_base, check_layers, fill
 from lora_ga.adapter.save import FILE, AlignedLoraConfig, read_sidecar
 from lora_ga.adapter.structure import follow_adapters, follow_ties, make_factors, place, set_rank
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped, whole
-from lora_ga.files import damaged
+from lora_ga.files import damaged, read_labels
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, weight_of
 from lora_ga.layers.targets import SHIFTED_BASES, layer_name, peft_model_in, peft_models_in
@@ -32,8 +33,22 @@ from lora_ga.layers.tied import tied_heads
 # The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
 SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
+# The task in an adapter's configuration → Transformers' class of its base model.
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
 
-def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False, adapter_name: str = "default") -> Any:
+
+def load(
+    base: nn.Module | str | Path,
+    path: str | Path | None = None,
+    *,
+    is_trainable: bool = False,
+    adapter_name: str = "default",
+) -> Any:
     """Load a saved adapter, to use it or to go on training.
 
     To use, it is a plain LoRA of rank 2r on the unchanged base. To train, it gets LoRA-GA's structure of rank r from
@@ -43,8 +58,11 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False, adapt
     keeps it, and the saved values are put into it. Its rank must be the rank r that trained. Optimizers that hold its
     parameters stay valid. See `lora_ga.adapter.fill`.
 
+    `load("runs/one/adapter")` also loads the base model that the adapter names, for the adapter's task. A classifier
+    gets the names of its classes from `labels.json`, which `lora-ga train` writes beside the adapter.
+
     Args:
-        base: The original base model, or a model with an adapter.
+        base: The original base model, or a model with an adapter; or the adapter's folder, if `path` is None.
         path: A folder written by `save_pretrained`, or a name on the hub. For a model with an adapter: a local folder
             or file, written by `save_pretrained`, `save_lora_adapter` or `save_lora_weights` (diffusers).
         is_trainable: Whether the adapter's parameters are to train.
@@ -55,22 +73,36 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False, adapt
 
     Raises:
         FileNotFoundError: There is no such adapter.
-        TypeError: The base has LoRA layers, but no configuration of their adapters.
+        TypeError: There is no adapter, or no base model; or the base has LoRA layers, but no configuration of their
+            adapters.
         ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none, and the folder
             holds the optimizer state of LoRA-GA training; or the adapter file holds dA and dB without A₀ and B₀, or
-            has the names of a compiled base; or the saved adapter does not fit the model's. The base or model is then
+            has the names of a compiled base; or the saved adapter does not fit the model's, or names no base model or
+            no known task. The base or model is then
             as before.
     """
-    if peft_models_in(unwrapped(base)):
-        filled = fill(unwrapped(base), path, adapter_name, is_trainable=is_trainable)
-        if is_trainable and not filled:
-            _prepare_plain_training(peft_model_in(unwrapped(base)), Path(path), adapter_name)
-        return base
+    base, path = _base_and_folder(base, path)
+    if not peft_models_in(unwrapped(base)):
+        return _load_new(base, path, adapter_name, is_trainable=is_trainable)
+    _load_into(base, path, adapter_name, is_trainable=is_trainable)
+    return base
+
+
+def _load_into(model: nn.Module, path: str | Path, adapter_name: str, *, is_trainable: bool) -> None:
+    """Put the values of a saved adapter into an adapter that exists."""
+    filled = fill(unwrapped(model), path, adapter_name, is_trainable=is_trainable)
+    if is_trainable and not filled:
+        _prepare_plain_training(peft_model_in(unwrapped(model)), Path(path), adapter_name)
+
+
+def _load_new(base: Any, path: str | Path, adapter_name: str, *, is_trainable: bool) -> PeftModel:
+    """Load an adapter onto a base model without one."""
     if any(isinstance(module, LoraLayer) for module in base.modules()):
         raise TypeError("The base has LoRA layers, but no peft_config. Give the original base model.")
     if any(module in SHIFTED_BASES for module in base.modules()):
         raise ValueError('The base was changed by offset="base"; load the original base model again.')
     check_names(Path(path), base)
+    check_layers(base, Path(path))
     sidecar = read_sidecar(path)
     compiled = compiled_names(base)
     renamed: dict[str, Any] = {"key_mapping": compiled} if compiled else {}
@@ -89,7 +121,49 @@ def load(base: nn.Module, path: str | Path, *, is_trainable: bool = False, adapt
     except BaseException:
         model.unload()
         raise
+    names = read_labels(Path(path))
+    if names and getattr(base.config, "num_labels", None) == len(names):
+        base.config.id2label, base.config.label2id = names, {name: number for number, name in names.items()}
     return model
+
+
+def _base_and_folder(base: Any, path: str | Path | None) -> tuple[Any, str | Path]:
+    """The base model and the adapter's folder, from the first two arguments of `load`.
+
+    Returns:
+        Both.
+
+    Raises:
+        TypeError: The adapter is missing, or the base is a name.
+    """
+    if isinstance(base, str | Path) and path is None:
+        return _base_of(base), base
+    if path is None:
+        raise TypeError("load(base) lacks the adapter: give load(base, folder), or the folder alone.")
+    if not isinstance(base, nn.Module):
+        raise TypeError(f"load({base!r}, {path!r}): the base is a name. Give the model itself, or the folder alone.")
+    return base, path
+
+
+def _base_of(folder: str | Path) -> Any:
+    """The base model that an adapter names, with the classes that the file beside it names.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The adapter names no base model, or has a task for which there is no class.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    name, kind = config.base_model_name_or_path, AUTO_CLASSES.get(config.task_type)
+    if not name or kind is None:
+        lacks = f"its task type is {config.task_type}" if name else "it names no base model"
+        raise ValueError(f"{folder}: {lacks}. Load the base model yourself, and call lora_ga.load(base, folder).")
+    names = read_labels(Path(folder))
+    settings = {"id2label": names, "label2id": {label: number for number, label in names.items()}} if names else {}
+    if names:
+        settings["ignore_mismatched_sizes"] = True  # a head for other classes, which the adapter replaces
+    return getattr(transformers, kind).from_pretrained(name, dtype="auto", **settings)
 
 
 def _adds_to_base(config: Any) -> bool:
@@ -252,7 +326,7 @@ def _prepare_plain_training(model: nn.Module, path: Path, adapter_name: str) -> 
     warnings.warn(
         f"{path} has no {FILE}: it trains on as plain LoRA, every row of its full rank.",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     _check_first_steps(model, adapter_name)
 

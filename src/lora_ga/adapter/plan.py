@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import warnings
@@ -18,7 +17,7 @@ from lora_ga.adapter.directions import LayerSpec, split
 from lora_ga.adapter.structure import on_meta
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded, whole
-from lora_ga.files import another_base, base_model, fingerprint
+from lora_ga.files import another_base, embeddings, fingerprint
 from lora_ga.gradients.coverage import BEYOND, report_missing, warn_parts, warn_unused_blocks
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.factors import Factor
@@ -218,7 +217,7 @@ def _check_base_can_change(network: nn.Module, targets: dict[str, Target], adapt
     owners: dict[int, set[str]] = {}
     for path, parameter in network.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(path)
-    saved = _embeddings(peft_model_in(network))
+    saved = embeddings(peft_model_in(network))
     for name, target in targets.items():
         base, kind = target.layer.get_base_layer(), kind_of(target.layer)
         others = [other for other in target.layer.r if other != adapter_name]
@@ -255,12 +254,3 @@ def _check_base_can_change(network: nn.Module, targets: dict[str, Target], adapt
                 f'{name}: PEFT saves the weights of adapted embeddings and heads beside the adapter, so offset="base" '
                 'would put the changed weight into the file; use offset="adapter", or leave the layer out.'
             )
-
-
-def _embeddings(model: nn.Module) -> list[Any]:
-    """The input and the output embeddings of a model that knows them."""
-    found = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(AttributeError, NotImplementedError):  # not a model of Transformers
-            found.append(getattr(base_model(model), getter)())
-    return found

@@ -14,7 +14,6 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MODEL = "model"
 ESTIMATE = "estimate.safetensors"
-LABELS = "labels.json"  # beside the adapter of a classifier: id -> name of the class
 STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 
 # Options that a resumed run may change: they do not affect the result.
@@ -131,25 +130,6 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
             "before it."
         ) from error
     return state
-
-
-def read_labels(adapter: Path) -> dict[int, str]:
-    """Reads the names of the classes beside the adapter of a classifier.
-
-    Returns:
-        Class → name; empty if the adapter has none.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    if not (file := adapter / LABELS).is_file():
-        return {}
-    try:
-        return {int(number): str(name) for number, name in parse_json(file.read_text(encoding="utf-8")).items()}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: damaged, it must map the numbers of classes to their names ({error}). Write it again."
-        ) from error
 
 
 def is_last_checkpoint(checkpoint: Path) -> bool:

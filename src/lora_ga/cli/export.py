@@ -147,7 +147,7 @@ def prepare(adapter: Path, options: ExportOptions, name: str) -> int:
 
 def copy_companions(adapter: Path, out: Path) -> None:
     """Copies the tokenizer and the names of the classes to another adapter folder, if there are any."""
-    from lora_ga.cli.checkpoints import LABELS
+    from lora_ga.files import LABELS
 
     tokenizer = find_tokenizer([str(adapter)])
     if tokenizer is not None:
@@ -190,10 +190,10 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
     """
     import transformers
 
-    from lora_ga.cli.checkpoints import read_labels
     from lora_ga.cli.models import load_pretrained
     from lora_ga.cli.tasks import TASK_CLASSES
     from lora_ga.export.saved_adapter import read_adapter
+    from lora_ga.files import read_labels
 
     config, _ = read_adapter(adapter)
     name = options.model or config.base_model_name_or_path

@@ -24,6 +24,7 @@ from lora_ga.cli.record import run_record
 from lora_ga.cli.settings import library_config
 from lora_ga.cli.terminal import warn
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
+from lora_ga.files import LABELS
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
     data.tokenizer.save_pretrained(result)
     if data.labels is not None and method != "full":
         # Not into a config.json: Transformers takes a folder with that file for a full model.
-        write_json_atomically(result / checkpoints.LABELS, dict(enumerate(data.labels.names)))
+        write_json_atomically(result / LABELS, dict(enumerate(data.labels.names)))
     write_json_atomically(folder / RECORD, record)
     if not math.isfinite(record["metrics"]["train_loss"]):
         warn("the training loss is not finite, so the result is useless. Try a smaller --learning_rate.")

@@ -30,8 +30,9 @@ def load_pretrained(loader: Any, model: str, **settings: Any) -> Any:
     try:
         return loader.from_pretrained(model, **settings)
     except (OSError, ValueError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
-            f"--model {model}: {loader.__name__} could not load it ({error}). "
+            f"--model {model}: {loader.__name__} could not load it ({reason}). "
             "Give the name of a model on the hub, or a local folder with a model and its tokenizer."
         ) from error
 
@@ -77,6 +78,51 @@ def length_limit(model: str, tokenizer: Any, wanted: int | None) -> int:
     if positions is not None and wanted > positions:
         raise ValueError(f"--max_length {wanted}: {model} reads at most {positions} tokens. Ask for at most that many.")
     return wanted
+
+
+def check_task(model: str, task: str) -> None:
+    """Refuses a model whose kind does not fit the task, and names the task that it fits.
+
+    Raises:
+        ValueError: There is no class for the task and the kind of model.
+    """
+    config = load_pretrained(transformers.AutoConfig, model)
+    mappings = {
+        "causal-lm": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "seq2seq": transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        "seq-cls": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    }
+    if type(config) in mappings[task]:
+        return
+    kind = "an encoder-decoder" if config.is_encoder_decoder else f"a model of type {config.model_type}"
+    fitting = [name for name in ("seq2seq", "causal-lm", "seq-cls") if type(config) in mappings[name]]
+    advice = f"use --task {' or '.join(fitting)}" if fitting else "it fits none of the tasks; give another model"
+    raise ValueError(f"--model {model} is {kind}, which --task {task} cannot train: {advice}.")
+
+
+def check_targets(base: Any, names: list[str]) -> None:
+    """Refuses names of layers that the model does not have, and lists those that it has.
+
+    Raises:
+        ValueError: There are such names.
+    """
+    if names == ["all-linear"]:
+        return
+    joined = next((name for name in names if "," in name), None)
+    if joined is not None:
+        apart = " ".join(part for name in names for part in name.split(",") if part)
+        raise ValueError(
+            f"--target_modules {' '.join(names)}: names are separated by spaces, not commas: --target_modules {apart}"
+        )
+    kinds: dict[tuple[str, str], int] = {}
+    for path, module in base.named_modules():
+        if hasattr(module, "weight") and module.weight.dim() > 1 and path:
+            key = path.rpartition(".")[2], type(module).__name__
+            kinds[key] = kinds.get(key, 0) + 1
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path, _ in base.named_modules()):
+            listed = ", ".join(f"{last} ({count} {kind})" for (last, kind), count in kinds.items())
+            raise ValueError(f"--target_modules {name}: the model has no layer of this name. It has {listed}.")
 
 
 def load_base(
@@ -160,6 +206,7 @@ def add_adapter(base: Any, target: TargetOptions, adapter: AdapterOptions, peft_
     Raises:
         ValueError: No layer has one of the target names.
     """
+    check_targets(base, target.target_modules)
     heads = [name for name in new_heads(base) if name not in PEFT_HEADS] if peft_type == "SEQ_CLS" else []
     config = LoraConfig(
         task_type=peft_type,

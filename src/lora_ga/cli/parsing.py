@@ -16,6 +16,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
+from lora_ga.experiments.suites.spec import check_size
+
 # Names that other tools of the field give to an option -> its name here. If several options are named, the first one
 # that the command has is meant.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
@@ -59,8 +61,6 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "records": ("store",),
 }
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
-
-from lora_ga.experiments.suites.spec import check_size
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from lora_ga.cli import conversations
 from lora_ga.cli.data import Encoding, Labels, RowEncoder, check_columns, encode_rows, load_file, load_hub, read_labels
-from lora_ga.cli.models import length_limit, load_base, load_tokenizer
+from lora_ga.cli.models import check_task, length_limit, load_base, load_tokenizer
 from lora_ga.cli.options import DataOptions, ModelOptions
 from lora_ga.cli.terminal import warn
 
@@ -128,6 +128,7 @@ def prepare_data(
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     wanted = columns_of(model.task, data)
+    check_task(model.model, model.task)
     sources = {"train": _load_rows(data, data.train_file, data.train_split)}
     if eval_file is not None or eval_split is not None:
         sources["evaluation"] = _load_rows(data, eval_file, eval_split)

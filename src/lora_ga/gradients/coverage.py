@@ -16,6 +16,9 @@ from lora_ga.linalg.low_rank import LowRank
 # How the reason begins of a layer in a block whose output the model does not use at all.
 BEYOND = "is beyond the last block that the loss uses of "
 
+# Above this number, layers with one reason are counted and not listed.
+MOST_LISTED = 8
+
 
 def missing(targets: Mapping[str, Target], progress: Progress, factors: Mapping[str, LowRank | None]) -> dict[str, str]:
     """Find the layers that cannot be aligned.
@@ -207,6 +210,36 @@ def warn_parts(empty: int, parts: int, first: str) -> None:
     )
 
 
+def _too_large(target: Target, reason: str) -> bool:
+    """Whether the reason against a layer is its rank."""
+    return target.unknown is None and reason == target.unfit
+
+
+def _listed(reasons: Mapping[str, str], targets: Mapping[str, Target]) -> str:
+    """The layers and the reasons against them, a line for each; one line where many layers have one reason.
+
+    Returns:
+        The lines.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault("rank" if _too_large(targets[name], reason) else reason, []).append(name)
+    lines = []
+    for reason, names in groups.items():
+        if len(names) <= MOST_LISTED:
+            lines += [f"  {name}: {reasons[name]}" for name in names]
+            continue
+        what = reason
+        if reason == "rank":
+            smallest = min((targets[name] for name in names), key=lambda target: target.largest_rank)
+            what = (
+                f"rank {smallest.rank} is more than half of a layer's smaller side. The largest rank that fits all is "
+                f"{smallest.largest_rank} ({smallest.name} is {smallest.outputs} x {smallest.inputs})"
+            )
+        lines.append(f"  {', '.join(names[:3])} and {len(names) - 3} more: {what}")
+    return "\n".join(lines)
+
+
 def report_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on_missing: str) -> None:
     """Raise an error, or warn, where layers cannot be aligned.
 
@@ -220,9 +253,11 @@ def report_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on
     """
     if not reasons:
         return
-    listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-    count = f"{len(reasons)} of {len(targets)} layers cannot be aligned:\n{listed}\n"
+    count = f"{len(reasons)} of {len(targets)} layers cannot be aligned:\n{_listed(reasons, targets)}\n"
     if len(reasons) == len(targets):
+        small = [target.largest_rank for name, target in targets.items() if _too_large(target, reasons[name])]
+        if len(small) == len(targets) and min(small) > 0:
+            raise ValueError(count + f"Use a rank of at most {min(small)}.")
         raise ValueError(count + "No layer is left. Check target_modules, the batches and the loss.")
     if on_missing == "error":
         raise ValueError(

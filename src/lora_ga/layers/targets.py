@@ -90,16 +90,20 @@ class Target:
         yield self.name, g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
 
     @property
+    def largest_rank(self) -> int:
+        """The largest rank that can be aligned: half of the smaller side."""
+        return min(self.inputs, self.outputs) // 2
+
+    @property
     def unfit(self) -> str | None:
         """Why this layer cannot be aligned, whatever its gradient: its kind, or its size. None if it can."""
         if self.unknown:
             return self.unknown
-        largest = min(self.inputs, self.outputs) // 2
-        if self.rank <= largest:
+        if self.rank <= self.largest_rank:
             return None
         return (
             f"rank {self.rank} needs {2 * self.rank} gradient directions, but the weight is {self.outputs} x "
-            f"{self.inputs}: use a rank of at most {largest} (rank_pattern sets it for one layer)"
+            f"{self.inputs}: use a rank of at most {self.largest_rank} (rank_pattern sets it for one layer)"
         )
 
 
