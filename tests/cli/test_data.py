@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ from safetensors.torch import load_file as load_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from lora_ga.cli import conversations, data, tasks
-from lora_ga.cli.data import Labels, RowEncoder, check_columns, encode_rows, load_file, load_hub, read_labels
+from lora_ga.cli.data import (
+    Labels,
+    RowEncoder,
+    check_columns,
+    encode_rows,
+    load_file,
+    load_hub,
+    read_labels,
+    usable_rows,
+    why_bad,
+)
 from lora_ga.cli.main import main
 from lora_ga.cli.models import load_tokenizer
 from lora_ga.cli.options import DataOptions, ModelOptions
@@ -121,11 +132,7 @@ def test_declared_classes_are_kept_even_if_one_has_no_rows() -> None:
     assert labels == Labels(("no", "maybe", "yes"), {0: 0, 1: 1, 2: 2})
 
 
-def test_missing_labels_and_labels_of_one_class_are_refused() -> None:
-    with pytest.raises(ValueError, match="f: row 1 has no label in column 'y'"):
-        read_labels(rows(y=["a", None, "b"]), "y", "f")
-    with pytest.raises(ValueError, match="f: row 2 has no label in column 'y'"):
-        read_labels(rows(y=["a", "b", ""]), "y", "f")
+def test_labels_of_one_class_are_refused() -> None:
     with pytest.raises(ValueError, match="f: column 'y' holds only one class, 'a', so there is nothing to learn"):
         read_labels(rows(y=["a", "a"]), "y", "f")
 
@@ -155,10 +162,47 @@ def test_a_label_that_is_not_in_the_training_data_is_refused(bert: Path) -> None
         encode_rows(rows(text=["a", "b"], label=["x", "z"]), RowEncoder.classes, encoder, "f")
 
 
-def test_a_missing_text_is_refused_with_its_row(bert: Path) -> None:
-    encoder = RowEncoder(load_tokenizer(str(bert)), options(), 8, Labels(("x", "y"), {"x": 0, "y": 1}))
-    with pytest.raises(ValueError, match=r"f: row 1 has nothing in column 'text'"):
-        encode_rows(rows(text=["a", None], label=["x", "y"]), RowEncoder.classes, encoder, "f")
+BAD_ROWS: list[tuple[str, str, dict[str, str], str]] = [
+    (".csv", 'text,y\n"a\nb",x\n,x\nc,z\n', {"text_column": "text"}, "line 4: an empty text in column 'text'"),
+    (".tsv", "text\ty\na\t\nb\tz\n", {"label_column": "y"}, "line 2: an empty text in column 'y'"),
+    (".jsonl", '{"t": "a"}\n\n{"t": null}\n', {"target_column": "t"}, "line 3: nothing in column 't'"),
+    (".json", '[{"t": "a"}, {"t": " "}]', {"target_column": "t"}, "row 1: an empty text in column 't'"),
+    (
+        ".jsonl",
+        '{"m": [{"role": "user", "content": "a"}]}\n{"m": [{"role": "user", "content": null}]}\n',
+        {"messages_column": "m"},
+        "line 2: a message of role 'user' without content in column 'm'",
+    ),
+    (
+        ".jsonl",
+        '{"m": [{"role": "user", "content": "a"}]}\n{"m": []}\n',
+        {"messages_column": "m"},
+        "line 2: an empty conv",
+    ),
+]
+
+
+@pytest.mark.parametrize(("suffix", "content", "columns", "found"), BAD_ROWS, ids=[row[3][:25] for row in BAD_ROWS])
+def test_a_row_that_cannot_be_used_is_refused_with_its_line_or_dropped_with_a_count(
+    suffix: str, content: str, columns: dict[str, str], found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(content)
+    table = load_file(file)
+    with pytest.raises(ValueError, match=re.escape(f"rows{suffix}, {found}")) as refused:
+        usable_rows(table, columns, str(file), "error")
+    assert f"1 of {len(table)} rows cannot be used. Mend them, or leave them out with --on_bad_row" in str(
+        refused.value
+    )
+    assert len(usable_rows(table, columns, str(file), "drop")) == len(table) - 1
+    assert f"1 of {len(table)} rows cannot be used and are left out." in capsys.readouterr().err
+
+
+def test_empty_prompts_and_calls_of_tools_can_be_used_and_a_file_of_bad_rows_alone_is_refused() -> None:
+    call = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    assert why_bad("", "prompt_column") is why_bad(call, "messages_column") is why_bad(3, "label_column") is None
+    with pytest.raises(ValueError, match=r"f, row 0: an empty text in column 't'; 2 of 2 rows cannot be used\.$"):
+        usable_rows(rows(t=["", ""]), {"text_column": "t"}, "f", "drop")
 
 
 def test_plain_text_is_divided_without_loss_of_tokens(llama: Path) -> None:
@@ -466,7 +510,7 @@ def test_a_warning_counts_the_rows_that_are_left_out(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"m": conversation("a", "b")}, {"m": []}], "row 1 has nothing in column 'm'"),
+        ([{"m": conversation("a", "b")}, {"m": []}], "line 2: an empty conversation in column 'm'"),
         ([{"m": "a b"}], r"row 0 of column 'm' \(--messages_column\) is 'a b', but must be a list of messages, each"),
         ([{"other": "a b"}], r"there is no column 'm' \(--messages_column\); its columns are other"),
     ],
@@ -481,11 +525,36 @@ def test_rows_without_a_conversation_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(
-    llama: Path, chats: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+def test_without_a_chat_template_one_may_be_given_and_messages_are_found_by_themselves(
+    llama: Path, chat_llama: Path, chats: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
 ) -> None:
-    argv = ["train", "--task=causal-lm", f"--model={llama}", f"--train_file={chats}", "--messages_column=messages"]
-    assert "tokenizer has no chat template" in error_of([*argv, f"--output_dir={tmp_path / 'run'}"])
+    argv = [
+        "train",
+        "--task=causal-lm",
+        f"--model={llama}",
+        f"--train_file={chats}",
+        f"--output_dir={tmp_path / 'run'}",
+    ]
+    argv += ["--rank=2", "--max_steps=1", "--estimate_batches=1"]
+    shown = error_of([*argv])
+    assert "note: the data has no column 'text': taking --messages_column messages" in shown
+    assert "tokenizer has no chat template to write them with. Give one by --chat_template FILE" in shown
+    template = AutoTokenizer.from_pretrained(chat_llama).chat_template
+    (tmp_path / "chat.jinja").write_text(template)
+    assert "chat_template none: there is no such file" in error_of([*argv, "--chat_template", "none"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main([*argv, "--chat_template", str(tmp_path / "chat.jinja")]) == 0
+    assert [str(each.message) for each in caught if issubclass(each.category, FutureWarning)] == []
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == template
+    assert "messages_column: messages" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_prompts_and_completions_are_found_by_their_names() -> None:
+    found = conversations.with_found_columns("causal-lm", options(), ["prompt", "completion"])
+    assert (found.prompt_column, found.target_column) == ("prompt", "completion")
+    for columns in (["text", "messages"], ["other"]):
+        assert conversations.with_found_columns("causal-lm", options(), columns) == options()
 
 
 def test_without_trl_the_extra_is_named_and_plain_text_still_works(

@@ -81,11 +81,11 @@ def load(
             no known task. The base or model is then
             as before.
     """
-    base, path = _base_and_folder(base, path)
-    if not peft_models_in(unwrapped(base)):
-        return _load_new(base, path, adapter_name, is_trainable=is_trainable)
-    _load_into(base, path, adapter_name, is_trainable=is_trainable)
-    return base
+    model, folder = _base_and_folder(base, path)
+    if not peft_models_in(unwrapped(model)):
+        return _load_new(model, folder, adapter_name, is_trainable=is_trainable)
+    _load_into(model, folder, adapter_name, is_trainable=is_trainable)
+    return model
 
 
 def _load_into(model: nn.Module, path: str | Path, adapter_name: str, *, is_trainable: bool) -> None:

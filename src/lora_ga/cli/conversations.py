@@ -2,7 +2,8 @@
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -23,6 +24,26 @@ def uses_trl(task: str, options: DataOptions) -> bool:
     return task == "causal-lm" and (options.prompt_column is not None or options.messages_column is not None)
 
 
+def with_found_columns(task: str, options: DataOptions, columns: Sequence[str]) -> DataOptions:
+    """The data options, with TRL's names of columns where the user names none and the data has no text column.
+
+    Args:
+        task: The task.
+        options: The data options.
+        columns: The columns of the training data.
+
+    Returns:
+        The options: as given, or with `messages_column`, or with `prompt_column` and `target_column`.
+    """
+    if task != "causal-lm" or uses_trl(task, options) or options.text_column in columns:
+        return options
+    if "messages" in columns:
+        return replace(options, messages_column="messages")
+    if {"prompt", "completion"} <= set(columns):
+        return replace(options, prompt_column="prompt", target_column="completion")
+    return options
+
+
 def check_trl() -> None:
     """Refuses data that needs TRL if TRL is not installed.
 
@@ -37,7 +58,7 @@ def check_trl() -> None:
 
 
 def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> None:
-    """Refuses columns that do not exist, hold neither text nor messages, or have an empty row.
+    """Refuses columns that do not exist, or hold neither text nor messages.
 
     Args:
         rows: The data.
@@ -50,10 +71,6 @@ def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> Non
     check_present(rows, columns, source)
     for option, column in columns.items():
         for number, value in enumerate(rows[column]):
-            if value is None or value == []:
-                raise ValueError(
-                    f"{source}: row {number} has nothing in column {column!r}. Fill it in or remove the row."
-                )
             conversational = isinstance(value, list) and all(isinstance(one, dict) and "role" in one for one in value)
             if not conversational and (option == "messages_column" or not isinstance(value, str)):
                 wanted = "a list of messages, each with a role and its content"
@@ -140,8 +157,8 @@ def chat_template(row: Mapping[str, Any], tokenizer: Any, options: DataOptions, 
         return None
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{source}: holds messages, but the model's tokenizer has no chat template to write them with. Give a "
-            "model made for conversations, or prompts and their targets as text."
+            f"{source}: holds messages, but the model's tokenizer has no chat template to write them with. Give one by "
+            "--chat_template FILE, a model made for conversations, or prompts and their targets as text."
         )
     if not options.assistant_only_loss:
         return None

@@ -1,5 +1,7 @@
 """Reads a file or a hub data set, checks and tokenises it, and chooses the batches of an estimate."""
 
+import csv
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch.utils.data import DataLoader
 
 from lora_ga.cli.options import DataOptions, EstimateOptions, check_data_file
+from lora_ga.cli.terminal import warn
 
 # Suffix -> reader of the datasets library, and its settings. By default pandas reads "NA" and "None" as missing values.
 FILE_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -120,16 +123,12 @@ def read_labels(rows: Dataset, column: str, source: str) -> Labels:
         The classes that a hub data set declares; otherwise the sorted values of the column.
 
     Raises:
-        ValueError: A row has no label, or there are fewer than two classes.
+        ValueError: There are fewer than two classes.
     """
     kind = rows.features[column]
     if isinstance(kind, ClassLabel):
         return Labels(tuple(kind.names), {number: number for number in range(kind.num_classes)})
-    values = rows.unique(column)
-    if None in values or "" in values:
-        row = next(number for number, value in enumerate(rows[column]) if value is None or value == "")
-        raise ValueError(f"{source}: row {row} has no label in column {column!r}. Fill it in or remove the row.")
-    values = sorted(values)
+    values = sorted(rows.unique(column))
     if len(values) < 2:
         raise ValueError(
             f"{source}: column {column!r} holds only one class, {values[0]!r}, so there is nothing to learn."
@@ -137,12 +136,70 @@ def read_labels(rows: Dataset, column: str, source: str) -> Labels:
     return Labels(tuple(map(str, values)), {value: number for number, value in enumerate(values)})
 
 
-def _text_values(batch: Mapping[str, list[Any]], rows: list[int], column: str, source: str) -> list[str]:
-    """The values of a column. Raises ValueError if one is missing."""
-    for row, value in zip(rows, batch[column], strict=True):
-        if value is None:
-            raise ValueError(f"{source}: row {row} has nothing in column {column!r}. Fill it in or remove the row.")
-    return batch[column]
+def usable_rows(rows: Dataset, columns: Mapping[str, str], source: str, on_bad_row: str) -> Dataset:
+    """Refuses or drops rows with nothing to learn from: an empty text, target or label, a message without content.
+
+    Args:
+        rows: The data, its columns present.
+        columns: Option name → column name.
+        source: Where the rows come from: the file, or the name of a data set.
+        on_bad_row: "error" or "drop".
+
+    Returns:
+        The rows that can be used.
+
+    Raises:
+        ValueError: There is such a row, and `on_bad_row` is "error"; or none can be used.
+    """
+    bad: dict[int, str] = {}
+    for option, column in columns.items():
+        for number, value in enumerate(rows[column]):
+            if (reason := why_bad(value, option)) is not None:
+                bad.setdefault(number, f"{reason} in column {column!r}")
+    if not bad:
+        return rows
+    first = min(bad)
+    found = f"{source}, {place_of_row(source, first)}: {bad[first]}"
+    count = f"{len(bad)} of {len(rows)} rows cannot be used"
+    if on_bad_row == "error" or len(bad) == len(rows):
+        advice = "" if len(bad) == len(rows) else " Mend them, or leave them out with --on_bad_row drop."
+        raise ValueError(f"{found}; {count}.{advice}")
+    warn(f"{found}; {count} and are left out.")
+    return rows.select([number for number in range(len(rows)) if number not in bad])
+
+
+def why_bad(value: Any, option: str) -> str | None:
+    """Why the value of a column cannot be used; None if it can. A prompt may be an empty text."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, str):
+        return "an empty text" if not value.strip() and option != "prompt_column" else None
+    if not isinstance(value, list):
+        return None
+    if not value:
+        return "an empty conversation"
+    for message in value:
+        if isinstance(message, dict) and not message.get("tool_calls"):
+            content, role = message.get("content", ""), message.get("role")
+            if content is None or (role == "assistant" and content == ""):
+                return f"a message of role {role!r} without content"
+    return None
+
+
+def place_of_row(source: str, number: int) -> str:
+    """Where the row with this number, from 0, is in the source: the line of a text file, from 1, or the row."""
+    path = Path(source)
+    if path.suffix not in {".jsonl", ".csv", ".tsv"} or not path.is_file():
+        return f"row {number}"
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            lines = (line for line, text in enumerate(file, start=1) if text.strip())
+            return f"line {next(itertools.islice(lines, number, None))}"
+        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        next(reader)  # the header
+        for _ in range(number):
+            next(reader)
+        return f"line {reader.line_num + 1}"
 
 
 @dataclass(frozen=True)
@@ -171,11 +228,8 @@ class RowEncoder:
             ValueError: A label does not occur in the training data.
         """
         assert self.labels is not None, "seq-cls has labels"
-        texts = [
-            _text_values(batch, rows, column, source)
-            for column in (self.options.text_column, self.options.text_pair_column)
-            if column is not None
-        ]
+        columns = (self.options.text_column, self.options.text_pair_column)
+        texts = [batch[column] for column in columns if column is not None]
         column = self.options.label_column
         for row, value in zip(rows, batch[column], strict=True):
             if value not in self.labels.ids:
@@ -188,9 +242,8 @@ class RowEncoder:
 
     def plain_text(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
         """Makes examples of plain texts. A text longer than `max_length` gives several examples."""
-        texts = _text_values(batch, rows, self.options.text_column, source)
         pieces = []
-        for ids in self.tokenizer(texts, verbose=False)["input_ids"]:
+        for ids in self.tokenizer(batch[self.options.text_column], verbose=False)["input_ids"]:
             whole = self._with_end_token(ids)
             starts = range(0, len(whole), self.max_length)
             # The first token of an example is never predicted, so an example needs two tokens.
@@ -203,16 +256,8 @@ class RowEncoder:
 
     def pairs(self, batch: Mapping[str, list[Any]], rows: list[int], source: str) -> dict[str, Any]:
         """Makes examples of a source text for the encoder and a target text for the decoder."""
-        encoded = self.tokenizer(
-            self._column(batch, rows, "prompt_column", source),
-            text_target=self._column(batch, rows, "target_column", source),
-            truncation=True,
-            max_length=self.max_length,
-        )
-        return dict(encoded)
-
-    def _column(self, batch: Mapping[str, list[Any]], rows: list[int], option: str, source: str) -> list[str]:
-        return _text_values(batch, rows, getattr(self.options, option), source)
+        prompts, targets = (batch[str(name)] for name in (self.options.prompt_column, self.options.target_column))
+        return dict(self.tokenizer(prompts, text_target=targets, truncation=True, max_length=self.max_length))
 
     def _with_end_token(self, ids: list[int]) -> list[int]:
         """Appends the end-of-text token, if the tokenizer has one and the ids do not end with it."""

@@ -125,6 +125,7 @@ def run_estimate(
     from lora_ga.cli.options import AdapterOptions
     from lora_ga.cli.settings import library_config
 
+    data = tasks.with_found_columns(model, data)
     base, prepared, collate = tasks.prepare_model(model, tasks.prepare_data(model, data))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     adapted = add_adapter(base, target, AdapterOptions(), tasks.TASK_CLASSES[model.task].peft_type).to(device)

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
     """
     began = time.monotonic()
     check_environment(job)
+    job = replace(job, data=tasks.with_found_columns(job.model, job.data))
     tasks.columns_of(job.model.task, job.data)  # checks that TRL is installed before it is imported
     folder, method = Path(job.training.output_dir), job.training.method
     settings = training_arguments(job, folder)

@@ -76,8 +76,8 @@ def _call(command: str, argv: list[str]) -> int:
             'Run pip install "lora-ga[cli]", or in a checkout pip install -e ".[cli]".',
         )
     debug = os.environ.get("LORA_GA_DEBUG", "") not in {"", "0"}
-    # PEFT 0.21 reads an attribute that Transformers 5.23 has renamed.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    # PEFT 0.21 and TRL 1.16 use names that Transformers 5.23 and 5.24 have renamed.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     try:
         return importlib.import_module(f"lora_ga.cli.{command}").main(argv)
     except (ValueError, OSError) as error:

@@ -139,7 +139,12 @@ class DataOptions:
     text_pair_column: str | None = option(None, "column with the second text of a pair (seq-cls)")
     label_column: str = option("label", "column with the class: integers or strings (seq-cls)")
     messages_column: str | None = option(
-        None, "column with conversations, lists of messages with role and content (causal-lm; needs TRL)"
+        None,
+        "column with conversations, lists of messages with role and content (causal-lm; needs TRL). Data without the "
+        "text column may have the columns messages, or prompt and completion: they are found by themselves",
+    )
+    chat_template: str | None = option(
+        None, "Jinja file with the chat template, in the place of the model's own (conversations)"
     )
     assistant_only_loss: bool = option(
         False, "in conversations learn the assistant's turns only; the chat template must mark them"
@@ -156,6 +161,11 @@ class DataOptions:
         None,
         "largest number of tokens of an example (default: 512, or the model's limit if that is less). Longer pairs and "
         "prompts are cut at the end; a longer plain text in causal-lm is split into several examples",
+    )
+    on_bad_row: Literal["error", "drop"] = option(
+        "error",
+        "a row with an empty text, target or label, or with a message without content: error stops and names the line; "
+        "drop leaves it out and counts",
     )
     batch_size: int = option(8, "examples in a batch")
 
@@ -292,10 +302,12 @@ def check_inputs(model: ModelOptions, data: DataOptions) -> None:
     """Refuses local inputs that do not exist.
 
     Raises:
-        FileNotFoundError: The model's folder or the data file does not exist.
+        FileNotFoundError: The model's folder, the data file or the chat template does not exist.
         ValueError: The data file is of another kind, or empty.
     """
     check_model_folder(model.model)
+    if data.chat_template is not None and not Path(data.chat_template).is_file():
+        raise FileNotFoundError(f"--chat_template {data.chat_template}: there is no such file.")
     if data.train_file is not None:
         check_data_file(Path(data.train_file))
 

@@ -1,5 +1,6 @@
 """The three tasks: the model class, the columns, the encoding, the collator and the trainer of each."""
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Mapping
@@ -14,10 +15,21 @@ import transformers
 from datasets import Dataset
 
 from lora_ga.cli import conversations
-from lora_ga.cli.data import Encoding, Labels, RowEncoder, check_columns, encode_rows, load_file, load_hub, read_labels
+from lora_ga.cli.data import (
+    Encoding,
+    Labels,
+    RowEncoder,
+    check_columns,
+    check_present,
+    encode_rows,
+    load_file,
+    load_hub,
+    read_labels,
+    usable_rows,
+)
 from lora_ga.cli.models import check_task, length_limit, load_base, load_tokenizer
 from lora_ga.cli.options import DataOptions, ModelOptions
-from lora_ga.cli.terminal import warn
+from lora_ga.cli.terminal import note, warn
 
 
 @dataclass(frozen=True)
@@ -89,10 +101,9 @@ def columns_of(task: str, options: DataOptions) -> dict[str, str]:
     if conversations.uses_trl(task, options):
         conversations.check_trl()
         names = ["messages_column", "prompt_column", "target_column"]
-    elif options.assistant_only_loss:
-        raise ValueError(
-            "--assistant_only_loss belongs to conversations in causal-lm (--messages_column). Leave it out."
-        )
+    elif options.assistant_only_loss or options.chat_template is not None:
+        name = "assistant_only_loss" if options.assistant_only_loss else "chat_template"
+        raise ValueError(f"--{name} belongs to conversations in causal-lm (--messages_column). Leave it out.")
     if task == "seq2seq" and options.prompt_column is None:
         raise ValueError("--task seq2seq needs --prompt_column and --target_column, the source and the target text.")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -101,6 +112,17 @@ def columns_of(task: str, options: DataOptions) -> dict[str, str]:
 def encoding(task: str) -> Encoding:
     """The function that makes examples of rows, for the data that TRL does not handle."""
     return {"seq-cls": RowEncoder.classes, "seq2seq": RowEncoder.pairs, "causal-lm": RowEncoder.plain_text}[task]
+
+
+def with_found_columns(model: ModelOptions, data: DataOptions) -> DataOptions:
+    """The data options, with the columns of conversations or prompts that the training data shows by their names."""
+    columns = _load_rows(data, data.train_file, data.train_split)[1].column_names
+    found = conversations.with_found_columns(model.task, data, columns)
+    if found != data:
+        names = "messages_column" if found.messages_column else "prompt_column prompt and --target_column completion"
+        value = " messages" if found.messages_column else ""
+        note(f"the data has no column {data.text_column!r}: taking --{names}{value}")
+    return found
 
 
 def prepare_data(
@@ -133,11 +155,16 @@ def prepare_data(
     if eval_file is not None or eval_split is not None:
         sources["evaluation"] = _load_rows(data, eval_file, eval_split)
     conversational = conversations.uses_trl(model.task, data)
-    for source, rows in sources.values():
-        (conversations.check_columns if conversational else check_columns)(rows, wanted, source)
+    for part, (source, rows) in sources.items():
+        check_present(rows, wanted, source)
+        kept = usable_rows(rows, wanted, source, data.on_bad_row)
+        (conversations.check_columns if conversational else check_columns)(kept, wanted, source)
+        sources[part] = source, kept
     source, rows = sources["train"]
     labels = read_labels(rows, data.label_column, source) if model.task == "seq-cls" else None
     tokenizer = load_tokenizer(model.model)
+    if data.chat_template is not None:
+        tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
     encoder = RowEncoder(tokenizer, data, length_limit(model.model, tokenizer, data.max_length), labels)
     examples = {}
     for part, (name, part_rows) in sources.items():
@@ -191,7 +218,10 @@ def trainer_classes(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, A
         import trl
 
         # The data is already tokenised and cut, and gradient checkpointing already enabled if it is wanted.
-        extra = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "gradient_checkpointing": False}
+        fields = {field.name for field in dataclasses.fields(trl.SFTConfig)}
+        # Transformers 5.24 renamed the setting.
+        checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
+        extra = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, checkpointing: False}
         return trl.SFTTrainer, trl.SFTConfig, extra
     name = TASK_CLASSES[task].trainer
     return getattr(transformers, name), getattr(transformers, name.replace("Trainer", "TrainingArguments")), {}

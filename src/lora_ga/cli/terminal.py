@@ -41,6 +41,11 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def note(message: str) -> None:
+    """Prints a note on stderr: what the command has chosen by itself."""
+    print(f"note: {message}", file=sys.stderr)
+
+
 def terminal() -> Console:
     """Returns a console on stdout. Output that is not to a terminal is 160 columns wide, so that tables fit."""
     console = Console()
