@@ -61,6 +61,7 @@ def train(method: str, model: Path, data: Path, out: Path, **changes: Any) -> No
         "max_length": LENGTH,
         "batch_size": 16,
         "max_steps": 120,
+        "estimate_batches": 32,
         "logging_steps": 4,
         "output_dir": out,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -69,6 +70,29 @@ def test_the_callback_gives_the_start_of_initialize_on_the_same_batches(tmp_path
     assert lora_callback.estimate is not None
     assert lora_callback.estimate.batches == estimate.batches == 3
     assert lora_callback.estimate.weight == estimate.weight
+
+
+@pytest.mark.parametrize(
+    ("steps", "accumulated", "given", "read"),
+    [(4, 1, None, 8), (110, 2, None, 22), (400, 1, None, 32), (4, 1, 3, 3)],
+    ids=["short", "longer", "long", "given"],
+)
+def test_a_short_run_gets_an_estimate_on_fewer_batches_and_a_note(
+    steps: int, accumulated: int, given: int | None, read: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LoraGAConfig() if given is None else LoraGAConfig(max_batches=given)
+    arguments: Any = SimpleNamespace(
+        gradient_accumulation_steps=accumulated, world_size=1, learning_rate=1e-3, optim="adamw_torch"
+    )
+    state: Any = SimpleNamespace(max_steps=steps, is_world_process_zero=True)
+    with caplog.at_level(logging.INFO, logger="lora_ga"):
+        assert LoraGACallback(config)._config_for(arguments, state).max_batches == read
+    assert (f"reads {steps * accumulated} batches, so the estimate reads {read} and" in caplog.text) == (
+        read in {8, 22}
+    )
+    assert (f"{steps} steps at a learning rate of 0.001 move a weight" in caplog.text) == (steps == 4)
+    own = LoraGACallback(batches=causal())._config_for(arguments, state)
+    assert own.resolved().max_batches == 32  # batches of one's own are all meant
 
 
 def test_loss_fn_replaces_the_loss_of_the_trainer(tmp_path: Path) -> None:

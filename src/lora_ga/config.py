@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 # The values that each setting may have. The tables behind them are `adapter.directions.DIRECTIONS` and `SCALES`,
 # `gradients.setup.ESTIMATORS` (and `gradients.probe`) and `layers.factors.FACTORS`. A test keeps both sides equal.
@@ -18,6 +18,10 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 # Setting that files of earlier versions lack → its value there, if that is not the default.
 BEFORE: Mapping[str, Any] = {"training_mode": False}
+
+# What max_batches="auto" means: at most `BATCHES`; in a short run a tenth of what training reads, so that the estimate
+# takes less time than the training (a batch of the estimate costs about two of training), but not below the paper's 8.
+BATCHES, FEWEST_BATCHES = 32, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,8 @@ class LoraGAConfig:
             each block, from the directions found so far. 1 doubles the time that the estimate adds to the passes. The
             gain is in the same record as for `oversample`.
         max_batches: The largest number of batches to read; None reads all. The paper uses 8 to 128 samples. With n
-            processes, each reads at most ⌈max_batches/n⌉ batches.
+            processes, each reads at most ⌈max_batches/n⌉ batches. "auto" is 32. Where `LoraGACallback` or `lora-ga
+            train` knows that training reads fewer than 320 batches, it is a tenth of them, but at least 8.
         tolerance: Ends the estimate early, layer by layer; None reads all batches. The change of a batch is the mean
             squared sine between a layer's leading 2r directions before and after it, weighted by σ². A layer has
             converged when the number of batches times this change is within the tolerance for two batches in a row;
@@ -83,7 +88,7 @@ class LoraGAConfig:
     estimator: str = "streaming"
     oversample: int = 16
     power_steps: int = 0
-    max_batches: int | None = 32
+    max_batches: int | Literal["auto"] | None = "auto"
     tolerance: float | None = None
     on_missing: str = "error"
     training_mode: bool = True
@@ -96,7 +101,7 @@ class LoraGAConfig:
                 raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be one of {', '.join(allowed)}.")
         for field, least in (("oversample", 0), ("power_steps", 0), ("seed", 0), ("max_batches", 1)):
             found = getattr(self, field)
-            if field == "max_batches" and found is None:
+            if field == "max_batches" and found in {None, "auto"}:
                 continue
             if not isinstance(found, int) or isinstance(found, bool) or found < least:
                 raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be an integer of at least {least}.")
@@ -132,6 +137,20 @@ class LoraGAConfig:
             2r, which a start uses, plus `oversample`.
         """
         return 2 * rank + self.oversample
+
+    def resolved(self, training_batches: int | None = None) -> LoraGAConfig:
+        """The settings with a number in the place of `max_batches="auto"`.
+
+        Args:
+            training_batches: How many batches training will read in all processes; None if that is not known.
+
+        Returns:
+            The settings.
+        """
+        if self.max_batches != "auto":
+            return self
+        most = BATCHES if training_batches is None else max(FEWEST_BATCHES, training_batches // 10)
+        return dataclasses.replace(self, max_batches=min(BATCHES, most))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for records and files."""

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ import peft_script
 from bench_alignment import alignment_ratios, gradients
 from lora_ga.cli import data as reading
 from lora_ga.cli.data import EstimateBatches
-from lora_ga.cli.finetune import training_arguments
+from lora_ga.cli.finetune import optimizer_steps, training_arguments
 from lora_ga.cli.main import main
 from lora_ga.cli.options import EstimateOptions
 from lora_ga.cli.train import parse
@@ -250,12 +251,46 @@ def test_estimation_batches_follow_their_seed_and_leave_the_global_random_state_
     assert seen != list(other)
 
 
-def test_a_loss_that_is_not_finite_is_recorded_as_null_with_a_warning(
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
+    llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = torch.optim.AdamW.step
+
+    def breaks(self: torch.optim.AdamW, *given: Any) -> Any:
+        found = step(self, *given)
+        if next(iter(self.state.values()))["step"] == 3:
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
+    argv = command(llama, prompts, tmp_path / "run", task="causal-lm", save_steps=2, max_steps=8, logging_steps=1)
+    message = error_of(argv)
+    assert "the training loss is nan at step 4, so training has stopped and no result was written." in message
+    assert f"The last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}" in message
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"checkpoint-2"}
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_short_run_estimates_on_fewer_batches(
     llama: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = run(llama, prompts, tmp_path / "run", task="causal-lm", method="full", learning_rate=1e30)
-    assert None in [point["loss"] for point in record["curve"]]
-    assert "warning: the training loss is not finite" in capsys.readouterr().err
+    run(llama, prompts, tmp_path / "run", task="causal-lm", estimate_batches=None, batch_size=2, max_steps=3)
+    assert lora_ga.GradientEstimate.load(tmp_path / "run" / "estimate.safetensors").batches == 8
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["estimate_batches"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"max_steps": 7}, 7), ({"epochs": 2.0}, 10), ({"epochs": 0.5, "gradient_accumulation_steps": 2}, 2)],
+)
+def test_the_steps_of_a_run_are_those_of_the_trainer(
+    options: dict[str, Any], steps: int, llama: Path, prompts: Path, tmp_path: Path
+) -> None:
+    given = {"task": "causal-lm", "batch_size": 8, "max_steps": None, "method": "lora"} | options
+    assert run(llama, prompts, tmp_path / "run", **given)["steps"] == steps
+    argv = command(llama, prompts, tmp_path / "new", **given)
+    assert optimizer_steps(parse([str(argument) for argument in argv[1:]])[0], examples=40) == steps
 
 
 def test_an_output_folder_that_is_not_empty_is_refused(

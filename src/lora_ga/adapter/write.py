@@ -79,7 +79,7 @@ def write_starts(
     Raises:
         ValueError: As `apply_estimate`.
     """
-    together, held, plan = processes(process_group), DeferredError(), None
+    together, held, plan, config = processes(process_group), DeferredError(), None, config.resolved()
     with held:
         check_together(unwrapped(wrapped), together.size)
         plan = make_plan(unwrapped(wrapped), estimate, config, adapter_name, already_warned)

@@ -1,5 +1,6 @@
 """The callbacks that `lora-ga train` adds to Transformers' trainer."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,11 +23,17 @@ def logged_seconds(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return dict(entries[-1]) if entries else {}
 
 
+def diverged_at(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first log entry whose loss is not finite; None without one."""
+    return next((entry for entry in history if not math.isfinite(entry.get("loss", 0.0))), None)
+
+
 class LossAndTimeLogger(TrainerCallback):
     """Logs the loss at every checkpoint and at the last step too, and adds the elapsed seconds to every log entry.
 
     A resumed trainer has lost the losses since the last log entry. With an entry at each checkpoint the loss curve of a
     resumed run is that of a run without interruption. The seconds let a resumed run report the time of both parts.
+    A loss that is not finite ends the training, and no checkpoint of it is written.
     """
 
     def __init__(self, estimate_seconds: float) -> None:
@@ -44,9 +51,12 @@ class LossAndTimeLogger(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds the seconds to the newest log entry. Every checkpoint holds the log."""
+        """Adds the seconds to the newest log entry, which every checkpoint holds, and ends a run that has diverged."""
         train = self._seconds["train"] + time.monotonic() - self._started
         state.log_history[-1]["seconds"] = {**self._seconds, "train": train}
+        if diverged_at(state.log_history) is not None:
+            control.should_training_stop = True
+            control.should_save = control.should_evaluate = False  # each checkpoint is logged before it is written
 
 
 class OptimizerGuard(TrainerCallback):

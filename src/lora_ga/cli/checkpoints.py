@@ -76,6 +76,15 @@ def check_same_options(saved: Mapping[str, Any], now: Mapping[str, Any], file: P
         )
 
 
+def complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run: step → folder."""
+    return {
+        int(match[1]): path
+        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
+    }
+
+
 def last_checkpoint(folder: Path, method: str) -> Path:
     """Finds the newest complete checkpoint.
 
@@ -89,11 +98,7 @@ def last_checkpoint(folder: Path, method: str) -> Path:
     Raises:
         FileNotFoundError: There is no checkpoint, or the sidecar file is missing.
     """
-    steps = {
-        int(match[1]): path
-        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
-    }
+    steps = complete_checkpoints(folder)
     if not steps:
         raise FileNotFoundError(
             f"--resume: there is no complete checkpoint in {folder / CHECKPOINTS}; the run ended before the first one "

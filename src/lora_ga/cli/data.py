@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch.utils.data import DataLoader
 
 from lora_ga.cli.options import DataOptions, EstimateOptions, check_data_file
+from lora_ga.cli.settings import library_config
 from lora_ga.cli.terminal import warn
 
 # Suffix -> reader of the datasets library, and its settings. By default pandas reads "NA" and "None" as missing values.
@@ -329,7 +330,8 @@ class EstimateBatches:
         """
         size, (index, count) = options.estimate_batch_size or batch_size, shard
         shuffled = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-        most = None if options.estimate_batches is None else size * options.estimate_batches
+        count_limit = library_config(options).resolved().max_batches
+        most = None if count_limit is None else size * count_limit
         batches = shuffled[:most].split(size)
         if index >= len(batches):
             raise ValueError(

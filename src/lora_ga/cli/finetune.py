@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ from transformers.integrations import get_available_reporting_integrations
 
 import lora_ga
 from lora_ga.cli import checkpoints, tasks
-from lora_ga.cli.callbacks import LossAndTimeLogger, OptimizerGuard, logged_seconds
+from lora_ga.cli.callbacks import LossAndTimeLogger, OptimizerGuard, diverged_at, logged_seconds
 from lora_ga.cli.data import EstimateBatches
 from lora_ga.cli.models import add_adapter, train_in_float32
 from lora_ga.cli.options import Job
 from lora_ga.cli.record import run_record
 from lora_ga.cli.settings import library_config
-from lora_ga.cli.terminal import warn
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
 from lora_ga.files import LABELS
+from lora_ga.gradients.progress import note_fewer_batches, note_short_run
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
         The record, and the folder of the result.
 
     Raises:
-        ValueError: The options do not fit the data or the model.
+        ValueError: The options do not fit the data or the model, or the training loss was not finite.
     """
     began = time.monotonic()
     check_environment(job)
@@ -75,6 +76,7 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
     # Read before training, which removes old checkpoints.
     earlier = {} if checkpoint is None else logged_seconds(checkpoints.read_trainer_state(checkpoint)["log_history"])
     train(trainer, checkpoint)
+    check_finite(trainer.state.log_history, folder)
     took = logged_seconds(trainer.state.log_history)
     if data.evaluation is not None and not is_evaluated(trainer.state):
         trainer.evaluate()
@@ -94,8 +96,6 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
         # Not into a config.json: Transformers takes a folder with that file for a full model.
         write_json_atomically(result / LABELS, dict(enumerate(data.labels.names)))
     write_json_atomically(folder / RECORD, record)
-    if not math.isfinite(record["metrics"]["train_loss"]):
-        warn("the training loss is not finite, so the result is useless. Try a smaller --learning_rate.")
     return Outcome(record, result)
 
 
@@ -205,12 +205,25 @@ def start_model(
     model = add_adapter(base, job.target, job.adapter, peft_type).to(device)
     if job.training.method == "lora":
         return model, None, 0.0
-    began = time.monotonic()
-    batches: Any = EstimateBatches(examples, collate, job.estimate, job.data.batch_size, job.model.seed)
+    began, config = time.monotonic(), library_config(job.model, job.adapter, job.estimate)
+    steps = optimizer_steps(job, len(examples))
+    note_short_run(config, steps, job.training.learning_rate or 0.0)
     if job.training.estimate_file is not None:
-        batches = lora_ga.GradientEstimate.load(job.training.estimate_file)
-    estimate = lora_ga.initialize(model, batches, library_config(job.model, job.adapter, job.estimate))
+        batches: Any = lora_ga.GradientEstimate.load(job.training.estimate_file)
+    else:
+        config = note_fewer_batches(config, steps * job.training.gradient_accumulation_steps)
+        options = replace(job.estimate, estimate_batches=config.max_batches)
+        batches = EstimateBatches(examples, collate, options, job.data.batch_size, job.model.seed)
+    estimate = lora_ga.initialize(model, batches, config)
     return model, estimate, time.monotonic() - began
+
+
+def optimizer_steps(job: Job, examples: int) -> int:
+    """The optimizer steps of a run, as Transformers' trainer counts them."""
+    if job.training.max_steps is not None:
+        return job.training.max_steps
+    batches = math.ceil(examples / job.data.batch_size)
+    return math.ceil(job.training.epochs * max(1, math.ceil(batches / job.training.gradient_accumulation_steps)))
 
 
 def train(trainer: Any, checkpoint: Path | None) -> None:
@@ -221,6 +234,23 @@ def train(trainer: Any, checkpoint: Path | None) -> None:
     trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
     if isinstance(trainer.model, PeftModel):
         trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+
+
+def check_finite(history: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Refuses the result of a run whose loss was not finite.
+
+    Raises:
+        ValueError: It was not; the message names the last checkpoint, which was written before.
+    """
+    entry = diverged_at(history)
+    if entry is None:
+        return
+    good = checkpoints.complete_checkpoints(folder)
+    kept = f"The last good checkpoint is {good[max(good)]}. " if good else "There is no checkpoint (--save_steps). "
+    raise ValueError(
+        f"the training loss is {entry['loss']} at step {entry['step']}, so training has stopped and no result was "
+        f"written. {kept}Start again in another folder with a smaller --learning_rate."
+    )
 
 
 def is_evaluated(state: Any) -> bool:

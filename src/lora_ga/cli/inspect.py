@@ -195,7 +195,8 @@ def summary(estimate: GradientEstimate) -> list[str]:
 def settled_line(estimate: GradientEstimate) -> str:
     """Returns a line with the number of layers that converged early and the batches that this saved."""
     read = [estimate.settled.get(name, estimate.batches) for name in estimate]
-    saved = 1 - sum(read) / (len(read) * (estimate.config.max_batches or estimate.batches)) if read else 0.0
+    most = estimate.config.max_batches
+    saved = 1 - sum(read) / (len(read) * (most if isinstance(most, int) else estimate.batches)) if read else 0.0
     return (
         f"Converged within the tolerance: {len(estimate.settled)} of {len(estimate)} layers. A layer read "
         f"{median(read) if read else 0:g} batches (median), in all {max(saved, 0.0):.0%} less than --estimate_batches."

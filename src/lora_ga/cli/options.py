@@ -229,7 +229,7 @@ class EstimateOptions:
     _argument_group_name: ClassVar[str] = "gradient estimate (lora-ga)"
 
     if TYPE_CHECKING:  # the type checker does not see what the decorator adds
-        estimate_batches: int | None = None
+        estimate_batches: int | Literal["auto"] | None = "auto"
 
     estimate_batch_size: int | None = option(None, "examples in each batch of the estimate (default: the batch size)")
 

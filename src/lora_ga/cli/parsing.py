@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -161,9 +161,14 @@ def _add_option(container: Any, item: Any, hint: Any) -> None:
     default = item.default if item.default_factory is MISSING else item.default_factory()
     names = list(dict.fromkeys((f"--{item.name}", f"--{item.name.replace('_', '-')}")))
     settings: dict[str, Any] = {"default": default, "help": item.metadata.get("help")}
+    words: tuple[str, ...] = ()  # of a number that may also be a word
     if get_origin(hint) in (Union, types.UnionType):
-        hint = next(kind for kind in get_args(hint) if kind is not type(None))
-    if get_origin(hint) is Literal:
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        hint = kinds[0]
+        words = tuple(word for kind in kinds[1:] for word in get_args(kind))
+    if words:
+        settings["type"] = _number_or_word(hint, words)
+    elif get_origin(hint) is Literal:
         settings["choices"] = get_args(hint)
     elif get_origin(hint) is list:
         settings |= {"nargs": "+", "type": get_args(hint)[0]}
@@ -175,6 +180,16 @@ def _add_option(container: Any, item: Any, hint: Any) -> None:
     if hint is bool and default:
         opposite = [f"--no_{item.name}", f"--no-{item.name.replace('_', '-')}"]
         container.add_argument(*opposite, dest=item.name, action="store_false", default=True, help=argparse.SUPPRESS)
+
+
+def _number_or_word(number: type, words: tuple[str, ...]) -> Callable[[str], Any]:
+    """The type of an option that is a number or one of some words."""
+
+    def read(text: str) -> Any:
+        return text if text in words else number(text)
+
+    read.__name__ = f"{number.__name__} or {' or '.join(words)}"  # in argparse's message
+    return read
 
 
 def _boolean(text: str) -> bool:

@@ -26,7 +26,7 @@ HELP = {
     "kernels",
     "oversample": "streaming: directions kept beyond the 2r that are needed",
     "power_steps": "streaming: power iterations for each batch; 1 is more exact",
-    "max_batches": "batches of training data in the estimate",
+    "max_batches": "batches of training data in the estimate; auto is 32, and fewer in a short run",
     "tolerance": "streaming: stop at a layer when the share of its directions' energy that still changes is below this",
     "on_missing": "a layer without a usable gradient: error stops; lora starts the layer as plain LoRA and warns",
     "training_mode": "gradients of the model in training mode, with dropout off; false: in evaluation mode",

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers.utils.logging import tqdm
 
+from lora_ga.config import BATCHES, LoraGAConfig
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.gradients.setup import Setup
 
@@ -56,6 +57,7 @@ class Report:
         self._ranks = {key: target.rank for target in setup.fitting.values() for key in target.keys}
         self._began, self._says = time.monotonic(), setup.processes.rank == 0 and LOGGER.isEnabledFor(logging.INFO)
         known, most = None, setup.config.max_batches
+        assert most != "auto", "resolved by `prepare`"
         if isinstance(data, Sized):
             known = len(data) * (1 if setup.tensor_parallel else setup.processes.size)
             most = known if most is None else min(known, most)
@@ -100,3 +102,45 @@ class Report:
     def _say(self, line: str) -> None:
         if self._says:
             LOGGER.info(line)
+
+
+# The runs at the best rate in docs/evidence.md have a product of steps and learning rate of at least 0.063.
+LEAST_MOVE = 0.02
+
+
+def note_short_run(config: LoraGAConfig, steps: int, rate: float) -> None:
+    """Note that a run can hardly learn anything, because its steps and its learning rate are too few and too small.
+
+    Under Adam a step moves a weight by about the learning rate. The bound is for the default size of the start, with
+    which LoRA-GA has the learning rates of LoRA.
+
+    Args:
+        config: The settings of the start.
+        steps: The optimizer steps of the run.
+        rate: The peak learning rate.
+    """
+    if config.stable_gamma is None and config.scale == "stable" and 0 < steps * rate < LEAST_MOVE:
+        LOGGER.info(
+            f"LoRA-GA: {steps} steps at a learning rate of {rate:g} move a weight of the adapter by at most about "
+            f"{steps * rate:.2g}, often too little to learn anything (the best runs in docs/evidence.md had steps x "
+            "rate of 0.06 and more). Train longer, or raise the learning rate."
+        )
+
+
+def note_fewer_batches(config: LoraGAConfig, training_batches: int | None) -> LoraGAConfig:
+    """The settings with the number of batches for a run, and a line if it is fewer than in a long run.
+
+    Args:
+        config: The settings.
+        training_batches: How many batches training will read in all processes; None if that is not known.
+
+    Returns:
+        The settings, their `max_batches` resolved.
+    """
+    chosen = config.resolved(training_batches)
+    if chosen.max_batches != config.resolved().max_batches:
+        LOGGER.info(
+            f"LoRA-GA: training reads {training_batches} batches, so the estimate reads {chosen.max_batches} and not "
+            f"{BATCHES}; max_batches (--estimate_batches) sets another number"
+        )
+    return chosen

@@ -79,6 +79,7 @@ class Setup:
     def batch_limit(self) -> int | None:
         """How many batches this process reads at most; None for all."""
         most = self.config.max_batches
+        assert most != "auto", "resolved by `prepare`"
         return most if self.tensor_parallel else self.processes.share_of(most)
 
     @property
@@ -116,7 +117,7 @@ def prepare(
     Raises:
         ValueError: The adapter cannot be aligned, gradients are off, or the checkpoint does not fit or is damaged.
     """
-    together, held = processes(process_group), DeferredError()
+    together, held, config = processes(process_group), DeferredError(), config.resolved()
     found: tuple[Setup, Recorder] | None = None
     identity: dict[str, Any] = {}
     with held:

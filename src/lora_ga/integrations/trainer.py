@@ -24,7 +24,7 @@ from lora_ga.adapter.structure import give_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped
 from lora_ga.gradients.loss import LossFunction
-from lora_ga.gradients.progress import LOGGER
+from lora_ga.gradients.progress import LOGGER, note_fewer_batches, note_short_run
 from lora_ga.gradients.result import GradientEstimate, scalars
 from lora_ga.integrations.trainer_data import TrainerLoss, batches_of_trainer, check_training_data
 from lora_ga.integrations.trainer_state import trainer_kept, use_arguments_of_one_batch
@@ -163,7 +163,8 @@ class LoraGACallback(TrainerCallback):
             if state.is_world_process_zero:
                 LOGGER.info(f"LoRA-GA: A₀ and B₀ restored from {checkpoint}")
         elif alignment is None or alignment is not self._filled:
-            self.estimate = self._initialize(trainer, model, train_dataloader)
+            config = self._config_for(args, state)
+            self.estimate = self._initialize(trainer, model, train_dataloader, config)
             alignment = alignment_of(model, self.adapter_name)
             numbers = scalars(self.estimate, {} if alignment is None else alignment.ranks)
             for tracker in _trackers(trainer, args):
@@ -232,7 +233,15 @@ class LoraGACallback(TrainerCallback):
             )
         return self._trainer, None
 
-    def _initialize(self, trainer: Trainer, model: Any, loader: Any) -> GradientEstimate:
+    def _config_for(self, args: TrainingArguments, state: TrainerState) -> LoraGAConfig:
+        """The settings for a run of this length. Notes what the user may want to change, in the first process."""
+        if not state.is_world_process_zero:
+            return self.config if self.batches is not None else self.config.resolved(_batches_of(args, state))
+        if str(args.optim).rpartition(".")[2].lower().startswith("adamw"):
+            note_short_run(self.config, state.max_steps, args.learning_rate)
+        return self.config if self.batches is not None else note_fewer_batches(self.config, _batches_of(args, state))
+
+    def _initialize(self, trainer: Trainer, model: Any, loader: Any, config: LoraGAConfig) -> GradientEstimate:
         """Estimate the gradient with the trainer's loss, data and autocast, and write A₀ and B₀."""
         later = self._later(trainer)
         with contextlib.ExitStack() as stack:
@@ -243,7 +252,7 @@ class LoraGACallback(TrainerCallback):
                 batches = stack.enter_context(batches_of_trainer(trainer, loader))
             loss = TrainerLoss(trainer, model, self.adapter_name, self.loss_fn, later)
             stack.enter_context(trainer.accelerator.autocast())
-            return initialize(model, batches, self.config, loss_fn=loss, adapter_name=self.adapter_name)
+            return initialize(model, batches, config, loss_fn=loss, adapter_name=self.adapter_name)
 
     def _later(self, trainer: Trainer) -> list[str]:
         """The kinds of callbacks, Transformers' own left out, that act at the beginning of training after this one."""
@@ -273,6 +282,11 @@ class LoraGACallback(TrainerCallback):
                 write_section(Path(trainer.args.output_dir), self._filled.summary)
 
         trainer.create_model_card = create_model_card
+
+
+def _batches_of(args: TrainingArguments, state: TrainerState) -> int | None:
+    """How many batches training reads in all processes; None if that is not known."""
+    return state.max_steps * args.gradient_accumulation_steps * args.world_size if state.max_steps > 0 else None
 
 
 def _has_callback(trainer: Trainer, callback: TrainerCallback) -> bool:
