@@ -88,6 +88,15 @@ def test_a_smaller_adapter_is_written_and_a_table_shows_what_is_lost(
     assert (tmp_path / "small" / "tokenizer.json").exists()
 
 
+def test_the_folder_of_a_run_is_taken_and_a_notable_loss_gets_a_word(
+    made_once: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(made_once.parent), "--output", str(tmp_path / "small"), "--rank", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "part of each layer's trained change that rank 1 cannot hold" in shown
+    assert "The adapter as it is, of rank 4, loses nothing." in shown
+
+
 def test_a_smaller_adapter_keeps_the_names_of_the_classes(bert: Path, labelled_texts: Path, tmp_path: Path) -> None:
     adapter = trained(bert, labelled_texts, tmp_path / "run", "seq-cls")
     assert main(["export", str(adapter), "--output", str(tmp_path / "small"), "--rank", "1"]) == 0

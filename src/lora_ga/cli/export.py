@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from lora_ga.cli.checkpoints import ADAPTER
 from lora_ga.cli.options import at_least, option, require
 from lora_ga.cli.parsing import OptionParser
 
@@ -21,10 +22,13 @@ llama.cpp, mlx-lm) lists what keeps the program from reading the adapter as PEFT
 the program reads right. PEFT, Transformers, lm-eval and mergekit need no export.
 
 example:
-  lora-ga export runs/mrpc/adapter --output small --rank 8
+  lora-ga export runs/mrpc --output small --rank 8
   lora-ga export runs/mrpc/adapter --output merged --merge
   lora-ga export runs/mrpc/adapter --for vllm
 """
+
+# The relative error of a layer's change from which a compressed adapter gets a word of warning.
+NOTABLE_ERROR = 0.05
 
 
 @dataclass
@@ -63,7 +67,7 @@ class ExportOptions:
 def main(argv: list[str]) -> int:
     """Writes the adapter or model that the options name."""
     parser = OptionParser((ExportOptions,), prog="lora-ga export", usage=USAGE, description=DESCRIPTION)
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter: DIR/adapter of a run, or any other")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a run, or of any adapter")
     parser.add_argument(
         "--for",
         dest="reader",
@@ -77,11 +81,11 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             "--for checks adapters, and --merge makes a full model, which any program reads. Leave one out."
         )
-    adapter, out = Path(positional.adapter), Path(options.output)
+    adapter, out = adapter_of(Path(positional.adapter)), Path(options.output)
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(
             f"{adapter}: there is no adapter (no adapter_config.json). Give the folder that save_pretrained wrote, "
-            "for a run of `lora-ga train` its adapter folder."
+            "or that of a run of `lora-ga train`."
         )
     if positional.reader is not None:
         return prepare(adapter, options, positional.reader)
@@ -90,6 +94,12 @@ def main(argv: list[str]) -> int:
     else:
         compress(adapter, out, options.rank)
     return 0
+
+
+def adapter_of(folder: Path) -> Path:
+    """The adapter of a run's folder, or the folder itself."""
+    inner = folder / ADAPTER
+    return inner if (inner / "adapter_config.json").is_file() else folder
 
 
 def compress(adapter: Path, out: Path, rank: int) -> None:
@@ -110,7 +120,14 @@ def show_written(out: Path, errors: dict[str, float]) -> None:
     rows = [[name, f"{error:.2e}"] for name, error in errors.items()]
     terminal().print(as_rich(Table(["layer", "relative error of its change"], rows)))
     worst = max(errors, key=lambda name: errors[name])
-    print(f"{out}: rank {rank}; median error {median(errors.values()):.2e}, worst {errors[worst]:.2e} ({worst})")
+    middle = median(errors.values())
+    print(f"{out}: rank {rank}; median error {middle:.2e}, worst {errors[worst]:.2e} ({worst})")
+    if middle > NOTABLE_ERROR:
+        full = json.loads((adapter / "adapter_config.json").read_text())["r"]
+        print(
+            f"That is the part of each layer's trained change that rank {rank} cannot hold, {middle:.0%} in the median "
+            f"layer. Evaluate the result before you use it. The adapter as it is, of rank {full}, loses nothing."
+        )
 
 
 def prepare(adapter: Path, options: ExportOptions, name: str) -> int:
