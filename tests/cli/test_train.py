@@ -4,6 +4,8 @@ import ast
 import json
 import math
 import random
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,35 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"checkpoint-2"}
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "full"])
+@pytest.mark.parametrize(("task", "model"), [("seq-cls", "bert"), ("causal-lm", "llama"), ("seq2seq", "t5")])
+def test_the_end_of_a_run_says_what_took_the_time_and_gives_commands_that_work(
+    method: str,
+    task: str,
+    model: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = request.getfixturevalue("labelled_texts" if task == "seq-cls" else "prompts")
+    columns = {"prompt_column": "prompt", "target_column": "target"} if task == "seq2seq" else {}
+    folder = tmp_path / "my run"
+    run(request.getfixturevalue(model), data, folder, task=task, method=method, max_steps=1, **columns)
+    shown = capsys.readouterr().out
+    parts = "estimate, " if method == "lora-ga" else ""
+    assert re.search(rf": 1 steps in \d+ s \(.*{parts}\d+ s training, \d+ s loading, evaluation and saving\), ", shown)
+    commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("  ")]
+    assert [words[0] for words in commands] == ["python", *["lora-ga"] * (method != "full"), commands[-1][0]]
+    exec(commands[0][2], {})  # python -c CODE
+    assert len(capsys.readouterr().out) > 0
+    for words in commands[1:]:
+        if words[0] == "lora-ga":
+            assert main([*words[1:], *([f"--output={tmp_path / 'page.html'}"] if words[1] == "compare" else [])]) == 0
+    if task == "causal-lm" and method != "full":
+        served = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"lora-ga={folder / 'adapter'}"]
+        assert commands[-1] == ["vllm", "serve", str(request.getfixturevalue(model)), *served]
 
 
 def test_a_short_run_estimates_on_fewer_batches(

@@ -213,11 +213,19 @@ def test_the_command_writes_a_report_and_replaces_one_only_with_overwrite(
     monkeypatch.setenv("LORA_GA_DEBUG", "1")
     suite, store, folder = load_suite(str(toy)), tmp_path / "runs", tmp_path / "page"
     command = ["report", str(toy), "--store", str(store), "--output", str(folder)]
-    with pytest.raises(ValueError, match="runs: there is no such store. Name the folder"):
+    advice = re.escape(f"Fill it by `lora-ga reproduce {toy} --store {store}`, or name another store by --store.")
+    with pytest.raises(ValueError, match=f"runs: there is no such store. {advice}"):
         main(command)
+    store.mkdir()
+    with pytest.raises(ValueError, match=f"runs: this folder is no store of runs. {advice}"):
+        main(command)
+    (store / "run.json").touch()
+    with pytest.raises(ValueError, match="runs: a run of `lora-ga train`, not a store. `lora-ga compare .*runs` shows"):
+        main(command)
+    (store / "run.json").unlink()
     with Store(store).locked():
         pass
-    with pytest.raises(ValueError, match="toy: none of its cells is in this store. Run `lora-ga reproduce toy` first"):
+    with pytest.raises(ValueError, match=f"runs: an empty store. {advice}"):
         main(command)
     assert not folder.exists()
     with Store(store).locked() as opened:
@@ -225,7 +233,12 @@ def test_the_command_writes_a_report_and_replaces_one_only_with_overwrite(
             opened.add(record_of(cell))
     assert main(command) == 0
     assert {HTML_NAME, README_NAME} <= {path.name for path in folder.iterdir()}
-    assert "Not complete" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Not complete" in shown
+    assert "**" not in shown
+    columns = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in shown.splitlines() if "│" in line]
+    assert len(columns) > 0
+    assert all(any(cell not in {"", "–"} for cell in column) for column in zip(*columns, strict=True))
     with pytest.raises(FileExistsError, match=f"{HTML_NAME}: exists already"):
         main(command)
     assert main([*command, "--overwrite"]) == 0

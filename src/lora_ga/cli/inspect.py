@@ -32,7 +32,8 @@ Show an estimate: the norm of the gradient of each layer, and the share of the g
 
 The share at rank r is the largest possible cosine between the first step of a LoRA of rank r and the gradient: the norm
 of the first 2r singular values over the norm of all. A share of 1 means that nothing is lost. A layer with a low share
-gains most from a higher rank. The share is blank if the estimate holds fewer than 2r directions.
+gains most from a higher rank. The share is blank if the estimate holds fewer than 2r directions. Columns that are blank
+in every row are left out.
 
 held is the fraction of the squared norm that the estimate holds. settled is the number of batches after which the
 layer's directions had converged within --tolerance; it is blank if they had not or no tolerance was given."""
@@ -186,7 +187,8 @@ def summary(estimate: GradientEstimate) -> list[str]:
         lines.append(settled_line(estimate))
     if {share for layer in estimate.values() if math.isnan(share := layer.limit(RANKS[-1]))}:
         lines.append(
-            f"{BLANK}: fewer than 2r directions are held; a higher --rank or --oversample at `estimate` holds more."
+            f"{BLANK}, and ranks that are not shown: fewer than 2r directions are held; a higher --rank or "
+            "--oversample at `estimate` holds more."
         )
     lines += [f"No gradient for {name}: {reason}." for name, reason in estimate.missing.items()]
     return lines

@@ -54,10 +54,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"which suite? There are {', '.join(available())}; or give a .yaml file.")
     suite = load_suite(other.suite)
     store, folder = Path(options.store or f"runs/{suite.name}"), Path(options.output or f"runs/{suite.name}-report")
-    if not store.is_dir():
-        raise ValueError(
-            f"{store}: there is no such store. Name the folder that `lora-ga reproduce` filled by --store."
-        )
+    check_store(store, other.suite)
     from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
     from lora_ga.experiments.pages import suites as report
     from lora_ga.experiments.records.store import Store
@@ -65,7 +62,10 @@ def main(argv: Sequence[str]) -> int:
 
     check_output(folder / report.HTML_NAME, ".html", overwrite=other.overwrite)
     check_output(folder / report.README_NAME, ".md", overwrite=other.overwrite)
-    document = report.suite_document(suite, Store(store).records())
+    records = Store(store).records()
+    if not records:
+        raise ValueError(f"{store}: an empty store. {how_to_fill(other.suite, store)}")
+    document = report.suite_document(suite, records)
     files = report.report_files(document)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -76,3 +76,22 @@ def main(argv: Sequence[str]) -> int:
     terminal().print(as_rich(table))
     print(f"Written: {(folder / report.HTML_NAME).resolve()} and {report.README_NAME}")
     return 0
+
+
+def check_store(store: Path, suite: str) -> None:
+    """Refuses a folder that `lora-ga reproduce` has not filled, and says how a store is made.
+
+    Raises:
+        ValueError: There is no folder, it is a run of `lora-ga train`, or it is no store.
+    """
+    if not store.is_dir():
+        raise ValueError(f"{store}: there is no such store. {how_to_fill(suite, store)}")
+    if (store / "run.json").is_file():
+        raise ValueError(f"{store}: a run of `lora-ga train`, not a store. `lora-ga compare {store}` shows it.")
+    if not any(store.glob("*.json*")):
+        raise ValueError(f"{store}: this folder is no store of runs. {how_to_fill(suite, store)}")
+
+
+def how_to_fill(suite: str, store: Path) -> str:
+    """How to fill a store, for messages."""
+    return f"Fill it by `lora-ga reproduce {suite} --store {store}`, or name another store by --store."

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_ga.experiments.tables.table import Table
+from lora_ga.experiments.tables.table import BLANK, Table
 from lora_ga.files import write_atomically
 
 
@@ -53,13 +53,17 @@ def terminal() -> Console:
 
 
 def as_rich(table: Table) -> RichTable:
-    """Returns the table for the terminal. Its texts are not read as markup."""
+    """Returns the table for the terminal, without columns that are blank. Its texts are not read as markup."""
     rich = RichTable()
-    for place, header in enumerate(table.headers):
-        rich.add_column(Text(header), justify="right" if place else "left", overflow="fold")
+    shown = [
+        column
+        for column in range(len(table.headers))
+        if column == 0 or not table.rows or any(row[column] not in {BLANK, ""} for row in table.rows)
+    ]
+    for column in shown:
+        rich.add_column(Text(table.headers[column]), justify="right" if column else "left", overflow="fold")
     for number, row in enumerate(table.rows):
-        cells = (Text(cell, "bold" if (number, column) in table.bold else "") for column, cell in enumerate(row))
-        rich.add_row(*cells)
+        rich.add_row(*(Text(row[column], "bold" if (number, column) in table.bold else "") for column in shown))
     return rich
 
 

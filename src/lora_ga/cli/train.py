@@ -1,5 +1,7 @@
 """`lora-ga train`: reads and checks the options, then fine-tunes."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ The folder of a finished run:
   estimate.safetensors   the gradient estimate, for `lora-ga inspect` and --estimate_file
   checkpoints/           from which `lora-ga train --resume --output_dir FOLDER` resumes
 """
+
+# The parts of a run's time that its record has -> their names.
+PARTS = {"estimate": "estimate", "train": "training"}
 
 
 def make_parser() -> OptionParser:
@@ -78,13 +83,77 @@ def main(argv: list[str]) -> int:
     outcome = finetune(job, checkpoint)
     print(summary(outcome.record))
     print(f"{outcome.result}: the result. {folder / RECORD}: its record.")
+    for what, how in next_steps(outcome.record, outcome.result):
+        print(f"\n{what}:\n  {how}")
     return 0
 
 
 def summary(record: dict[str, Any]) -> str:
-    """Describes a run in one line."""
+    """Describes a run in one line, with the parts of its time."""
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
+    seconds = record["seconds"]
+    parts = [f"{seconds[part]:.0f} s {name}" for part, name in PARTS.items() if seconds.get(part)]
+    rest = seconds["total"] - sum(seconds.get(part, 0.0) for part in PARTS)
+    parts.append(f"{max(rest, 0.0):.0f} s loading, evaluation and saving")
     return (
-        f"{record['name']}: {record['steps']} steps in {record['seconds']['total']:.0f} s, "
+        f"{record['name']}: {record['steps']} steps in {seconds['total']:.0f} s ({', '.join(parts)}), "
         f"{record['trainable_parameters']:,} trained parameters; {metrics}"
     )
+
+
+def next_steps(record: dict[str, Any], result: Path) -> list[tuple[str, str]]:
+    """What to do with the result of a run: what for, and a command that can be pasted into a shell.
+
+    Args:
+        record: The record of the run.
+        result: The folder with the adapter or the model.
+
+    Returns:
+        Pairs of a title and a command.
+    """
+    adapted, folder = record["method"] != "full", str(result)
+    steps = [("Use it from Python", f"python -c {shlex.quote(usage(record, folder))}")]
+    merged = str(result.parent / "merged")
+    if adapted:
+        steps.append(
+            ("Merge it into the model", shlex.join(["lora-ga", "export", folder, "--output", merged, "--merge"]))
+        )
+    if record["task"] == "causal-lm" and not adapted:
+        steps.append(("Serve it", shlex.join(["vllm", "serve", folder])))
+    elif record["task"] == "causal-lm":
+        from lora_ga.export.vllm import check_served
+
+        verdict = check_served(result, "vllm")
+        if verdict.refused or verdict.fixable:
+            how = ["lora-ga", "export", folder, "--for", "vllm", "--output", str(result.parent / "served")]
+        else:
+            name = re.sub(r"[^\w.-]+", "-", record["name"])
+            how = ["vllm", "serve", record["model"], "--enable-lora", "--max-lora-rank", str(verdict.rank)]
+            how += ["--lora-modules", f"{name}={folder}"]
+        steps.append(("Serve it", shlex.join(how)))
+    else:
+        steps.append(("Compare it with other runs", shlex.join(["lora-ga", "compare", str(result.parent)])))
+    return steps
+
+
+def usage(record: dict[str, Any], folder: str) -> str:
+    """Python code that uses the result of a run on one text."""
+    config = record["config"]
+    text = [{"role": "user", "content": "Hello"}] if config.get("messages_column") else "Hello"
+    if record["method"] == "full":
+        load, model = "", repr(folder)
+    else:
+        load, model = "import lora_ga; ", f"lora_ga.load({folder!r}).merge_and_unload()"
+    if record["task"] == "seq2seq":
+        if record["method"] == "full":
+            model = f"transformers.AutoModelForSeq2SeqLM.from_pretrained({folder!r})"
+        return (
+            f"import transformers; {load}model = {model}; tokenizer = "
+            f"transformers.AutoTokenizer.from_pretrained({folder!r}); "
+            f"print(tokenizer.decode(model.generate(**tokenizer({text!r}, return_tensors='pt'))[0]))"
+        )
+    kind, settings = (
+        ("text-classification", "") if record["task"] == "seq-cls" else ("text-generation", ", max_new_tokens=30")
+    )
+    pipeline = f"transformers.pipeline({kind!r}, {model}, tokenizer={folder!r})"
+    return f"import transformers; {load}print({pipeline}({text!r}{settings}))"

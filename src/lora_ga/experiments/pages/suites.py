@@ -65,8 +65,8 @@ def suite_document(suite: Suite, records: Records) -> Document:
     found = {protocol: results(suite, records, protocol) for protocol in protocols(suite)}
     if not any(started_tasks(some) for some in found.values()):
         raise ValueError(
-            f"{suite.name}: none of its cells is in this store. Run `lora-ga reproduce {suite.name}` first, or name "
-            "another store by --store."
+            f"{suite.name}: none of its cells is in this store. Run the suite with this store (`lora-ga reproduce`, "
+            "--store), or name another one by --store."
         )
     sections = [section for protocol, some in found.items() for section in _protocol_sections(suite, protocol, some)]
     runs = _used_records(found)
