@@ -32,10 +32,12 @@ import lora_ga
 import peft_script
 from bench_alignment import alignment_ratios, gradients
 from lora_ga.cli import data as reading
-from lora_ga.cli.data import EstimateBatches
+from lora_ga.cli import tasks
+from lora_ga.cli.data import EstimateBatches, Labels
 from lora_ga.cli.finetune import optimizer_steps, training_arguments
 from lora_ga.cli.main import main
-from lora_ga.cli.options import EstimateOptions
+from lora_ga.cli.models import load_base, load_tokenizer
+from lora_ga.cli.options import EstimateOptions, ModelOptions
 from lora_ga.cli.train import parse
 from lora_ga.experiments.records.runs import load_run
 
@@ -301,6 +303,38 @@ def test_the_end_of_a_run_says_what_took_the_time_and_gives_commands_that_work(
     if task == "causal-lm" and method != "full":
         served = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"lora-ga={folder / 'adapter'}"]
         assert commands[-1] == ["vllm", "serve", str(request.getfixturevalue(model)), *served]
+
+
+@pytest.mark.parametrize(("task", "model"), [("seq-cls", "bert"), ("causal-lm", "llama")])
+def test_a_base_in_4_bits_trains_resumes_and_merges(
+    task: str, model: str, request: pytest.FixtureRequest, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="install the extra 'dev' to run this test")
+    data = request.getfixturevalue("labelled_texts" if task == "seq-cls" else "prompts")
+    folder, labels = request.getfixturevalue(model), Labels(("bad", "good"), {}) if task == "seq-cls" else None
+    base = load_base(
+        ModelOptions(model=str(folder), task=task, load_in_4bit=True),  # type: ignore[arg-type]
+        tasks.TASK_CLASSES[task].model_class,
+        load_tokenizer(str(folder)),
+        labels,
+    )
+    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in base.named_modules()}
+    assert (kinds["query" if labels else "q_proj"], kinds["classifier" if labels else "lm_head"]) == (
+        "Linear4bit",
+        "Linear",
+    )
+    given: dict[str, Any] = {"task": task, "load_in_4bit": True, "save_steps": 3, "logging_steps": 1}
+    record = run(request.getfixturevalue(model), data, tmp_path / "run", **given)
+    assert record["curve"][-1]["loss"] < record["curve"][0]["loss"]
+    first = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()
+    assert main(["train", "--resume", f"--output_dir={tmp_path / 'run'}"]) == 0
+    again = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert main(["export", str(tmp_path / "run"), "--merge", f"--output={tmp_path / 'merged'}"]) == 0
+    argv = command(request.getfixturevalue(model), data, tmp_path / "full", method="full", **given)
+    assert "--load_in_4bit freezes the weights, but --method full trains them" in error_of(argv)
 
 
 def test_a_short_run_estimates_on_fewer_batches(

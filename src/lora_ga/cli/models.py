@@ -1,5 +1,6 @@
 """Loads the tokenizer and the base model, and adds the adapter."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def load_base(
         trains_all: Every weight will be trained. The weights are then in float32, also for bfloat16 arithmetic.
 
     Returns:
-        The model, on the CPU.
+        The model, on the CPU; in 4 bits on the device to train on.
 
     Raises:
         ValueError: It cannot be loaded.
@@ -154,7 +155,10 @@ def load_base(
             "label2id": {name: number for number, name in enumerate(labels.names)},
             "ignore_mismatched_sizes": True,  # a head for other classes is replaced
         }
-    model = load_pretrained(getattr(transformers, model_class), options.model, **settings)
+    loader = getattr(transformers, model_class)
+    if options.load_in_4bit:
+        settings |= four_bits(options, loader, has_new_head=labels is not None)
+    model = load_pretrained(loader, options.model, **settings)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if model_class == "AutoModelForCausalLM":
@@ -166,13 +170,47 @@ def load_base(
     return model
 
 
+def four_bits(options: ModelOptions, loader: Any, *, has_new_head: bool) -> dict[str, Any]:
+    """The settings of `from_pretrained` that load a model in 4 bits, as QLoRA does.
+
+    A classification head is new and trains in full, so it is not quantised.
+
+    Args:
+        options: The model and its precision.
+        loader: Transformers' class.
+        has_new_head: Whether the model gets a classification head.
+
+    Returns:
+        The quantisation, and the device, since the move to it quantises.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes.")
+    heads = None
+    if has_new_head:
+        with torch.device("meta"):
+            heads = new_heads(loader.from_config(load_pretrained(transformers.AutoConfig, options.model)))
+    quantisation = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if options.dtype == "bfloat16" else torch.float32,
+        llm_int8_skip_modules=heads,
+    )
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return {"quantization_config": quantisation, "device_map": {"": device}}
+
+
 def check_causal(model: Any, name: str) -> None:
     """Refuses a model that sees the tokens it must predict, such as an encoder with a language-model head.
 
     Raises:
         ValueError: The logits at a position depend on a later token.
     """
-    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]])  # equal except for the last token
+    # Two rows, equal except for the last token.
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=model.device)
     with torch.no_grad():
         before, after = model.eval()(input_ids=ids).logits[:, :-1].float()
     if not torch.allclose(before, after, rtol=1e-2, atol=1e-3 * float(before.abs().max())):

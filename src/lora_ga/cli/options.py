@@ -117,6 +117,10 @@ class ModelOptions:
         "float32",
         "bfloat16 computes in mixed precision: frozen weights are in bfloat16, trained weights in float32",
     )
+    load_in_4bit: bool = option(
+        False,
+        "QLoRA: frozen weights in 4 bits (nf4 with double quantisation; needs bitsandbytes), arithmetic in --dtype",
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass instead of keeping them")
     seed: int = option(0, "seed of a new head, the adapter, the choice of estimation batches and the order of the data")
 
@@ -331,9 +335,14 @@ class Job:
         """Checks options of different groups against each other.
 
         Raises:
-            ValueError: The evaluation data does not fit the training data, or has two sources.
+            ValueError: The evaluation data does not fit the training data, or has two sources; or every weight is to be
+                trained in 4 bits.
         """
         training = self.training
+        if self.model.load_in_4bit and training.method == "full":
+            raise ValueError(
+                "--load_in_4bit freezes the weights, but --method full trains them. Leave it out, or train an adapter."
+            )
         if training.eval_split is not None and self.data.dataset is None:
             raise ValueError("--eval_split belongs to --dataset, but a --train_file was given. Use --eval_file.")
         if training.eval_split is not None and training.eval_file is not None:

@@ -193,8 +193,8 @@ def prepare_model(
         weights: A folder with weights to load instead of the model's.
 
     Returns:
-        The model on the CPU; the data without columns that the model does not read, such as token_type_ids; and the
-        function that makes a batch of examples.
+        The model, as `load_base` gives it; the data without columns that the model does not read, such as
+        token_type_ids; and the function that makes a batch of examples.
 
     Raises:
         ValueError: The model cannot be loaded.
