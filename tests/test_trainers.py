@@ -191,3 +191,4 @@ def test_pefts_model_card_describes_a_saved_start_once(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---")
     assert card.count("## LoRA-GA start") == 1
+    assert card.index("## LoRA-GA start") < card.index("[More Information Needed]")  # before PEFT's empty form

@@ -296,6 +296,13 @@ def test_the_end_of_a_run_says_what_took_the_time_and_gives_commands_that_work(
     commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("  ")]
     assert [words[0] for words in commands] == ["python", *["lora-ga"] * (method != "full"), commands[-1][0]]
     exec(commands[0][2], {})  # python -c CODE
+    result = folder / ("model" if method == "full" else "adapter")
+    card = (result / "README.md").read_text()
+    assert "More Information Needed" not in card
+    facts = [f"| training data | `{data}` |", "| learning rate | 0.003, cosine |", "| train_loss | "]
+    assert [fact for fact in facts if fact not in card] == []
+    assert commands[0][2].replace("; ", "\n") in card
+    assert ("## LoRA-GA start" in card, card.startswith("---\n")) == (method == "lora-ga", method == "lora-ga")
     assert len(capsys.readouterr().out) > 0
     for words in commands[1:]:
         if words[0] == "lora-ga":

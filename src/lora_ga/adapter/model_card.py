@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from lora_ga.gradients.result import GradientEstimate, measures
 CARD = "README.md"
 # The section lies between these two lines, so that writing it again replaces it.
 OPENING, CLOSING = "<!-- lora-ga -->", "<!-- /lora-ga -->"
+UNFILLED = "[More Information Needed]"  # in the form that PEFT writes
 
 
 def start_section(estimate: GradientEstimate, ranks: Mapping[str, int]) -> str:
@@ -35,7 +37,8 @@ def start_section(estimate: GradientEstimate, ranks: Mapping[str, int]) -> str:
     head = (
         f"The adapter was started from the loss gradient of {len(table)} layers over {estimate.batches} batches with "
         f"{estimate.weight:.0f} labels (estimator {config.estimator}, seed {config.seed}){middle}. It is a plain LoRA "
-        "of twice the rank for the original base model."
+        "of twice the rank for the original base model: `PeftModel.from_pretrained(base, folder)` loads it to be used, "
+        "`lora_ga.load(base, folder, is_trainable=True)` to train on as LoRA-GA."
     )
     columns = "| layer | rank | ‖G‖ | alignment limit | batches until settled |"
     return "\n".join(["## LoRA-GA start", "", head, "", columns, "|---|---|---|---|---|", *rows])
@@ -57,5 +60,20 @@ def write_section(folder: Path, text: str) -> None:
         return
     before, opening, rest = card.read_text(encoding="utf-8").partition(OPENING)
     after = rest.partition(CLOSING)[2] if opening else ""
-    content = f"{before.rstrip()}\n\n{OPENING}\n{text}\n{CLOSING}\n{after.lstrip()}"
+    if not opening and UNFILLED in before:  # PEFT's form: what is known comes before it
+        header, after = front_matter(before)
+        before = header
+    content = f"{before.rstrip()}\n\n{OPENING}\n{text}\n{CLOSING}\n\n{after.lstrip()}".rstrip() + "\n"
     write_atomically(card, content.encode())
+
+
+def front_matter(card: str) -> tuple[str, str]:
+    """The YAML header of a card with its two lines of dashes, and the rest; an empty header if there is none."""
+    found = re.match(r"---\n.*?\n---\n", card, flags=re.DOTALL)
+    return (found[0], card[found.end() :]) if found else ("", card)
+
+
+def section_of(card: str) -> str:
+    """The section that `write_section` wrote, with its two marks; empty without one."""
+    _, opening, rest = card.partition(OPENING)
+    return opening + "".join(rest.partition(CLOSING)[:2])

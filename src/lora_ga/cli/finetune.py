@@ -16,15 +16,16 @@ from peft import PeftModel
 from transformers.integrations import get_available_reporting_integrations
 
 import lora_ga
+from lora_ga.adapter.model_card import CARD
 from lora_ga.cli import checkpoints, tasks
 from lora_ga.cli.callbacks import LossAndTimeLogger, OptimizerGuard, diverged_at, logged_seconds
 from lora_ga.cli.data import EstimateBatches
 from lora_ga.cli.models import add_adapter, train_in_float32
 from lora_ga.cli.options import Job
-from lora_ga.cli.record import run_record
+from lora_ga.cli.record import model_card, run_record, usage
 from lora_ga.cli.settings import library_config
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
-from lora_ga.files import LABELS
+from lora_ga.files import LABELS, write_atomically
 from lora_ga.gradients.progress import note_fewer_batches, note_short_run
 
 
@@ -89,14 +90,26 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
         device=settings.device,
         seconds={**took, "total": sum(earlier.values()) + time.monotonic() - began},
     )
-    result = folder / (checkpoints.MODEL if method == "full" else checkpoints.ADAPTER)
+    return Outcome(record, write_result(model, data, record, folder))
+
+
+def write_result(model: Any, data: tasks.PreparedData, record: dict[str, Any], folder: Path) -> Path:
+    """Writes the trained weights with tokenizer, names of the classes and model card, and then the record.
+
+    Returns:
+        The folder of the weights.
+    """
+    result = folder / (checkpoints.MODEL if record["method"] == "full" else checkpoints.ADAPTER)
     model.save_pretrained(result)
     data.tokenizer.save_pretrained(result)
-    if data.labels is not None and method != "full":
+    if data.labels is not None and record["method"] != "full":
         # Not into a config.json: Transformers takes a folder with that file for a full model.
         write_json_atomically(result / LABELS, dict(enumerate(data.labels.names)))
+    card = result / CARD
+    old = card.read_text(encoding="utf-8") if card.is_file() else ""
+    write_atomically(card, model_card(record, old, usage(record, str(result))).encode())
     write_json_atomically(folder / RECORD, record)
-    return Outcome(record, result)
+    return result
 
 
 def make_trainer(

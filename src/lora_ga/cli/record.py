@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lora_ga.adapter.model_card import front_matter, section_of
 from lora_ga.cli.options import Job
 from lora_ga.experiments.records.runs import NOT_A_RESULT, SCHEMA
 
@@ -94,3 +95,73 @@ def run_record(
         "metrics": {**last, "train_loss": mean_loss(points)},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
+
+
+# Method -> what it is, in a model card.
+METHOD_TEXTS = {
+    "lora-ga": "LoRA, started by [LoRA-GA](https://arxiv.org/abs/2407.05000) from the loss gradient",
+    "lora": "LoRA",
+    "full": "full fine-tuning",
+}
+
+
+def model_card(record: Mapping[str, Any], old: str, code: str) -> str:
+    """The model card of a result, in place of PEFT's empty form.
+
+    Args:
+        record: The record of the run.
+        old: The card that PEFT wrote, or an empty text. Its header and the section of LoRA-GA are kept.
+        code: Python code that uses the result.
+
+    Returns:
+        The card, in Markdown.
+    """
+    config, adapted = record["config"], record["method"] != "full"
+    header, _ = front_matter(old)
+    size = config["batch_size"] * config["gradient_accumulation_steps"]
+    facts = {
+        "base model": f"`{record['model']}`" + (" in 4 bits" if config["load_in_4bit"] else ""),
+        "task": record["task"],
+        "training data": f"`{record['dataset']}`",
+        "method": METHOD_TEXTS[record["method"]],
+        "rank, alpha": f"{record['rank']}, {record['alpha']:g}" if adapted else "",
+        "learning rate": f"{record['learning_rate']:g}, {config['lr_scheduler_type']}",
+        "steps": f"{record['steps']}, of {size} examples each",
+        "precision": config["dtype"],
+        "seed": str(record["seed"]),
+        "trained parameters": f"{record['trainable_parameters']:,}",
+        "versions": ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
+    }
+    lines = ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items() if text)]
+    results = [f"| {name} | {value:.4g} |" for name, value in record["metrics"].items()]
+    parts = [
+        f"# {record['name']}: {'an adapter for' if adapted else 'fine-tuned from'} {record['model']}",
+        "\n".join(lines),
+        "## Results\n\n| metric | value |\n|---|---|\n" + "\n".join(results),
+        "## Use\n\n```python\n" + code.replace("; ", "\n") + "\n```",
+        section_of(old),
+    ]
+    return header + "\n" * bool(header) + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def usage(record: dict[str, Any], folder: str) -> str:
+    """Python code that uses the result of a run on one text."""
+    config = record["config"]
+    text = [{"role": "user", "content": "Hello"}] if config.get("messages_column") else "Hello"
+    if record["method"] == "full":
+        load, model = "", repr(folder)
+    else:
+        load, model = "import lora_ga; ", f"lora_ga.load({folder!r}).merge_and_unload()"
+    if record["task"] == "seq2seq":
+        if record["method"] == "full":
+            model = f"transformers.AutoModelForSeq2SeqLM.from_pretrained({folder!r})"
+        return (
+            f"import transformers; {load}model = {model}; tokenizer = "
+            f"transformers.AutoTokenizer.from_pretrained({folder!r}); "
+            f"print(tokenizer.decode(model.generate(**tokenizer({text!r}, return_tensors='pt'))[0]))"
+        )
+    kind, settings = (
+        ("text-classification", "") if record["task"] == "seq-cls" else ("text-generation", ", max_new_tokens=30")
+    )
+    pipeline = f"transformers.pipeline({kind!r}, {model}, tokenizer={folder!r})"
+    return f"import transformers; {load}print({pipeline}({text!r}{settings}))"

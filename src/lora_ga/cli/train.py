@@ -111,6 +111,8 @@ def next_steps(record: dict[str, Any], result: Path) -> list[tuple[str, str]]:
     Returns:
         Pairs of a title and a command.
     """
+    from lora_ga.cli.record import usage
+
     adapted, folder = record["method"] != "full", str(result)
     steps = [("Use it from Python", f"python -c {shlex.quote(usage(record, folder))}")]
     merged = str(result.parent / "merged")
@@ -134,26 +136,3 @@ def next_steps(record: dict[str, Any], result: Path) -> list[tuple[str, str]]:
     else:
         steps.append(("Compare it with other runs", shlex.join(["lora-ga", "compare", str(result.parent)])))
     return steps
-
-
-def usage(record: dict[str, Any], folder: str) -> str:
-    """Python code that uses the result of a run on one text."""
-    config = record["config"]
-    text = [{"role": "user", "content": "Hello"}] if config.get("messages_column") else "Hello"
-    if record["method"] == "full":
-        load, model = "", repr(folder)
-    else:
-        load, model = "import lora_ga; ", f"lora_ga.load({folder!r}).merge_and_unload()"
-    if record["task"] == "seq2seq":
-        if record["method"] == "full":
-            model = f"transformers.AutoModelForSeq2SeqLM.from_pretrained({folder!r})"
-        return (
-            f"import transformers; {load}model = {model}; tokenizer = "
-            f"transformers.AutoTokenizer.from_pretrained({folder!r}); "
-            f"print(tokenizer.decode(model.generate(**tokenizer({text!r}, return_tensors='pt'))[0]))"
-        )
-    kind, settings = (
-        ("text-classification", "") if record["task"] == "seq-cls" else ("text-generation", ", max_new_tokens=30")
-    )
-    pipeline = f"transformers.pipeline({kind!r}, {model}, tokenizer={folder!r})"
-    return f"import transformers; {load}print({pipeline}({text!r}{settings}))"
