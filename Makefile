@@ -11,12 +11,12 @@ BIN := $(VENV)/bin
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-.PHONY: demo test test-all campaign test-zero3 lint bench clean
+.PHONY: demo test test-all campaign test-zero3 lint docs dist bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable ".[cli,demo,dev]"
+	$(BIN)/pip install --quiet --editable ".[cli,demo,dev,docs]"
 	touch $@
 
 demo: $(VENV)/.ready
@@ -48,6 +48,17 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in build/site. A warning (a link that leads nowhere, a page without a line in `nav`) is an error.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What a release uploads, in dist/.
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m zipfile --list dist/*.whl | grep --quiet lora_ga/py.typed
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/bench_alignment.py

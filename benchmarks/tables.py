@@ -11,16 +11,17 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_ga.experiments.comparison.curves import mean_and_error
 from lora_ga.experiments.comparison.suites import Result, plain_lora, results
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.cells import score
 from lora_ga.experiments.suites.spec import load_suite
 from lora_ga.experiments.tables.suites import method_table, overview_table
-from lora_ga.experiments.tables.table import BLANK, format_values, markdown_lines
+from lora_ga.experiments.tables.table import BLANK, markdown_lines
 
 ROOT = Path(__file__).parent.parent
 MARKERS = re.compile(r"(<!-- drawn from records -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
@@ -31,54 +32,96 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-def alignment_cells(models: dict[str, Any], start: str) -> list[str]:
-    """Median and lowest alignment ratio of an initialisation, one cell for each model."""
-    return [f"{model[start]['median']:.3f} ({model[start]['lowest']:.3f})" for model in models.values()]
+def difference_table() -> str:
+    """How the library differs from PEFT's own `lora_ga` and from plain LoRA, in Markdown. Two rows are measured."""
+    aligned = load("alignment")["models"]["babyllama105 on tinyshakespeare"]
+    memory = load("estimation")["memory"]["over lora steps"]
+    rows = [
+        (
+            "alignment of the first training step ↑",
+            *better([f"{aligned[start]['median']:.3f}" for start in ("ours, streaming", "peft lora_ga", "lora")], max),
+        ),
+        (
+            "peak memory of the start ÷ that of training ↓",
+            *better([f"{memory[way]:.2f}" for way in ("ours", "peft lora_ga")], min),
+            BLANK,
+        ),
+        ("the base model", "unchanged", "changed", "unchanged"),
+        ("the saved adapter fits", "the original base", "the changed base, or needs a conversion", "the original base"),
+        ("a 4-bit base", "yes", "refused", "yes"),
+        ("a layer without a gradient", "an error names it", "starts as plain LoRA, without a warning", BLANK),
+    ]
+    lines = ["| | LoRA-GA, this library | PEFT's `lora_ga` | plain LoRA |", "|---|---|---|---|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def first_step_table() -> str:
-    """The alignment ratio of the first step on three models, in Markdown."""
-    models = load("alignment")["models"]
-    lines = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
-    for label, start in (
-        ("LoRA-GA", "ours, streaming"),
-        ("PEFT's own `lora_ga`", "peft lora_ga"),
-        ("plain LoRA", "lora"),
-    ):
-        lines.append(f"| {label} | " + " | ".join(alignment_cells(models, start)) + " |")
-    return "\n".join(lines)
+def better(cells: Sequence[str], best: Callable[[Iterable[float]], float]) -> list[str]:
+    """Makes the best of some numbers bold. Numbers that read the same are all bold."""
+    value = best(float(cell.split()[0]) for cell in cells if cell != BLANK)
+    return [f"**{cell}**" if cell != BLANK and float(cell.split()[0]) == value else cell for cell in cells]
 
 
 # (Suite, task) → title of its column in the README.
 COLUMNS = {
-    ("stories-shakespeare", "babyllama105"): "babyllama105, loss",
-    ("stories-shakespeare", "stories260k"): "stories260k, loss",
-    ("glue-minilm", "sst2"): "SST-2, accuracy",
-    ("glue-minilm", "mrpc"): "MRPC, accuracy",
-    ("glue-minilm", "cola"): "CoLA, correlation",
+    ("stories-shakespeare", "babyllama105"): "babyllama105, loss ↓",
+    ("stories-shakespeare", "stories260k"): "stories260k, loss ↓",
+    ("glue-minilm", "sst2"): "SST-2, accuracy ↑",
+    ("glue-minilm", "mrpc"): "MRPC, accuracy ↑",
+    ("glue-minilm", "cola"): "CoLA, correlation ↑",
 }
-# Title of a row in the README → label of the variant.
+# Title of a row in the README → label of the variant. The last row is no adapter, and is not compared with them.
 ROWS = {
     "LoRA-GA": "lora-ga reach=0.35",
-    "LoRA-GA, the paper's γ = 16": "lora-ga γ=16",
-    "PEFT's own `lora_ga`": "peft lora_ga",
+    "LoRA-GA, γ = 16": "lora-ga γ=16",
+    "PEFT's `lora_ga`": "peft lora_ga",
     "plain LoRA": "lora",
     "rsLoRA": "rslora",
     "full fine-tuning": "full",
 }
 
 
-def results_table() -> str:
-    """The metric after training, every method at its best learning rate, in Markdown."""
-    found = {(name, each.task, each.label): each for name, _ in COLUMNS for each in published_results(name)}
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for label, method in ROWS.items():
-        cells = []
-        for name, task in COLUMNS:
-            result, metric = found[name, task, method], load_suite(name).tasks[task].metric
-            cells.append(f"{format_values(result.values(metric))} ({result.rate:g})" if result.runs else BLANK)
+def readme_columns() -> Iterator[tuple[str, str, list[Result]]]:
+    """The columns of the README: title, metric, and the results in the order of the rows."""
+    for (name, task), title in COLUMNS.items():
+        found = {each.label: each for each in published_results(name) if each.task == task}
+        yield title, load_suite(name).tasks[task].metric, [found[label] for label in ROWS.values()]
+
+
+def readme_table(columns: Mapping[str, Sequence[str]]) -> str:
+    """A table of the README from its columns, in Markdown."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for label, cells in zip(ROWS, zip(*columns.values(), strict=True), strict=True):
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def results_table() -> str:
+    """The metric after training, every method at its best learning rate, the best adapter in bold, in Markdown."""
+    columns = {}
+    for title, metric, found in readme_columns():
+        *adapters, full = [short_mean(each.values(metric)) for each in found]
+        columns[title] = [*better(adapters, min if metric == "loss" else max), full]
+    return readme_table(columns)
+
+
+def short_mean(values: Sequence[float]) -> str:
+    """Mean ± standard error over the seeds, with three decimals, or a blank."""
+    if not values:
+        return BLANK
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f} ± {error:.3f}"
+
+
+def rates_table() -> str:
+    """The learning rates of the results, in Markdown."""
+    return readme_table(
+        {title.split(",")[0]: [short_rate(each) for each in found] for title, _, found in readme_columns()}
+    )
+
+
+def short_rate(result: Result) -> str:
+    """The best learning rate of a method, with two digits, or a blank."""
+    return f"{result.rate:.1e}".replace("e-0", "e-") if result.runs else BLANK
 
 
 def cost_table() -> str:
@@ -355,7 +398,7 @@ def larger_models_table() -> str:
 
 
 PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
-    "README.md": (first_step_table, results_table),
+    "README.md": (difference_table, results_table, rates_table),
     "docs/guide.md": (quantised_table, qlora_table),
     "docs/cost.md": (cost_table, update_table, early_stop_table),
     "docs/evidence.md": (

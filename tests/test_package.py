@@ -22,12 +22,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 
 import lora_ga
 import tables
 from lora_ga.cli.main import main
-from toys import adapted, causal, llama, logits, train
+from toys import adapted, causal, llama, logits
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "lora_ga"
@@ -118,23 +119,6 @@ def blocks(document: str) -> list[str]:
     return found
 
 
-class Trainer:
-    """Stands for any trainer."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def train(self) -> None:
-        train(self.model, causal())
-
-
-def test_the_readmes_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    exec(blocks("README.md")[0], {"base": llama(), "dataloader": causal(), "Trainer": Trainer})
-    stock = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
-    assert not torch.equal(logits(stock, causal(1)[0]), logits(llama(), causal(1)[0]))
-
-
 def test_the_guides_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     model = adapted(llama())
@@ -163,6 +147,12 @@ def test_tables_are_drawn_from_the_records(page: str) -> None:
     assert tables.written(page, text) == text
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the site and the usual views of a repository make them."""
+    headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?s)```.*?```", "", page.read_text()))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @functools.cache
 def help_of(command: str) -> str:
     """What `lora-ga COMMAND --help` prints."""
@@ -172,34 +162,39 @@ def help_of(command: str) -> str:
     return shown.getvalue()
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/guide.md",
-        "docs/integrations.md",
-        "docs/serving.md",
-        "docs/cost.md",
-        "docs/scale.md",
-        "docs/evidence.md",
-        "docs/experiments.md",
-        "docs/internals.md",
-        "findings/README.md",
-        "CHANGELOG.md",
-    ],
-)
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "findings/README.md"]
+DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_only_commands_files_and_options_that_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?m)`make ([a-z0-9-]+)|^make ([a-z0-9-]+)", text):
         assert re.search(rf"^{''.join(target)}:", makefile, flags=re.MULTILINE), target
-    for path in re.findall(r"\]\(([^)#]+)\)", text):
-        assert path.startswith("https://") or ((ROOT / document).parent / path).exists(), path
+    for path, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert path.startswith("https://") or target.exists(), path
+        assert not anchor or path.startswith("https://") or anchor in anchors(target), (path, anchor)
     for command, line in re.findall(r"(?m)^lora-ga ([a-z]+)(.*)$", text):
         shown = help_of(command)
         for option in re.findall(r"--[a-z_]+", line):
             assert option in shown, (command, option)
+
+
+def test_the_release_is_started_by_a_person_and_only_its_upload_may_identify_itself() -> None:
+    workflow = yaml.load((ROOT / ".github" / "workflows" / "release.yml").read_text(), Loader=yaml.BaseLoader)
+    assert set(workflow["on"]) == {"workflow_dispatch"}
+    assert workflow["permissions"] == {"contents": "read"}
+    assert {name: job.get("permissions") for name, job in workflow["jobs"].items()} == {
+        "build": None,
+        "publish": {"id-token": "write"},
+    }
+    commands = [step["run"] for step in workflow["jobs"]["build"]["steps"] if "run" in step]
+    targets = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text())
+    assert [command.removeprefix("make ") in targets for command in commands if command.startswith("make ")] == [
+        True
+    ] * 2
 
 
 # The data of the demonstration
