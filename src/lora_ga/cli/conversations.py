@@ -53,7 +53,8 @@ def check_trl() -> None:
     if importlib.util.find_spec("trl") is None:
         raise ValueError(
             "--messages_column and --prompt_column in causal-lm need TRL, which is not installed: "
-            'pip install "lora-ga[trl]", or in a checkout pip install -e ".[trl]". Plain text (--text_column) does not need it.'
+            'pip install "lora-ga[trl]", or in a checkout pip install -e ".[trl]". Plain text (--text_column) does '
+            "not need it."
         )
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "turn an adapter trained on a changed base (older LoRA-GA) into one for the original base",
     "compare": "compare finished runs on one HTML page",
     "reproduce": "run a suite of experiments: every method at its best learning rate",
+    "fetch": "fetch the texts, data sets and small models of the suites",
     "report": "draw a suite's results from its records: tables, pictures, one HTML page",
 }
 

@@ -51,7 +51,7 @@ class Sources:
             if self.data is None:
                 raise ValueError(
                     f"{reference}: wanted from the data folder, but none is named. Set {VARIABLE} to a folder that "
-                    f"has {rest} in it."
+                    f"has {rest} in it. `lora-ga fetch` makes one."
                 )
             path, hint = Path(self.data) / rest, f"Set {VARIABLE} to a folder that has {rest} in it."
         elif scheme == "package":
