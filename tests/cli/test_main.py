@@ -35,7 +35,7 @@ def test_an_unknown_command_is_refused_and_the_known_ones_are_listed(capsys: pyt
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "lora-ga: error: 'trian' is not a command; the commands are train, estimate, merge, inspect, export, convert, "
-        "compare, reproduce, report.\n"
+        "compare, reproduce, fetch, report.\n"
     )
 
 
