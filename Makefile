@@ -49,9 +49,11 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The site, in build/site. A warning (a link that leads nowhere, a page without a line in `nav`) is an error.
+# The site, in build/site. A warning (a link that leads nowhere, a page without a line in `nav`) is an error, and so is
+# a script, a style or a font from the network.
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	! grep --recursive --extended-regexp --include='*.html' '<(script|link|img)[^>]+(src|href)="https?:' build/site
 
 # What a release uploads, in dist/.
 dist: $(VENV)/.ready
