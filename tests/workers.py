@@ -33,6 +33,7 @@ import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.adapter.structure import give_structure
 from lora_ga.layers.factors import Factor
+from lora_ga.optim import PoLoRA, param_groups
 from toys import adapted, causal, data_folder, fused_llama, llama, logits
 
 STEPS = 20
@@ -387,3 +388,21 @@ def dying(rank: int, size: int, folder: Path) -> Any:
     began = time.monotonic()
     said = raised(lambda: lora_ga.initialize(model, data()))
     return {"error": said, "seconds": time.monotonic() - began, "touched": bool(starts(model))}
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def stepped_by_pairs(rank: int, size: int, folder: Path) -> list[Tensor]:
+    """The changes of A and B after three steps of PoLoRA, on batches of which each process has its share of rows."""
+    model = adapted(llama(num_hidden_layers=1), ["q_proj", "up_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora_ga.apply_estimate(model, lora_ga.estimate_gradients(model, causal(1)), LoraGAConfig())
+    optimizer = PoLoRA(param_groups(model), lr=0.05)
+    network: Any = DistributedDataParallel(model) if size > 1 else model
+    for batch in causal(3):
+        network(**{name: tensor[rank::size] for name, tensor in batch.items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [module.delta().detach() for module in model.modules() if isinstance(module, Factor)]

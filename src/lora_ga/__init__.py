@@ -43,8 +43,8 @@ _HOMES = {
     "load": "adapter.load",
 }
 
-# Modules that other programs reach as attributes after a bare `import lora_ga`: ms-swift does so.
-_MODULES = ("entrypoint",)
+# Modules that other programs reach as attributes after a bare `import lora_ga`: ms-swift does so with the first.
+_MODULES = ("entrypoint", "optim")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -68,6 +69,20 @@ def reads_values(optimizer: Optimizer) -> bool:
     if READERS.isdisjoint(kind.__name__ for kind in type(optimizer).__mro__):
         return False
     return any(all(group.get(option, True) for option in OPTIONS) for group in optimizer.param_groups)
+
+
+def starts_of(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
+    """The starts A₀ and B₀ of parameters that hold changes, for optimizers that add them up themselves.
+
+    Args:
+        parameters: Parameters of any kind.
+
+    Returns:
+        `id` of a parameter → its start. Parameters that hold A or B themselves have no entry.
+    """
+    held = {id(parameter) for parameter in parameters}
+    found = ((id(factor.trainable), factor) for factor in _deltas)
+    return {key: factor.start for key, factor in found if key in held and not factor.holds_factor}
 
 
 def _factors_of(optimizer: Optimizer) -> list[Delta]:
