@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
+import lora_ga
+from lora_ga import GradientEstimate, allocate_ranks
 from lora_ga.adapter.directions import DIRECTIONS, SCALES, LayerSpec, leading_singular_values, split
 from lora_ga.config import CHOICES, LoraGAConfig
+from lora_ga.layers.kinds import base_weights
+from lora_ga.layers.targets import find_targets
 from lora_ga.linalg.low_rank import LowRank, truncated_svd
+from toys import adapted, causal, llama, lora_settings
 
 RANK, OUTPUTS, INPUTS = 3, 16, 12
 G = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -184,3 +190,71 @@ def test_settings_survive_the_conversion_to_a_dict_and_back() -> None:
 def test_an_unknown_setting_raises_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no setting gamma; it has direction, estimator, .*stable_gamma"):
         LoraGAConfig.from_dict({"gamma": 16})
+
+
+# --- ranks under a budget --------------------------------------------------------------------------------------------
+
+
+def spectra(**values: list[float]) -> GradientEstimate:
+    """Layers of 16 outputs and 12 inputs with given singular values; a rank costs 28 parameters."""
+    layers = {
+        name: LowRank(torch.eye(16, len(s)), torch.tensor(s), torch.eye(12, len(s)), sum(v * v for v in s) ** 0.5)
+        for name, s in values.items()
+    }
+    return GradientEstimate(layers, LoraGAConfig(), "0" * 16, 1.0, 1)
+
+
+KNOWN = spectra(a=[9, 8, 5, 4, 3, 2, 1, 1], b=[7, 7, 6, 6, 1, 1, 1, 1])
+
+
+def test_ranks_go_to_the_largest_energies_under_the_budget() -> None:
+    """The first two directions are rank 1. Then b's 36 + 36 come before a's 25 + 16, and a's 9 + 4 before b's 1 + 1."""
+    found = [allocate_ranks(KNOWN, 28 * ranks).ranks for ranks in range(2, 7)]
+    assert [(each["a"], each["b"]) for each in found] == [(1, 1), (1, 2), (2, 2), (3, 2), (4, 2)]
+    assert allocate_ranks(KNOWN, 28 * 5 - 1).parameters == 28 * 4
+    assert allocate_ranks(KNOWN, 28 * 4, by="uniform").ranks == {"a": 2, "b": 2}
+    assert allocate_ranks(KNOWN, 28 * 6, max_rank=3).ranks == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "message"),
+    [
+        (55, {}, r"The budget is 55 parameters, but the 2 layers of the estimate take at least 56 \(rank 1"),
+        (337, {}, "and at most 336 .half of the smaller side."),
+        (300, {}, "a: rank 5 needs 10 gradient directions, but the estimate holds 8. Estimate again.*max_rank=4"),
+        (60, {"by": "norm"}, "by is 'norm'; it must be one of spectrum, importance, uniform"),
+        (60, {"max_rank": 0}, "max_rank is 0; it must be at least 1"),
+        (60, {"by": "importance"}, "give the model of the estimate"),
+    ],
+)
+def test_a_budget_or_a_setting_that_cannot_be_met_is_refused(budget: int, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        allocate_ranks(KNOWN, budget, **options)
+
+
+def test_an_estimate_of_experts_gets_no_ranks() -> None:
+    estimate = dataclasses.replace(KNOWN, layers={"experts.up[0]": KNOWN["a"]})
+    with pytest.raises(ValueError, match=r"experts.up\[0\] is a part of a layer"):
+        allocate_ranks(estimate, 100)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_settings_of_an_allocation_give_peft_its_ranks_and_one_scaling(use_rslora: bool) -> None:
+    """Ranks by importance follow mean|W ⊙ G|/√(d_out + d_in). The estimate starts the adapter of these ranks."""
+    targets, config = ["q_proj", "up_proj"], LoraGAConfig(estimator="dense")
+    model = adapted(llama(), targets)
+    estimate = lora_ga.estimate_gradients(model, causal(1), config)
+    allocation = allocate_ranks(estimate, 1600, by="importance", model=model, scaling=3.0, use_rslora=use_rslora)
+    assert 1500 < allocation.parameters <= 1600
+    assert len(set(allocation.ranks.values())) > 1
+    shares = {}
+    for name, target in find_targets(model).items():
+        g, w = (estimate[name].U * estimate[name].S) @ estimate[name].V.mT, base_weights(target.layer)[0]
+        shares[name] = (w * g).abs().mean().item() / math.sqrt(sum(w.shape))
+    proportion = {name: share / sum(shares.values()) * sum(allocation.ranks.values()) for name, share in shares.items()}
+    assert all(abs(allocation.ranks[name] - proportion[name]) < 1 for name in shares)
+    fresh = get_peft_model(llama(), lora_settings(targets, **allocation.lora_settings()))
+    lora_ga.apply_estimate(fresh, estimate, config)
+    for name, target in find_targets(fresh, fresh=False).items():
+        assert target.rank == allocation.ranks[name]
+        assert target.layer.scaling["default"] == pytest.approx(3.0)

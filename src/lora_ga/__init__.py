@@ -8,6 +8,7 @@ from lora_ga.version import __version__ as __version__
 if TYPE_CHECKING:
     from lora_ga.adapter.initialize import get_lora_ga_model, initialize
     from lora_ga.adapter.load import load
+    from lora_ga.adapter.ranks import allocate_ranks
     from lora_ga.adapter.write import apply_estimate
     from lora_ga.config import LoraGAConfig
     from lora_ga.export.compress import compress_adapter
@@ -21,6 +22,7 @@ __all__ = [
     "LoraGACallback",
     "LoraGAConfig",
     "LowRank",
+    "allocate_ranks",
     "apply_estimate",
     "compress_adapter",
     "estimate_gradients",
@@ -35,6 +37,7 @@ _HOMES = {
     "LoraGACallback": "integrations.trainer",
     "LoraGAConfig": "config",
     "LowRank": "linalg.low_rank",
+    "allocate_ranks": "adapter.ranks",
     "apply_estimate": "adapter.write",
     "compress_adapter": "export.compress",
     "estimate_gradients": "gradients.estimate",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_ga import GradientEstimate, LoraGAConfig
+from lora_ga import GradientEstimate, LoraGAConfig, allocate_ranks
 from lora_ga.cli.inspect import RANKS, layer_table, ordered, share_figure, short_names, summary
 from lora_ga.cli.main import main
 from lora_ga.experiments.pages.drawing import render
@@ -39,6 +39,19 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     known_estimate().save("estimate.safetensors")
     return "estimate.safetensors"
+
+
+def test_a_budget_shows_the_rank_of_every_layer(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", file, "--budget", "90", "--max_rank", "2"]) == 0
+    *_, first, settings = capsys.readouterr().out.strip().split("\n")
+    assert first == "Ranks by the gradient's spectrum: 88 trained parameters. As arguments of LoraConfig:"
+    expected = allocate_ranks(known_estimate(), 90, max_rank=2).lora_settings()
+    assert json.loads(settings) == expected
+    assert list(expected["rank_pattern"].values()) == [2]
+    estimate = known_estimate()
+    shares = {name: {rank: estimate[name].limit(rank) for rank in RANKS} for name in estimate}
+    table = layer_table(estimate, shares, list(estimate), allocate_ranks(estimate, 90))
+    assert [row[-1] for row in table.rows] == ["2", "1", "1", "1"]
 
 
 def test_shares_follow_from_the_spectrum_and_are_blank_if_too_few_directions_are_held() -> None:

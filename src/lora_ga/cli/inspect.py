@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # slow to import
     from matplotlib.figure import Figure
 
     from lora_ga import GradientEstimate
+    from lora_ga.adapter.ranks import RankAllocation
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -29,6 +31,7 @@ Show an estimate: the norm of the gradient of each layer, and the share of the g
 
   lora-ga inspect runs/lora-ga
   lora-ga inspect estimate.safetensors --sort share --plot shares.png
+  lora-ga inspect estimate.safetensors --budget 100000
 
 The share at rank r is the largest possible cosine between the first step of a LoRA of rank r and the gradient: the norm
 of the first 2r singular values over the norm of all. A share of 1 means that nothing is lost. A layer with a low share
@@ -46,6 +49,11 @@ class InspectOptions:
     plot: str | None = field(
         default=None, metadata={"help": "write a map of the shares, layers by ranks, to this .png"}
     )
+    budget: int | None = field(
+        default=None,
+        metadata={"help": "divide this number of trained parameters among the layers, and show each layer's rank"},
+    )
+    max_rank: int | None = field(default=None, metadata={"help": "the largest rank that --budget gives to a layer"})
     sort: Literal["name", "norm", "share"] = field(
         default="name",
         metadata={
@@ -84,7 +92,7 @@ def main(argv: list[str]) -> int:
     if plot:
         check_output(plot, ".png", overwrite=namespace.overwrite)
     file = estimate_of(Path(namespace.estimates[0]))
-    from lora_ga import GradientEstimate
+    from lora_ga import GradientEstimate, allocate_ranks
     from lora_ga.experiments.pages.drawing import render
 
     estimate = GradientEstimate.load(file)
@@ -96,8 +104,9 @@ def main(argv: list[str]) -> int:
     if plot:
         write_output(plot, render(share_figure([shares[name] for name in names], short_names(names)), "png"))
     console = terminal()
-    console.print(as_rich(layer_table(estimate, shares, names)))
-    for line in summary(estimate):
+    allocation = None if options.budget is None else allocate_ranks(estimate, options.budget, max_rank=options.max_rank)
+    console.print(as_rich(layer_table(estimate, shares, names, allocation)))
+    for line in [*summary(estimate), *([] if allocation is None else ranks_lines(allocation))]:
         console.print(Text(line), soft_wrap=True)
     if plot:
         console.print(Text(f"Written: {plot.resolve()}"), soft_wrap=True)
@@ -150,8 +159,10 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [".".join(part[common:]) for part in parts]
 
 
-def layer_table(estimate: GradientEstimate, shares: Shares, names: Sequence[str]) -> Table:
-    """Returns a table with a row for each layer and a row of medians."""
+def layer_table(
+    estimate: GradientEstimate, shares: Shares, names: Sequence[str], allocation: RankAllocation | None = None
+) -> Table:
+    """Returns a table with a row for each layer and a row of medians; with an allocation also the layers' ranks."""
 
     def cells(values: Sequence[float]) -> list[str]:
         return [f"{value:.3f}" if math.isfinite(value) else BLANK for value in values]
@@ -167,7 +178,21 @@ def layer_table(estimate: GradientEstimate, shares: Shares, names: Sequence[str]
     norms = f"{median(layer.norm for layer in estimate.values()):.3g}" if shares else BLANK
     held = f"{median(estimate.held().values()):.3f}" if shares else BLANK
     rows.append(["median", "", norms, held, "", *middle])
-    return Table(["layer", "out×in", "‖G‖", "held", "settled", *(f"r={rank}" for rank in RANKS)], rows)
+    columns = ["layer", "out×in", "‖G‖", "held", "settled", *(f"r={rank}" for rank in RANKS)]
+    if allocation is not None:
+        columns.append("rank")
+        ranks = [allocation.ranks.get(name) for name in names]
+        for row, rank in zip(rows, [*ranks, median(allocation.ranks.values())], strict=True):
+            row.append(BLANK if rank is None else f"{rank:g}")
+    return Table(columns, rows)
+
+
+def ranks_lines(allocation: RankAllocation) -> list[str]:
+    """Returns lines about the ranks that a budget gives, with the settings for PEFT's LoraConfig as JSON."""
+    return [
+        f"Ranks by the gradient's spectrum: {allocation.parameters:,} trained parameters. As arguments of LoraConfig:",
+        json.dumps(allocation.lora_settings(), ensure_ascii=False),
+    ]
 
 
 def summary(estimate: GradientEstimate) -> list[str]:
