@@ -25,7 +25,7 @@ METHODS = {
     "full": {"rates": [-6, -5]},
     "lora": {"rates": [-5, -4]},
     **{name: {"rates": [-5]} for name in ("rslora", "lora_plus", "pissa", "dora", "adalora", "olora", "eva")},
-    **{name: {"rates": [-6]} for name in ("peft_lora_ga", "lora_ga", "gradient_lora")},
+    **{name: {"rates": [-6]} for name in ("peft_lora_ga", "lora_ga", "gradient_lora", "steps")},
     "random directions": {"method": "lora_ga", "options": {"directions": "random"}, "rate_of": "lora_ga"},
 }
 

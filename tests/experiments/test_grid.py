@@ -2,16 +2,21 @@
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 import processes
 from lora_ga.cli.main import main
 from lora_ga.cli.reproduce import chosen
-from lora_ga.experiments.methods import METHODS
+from lora_ga.experiments.methods import METHODS, load_method
+from lora_ga.experiments.methods.base import BuildInputs
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.cells import Cell, cell_of
 from lora_ga.experiments.suites.grid import run_grid
@@ -19,6 +24,7 @@ from lora_ga.experiments.suites.run import Place, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import load_suite
 from lora_ga.experiments.suites.training import EXPLODED, WINDOW, DivergedError, check_loss
+from toys import autograd_gradients, causal, llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
@@ -172,3 +178,64 @@ def test_a_loss_that_explodes_ends_a_run_and_a_single_peak_does_not() -> None:
     check_loss([1.0] + [high] * (WINDOW - 2))
     with pytest.raises(DivergedError, match=f"the training loss is 20 at step {WINDOW + 1}, it began at 1"):
         check_loss([1.0] + [high] * WINDOW)
+
+
+def start_inputs(**options: Any) -> BuildInputs:
+    names = load_method("steps").options | {"rule": "adamw"} | options
+    targets = ["q_proj", "down_proj"]
+    return BuildInputs(llama(num_hidden_layers=1), causal(2), targets, "CAUSAL_LM", 3, 6.0, 10, 0.2, 0, names)
+
+
+def adapter_layers(model: Any) -> Iterator[tuple[Tensor, Tensor, Tensor, Any]]:
+    """A, B, the exact gradient of the weight, and the layer, of every adapted layer."""
+    base = llama(num_hidden_layers=1)
+    true = autograd_gradients(base, lambda model: torch.stack([model(**batch).loss for batch in causal(2)]).mean())
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            yield layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach(), true[name], layer
+
+
+def best(matrix: Tensor, rank: int = 3) -> Tensor:
+    u, s, vh = torch.linalg.svd(matrix)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
+def test_the_starts_from_a_gradient_have_the_products_of_their_formulas() -> None:
+    model = load_method("steps").build(start_inputs(start="lora_one", size=32.0))
+    for a, b, g, _ in adapter_layers(model):
+        torch.testing.assert_close(b @ a, -best(g) / torch.linalg.matrix_norm(g, 2) / 32, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+    model = load_method("steps").build(start_inputs(start="gora", size=0.1))
+    for a, b, g, layer in adapter_layers(model):
+        wanted = -0.1 * math.sqrt(a.shape[1] / 3) * g @ torch.linalg.pinv(a) @ a
+        torch.testing.assert_close(layer.scaling["default"] * b @ a, wanted, rtol=1e-3, atol=1e-7)
+    model = load_method("steps").build(start_inputs(start="nystrom", size=0.1))
+    for a, b, _, layer in adapter_layers(model):
+        omega = torch.linalg.pinv(layer.get_base_layer().weight.detach()) @ b
+        assert not a.any()
+        assert omega.std().item() == pytest.approx(0.1, rel=0.3)
+
+
+def test_lora_sb_starts_at_the_best_product_of_a_sign_step_and_trains_what_is_between() -> None:
+    inputs = start_inputs(start="lora_sb")
+    model = load_method("steps").build(inputs)
+    for a, b, g, layer in adapter_layers(model):
+        wanted = best(-inputs.rate * g.sign())
+        torch.testing.assert_close(layer.scaling["default"] * b @ a, wanted, rtol=1e-3, atol=1e-4)
+    (group,) = load_method("steps").groups(model, inputs)
+    assert {tuple(parameter.shape) for parameter in group["params"]} == {(3, 3)}
+
+
+def test_an_unknown_start_or_rule_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="steps: start is 'best'; it must be one of lora, lora_ga, random, lora_one"):
+        load_method("steps").build(start_inputs(start="best"))
+    with pytest.raises(ValueError, match="steps: rule is 'best'; it must be one of adamw, sgd, tsd"):
+        load_method("steps").optimizer([], start_inputs(rule="best"))
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "tsd", "muon", "scaled_sgd", "scaled_adamw"])
+def test_every_rule_of_steps_trains_the_toy(toy: Path, rule: str) -> None:
+    cell = replace(cell_of(load_suite(str(toy)), "classes", "steps", 1e-2, 0), options={"rule": rule})
+    record = run_cell(cell, PLACE)
+    assert record["status"] == "done", record["reason"]
+    assert record["metrics"]["report"]["loss"] != record["curves"]["report"][0]["loss"]

@@ -22,6 +22,7 @@ METHODS = (
     "peft_lora_ga",
     "lora_ga",
     "gradient_lora",
+    "steps",
 )
 # Method -> its file, where that has another name.
 FILES = {"rslora": "lora", "pissa": "lora", "dora": "lora", "olora": "lora"}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -60,6 +61,11 @@ def one_rate(model: Any, inputs: BuildInputs) -> list[dict[str, Any]]:
     return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": inputs.rate}]
 
 
+def adamw(groups: list[dict[str, Any]], inputs: BuildInputs) -> torch.optim.Optimizer:
+    """The default of `optimizer`: AdamW without weight decay."""
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
 @dataclass(frozen=True)
 class Method:
     """A fine-tuning method.
@@ -67,7 +73,8 @@ class Method:
     Attributes:
         build: Builds the model to train.
         options: Name → default, of every option that a suite file may set.
-        groups: Returns the parameter groups for AdamW. The training loop moves a new head into another group.
+        groups: Returns the parameter groups for the optimizer. The training loop moves a new head into another group.
+        optimizer: Makes the optimizer of the parameter groups.
         after_step: Called after each optimizer step, before the gradients are reset, with the model and the number of
             steps done.
     """
@@ -75,4 +82,5 @@ class Method:
     build: Callable[[BuildInputs], Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     groups: Callable[[Any, BuildInputs], list[dict[str, Any]]] = one_rate
+    optimizer: Callable[[list[dict[str, Any]], BuildInputs], torch.optim.Optimizer] = adamw
     after_step: Callable[[Any, int], None] = no_action

@@ -1,4 +1,4 @@
-"""The training loop of all methods: AdamW without weight decay, linear warm-up, cosine decay, the same data order."""
+"""The training loop of all methods: linear warm-up, cosine decay, the same data order. Most methods use AdamW."""
 
 from __future__ import annotations
 
@@ -155,9 +155,7 @@ def train(
         curves: Filled during training, so that a run that diverges leaves its first losses.
     """
     keep_in_float32(model)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(method, model, inputs, settings.head_rate), weight_decay=0.0, fused=True
-    )
+    optimizer = method.optimizer(parameter_groups(method, model, inputs, settings.head_rate), inputs)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
     model.train()
     if settings.eval_steps < settings.steps:  # otherwise only the end is evaluated
