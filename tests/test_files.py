@@ -81,6 +81,26 @@ def test_estimates_of_two_halves_merge_to_that_of_the_whole() -> None:
         assert merged[name].norm == pytest.approx(whole[name].norm, rel=0.05)
 
 
+def test_weights_with_signs_give_that_combination_of_gradients() -> None:
+    model = adapted(llama(), ["q_proj", "up_proj"])
+    config = LoraGAConfig(oversample=1_000)
+    first, second = (lora_ga.estimate_gradients(model, [batch], config) for batch in causal(2))
+    dense = [
+        lora_ga.estimate_gradients(model, [batch], dataclasses.replace(config, estimator="dense"))
+        for batch in causal(2)
+    ]
+    combined = first.merge(second, weights=[1, -0.5])
+    for name, layer in combined.items():
+        one, other = ((each[name].U * each[name].S) @ each[name].V.mT for each in dense)
+        wanted = one - 0.5 * other
+        torch.testing.assert_close((layer.U * layer.S) @ layer.V.mT, wanted, rtol=1e-3, atol=1e-6)
+        assert layer.norm == pytest.approx(wanted.norm().item(), rel=1e-3)
+        assert (layer.S >= 0).all()
+    for weights in ([1.0], [1.0, 0.0], [1.0, math.nan]):
+        with pytest.raises(ValueError, match="it must hold a finite number other than 0 for each of the 2 estimates"):
+            first.merge(second, weights=weights)
+
+
 def test_estimates_of_other_models_or_settings_do_not_merge(estimate: GradientEstimate) -> None:
     model = adapted(llama())
     cases = {

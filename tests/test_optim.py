@@ -361,7 +361,7 @@ def check_parts(model: Any, loss: Callable[[], Tensor]) -> None:
     optimizer.step()
     for target in find_targets(model, fresh=False).values():
         a, b = parts(target, lambda factor: factor.start)
-        by_a, by_b = parts(target, lambda factor: factor.trainable.grad)  # type: ignore[return-value]
+        by_a, by_b = parts(target, lambda factor: factor.trainable.grad)  # type: ignore[arg-type]
         moved_a, moved_b = parts(target, lambda factor: factor.trainable.detach())
         alive = b.flatten(1).any(dim=1)  # experts without a token start with B = 0
         assert alive.any()
@@ -381,7 +381,7 @@ def test_the_magnitudes_of_dora_get_adamw_and_its_factors_the_rule(caplog: pytes
 def test_what_cannot_be_stepped_in_pairs_is_refused_by_name() -> None:
     model = adapted(llama(num_hidden_layers=1), ["q_proj"])
     with pytest.raises(ValueError, match=r"PoLoRA steps A and B in pairs.*lora_ga.optim.param_groups\(model\)"):
-        PoLoRA(model.parameters(), lr=0.1)  # type: ignore[arg-type]
+        PoLoRA(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="LoRAMuon: lr is -1; it must be a finite number, at least 0"):
         LoRAMuon(param_groups(model), lr=-1)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj

@@ -153,29 +153,42 @@ class GradientEstimate(Mapping[str, LowRank]):
             raise ValueError(f"{path}: {error} {_written_by(about)} Make the estimate again.") from error
         return cls(layers, config, **{key: about[key] for key in ABOUT}, merged_from=tuple(about["merged_from"]))
 
-    def merge(self, *others: GradientEstimate) -> GradientEstimate:
-        """Add up estimates of one model on different batches, weighted by their label tokens.
+    def merge(self, *others: GradientEstimate, weights: Sequence[float] | None = None) -> GradientEstimate:
+        """Add up estimates of one model on different batches, weighted by their label tokens or by given numbers.
 
         A layer (or expert) that is missing from an estimate got no gradient there: it adds zero, and its label tokens
         count all the same. So estimates may be added up in any order and grouping.
 
+        With `weights` the result is Σ wᵢGᵢ of the mean gradients, for continual learning: a new task's gradient less a
+        part of an old one's does not undo what the old one taught. J. Pasquali and others, "Low-Rank Adapters
+        Initialization via Gradient Surgery for Continual Learning" (Slice), 2026 (arXiv 2605.12752), take away the part
+        along the old gradient where the two conflict; its text was not at hand.
+
         Args:
             *others: Estimates of the same model with the same settings.
+            weights: A number for this estimate and for each of the others, which may be negative.
 
         Returns:
             The estimate over all batches. It differs from that of one run by the directions that no part keeps.
 
         Raises:
-            ValueError: The estimates differ in model, settings or layers, or a part is in two of them.
+            ValueError: The estimates differ in model, settings or layers, or a part is in two of them; or the weights
+                are not one finite number, other than 0, for each.
         """
         every = (self, *others)
+        given = None if weights is None else [float(weight) for weight in weights]
+        if given is not None and (len(given) != len(every) or not all(w and math.isfinite(w) for w in given)):
+            raise ValueError(
+                f"weights is {given}; it must hold a finite number other than 0 for each of the {len(every)} estimates."
+            )
         for index, other in enumerate(others, start=2):
             self._check_same_kind(other, index)
         _check_pairs(every)
         layers, settled, settled_weight = {}, {}, {}
         for name in dict.fromkeys(name for estimate in every for name in estimate):
             total = sum(estimate.weight_of(name) for estimate in every)
-            parts = [(each[name], each.weight_of(name) / total) for each in every if name in each]
+            shares = given or [estimate.weight_of(name) / total for estimate in every]
+            parts = [(each[name], share) for each, share in zip(every, shares, strict=True) if name in each]
             omega = low_rank.probes(parts[0][0].V.shape[0], self.config.seed)
             layers[name] = low_rank.merge(parts, parts[0][0].S.numel(), omega)
             if any(name in estimate.settled for estimate in every):

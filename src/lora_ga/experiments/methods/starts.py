@@ -148,6 +148,8 @@ def _layers(inputs: BuildInputs, default: float) -> tuple[Any, dict[str, Layer]]
 class Between(nn.Module):
     """A as `R A₀` with a trained R (r x r); A₀ has orthonormal rows."""
 
+    rows: Tensor
+
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         self.register_buffer("rows", rows)
@@ -191,7 +193,8 @@ def _own(**changes: Any) -> Callable[[BuildInputs], Any]:
     """LoRA-GA's start, whose `size` is the reach."""
 
     def build(inputs: BuildInputs) -> Any:
-        options = own.METHODS["lora_ga"].options | {"scale": "reach", "reach": inputs.options["size"] or 0.35} | changes
+        reach = {"scale": "reach", "reach": inputs.options["size"] or 0.35}
+        options = {**own.METHODS["lora_ga"].options, **reach, **changes}
         return own.build(dataclasses.replace(inputs, options=options))
 
     return build
