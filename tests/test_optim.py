@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,11 @@ def parts(target: Any, of: Callable[[Factor], Tensor]) -> tuple[Tensor, Tensor]:
     return target.layout.unstack_a(a, target.parts).double(), target.layout.unstack_b(b, target.parts).double()
 
 
+def gradient(factor: Factor) -> Tensor:
+    assert factor.trainable.grad is not None
+    return factor.trainable.grad
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_part_of_a_layer_takes_its_own_step(kind: str) -> None:
@@ -361,7 +367,7 @@ def check_parts(model: Any, loss: Callable[[], Tensor]) -> None:
     optimizer.step()
     for target in find_targets(model, fresh=False).values():
         a, b = parts(target, lambda factor: factor.start)
-        by_a, by_b = parts(target, lambda factor: factor.trainable.grad)  # type: ignore[arg-type]
+        by_a, by_b = parts(target, gradient)
         moved_a, moved_b = parts(target, lambda factor: factor.trainable.detach())
         alive = b.flatten(1).any(dim=1)  # experts without a token start with B = 0
         assert alive.any()
@@ -429,6 +435,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
         optimizer.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not optimizer.state
+
+
+def test_a_gradient_that_is_not_finite_in_a_head_changes_nothing_either() -> None:
+    a, b, head = (nn.Parameter(random(*shape)) for shape in ((2, 5), (4, 2), (3,)))
+    optimizer = PoLoRA([{"params": [a, b], "layout": "rows"}, {"params": [head], "names": ["score"]}], lr=0.1)
+    a.grad, b.grad, head.grad = torch.ones_like(a), torch.ones_like(b), torch.full_like(head, math.inf)
+    before = a.detach().clone()
+    with pytest.raises(FloatingPointError, match="PoLoRA: the gradient of score is not finite"):
+        optimizer.step()
+    assert torch.equal(a, before)
 
 
 @pytest.mark.parametrize("rank", [1, 2])

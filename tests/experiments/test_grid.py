@@ -181,9 +181,9 @@ def test_a_loss_that_explodes_ends_a_run_and_a_single_peak_does_not() -> None:
 
 
 def start_inputs(**options: Any) -> BuildInputs:
-    names = load_method("steps").options | {"rule": "adamw"} | options
+    chosen = {**load_method("steps").options, "rule": "adamw", **options}
     targets = ["q_proj", "down_proj"]
-    return BuildInputs(llama(num_hidden_layers=1), causal(2), targets, "CAUSAL_LM", 3, 6.0, 10, 0.2, 0, names)
+    return BuildInputs(llama(num_hidden_layers=1), causal(2), targets, "CAUSAL_LM", 3, 6.0, 10, 0.2, 0, chosen)
 
 
 def adapter_layers(model: Any) -> Iterator[tuple[Tensor, Tensor, Tensor, Any]]:

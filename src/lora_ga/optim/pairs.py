@@ -153,6 +153,10 @@ class Stack:
         a, b = (torch.cat(side) if len(side) > 1 else side[0] for side in sides)
         return a, b
 
+    def gradients(self) -> list[list[Tensor]]:
+        """The gradients of the parameters."""
+        return [[parameter.grad for parameter in pair if parameter.grad is not None] for pair in self.params]
+
     def write(self, a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The inverse of `read`.
 
@@ -237,7 +241,7 @@ class PairOptimizer(Optimizer, abc.ABC):
         """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make a step.
 
         Args:
@@ -255,7 +259,7 @@ class PairOptimizer(Optimizer, abc.ABC):
             with torch.enable_grad():
                 loss = closure()
         stacks = [stack for group in self.param_groups if group["layout"] for stack in self._stacks(group)]
-        gradients = [stack.read([(A.grad, B.grad) for A, B in stack.params]) for stack in stacks]
+        gradients = [stack.read(stack.gradients()) for stack in stacks]
         self._check_finite(stacks, gradients)
         starts = starts_of(parameter for stack in stacks for pair in stack.params for parameter in pair)
         for stack, (grad_a, grad_b) in zip(stacks, gradients, strict=True):
@@ -272,8 +276,7 @@ class PairOptimizer(Optimizer, abc.ABC):
         params = group["params"]
         if len(params) % 2 or any(map(sharded, params)):
             raise ValueError(f"{type(self).__name__} was made for pairs of factors, but now holds {SHARDED}")
-        names = group.get("names") or [f"pair {index}" for index in range(len(params) // 2)]
-        for name, A, B in zip(names, params[::2], params[1::2], strict=True):
+        for name, (A, B) in _named(group, 2):
             if (A.grad is None) != (B.grad is None):
                 raise ValueError(
                     f"{name}: one of its factors has a gradient, the other has none. {type(self).__name__} steps both; "
@@ -292,21 +295,22 @@ class PairOptimizer(Optimizer, abc.ABC):
         Raises:
             FloatingPointError: There is one.
         """
-        if not stacks:
-            return
-        # A sum is not finite if a term is not; one transfer for all.
-        sums = [
-            torch.stack([side.double().sum() if side.device.type != "mps" else side.sum() for side in pair]).sum()
-            for pair in gradients
-        ]
-        if bool(torch.stack([total.to(sums[0]) for total in sums]).isfinite().all()):
-            return
-        names = [
-            name
+        named = [
+            (name, parameter)
             for stack in stacks
-            for name, (A, B) in zip(stack.names, stack.params, strict=True)
-            if not all(bool(p.grad.isfinite().all()) for p in (A, B))  # type: ignore[union-attr]
+            for name, pair in zip(stack.names, stack.params, strict=True)
+            for parameter in pair
         ]
+        others = [pair for group in self.param_groups if not group["layout"] for pair in _named(group, 1)]
+        # A sum is not finite if a term is not; one transfer for all.
+        tensors = [side for both in gradients for side in both]
+        tensors += [parameter.grad for _, (parameter,) in others if parameter.grad is not None]
+        sums = [(tensor if tensor.device.type == "mps" else tensor.double()).sum() for tensor in tensors]
+        if not sums or bool(torch.stack([total.to(sums[0]) for total in sums]).isfinite().all()):
+            return
+        named += [(name, parameter) for name, (parameter,) in others]
+        wrong = [name for name, each in named if each.grad is not None and not bool(each.grad.isfinite().all())]
+        names = list(dict.fromkeys(wrong))
         raise FloatingPointError(
             f"{type(self).__name__}: the gradient of {_some(names)} is not finite. No parameter was changed. Lower the "
             "learning rate, use a gradient scaler with float16, or catch this error and go on with the next batch."
@@ -369,6 +373,13 @@ class PairOptimizer(Optimizer, abc.ABC):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
+
+def _named(group: Mapping[str, Any], size: int) -> Iterator[tuple[str, tuple[nn.Parameter, ...]]]:
+    """The parameters of a group in twos or ones, each with its name; a number, if the group was changed since."""
+    found = list(zip(*(group["params"][start::size] for start in range(size)), strict=True))
+    names = group.get("names", ())
+    return zip(names if len(names) == len(found) else map(str, range(len(found))), found, strict=True)
 
 
 def _value(parameter: nn.Parameter, starts: Mapping[int, Tensor]) -> Tensor:
