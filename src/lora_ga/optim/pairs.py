@@ -132,6 +132,11 @@ class Stack:
     names: list[str]
     params: list[tuple[nn.Parameter, nn.Parameter]]
 
+    @property
+    def _plain(self) -> bool:
+        """Whether the parameters are the matrices themselves: then one operation stacks them all."""
+        return self.group["parts"] == 1 and all(parameter.dim() == 2 for parameter in self.params[0])
+
     def read(self, values: Iterable[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
         """The A and the B of tensors like the parameters, as matrices (N, r, I) and (N, O, r).
 
@@ -144,6 +149,9 @@ class Stack:
         """
         layout, parts = LAYOUTS[self.group["layout"]], self.group["parts"]
         wide = torch.promote_types(self.params[0][0].dtype, torch.float32)
+        if self._plain:
+            of_a, of_b = zip(*values, strict=True)
+            return torch.stack(of_a).to(wide), torch.stack(of_b).to(wide)
         sides: list[list[Tensor]] = [[], []]
         unstack = layout.unstack_a, layout.unstack_b
         for held in values:
@@ -152,6 +160,19 @@ class Stack:
                 sides[side].append(stacked.to(wide))
         a, b = (torch.cat(side) if len(side) > 1 else side[0] for side in sides)
         return a, b
+
+    def values(self, starts: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """The values of A and B: the parameters, and their starts where they hold changes."""
+        a, b = self.read(self.params)
+        found = [[starts.get(id(parameter)) for parameter in pair] for pair in self.params]
+        if all(start is None for pair in found for start in pair):
+            return a, b
+        own = [
+            [torch.zeros_like(p) if start is None else start.to(p.device) for p, start in zip(pair, held, strict=True)]
+            for pair, held in zip(self.params, found, strict=True)
+        ]
+        start_a, start_b = self.read(own)
+        return start_a + a, start_b + b
 
     def gradients(self) -> list[list[Tensor]]:
         """The gradients of the parameters."""
@@ -167,6 +188,9 @@ class Stack:
         Yields:
             For each pair of parameters the tensors of their shapes, or vectors.
         """
+        if self._plain:
+            yield from zip(a.unbind(), b.unbind(), strict=True)
+            return
         layout, parts = LAYOUTS[self.group["layout"]], self.group["parts"]
         rows = (side.unflatten(0, (-1, parts)) for side in (a, b))
         for (A, B), of_a, of_b in zip(self.params, *rows, strict=True):
@@ -263,8 +287,7 @@ class PairOptimizer(Optimizer, abc.ABC):
         self._check_finite(stacks, gradients)
         starts = starts_of(parameter for stack in stacks for pair in stack.params for parameter in pair)
         for stack, (grad_a, grad_b) in zip(stacks, gradients, strict=True):
-            values = stack.read([[_value(p, starts) for p in pair] for pair in stack.params])
-            self._step_pairs(stack, Pairs(*values, grad_a, grad_b))
+            self._step_pairs(stack, Pairs(*stack.values(starts), grad_a, grad_b))
         for group in self.param_groups:
             if not group["layout"]:
                 self._step_others(group)
@@ -328,7 +351,7 @@ class PairOptimizer(Optimizer, abc.ABC):
             for parameter, delta in zip(pair, deltas, strict=True):
                 if keep != 1:
                     parameter.mul_(keep)
-                parameter.add_(delta.to(parameter.dtype))
+                parameter.add_(delta)
         for name, sides in state.items():
             for (of_a, of_b), values in zip(held, stack.write(*sides), strict=True):
                 of_a[name], of_b[name] = values
@@ -380,15 +403,6 @@ def _named(group: Mapping[str, Any], size: int) -> Iterator[tuple[str, tuple[nn.
     found = list(zip(*(group["params"][start::size] for start in range(size)), strict=True))
     names = group.get("names", ())
     return zip(names if len(names) == len(found) else map(str, range(len(found))), found, strict=True)
-
-
-def _value(parameter: nn.Parameter, starts: Mapping[int, Tensor]) -> Tensor:
-    """A or B: the parameter, or its start and the change that it holds, in the wider of their dtypes and float32."""
-    value = parameter.detach()
-    if (start := starts.get(id(parameter))) is None:
-        return value
-    wide = torch.promote_types(start.dtype, torch.float32)
-    return start.to(parameter.device, wide) + value.to(wide)
 
 
 def adam(

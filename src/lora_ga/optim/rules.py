@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ga.optim.algebra import msign, orthonormal_product, spectral_norm, whitener
+from lora_ga.optim.algebra import gram, inverse_root, orthonormal_product, sign_factor, top_eigenvalue, trace
 from lora_ga.optim.pairs import PairOptimizer, Pairs, State, adam
 
 
@@ -141,7 +141,7 @@ class LoRATSD(PairOptimizer):
     def rule(self, pairs: Pairs, state: State, group: Mapping[str, Any], step: int) -> tuple[Tensor, Tensor]:
         """ΔA and ΔB (see `PairOptimizer.rule`)."""
         average_A, average_B = looked_ahead(pairs, state, group["momentum"], nesterov=group["nesterov"])
-        root_A, root_B = whitener(pairs.A), whitener(pairs.B.mT)
+        root_A, root_B = roots(pairs.A, pairs.B)
         rows, columns = root_A @ pairs.A, pairs.B @ root_B.mT  # orthonormal
         # X = columns · (left − left P_A) + right · rows, in the two parts `left` (N, r, I) and `right` (N, O, r).
         left, right = root_B @ average_A, average_B @ root_A.mT
@@ -177,9 +177,10 @@ class LoRAMuon(PairOptimizer):
     def rule(self, pairs: Pairs, state: State, group: Mapping[str, Any], step: int) -> tuple[Tensor, Tensor]:
         """ΔA and ΔB (see `PairOptimizer.rule`)."""
         average_A, average_B = averaged(state, (pairs.grad_a, pairs.grad_b), group["momentum"])
-        root_A, root_B = whitener(pairs.A), whitener(pairs.B.mT)
+        root_A, root_B = roots(pairs.A, pairs.B)
+        sign_A, sign_B = msign(root_B @ average_A, average_B @ root_A.mT)
         half = -group["lr"] / 2
-        return half * root_B.mT @ msign(root_B @ average_A), half * msign(average_B @ root_A.mT) @ root_A
+        return half * root_B.mT @ sign_A, half * sign_B @ root_A
 
 
 class PoLoRA(PairOptimizer):
@@ -225,11 +226,16 @@ class PoLoRA(PairOptimizer):
             state["curvature"] = torch.ones_like(pairs.A[:, 0]), torch.ones_like(pairs.B[:, :, 0])
         curvature_Q, curvature_P = state["curvature"]
         q_NI, p_NO = relative(curvature_Q, damping), relative(curvature_P, damping)
-        root_A, root_B = damped_root(pairs.A, q_NI, damping), damped_root(pairs.B.mT, p_NO, damping)
         inputs, outputs = q_NI.rsqrt()[:, None, :], p_NO.rsqrt()[:, :, None]
-        direction_A = root_B.mT @ msign(root_B @ average_A * inputs) * inputs
-        direction_B = outputs * msign(outputs * (average_B @ root_A.mT)) @ root_A
-        size = -group["lr"] / (spectral_norm(pairs.A) + spectral_norm(pairs.B))
+        curved = torch.cat([gram(pairs.A, q_NI), gram(pairs.B.mT, p_NO)])
+        top = top_eigenvalue(torch.cat([gram(pairs.A), gram(pairs.B.mT), curved]))
+        top_A, top_B, *top_curved = top.chunk(4)
+        root_A, root_B = with_constant(curved, damping * torch.cat(top_curved)).to(pairs.A.dtype).chunk(2)
+        sign_A, sign_B = msign(root_B @ average_A * inputs, outputs * (average_B @ root_A.mT))
+        direction_A, direction_B = root_B.mT @ sign_A * inputs, outputs * sign_B @ root_A
+        size_A, size_B = top_eigenvalue(torch.cat([gram(direction_A), gram(direction_B.mT)])).sqrt().chunk(2)
+        rate = -group["lr"] / (top_A.sqrt() + top_B.sqrt())
+        tiny = torch.finfo(pairs.A.dtype).tiny
         rank, first = pairs.A.shape[1], step == 1
         seen = (root_B @ pairs.grad_a).square().sum(dim=1) / rank, (pairs.grad_b @ root_A.mT).square().sum(dim=2) / rank
         kept = 0.0 if first else beta2  # the ones of the first step stand for no curvature
@@ -237,12 +243,15 @@ class PoLoRA(PairOptimizer):
             kept * curvature_Q + (1 - beta2) * seen[0],
             kept * curvature_P + (1 - beta2) * seen[1],
         )
-        return _of_size(direction_A, size), _of_size(direction_B, size)
+        return (
+            direction_A * (rate / size_A.clamp_min(tiny)).to(direction_A.dtype),
+            direction_B * (rate / size_B.clamp_min(tiny)).to(direction_B.dtype),
+        )
 
 
 def preconditioned(pairs: Pairs, damping: float) -> tuple[Tensor, Tensor]:
     """`(BᵀB + δI)⁻¹ grad_a` and `grad_b (AAᵀ + δI)⁻¹`."""
-    root_A, root_B = root_with_constant(pairs.A, damping), root_with_constant(pairs.B.mT, damping)
+    root_A, root_B = roots(pairs.A, pairs.B, damping)
     return root_B.mT @ (root_B @ pairs.grad_a), pairs.grad_b @ root_A.mT @ root_A
 
 
@@ -251,7 +260,7 @@ def carried_over(
 ) -> tuple[Tensor, Tensor]:
     """Averages of changes of A and B, in the factors after a step: `(B'ᵀB')⁻¹B'ᵀB M_A` and `M_B A A'ᵀ(A'A'ᵀ)⁻¹`."""
     new_A, new_B = pairs.A + change[0], pairs.B + change[1]
-    root_A, root_B = root_with_constant(new_A, damping), root_with_constant(new_B.mT, damping)
+    root_A, root_B = roots(new_A, new_B, damping)
     return (
         root_B.mT @ (root_B @ (new_B.mT @ pairs.B)) @ averages[0],
         averages[1] @ (pairs.A @ new_A.mT @ root_A.mT @ root_A),
@@ -286,24 +295,22 @@ def relative(curvature: Tensor, damping: float) -> Tensor:
     return torch.where(largest > 0, curvature / torch.where(largest > 0, largest, 1.0), 1.0) + damping
 
 
-def root_with_constant(x_Nrn: Tensor, constant: float) -> Tensor:
-    """W with `W (x xᵀ + constant I) Wᵀ = I`; zero where x is zero."""
-    return whitener(x_Nrn, over_size(constant, x_Nrn.square()))
+def roots(a_NrI: Tensor, b_NOr: Tensor, constant: float = 0.0) -> tuple[Tensor, Tensor]:
+    """W_A and W_B with `W_A (AAᵀ + constant I) W_Aᵀ = I`, likewise of BᵀB; zero where A or B is zero."""
+    both = with_constant(torch.cat([gram(a_NrI), gram(b_NOr.mT)]), constant).to(a_NrI.dtype)
+    root_A, root_B = both.chunk(2)
+    return root_A, root_B
 
 
-def damped_root(x_Nrn: Tensor, weights_Nn: Tensor, damping: float) -> Tensor:
-    """W with `W (x diag(weights) xᵀ + damping·λ I) Wᵀ = I`, λ being the largest eigenvalue; zero where x is zero."""
-    largest = spectral_norm(x_Nrn * weights_Nn.sqrt()[:, None, :]).square()
-    return whitener(x_Nrn, over_size(damping * largest, x_Nrn.square() * weights_Nn[:, None, :]), weights_Nn)
+def with_constant(gram_Nrr: Tensor, constant: float | Tensor) -> Tensor:
+    """W with `W (S + constant I) Wᵀ = I`; zero where S is zero."""
+    size = trace(gram_Nrr) / gram_Nrr.shape[-1]
+    return (
+        inverse_root(gram_Nrr, constant / size) if isinstance(constant, Tensor) or constant else inverse_root(gram_Nrr)
+    )
 
 
-def over_size(values: float | Tensor, squares_Nrn: Tensor) -> Tensor:
-    """Values, one for each matrix, over the mean diagonal of its Gram matrix, (N, 1, 1); 1 where that is zero."""
-    size = squares_Nrn.sum(dim=(1, 2)) / squares_Nrn.shape[1]
-    return torch.where(size > 0, values / torch.where(size > 0, size, 1.0), 1.0)[:, None, None]
-
-
-def _of_size(direction: Tensor, size_N: Tensor) -> Tensor:
-    """Each matrix at the largest singular value `size`; zero stays zero."""
-    norm = spectral_norm(direction).clamp_min(torch.finfo(direction.dtype).tiny)
-    return direction * (size_N / norm)[:, None, None]
+def msign(a_NrI: Tensor, b_NOr: Tensor) -> tuple[Tensor, Tensor]:
+    """The polar factors of matrices with few rows, and of matrices with few columns."""
+    sign_A, sign_B = sign_factor(torch.cat([gram(a_NrI), gram(b_NOr.mT)])).to(a_NrI.dtype).chunk(2)
+    return sign_A @ a_NrI, b_NOr @ sign_B
