@@ -21,9 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft import LoraGAConfig as PeftLoraGAConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -118,7 +116,10 @@ def start(method: str, base: nn.Module, batches: list[Batch], targets: Any) -> n
     if method == "lora":
         return get_peft_model(base, LoraConfig(**settings))
     if method == "peft lora_ga":
-        config = LoraConfig(**settings, init_lora_weights="lora_ga", lora_ga_config=PeftLoraGAConfig())
+        from peft import LoraGAConfig  # PEFT 0.18 has none, and tests with it import other functions of this file
+        from peft.tuners.lora.loraga import preprocess_loraga
+
+        config = LoraConfig(**settings, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
         preprocess_loraga(base, config, lambda: weigh_backward(base, batches))
         return get_peft_model(base, config)
     model = get_peft_model(base, LoraConfig(**settings))

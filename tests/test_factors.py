@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from peft.optimizers import create_lorafa_optimizer
-from peft.optimizers.riemannian import create_riemannian_optimizer
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from transformers import Adafactor, Gemma3ForCausalLM, Gemma3TextConfig
@@ -283,9 +282,15 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def riemannian(model: Any) -> Any:
+    """PEFT's Riemannian optimizer."""
+    module = pytest.importorskip("peft.optimizers.riemannian", reason="PEFT has this optimizer since version 0.21")
+    return module.create_riemannian_optimizer(model, SGD, lr=0.1)
+
+
 READERS: dict[str, Callable[[Any], Any]] = {
     "LoRA-RITE": lambda model: LoRARite(trained_parameters(model)),
-    "PEFT, Riemannian": lambda model: create_riemannian_optimizer(model, SGD, lr=0.1),
+    "PEFT, Riemannian": riemannian,
     "PEFT, LoRA-FA": lambda model: create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.01),
     "torch, Adafactor": lambda model: torch.optim.Adafactor(trained_parameters(model), lr=0.1),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -28,6 +29,7 @@ from peft import PeftModel
 import lora_ga
 import tables
 from lora_ga.cli.main import main
+from lora_ga.version import MINIMUM, check_versions
 from toys import adapted, causal, llama, logits
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,48 @@ def test_there_are_at_most_12_public_names_and_each_has_a_docstring() -> None:
     assert set(lora_ga.__all__) == set(lora_ga._HOMES)
     assert lora_ga.__version__ == importlib.metadata.version("lora-ga")
     assert all(getattr(lora_ga, name).__doc__ for name in lora_ga.__all__)
+
+
+def with_versions(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
+    """Let `importlib.metadata.version` return these versions; None stands for a library that has no metadata."""
+    real = importlib.metadata.version
+
+    def version(name: str) -> str | None:
+        if name in versions and versions[name] is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name] if name in versions else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_importing_the_package_with_a_library_below_its_minimum_names_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_versions(monkeypatch, peft="0.17.1", transformers="4.54.1")
+    with pytest.raises(ImportError) as raised:
+        importlib.reload(lora_ga)
+    assert str(raised.value) == (
+        f"lora-ga {lora_ga.__version__}: transformers 4.54.1 is installed, but transformers 4.55 or newer is needed; "
+        'peft 0.17.1 is installed, but peft 0.18 or newer is needed. Run: pip install --upgrade "transformers>=4.55" '
+        '"peft>=0.18"'
+    )
+
+
+@pytest.mark.parametrize("found", ["0.18", "0.18.0.dev0", "0.18.0rc1+local", "1", "main", "", None])
+def test_the_minimum_its_pre_releases_and_versions_that_say_nothing_are_accepted(
+    found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_versions(monkeypatch, peft=found)
+    check_versions()
+    with_versions(monkeypatch, torch="2.5.1+cpu")
+    with pytest.raises(ImportError, match=r"torch 2.5.1\+cpu is installed, but torch 2.6 or newer is needed"):
+        check_versions()
+
+
+def test_the_minimum_versions_are_those_of_the_package_metadata() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {*declared} == {f"{name}>={minimum}" for name, minimum in MINIMUM.items()} | {"safetensors>=0.5"}
 
 
 def check_contracts(source: Path) -> subprocess.CompletedProcess[str]:

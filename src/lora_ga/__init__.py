@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lora_ga.version import __version__ as __version__
+from lora_ga.version import check_versions
 
 if TYPE_CHECKING:
     from lora_ga.adapter.initialize import get_lora_ga_model, initialize
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from lora_ga.gradients.result import GradientEstimate
     from lora_ga.integrations.trainer import LoraGACallback
     from lora_ga.linalg.low_rank import LowRank
+
+check_versions()
 
 __all__ = [
     "GradientEstimate",

@@ -1,3 +1,44 @@
-"""The version of the package."""
+"""The version of the package, and the oldest versions of the libraries that it works with."""
+
+import importlib.metadata
+import re
 
 __version__ = "0.1.0"
+
+# Those of `dependencies` in pyproject.toml. Transformers' Trainer, in all of these versions, calls Accelerate with an
+# argument that Accelerate 1.3 brought.
+MINIMUM = {"torch": "2.6", "transformers": "4.55", "peft": "0.18", "accelerate": "1.3"}
+
+
+def check_versions() -> None:
+    """Refuse a library that is older than its minimum.
+
+    Pre-releases and builds from source count as the release they lead to. A library without version metadata is
+    accepted.
+
+    Raises:
+        ImportError: A library is too old. The message names each with its version and minimum, and the pip command.
+    """
+    old = {}
+    for name, minimum in MINIMUM.items():
+        found = _installed(name)
+        release = _release(found)
+        if release and release < _release(minimum):
+            old[name] = f"{name} {found} is installed, but {name} {minimum} or newer is needed"
+    if old:
+        remedy = " ".join(f'"{name}>={MINIMUM[name]}"' for name in old)
+        raise ImportError(f"lora-ga {__version__}: {'; '.join(old.values())}. Run: pip install --upgrade {remedy}")
+
+
+def _installed(name: str) -> str:
+    """The version in a library's metadata; empty if there is none."""
+    try:
+        return importlib.metadata.version(name) or ""
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (2, 6, 0) of "2.6.0a0+git1"; none if it begins with something else."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in found[0].split(".")) if found else ()

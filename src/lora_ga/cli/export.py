@@ -107,10 +107,10 @@ def compress(adapter: Path, out: Path, rank: int) -> None:
     from lora_ga.export.compress import compress_adapter
 
     companions = partial(copy_companions, adapter)
-    show_written(out, compress_adapter(adapter, out, rank, companions=companions))
+    show_written(adapter, out, compress_adapter(adapter, out, rank, companions=companions))
 
 
-def show_written(out: Path, errors: dict[str, float]) -> None:
+def show_written(adapter: Path, out: Path, errors: dict[str, float]) -> None:
     """Prints the error of each layer of a written adapter."""
     from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.experiments.tables.table import Table
@@ -145,7 +145,7 @@ def prepare(adapter: Path, options: ExportOptions, name: str) -> int:
     if options.output:
         out = Path(options.output)
         companions = partial(copy_companions, adapter)
-        show_written(out, write_for(adapter, out, name, options.rank, companions=companions))
+        show_written(adapter, out, write_for(adapter, out, name, options.rank, companions=companions))
         if READERS[name].factor is None:  # not a file of PEFT, so it cannot be checked as one
             print(f"{out}: written for {name}. Use it with: {READERS[name].advice.format(adapter=out)}")
             return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from peft import LoraConfig, LoraGAConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 
 from lora_ga.adapter.write import apply_estimate
@@ -26,6 +26,26 @@ from lora_ga.gradients.recording import recording
 from lora_ga.gradients.result import GradientEstimate
 
 __all__ = ["LoraConfig", "LoraGAConfig", "get_peft_model", "preprocess_loraga"]
+
+if hasattr(peft, "LoraGAConfig"):
+    from peft import LoraConfig, LoraGAConfig
+else:  # PEFT 0.18, which has no LoRA-GA
+
+    @dataclasses.dataclass
+    class LoraGAConfig:  # type: ignore[no-redef]
+        """The class of this name in PEFT 0.19 and newer."""
+
+        direction: str = "ArB2r"
+        scale: str = "stable"
+        stable_gamma: int = 16
+
+    class LoraConfig(peft.LoraConfig):  # type: ignore[no-redef]
+        """PEFT's class with the attribute of PEFT 0.19. It is no field, so saved configurations do not name it."""
+
+        def __init__(self, *args: Any, lora_ga_config: LoraGAConfig | None = None, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.lora_ga_config = lora_ga_config
+
 
 INIT = "lora_ga"
 
@@ -61,11 +81,12 @@ def settings_of(lora_config: LoraConfig, config: Settings) -> Settings:
     Raises:
         ValueError: There is no `lora_ga_config`.
     """
-    theirs = lora_config.lora_ga_config
+    theirs = getattr(lora_config, "lora_ga_config", None)  # PEFT 0.18's own class has no such field
     if theirs is None:
         raise ValueError(
             "LoraConfig.lora_ga_config is None, but it holds the direction, the scale and gamma. Use "
-            f'LoraConfig(init_lora_weights="{INIT}", lora_ga_config=LoraGAConfig()).'
+            f'LoraConfig(init_lora_weights="{INIT}", lora_ga_config=LoraGAConfig()), with both classes from '
+            "lora_ga.compat."
         )
     scale = SCALES.get(theirs.scale, theirs.scale)
     return dataclasses.replace(config, direction=theirs.direction, scale=scale, stable_gamma=theirs.stable_gamma)

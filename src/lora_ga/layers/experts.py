@@ -35,7 +35,8 @@ class ExpertsLayout(WeightLayout):
         """The base weight as (P, O, I)."""
         if weight.dim() == 2:
             return weight[None]
-        return weight if layer._did_swap_in_out_features else weight.mT
+        # PEFT 0.18 has no such attribute: it always takes the last but one dimension for the inputs.
+        return weight if getattr(layer, "_did_swap_in_out_features", False) else weight.mT
 
     def rows(self, layer: Any, x: Tensor, g: Tensor) -> Rows:
         """The parameter's gradient G of each expert, as G = (Gᵀ)ᵀ 1: unit vectors as inputs, Gᵀ as output gradients.
