@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-.PHONY: demo test test-all campaign test-zero3 lint docs dist bench clean
+.PHONY: demo test test-all campaign test-zero3 test-oldest test-versions test-frameworks lint docs dist bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,19 @@ test-zero3: $(VENV)/zero3/.ready
 # instance --seed 3 --part kills, are those of `python -m campaign`.
 campaign: $(VENV)/.ready
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:benchmarks $(BIN)/python -m campaign $(ARGUMENTS)
+
+# The next three make environments of their own, one after the other, and remove them. With uv on the path they take less
+# time. test-versions downloads about 4 GB, most of it for the oldest torch.
+VERSIONS := $(BIN)/python benchmarks/versions.py --torch $(TORCH)
+
+test-oldest: $(VENV)/.ready
+	$(VERSIONS) --only "oldest libraries" --smoke
+
+test-versions: $(VENV)/.ready
+	$(VERSIONS)
+
+test-frameworks: $(VENV)/.ready
+	$(VERSIONS) --frameworks
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
-"""Draws docs/support.md from the record that the tests of supported models and settings write.
+"""Draws docs/support.md from the records of the tests of supported models and settings, and of the versions.
 
+python benchmarks/versions.py
 pytest tests/test_support.py tests/test_ways_of_running.py tests/test_kinds.py tests/test_trained_adapters.py \
         tests/test_probe.py --support-record benchmarks/results/support.json
 python benchmarks/support_page.py --write
@@ -14,7 +15,17 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "support.json"
+VERSIONS = ROOT / "benchmarks" / "results" / "versions.json"
 PAGE = ROOT / "docs" / "support.md"
+# Package → its name in the table of versions.
+LIBRARIES = {
+    "torch": "torch",
+    "transformers": "Transformers",
+    "peft": "PEFT",
+    "accelerate": "Accelerate",
+    "trl": "TRL",
+    "datasets": "datasets",
+}
 MEANING = {
     "gradient": "the gradient from the hooks equals autograd's (for a quantised model: autograd's in plain layers with "
     "the same weights)",
@@ -59,8 +70,23 @@ def table(rows: dict[str, dict[str, str]]) -> list[str]:
     return lines
 
 
-def page(record: dict[str, Any]) -> str:
-    """The whole page in Markdown."""
+def versions_table(rows: dict[str, Any]) -> list[str]:
+    """The outcomes with each set of versions as a Markdown table."""
+    lines = ["| | " + " | ".join(LIBRARIES.values()) + " | situations | core tests |"]
+    lines.append("|---" * (len(LIBRARIES) + 3) + "|")
+    for row, outcome in rows.items():
+        situations, core = outcome["situations"], outcome["core"]
+        failed = f", **{core['failed']} failed**" if core["failed"] else ""
+        cells = [outcome["versions"][name] for name in LIBRARIES]
+        cells.append(f"{situations['passed']} of {sum(situations[part] for part in ('passed', 'failed', 'skipped'))}")
+        cells.append(f"{core['passed']} passed{failed}, {core['skipped']} not run")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    reasons = {reason for outcome in rows.values() for reason in outcome["core"]["reasons"]}
+    return [*lines, "", "Not run in some rows:", "", *(f"- {reason}." for reason in sorted(reasons))]
+
+
+def page(record: dict[str, Any], environments: dict[str, Any]) -> str:
+    """The whole page in Markdown, from the record of the tests and the rows of the record of versions."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         "# What LoRA-GA runs on",
@@ -68,7 +94,17 @@ def page(record: dict[str, Any]) -> str:
         "`benchmarks/support_page.py` draws this page from `benchmarks/results/support.json`, which the tests write.",
         "Every sign is a test that ran, on a CPU, with small models made from their configurations.",
         "",
-        f"Versions: {versions}.",
+        "## Versions",
+        "",
+        "Each row is an environment with the built package (`make test-versions`). The situations are those of "
+        "`tests/smoke.py`;",
+        "the core tests are some files of `tests/`. An older torch, Transformers, PEFT or Accelerate than in the first "
+        "row is",
+        "refused at import.",
+        "",
+        *versions_table(environments),
+        "",
+        f"The tables below were made with {versions}.",
         "",
     ]
     lines += [f"- **{column}**: {meaning}." for column, meaning in MEANING.items()]
@@ -91,7 +127,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    drawn = page(json.loads(RECORD.read_text()))
+    drawn = page(json.loads(RECORD.read_text()), json.loads(VERSIONS.read_text())["rows"])
     print(drawn)
     if "--write" in sys.argv:
         PAGE.write_text(drawn)

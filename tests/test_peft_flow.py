@@ -15,6 +15,7 @@ from torch import nn
 import lora_ga
 from bench_alignment import alignment_ratios, gradients
 from lora_ga.compat import LoraConfig, LoraGAConfig, get_peft_model, preprocess_loraga
+from lora_ga.experiments.methods import load_method
 from toys import FAMILIES, adapted, causal, classified, gpt2, llama, logits, train
 
 DENSE = lora_ga.LoraGAConfig(estimator="dense")
@@ -238,3 +239,11 @@ def test_targets_without_a_gradient_are_refused() -> None:
     model = llama()
     with pytest.raises(ValueError, match="14 of 14 layers cannot be aligned"):
         preprocess_loraga(model, config(), lambda: None)
+
+
+def test_the_experiments_name_the_peft_that_their_method_of_pefts_own_lora_ga_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("peft.LoraGAConfig", raising=False)  # as in PEFT 0.18
+    with pytest.raises(ValueError, match="peft_lora_ga needs PEFT 0.19 or newer, but PEFT .* is installed"):
+        load_method("peft_lora_ga").build(None)

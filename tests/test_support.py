@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lora_ga
 import support_page
+import versions
 from cases import CASES, Case
 from conftest import _weight
 from lora_ga import LoraGAConfig
@@ -22,6 +23,7 @@ from lora_ga.export.merge import merge_adapter
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import base_weights, kind_of
 from lora_ga.layers.targets import Target, find_targets
+from lora_ga.version import MINIMUM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts .or groups. got no gradient:UserWarning")
 
@@ -237,7 +239,23 @@ def test_merging_into_quantised_layers_and_grouped_convolutions_is_refused(case:
 
 
 def test_the_page_is_drawn_from_the_record() -> None:
-    assert support_page.PAGE.read_text() == support_page.page(json.loads(support_page.RECORD.read_text()))
+    drawn = support_page.page(json.loads(support_page.RECORD.read_text()), version_rows())
+    assert support_page.PAGE.read_text() == drawn
+
+
+def version_rows() -> Any:
+    return json.loads(support_page.VERSIONS.read_text())["rows"]
+
+
+def test_all_situations_and_core_tests_pass_with_every_set_of_versions() -> None:
+    rows = version_rows()
+    assert list(rows) == list(versions.ROWS)
+    for outcome in rows.values():
+        assert outcome["situations"] == {"passed": 25, "failed": 0, "skipped": 0, "reasons": []}
+        assert outcome["core"]["failed"] == 0 < outcome["core"]["passed"]
+        assert all("version" in reason or "install" in reason for reason in outcome["core"]["reasons"])
+    oldest = rows["oldest of all"]["versions"]
+    assert {name: oldest[name].partition("+")[0].removesuffix(".0") for name in MINIMUM} == MINIMUM
 
 
 def marked_cells() -> set[tuple[str, ...]]:
@@ -275,7 +293,7 @@ def test_the_command_of_the_page_runs_every_test_that_fills_a_cell() -> None:
 
 def test_a_failure_and_a_missing_package_are_shown() -> None:
     rows = {"one": {"start": "failed", "step": "skipped: x is not installed"}, "two": {"start": "passed"}}
-    shown = support_page.page({"versions": {"torch": "2"}, "groups": {"layers": rows}})
+    shown = support_page.page({"versions": {"torch": "2"}, "groups": {"layers": rows}}, version_rows())
     assert "| one | **✗** | not run |" in shown
     assert "| two | ✓ |  |" in shown
     assert "- one, step: x is not installed." in shown

@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 import lora_ga
 import processes
 import workers
+from lora_ga.distributed import tensor_parallel
 from lora_ga.distributed.tensor_parallel import Split, unfit
 from lora_ga.linalg.accumulator import UnitRows
 from toys import adapted, causal, llama, logits
@@ -87,6 +88,15 @@ def test_a_layer_that_is_split_in_an_unknown_way_is_refused(
         assert reason is not None
         assert f"model.q_proj is a {kind.__name__} that a tensor-parallel plan splits as {plan!r}; known are" in reason
         assert "exclude_modules=['q_proj']" in reason
+
+
+def test_a_plan_of_a_transformers_without_styles_of_plans_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Any = nn.Linear(4, 4)
+    base._hf_tp_plan = "colwise"
+    monkeypatch.setattr(tensor_parallel, "_planned", lambda parameter, fsdp: True)
+    assert unfit("model.q_proj", base, fsdp=False) is None
+    monkeypatch.setattr(tensor_parallel, "STYLES", "transformers.without_styles")
+    assert "by Transformers 5.16 or newer" in str(unfit("model.q_proj", base, fsdp=False))
 
 
 def test_the_processes_find_the_gradient_of_the_unsplit_model(

@@ -402,6 +402,9 @@ def test_assistant_only_loss_needs_a_template_that_marks_the_turns_and_their_end
     tokenizer.chat_template = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     with pytest.raises(ValueError, match="f: --assistant_only_loss needs a chat template that marks"):
         conversations.encode(rows, columns, tokenizer, options, 64, "f")
+    monkeypatch.delattr("trl.chat_template_utils.is_chat_template_stop_token_trained")  # as in TRL before 1.9
+    with pytest.raises(ValueError, match="--assistant_only_loss needs TRL 1.9 or newer, but TRL .* is installed"):
+        conversations.encode(rows, columns, tokenizer, options, 64, "f")
 
 
 def test_rows_that_cannot_be_formatted_are_refused_with_the_reason(chat_llama: Path) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import takewhile
 from typing import Any
 
@@ -148,7 +149,7 @@ def chat_template(row: Mapping[str, Any], tokenizer: Any, options: DataOptions, 
 
     Raises:
         ValueError: The rows hold messages but there is no template, or none that marks the assistant's turns; or
-            `assistant_only_loss` is set for text.
+            `assistant_only_loss` is set for text or with a TRL that is too old for it.
     """
     if not any(isinstance(value, list) for value in row.values()):
         if options.assistant_only_loss:
@@ -163,8 +164,14 @@ def chat_template(row: Mapping[str, Any], tokenizer: Any, options: DataOptions, 
         )
     if not options.assistant_only_loss:
         return None
-    from trl import get_training_chat_template
-    from trl.chat_template_utils import is_chat_template_stop_token_trained
+    try:
+        from trl import get_training_chat_template
+        from trl.chat_template_utils import is_chat_template_stop_token_trained
+    except ImportError as error:
+        raise ValueError(
+            f"--assistant_only_loss needs TRL 1.9 or newer, but TRL {version('trl')} is installed. Run: "
+            'pip install --upgrade "lora-ga[trl]"'
+        ) from error
 
     template = None
     if not re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template()):

@@ -11,6 +11,7 @@ Shapes: T tokens, I inputs, O outputs, r rank.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from typing import Any
 
@@ -24,6 +25,7 @@ from lora_ga.linalg.accumulator import Inputs, UnitRows
 
 # The plans that PEFT's LoRA layers support, and the dimension of the weight (O, I) that each splits.
 PLANS = {"colwise": 0, "rowwise": 1}
+STYLES = "transformers.distributed.tensor_parallel"  # Transformers' module of what a plan does; since version 5.16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,12 +159,12 @@ def unfit(name: str, base: nn.Module, *, fsdp: bool) -> str | None:
     plan = getattr(base, "_hf_tp_plan", None)
     split = any(_planned(parameter, fsdp=fsdp) for parameter in base.parameters())
     known = plan in PLANS and type(base) is nn.Linear if split else plan in (None, "replicate")
-    if known:
+    if known and (not split or importlib.util.find_spec(STYLES) is not None):
         return None
     return (
         f"{name} is a {type(base).__name__} that a tensor-parallel plan splits as {plan!r}; known are nn.Linear layers "
-        f"split as {' or '.join(PLANS)} by Transformers (distributed_config= of from_pretrained). Leave it out with "
-        f"LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
+        f"split as {' or '.join(PLANS)} by Transformers 5.16 or newer (distributed_config= of from_pretrained). Leave "
+        f"it out with LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
     )
 
 
@@ -191,6 +193,5 @@ def apply_plan(factor: nn.Module, base: Any) -> None:
         factor: A factor whose parameter is a DTensor.
         base: The base layer, which a plan splits.
     """
-    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
-
-    ALL_PARALLEL_STYLES[base._hf_tp_plan].install_forward(factor, base._hf_device_mesh)
+    styles = importlib.import_module(STYLES).ALL_PARALLEL_STYLES
+    styles[base._hf_tp_plan].install_forward(factor, base._hf_device_mesh)
