@@ -70,19 +70,26 @@ def table(rows: dict[str, dict[str, str]]) -> list[str]:
     return lines
 
 
+def counts(outcome: dict[str, Any] | None) -> str:
+    """The text of a cell for the counts of several tests; None if they did not run."""
+    if outcome is None:
+        return "–"
+    parts = [f"{outcome['passed']} passed"]
+    parts += [f"**{outcome['failed']} failed**"] if outcome["failed"] else []
+    parts += [f"{outcome['skipped']} skipped"] if outcome["skipped"] else []
+    return ", ".join(parts)
+
+
 def versions_table(rows: dict[str, Any]) -> list[str]:
     """The outcomes with each set of versions as a Markdown table."""
-    lines = ["| | " + " | ".join(LIBRARIES.values()) + " | situations | core tests |"]
-    lines.append("|---" * (len(LIBRARIES) + 3) + "|")
+    lines = ["| | " + " | ".join(LIBRARIES.values()) + " | situations | core tests | its own tests |"]
+    lines.append("|---" * (len(LIBRARIES) + 4) + "|")
     for row, outcome in rows.items():
-        situations, core = outcome["situations"], outcome["core"]
-        failed = f", **{core['failed']} failed**" if core["failed"] else ""
         cells = [outcome["versions"][name] for name in LIBRARIES]
-        cells.append(f"{situations['passed']} of {sum(situations[part] for part in ('passed', 'failed', 'skipped'))}")
-        cells.append(f"{core['passed']} passed{failed}, {core['skipped']} not run")
+        cells += [counts(outcome.get(part)) for part in ("situations", "core", "framework")]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    reasons = {reason for outcome in rows.values() for reason in outcome["core"]["reasons"]}
-    return [*lines, "", "Not run in some rows:", "", *(f"- {reason}." for reason in sorted(reasons))]
+    reasons = {reason for outcome in rows.values() for reason in outcome.get("core", {}).get("reasons", [])}
+    return [*lines, "", *(f"- Skipped in some rows: {reason}." for reason in sorted(reasons))]
 
 
 def page(record: dict[str, Any], environments: dict[str, Any]) -> str:
@@ -96,11 +103,12 @@ def page(record: dict[str, Any], environments: dict[str, Any]) -> str:
         "",
         "## Versions",
         "",
-        "Each row is an environment with the built package (`make test-versions`). The situations are those of "
-        "`tests/smoke.py`;",
-        "the core tests are some files of `tests/`. An older torch, Transformers, PEFT or Accelerate than in the first "
-        "row is",
-        "refused at import.",
+        "Each row is an environment with the built package (`make test-versions`). The rows of frameworks have the "
+        "framework",
+        "itself, with the versions that it pins. The situations are those of `tests/smoke.py`, the core tests some "
+        "files of `tests/`;",
+        "a framework's own tests are in `tests/test_frameworks.py`. Versions below those of the first row are refused "
+        "at import.",
         "",
         *versions_table(environments),
         "",

@@ -1,8 +1,8 @@
-"""Tests the built package with old and new versions of the libraries, each row in an environment of its own.
+"""Tests the built package with old, pinned and new versions of the libraries, each row in an environment of its own.
 
 python benchmarks/versions.py                       all rows, with a record: `make test-versions`
-python benchmarks/versions.py --only "oldest libraries" --smoke      one row, tests/smoke.py alone: what CI runs
-python benchmarks/versions.py --frameworks          the frameworks with their pins: `make test-frameworks`
+python benchmarks/versions.py --frameworks          the frameworks' own tests alone: `make test-frameworks`
+python benchmarks/versions.py --only "oldest libraries" --smoke      one row, tests/smoke.py alone: `make test-oldest`
 
 A row's requirements and the package are installed by one command, which fails if they contradict each other. It uses
 `uv` if that is installed, else pip. An environment takes up to 4 GB, that with torch 2.6 takes 7 GB (for x86-64 Linux
@@ -32,28 +32,15 @@ OLDEST += ["safetensors==0.5.0", "datasets==4.0.0", "trl==0.18.2"]
 ROWS = {
     "oldest of all": [*OLDEST, f"torch=={MINIMUM['torch']}"],
     "oldest libraries": OLDEST,
-    "pins of LLaMA-Factory 0.9.5": [
-        "peft<=0.18.1,>=0.18.0",
-        "transformers<=5.6.0,>=4.55.0",
-        "accelerate<=1.11.0,>=1.3.0",
-        "datasets<=4.0.0,>=2.16.0",
-        "trl<=0.24.0,>=0.18.0",
-    ],
-    "pins of Axolotl 0.19.0": [
-        "peft==0.20.0",
-        "transformers==5.16.1",
-        "accelerate==1.13.0",
-        "datasets==4.8.4",
-        "trl==1.9.0",
-        "huggingface_hub==1.17.0",
-    ],
-    "pins of ms-swift 4.6.0": ["peft<0.21,>=0.11", "transformers<5.20.0", "datasets<4.8.5,>=4.0", "trl<1.0"],
+    "LLaMA-Factory 0.9.5": ["llamafactory==0.9.5"],
+    "Axolotl 0.19.0": ["axolotl==0.19.0"],
+    "ms-swift 4.6.0": ["ms-swift==4.6.0"],
     "newest of all": ["peft", "transformers", "accelerate", "datasets", "trl"],
 }
-# Framework → its requirement. The tests of tests/test_frameworks.py with the framework's name must run, not be skipped.
-FRAMEWORKS = {"llamafactory": "llamafactory==0.9.5", "axolotl": "axolotl==0.19.0", "ms_swift": "ms-swift==4.6.0"}
+# Row → the name of its framework in the tests of tests/test_frameworks.py, which must run there.
+FRAMEWORKS = {"LLaMA-Factory 0.9.5": "llamafactory", "Axolotl 0.19.0": "axolotl", "ms-swift 4.6.0": "ms_swift"}
 TOOLS = ["pytest", "hypothesis", "bitsandbytes"]
-CORE = ["test_initialize", "test_save_and_load", "test_callback", "test_peft_flow"]
+CORE = ["test_initialize", "test_save_and_load", "test_peft_flow"]
 PACKAGES = ["torch", "transformers", "peft", "accelerate", "trl", "datasets"]
 
 
@@ -73,28 +60,28 @@ def install(folder: Path, requirements: list[str]) -> Path:
     return python
 
 
-def run_tests(python: Path, report: Path, arguments: list[str]) -> dict[str, Any]:
-    """Run tests with an interpreter.
-
-    Returns:
-        How many passed, failed and were skipped, and the reasons of the latter.
-    """
+def run_tests(python: Path, report: Path, arguments: list[str]) -> list[tuple[str, str, str]]:
+    """Run tests with an interpreter: the module, the outcome and the reason of each; no test if pytest broke off."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     environment.pop("PYTHONPATH", None)
     command = [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={report}"]
     report.unlink(missing_ok=True)
     subprocess.run([*command, *arguments], cwd=ROOT, env=environment, check=False)
-    if not report.exists():
-        return {"passed": 0, "failed": 1, "skipped": 0, "reasons": ["pytest wrote no report"]}
-    (suite,) = ElementTree.parse(report).getroot()
-    counts = {name: int(suite.attrib[name]) for name in ("tests", "skipped", "failures", "errors")}
-    failed = counts["failures"] + counts["errors"]
-    return {
-        "passed": counts["tests"] - counts["skipped"] - failed,
-        "failed": failed,
-        "skipped": counts["skipped"],
-        "reasons": sorted({reason.attrib["message"] for reason in suite.iter("skipped")}),
-    }
+    cases = ElementTree.parse(report).iter("testcase") if report.exists() else []
+    found = []
+    for case in cases:
+        notes = [part for part in case if part.tag in {"failure", "error", "skipped"}]
+        outcome, reason = (notes[0].tag, notes[0].attrib["message"]) if notes else ("passed", "")
+        found.append((case.attrib["classname"], outcome, reason))
+    return found
+
+
+def counted(cases: list[tuple[str, str, str]]) -> dict[str, Any]:
+    """How many tests passed, failed and were skipped, and the reasons of the latter."""
+    outcomes = [outcome for _, outcome, _ in cases]
+    passed, skipped = outcomes.count("passed"), outcomes.count("skipped")
+    reasons = sorted({reason for _, outcome, reason in cases if outcome == "skipped"})
+    return {"passed": passed, "failed": len(cases) - passed - skipped, "skipped": skipped, "reasons": reasons}
 
 
 def versions(python: Path) -> dict[str, str]:
@@ -103,38 +90,42 @@ def versions(python: Path) -> dict[str, str]:
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def test_row(name: str, package: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Test one row: the versions found, and the outcomes of the smoke and the core tests."""
-    wanted = ROWS[name] if name in ROWS else [FRAMEWORKS[name]]
-    torch = [] if any(requirement.startswith("torch=") for requirement in wanted) else [options.torch]
+def tests_of(name: str, options: argparse.Namespace) -> list[str]:
+    """The arguments of pytest for a row."""
+    files = [] if options.frameworks else ["smoke"] if options.smoke else ["smoke", *CORE]
+    if name in FRAMEWORKS and not options.smoke:
+        files.append("test_frameworks")
+    chosen = f"not test_frameworks or installed_{FRAMEWORKS.get(name)}"
+    return [f"tests/{file}.py" for file in files] + ["-k", chosen]
+
+
+def run_row(name: str, package: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Test one row: the versions found, and the outcomes of its situations, core tests and framework's tests."""
+    torch = [] if any(requirement.startswith("torch=") for requirement in ROWS[name]) else [options.torch]
     environment = options.folder / "environment"
     try:
-        python = install(environment, [package, *torch, *wanted, *TOOLS])
-        outcome: dict[str, Any] = {"versions": versions(python)}
-        report = options.folder / "report.xml"
-        if name in FRAMEWORKS:
-            outcome["framework"] = run_tests(python, report, ["tests/test_frameworks.py", "-k", f"installed_{name}"])
-            return outcome
-        outcome["situations"] = run_tests(python, report, ["tests/smoke.py"])
-        if not options.smoke:
-            outcome["core"] = run_tests(python, report, [f"tests/{file}.py" for file in CORE])
-        return outcome
+        python = install(environment, [package, *torch, *ROWS[name], *TOOLS])
+        parts: dict[str, list[tuple[str, str, str]]] = {}
+        for case in run_tests(python, options.folder / "report.xml", tests_of(name, options)):
+            part = {"tests.smoke": "situations", "tests.test_frameworks": "framework"}.get(case[0], "core")
+            parts.setdefault(part, []).append(case)
+        return {"versions": versions(python)} | {part: counted(cases) for part, cases in parts.items()}
     finally:
         shutil.rmtree(environment, ignore_errors=True)
 
 
 def passed(outcome: dict[str, Any]) -> bool:
-    """Whether nothing failed, and all situations and all tests of a framework ran."""
-    whole = [outcome[part] for part in ("situations", "framework") if part in outcome]
-    ran = all(counts["passed"] > 0 and counts["skipped"] == 0 for counts in whole)
-    return ran and not any(counts["failed"] for part, counts in outcome.items() if part != "versions")
+    """Whether tests ran and none failed, and no situation and no test of a framework was skipped."""
+    parts = {part: counts for part, counts in outcome.items() if part != "versions"}
+    whole = all(counts["skipped"] == 0 for part, counts in parts.items() if part != "core")
+    return bool(parts) and whole and not any(counts["failed"] for counts in parts.values())
 
 
 def main() -> int:
     """Test the rows, write the record of complete rows, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=[*ROWS, *FRAMEWORKS], help="a row; may be repeated")
-    parser.add_argument("--frameworks", action="store_true", help="the frameworks in place of the rows")
+    parser.add_argument("--only", action="append", choices=ROWS, help="a row; may be repeated")
+    parser.add_argument("--frameworks", action="store_true", help="the tests of frameworks alone, and no record")
     parser.add_argument("--smoke", action="store_true", help="tests/smoke.py alone, and no record")
     parser.add_argument("--torch", default="torch==2.13.0", help="the requirement of torch where a row has none")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "versions", help="for the environments")
@@ -143,9 +134,9 @@ def main() -> int:
     package, known = build(options.folder), json.loads(RECORD.read_text())["rows"] if RECORD.exists() else {}
     found = {}
     for name in options.only or (FRAMEWORKS if options.frameworks else ROWS):
-        found[name] = test_row(name, package, options)
+        found[name] = run_row(name, package, options)
         print(name, json.dumps(found[name]), flush=True)
-        if name in ROWS and not options.smoke:
+        if not options.smoke and not options.frameworks:
             known[name] = found[name]
             record.finish("versions", {"rows": {row: known[row] for row in ROWS if row in known}})
     failed = [name for name, outcome in found.items() if not passed(outcome)]

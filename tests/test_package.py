@@ -85,6 +85,13 @@ def test_the_minimum_versions_are_those_of_the_package_metadata() -> None:
     assert {*declared} == {f"{name}>={minimum}" for name, minimum in MINIMUM.items()} | {"safetensors>=0.5"}
 
 
+def test_the_package_is_smaller_than_a_megabyte() -> None:
+    """It needs no package that PEFT does not need, so this is all that it adds."""
+    files = [path for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert len(files) > 100
+    assert sum(path.stat().st_size for path in files) < 1_000_000
+
+
 def check_contracts(source: Path) -> subprocess.CompletedProcess[str]:
     """Check the package in a folder by import-linter against the contracts of pyproject.toml."""
     command = [
