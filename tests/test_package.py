@@ -17,6 +17,8 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -255,6 +257,51 @@ def test_the_release_is_started_by_a_person_and_only_its_upload_may_identify_its
     assert [command.removeprefix("make ") in targets for command in commands if command.startswith("make ")] == [
         True
     ] * 2
+
+
+# Security: see docs/security.md
+
+SUSPICIOUS = re.compile(
+    r"pickle|\b(?<!\.)eval\(|\bexec\(|shell=True|os\.system|yaml\.(load|unsafe_load)\(|torch\.load|__import__"
+)
+# File of the package, a part of the line → why it may be there.
+ALLOWED = {
+    ("adapter/load.py", 'torch.load(path / "optimizer.pt", weights_only=True'): "tensors alone: code is refused",
+    ("adapter/file.py", "torch.load(file, weights_only=True"): "tensors alone: code is refused",
+    ("gradients/result.py", "Nothing in the file is unpickled"): "a docstring",
+    ("adapter/structure.py", "copied and pickled with the model"): "a docstring: of Python's own pickling of a model",
+    ("adapter/alignment.py", "copy.deepcopy, pickle"): "a docstring: of Python's own pickling of a model",
+    ("distributed/processes.py", "small and can be pickled"): "torch.distributed sends them; the processes are trusted",
+}
+
+
+def packed() -> Iterator[tuple[str, str]]:
+    """The text files of the package. `LORA_GA_WHEEL` names a built wheel to read instead of the source."""
+    if wheel := os.environ.get("LORA_GA_WHEEL"):
+        with zipfile.ZipFile(wheel) as file:
+            for name in file.namelist():
+                if name.startswith("lora_ga/") and not name.endswith("/"):
+                    yield name.removeprefix("lora_ga/"), file.read(name).decode()
+        return
+    for path in sorted(SOURCE.rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            yield path.relative_to(SOURCE).as_posix(), path.read_text()
+
+
+def test_the_package_unpickles_and_executes_nothing() -> None:
+    found = {(name, line.strip()) for name, text in packed() for line in text.splitlines() if SUSPICIOUS.search(line)}
+    unknown = [each for each in found if not any(each[0] == name and part in each[1] for name, part in ALLOWED)]
+    assert unknown == []
+    unused = [(name, part) for name, part in ALLOWED if not any(n == name and part in line for n, line in found)]
+    assert unused == []
+
+
+@pytest.mark.parametrize(
+    "line", ["import pickle", "eval(text)", "exec(code)", "run(command, shell=True)", "yaml.load(file)", "os.system(x)"]
+)
+def test_the_search_notices_what_it_looks_for(line: str) -> None:
+    assert SUSPICIOUS.search(line)
+    assert not SUSPICIOUS.search("model.eval()")
 
 
 # The data of the demonstration

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -123,17 +124,18 @@ def ask(model: str, prompt: Mapping[str, Any], words: Mapping[str, str]) -> str:
         The judge's answer.
 
     Raises:
-        JudgeError: There is no answer, or it is not a chat completion. The key is never part of the message.
+        JudgeError: There is no answer, or it is not a chat completion. Neither the key nor the address is ever part of
+            the message, which goes into a record.
     """
     import openai
 
-    key, address = os.environ.get(KEY), os.environ[ENDPOINT].rstrip("/") + "/chat/completions"
+    key, address = os.environ.get(KEY), os.environ[ENDPOINT]
     messages: list[Any] = [
         {"role": "system", "content": prompt["system_prompt"]},
         {"role": "user", "content": prompt["prompt_template"].format(**words)},
     ]
     client = openai.OpenAI(
-        base_url=os.environ[ENDPOINT],
+        base_url=address,
         api_key=key or "none",
         timeout=SECONDS,
         max_retries=0,  # `rating` tries again, also after an answer without a rating
@@ -159,7 +161,9 @@ def ask(model: str, prompt: Mapping[str, Any], words: Mapping[str, str]) -> str:
     except (openai.OpenAIError, ValueError, KeyError, IndexError, TypeError) as error:
         reason = f"answers, but not as a chat completion ({type(error).__name__}: {error})"
     # Raised here, so that the traceback in the record does not show the client's error: a server may repeat the key.
-    raise JudgeError(f"{address}: {reason if not key else reason.replace(key, '[key]')}")
+    for secret, shown in ((key, "[key]"), (address, "[address]"), (urlsplit(address).netloc, "[address]")):
+        reason = reason.replace(secret, shown) if secret else reason
+    raise JudgeError(f"the judge named by {ENDPOINT}: {reason}")
 
 
 def rating(model: str, prompt: Mapping[str, Any], words: Mapping[str, str], about: str) -> float:
