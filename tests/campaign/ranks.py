@@ -179,9 +179,8 @@ def _start(rank: int, size: int, folder: Path, fault: Callable[..., None] | None
 def _process(rank: int, size: int, folder: Path, fault: Callable[..., None] | None, seed: float) -> None:
     torch.set_num_threads(1)
     end = datetime.timedelta(seconds=TIMEOUT)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder.resolve()}/meeting", rank=rank, world_size=size, timeout=end
-    )
+    meeting = f"file://{folder.resolve()}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=end)
     dist.barrier()  # all are connected
     if fault is not None:
         fault(random.Random(seed))
