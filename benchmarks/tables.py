@@ -397,6 +397,28 @@ def larger_models_table() -> str:
     return "\n".join(lines)
 
 
+FAULTS = {
+    "kills": "SIGKILL in a command",
+    "disks": "a disk that fails",
+    "bytes": "a damaged or hand-made file",
+    "ranks": "a process that dies, or has other settings, data or another version",
+    "numbers": "extreme numbers",
+}
+
+
+def campaign_table() -> str:
+    """What the campaign tried, and what became of it, over all its runs."""
+    runs = load("campaign")["runs"]
+    lines = ["| fault | tried | ended as without it | refused with an error | lost |", "|---|---|---|---|---|"]
+    for part, title in FAULTS.items():
+        found = [run["parts"][part] for run in runs if part in run["parts"]]
+        tried, survived, refused = (sum(each[key] for each in found) for key in ("tried", "survived", "refused"))
+        lines.append(
+            f"| {title} | {tried:,} | {survived:,} | {refused:,} | {sum(len(each['lost']) for each in found)} |"
+        )
+    return "\n".join(lines)
+
+
 PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
     "README.md": (difference_table, results_table, rates_table),
     "docs/guide.md": (quantised_table, qlora_table),
@@ -412,6 +434,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
     ),
     "docs/serving.md": (readers_table,),
     "docs/scale.md": (exchange_table, accuracy_table, larger_models_table),
+    "docs/reliability.md": (campaign_table,),
 }
 
 

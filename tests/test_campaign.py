@@ -37,7 +37,8 @@ def test_no_fault_of_the_short_campaign_loses_anything(tmp_path: Path) -> None:
     path = os.pathsep.join(each for each in sys.path if each)
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(record.read_text())["parts"]
+    (run,) = json.loads(record.read_text())["runs"]
+    found = run["parts"]
     assert found.keys() == {"kills", "disks", "bytes", "ranks", "numbers"}
     for part in found.values():
         assert part["tried"] == part["survived"] + part["refused"] > 0

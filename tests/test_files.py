@@ -277,9 +277,11 @@ def test_what_users_save_follows_the_umask(umask: int, tmp_path: Path) -> None:
     estimate = lora_ga.estimate_gradients(adapted(llama()), causal(1), checkpoint=state, every=1)
     estimate.save(tmp_path / "estimate.safetensors")
     save_trained(tmp_path / "trained", model, {}, {})
-    ours = [*(tmp_path / "small").iterdir(), *(tmp_path / "trained").iterdir(), *tmp_path.glob("*.safetensors")]
-    ours.append(tmp_path / "adapter" / "lora_ga.safetensors")  # the adapter's other files are PEFT's
-    assert len(ours) >= 7
+    with new_folder(tmp_path / "merged") as folder:  # as `lora-ga export --merge` writes it
+        llama().save_pretrained(folder)
+    folders = [tmp_path / name for name in ("adapter", "small", "trained", "merged")]
+    ours = [*(path for folder in folders for path in folder.iterdir()), *tmp_path.glob("*.safetensors")]
+    assert len(ours) >= 12
     assert {file.name: mode(file) for file in ours} == {file.name: 0o666 & ~umask for file in ours}
 
 

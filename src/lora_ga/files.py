@@ -218,8 +218,11 @@ def _replacing(target: Path, *, folder: bool) -> Iterator[Path]:
         temporary.chmod(stat.S_IMODE(target.stat().st_mode) | (stat.S_IRWXU if folder else stat.S_IRUSR | stat.S_IWUSR))
     try:
         yield temporary
+        mode = _mode_of_new_files(temporary) if folder else None
         for written in temporary.rglob("*") if folder else [temporary]:
             if written.is_file():
+                if mode is not None:  # safetensors makes files that their owner alone can read, whatever the umask
+                    written.chmod(mode)
                 with written.open("rb+") as file:
                     os.fsync(file.fileno())
         temporary.replace(target)
@@ -229,6 +232,15 @@ def _replacing(target: Path, *, folder: bool) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The permissions that this process gives a new file in a folder."""
+    new = folder / f".{secrets.token_hex(4)}"
+    new.touch(exist_ok=False)
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    return mode
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -290,31 +302,30 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-# What Python, safetensors and PEFT raise for files whose content is not what they expect.
-UNEXPECTED = (ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError)
-
-
 @contextlib.contextmanager
-def damaged(path: str | Path) -> Iterator[None]:
+def damaged(*paths: str | Path) -> Iterator[None]:
     """Name a file or folder in every error that its content causes in other code.
 
     Args:
-        path: What is read in the block.
+        *paths: What is read in the block.
 
     Yields:
         Nothing.
 
     Raises:
-        ValueError: The content caused an error that did not name the path.
+        Exception: A warning, or an error of the system (a file that is gone, no memory): as it is.
+        ValueError: The content caused any other error. The message names the paths.
     """
     try:
         yield
-    except UNEXPECTED as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
+    except Exception as error:
+        named = isinstance(error, ValueError) and any(str(path) in str(error) for path in paths)
+        if named or isinstance(error, (OSError, MemoryError, Warning)):
             raise
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no reason was given"
+        reason = (str(error).strip() or "no reason was given").splitlines()[0][:300]
+        where = " or ".join(map(str, paths))
         raise ValueError(
-            f"{path}: damaged, or not what it should be ({type(error).__name__}: {reason}). Put a complete copy back, "
+            f"{where}: damaged, or not what it should be ({type(error).__name__}: {reason}). Put a complete copy back, "
             "or save it again."
         ) from error
 

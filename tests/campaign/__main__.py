@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("lora-ga", "torch", "transformers", "peft", "safetensors")
 # Part → faults to try, in the whole campaign and in the short one.
 PARTS = {"kills": (200, 8), "disks": (40, 6), "bytes": (12000, 400), "ranks": (12, 1), "numbers": (120, 12)}
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="only this case of the part")
     parser.add_argument("--short", action="store_true", help="a few cases of each part")
     parser.add_argument("--count", type=int, help="faults to try in each part")
-    parser.add_argument("--record", type=Path, help="a JSON file for the numbers")
+    parser.add_argument("--record", type=Path, help="a JSON file to which the numbers are added")
     options = parser.parse_args(argv)
     print(f"seed {options.seed}")
     import torch
@@ -87,16 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             os.chdir(home)
     if record:
-        versions = {
-            name: metadata.version(name) for name in ("lora-ga", "torch", "transformers", "peft", "safetensors")
-        }
-        about = {
-            "command": "make campaign",
-            "seed": options.seed,
-            "versions": versions,
-            "python": sys.version.split()[0],
-        }
-        record.write_text(json.dumps({**about, "parts": found}, indent=1) + "\n")
+        versions = {name: metadata.version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
+        earlier = json.loads(record.read_text())["runs"] if record.exists() else []
+        runs = [*earlier, {"seed": options.seed, "versions": versions, "parts": found}]
+        record.write_text(json.dumps({"command": "make campaign", "runs": runs}, indent=1) + "\n")
     return int(any(part["lost"] for part in found.values()))
 
 

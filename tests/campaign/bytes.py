@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gzip
 import json
 import os
 import random
@@ -275,12 +277,16 @@ def _yaml(content: bytes, draw: random.Random) -> bytes:
 
 
 def _gzip(content: bytes, draw: random.Random) -> bytes:
-    import gzip
-
     lines = [json.loads(line) for line in gzip.decompress(content).splitlines()]
     if draw.randrange(8) == 0:
-        return gzip.compress(bytes(2**20 * 200), mtime=0)  # 200 MiB of zeros
+        return _many_zeros()
     return gzip.compress("".join(json.dumps(each) + "\n" for each in _leaf(lines, draw) or [1]).encode(), mtime=0)
+
+
+@functools.cache
+def _many_zeros() -> bytes:
+    """300 MiB, which take 300 KiB when they are compressed."""
+    return gzip.compress(bytes(2**20 * 300), mtime=0)
 
 
 def _safetensors(content: bytes, draw: random.Random) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,6 +127,8 @@ def save_sidecar(model: nn.Module | None, adapter_name: str, folder: Path, *, sa
         "versions": {"lora_ga": __version__, "torch": torch.__version__},
     }
     write_tensors(folder / FILE, FILE_KIND, tensors, record)
+    if weights.is_file():  # safetensors makes files that their owner alone can read, whatever the umask
+        weights.chmod(stat.S_IMODE((folder / FILE).stat().st_mode))
     write_section(folder, alignment.summary)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from lora_ga.cli.options import Job
 from lora_ga.cli.record import model_card, run_record, usage
 from lora_ga.cli.settings import library_config
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
-from lora_ga.files import LABELS, write_atomically
+from lora_ga.files import LABELS, new_folder, write_atomically
 from lora_ga.gradients.progress import note_fewer_batches, note_short_run
 
 
@@ -100,14 +101,16 @@ def write_result(model: Any, data: tasks.PreparedData, record: dict[str, Any], f
         The folder of the weights.
     """
     result = folder / (checkpoints.MODEL if record["method"] == "full" else checkpoints.ADAPTER)
-    model.save_pretrained(result)
-    data.tokenizer.save_pretrained(result)
-    if data.labels is not None and record["method"] != "full":
-        # Not into a config.json: Transformers takes a folder with that file for a full model.
-        write_json_atomically(result / LABELS, dict(enumerate(data.labels.names)))
-    card = result / CARD
-    old = card.read_text(encoding="utf-8") if card.is_file() else ""
-    write_atomically(card, model_card(record, old, usage(record, str(result))).encode())
+    shutil.rmtree(result, ignore_errors=True)  # of a run that ended before its record was written
+    with new_folder(result) as made:
+        model.save_pretrained(made)
+        data.tokenizer.save_pretrained(made)
+        if data.labels is not None and record["method"] != "full":
+            # Not into a config.json: Transformers takes a folder with that file for a full model.
+            write_json_atomically(made / LABELS, dict(enumerate(data.labels.names)))
+        card = made / CARD
+        old = card.read_text(encoding="utf-8") if card.is_file() else ""
+        write_atomically(card, model_card(record, old, usage(record, str(result))).encode())
     write_json_atomically(folder / RECORD, record)
     return result
 

@@ -73,7 +73,7 @@ def convert_run(
             no conversion or allows none, or what was written cannot be read back.
     """
     first, last, target = Path(init), Path(final), check_empty(out)
-    with damaged(f"{first} or {last}"):
+    with damaged(first, last):
         return _convert(first, last, target, companions)
 
 
