@@ -7,6 +7,7 @@ import gc
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,7 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,7 +32,21 @@ from lora_ga.export.merge import merge_adapter
 from lora_ga.files import write_tensors
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import PREFIX
-from toys import FAMILIES, adapted, bert, causal, classified, injected, llama, logits, t5, tokens, train, translated
+from toys import (
+    FAMILIES,
+    adapted,
+    bert,
+    causal,
+    classified,
+    injected,
+    llama,
+    logits,
+    lora_settings,
+    t5,
+    tokens,
+    train,
+    translated,
+)
 
 
 def trained(
@@ -572,6 +587,91 @@ def test_a_file_that_does_not_fit_the_adapter_leaves_both_as_they_were(
         lora_ga.load(model, tmp_path, is_trainable=True)
     assert all(torch.equal(one, other) for one, other in zip(before, state(model), strict=True))
     assert (tmp_path / FILE).read_bytes() == files
+
+
+@pytest.mark.parametrize("make", [injected, adapted], ids=["injected", "PeftModel"])
+@pytest.mark.parametrize(
+    ("saved", "own", "text"),
+    [
+        ({"use_dora": True}, {}, "holds .*query.lora_magnitude_vector, which this adapter has not. Give the adapter"),
+        ({}, {"use_dora": True}, "does not hold .*query.lora_magnitude_vector"),
+        ({"lora_bias": True}, {}, "holds .*query.lora_B.bias, which"),
+        ({"modules_to_save": ["classifier"]}, {}, "holds classifier.bias, which"),
+        ({}, {"bias": "all"}, "does not hold .*bias"),
+    ],
+    ids=str,
+)
+def test_parts_that_a_file_or_an_adapter_has_alone_are_refused(
+    tmp_path: Path, make: Any, saved: dict[str, Any], own: dict[str, Any], text: str
+) -> None:
+    adapted(bert(), ["query"], **saved).save_pretrained(tmp_path)
+    model = make(bert(), ["query"], **own)
+    before = [value.clone() for value in state(model)]
+    with pytest.raises(ValueError, match=text):
+        lora_ga.load(model, tmp_path)
+    assert all(torch.equal(one, other) for one, other in zip(before, state(model), strict=True))
+    lora_ga.load(adapted(bert(), ["query"], **saved), tmp_path)  # as the message says
+
+
+def test_an_embeddings_base_weight_in_the_file_is_no_part_of_its_own(tmp_path: Path) -> None:
+    model = adapted(llama(), ["embed_tokens", "q_proj"])
+    lora_ga.initialize(model, causal())
+    train(model, causal())
+    model.save_pretrained(tmp_path)
+    assert any("lora" not in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    again = lora_ga.load(injected(llama(), ["embed_tokens", "q_proj"]), tmp_path, is_trainable=True)
+    assert torch.equal(logits(again, causal(1)[0]), logits(model, causal(1)[0]))
+
+
+def test_two_adapters_of_one_name_are_refused() -> None:
+    """One was injected, and then a `PeftModel` made: the configuration of the second has replaced that of the first."""
+    model = adapted(injected(llama(), ["q_proj"]), ["v_proj"])
+    before = [value.clone() for value in state(model)]
+    for call in (lambda: lora_ga.initialize(model, causal()), lambda: lora_ga.load(model, "nowhere")):
+        with pytest.raises(
+            ValueError, match="q_proj is not among the target_modules of the PeftModel's adapter: an ad"
+        ):
+            call()
+    assert all(torch.equal(one, other) for one, other in zip(before, state(model), strict=True))
+    torch.manual_seed(7)
+    second = get_peft_model(injected(llama(), ["q_proj"]), lora_settings(["v_proj"]), adapter_name="second")
+    assert len(lora_ga.initialize(second, causal(), adapter_name="second")) == 2
+    both = nn.ModuleList([injected(llama(), ["q_proj"]), adapted(llama(), ["q_proj"])])
+    with pytest.raises(ValueError, match=r"The ModuleList contains 2 models with adapters \(0, 1\). Give one of them"):
+        lora_ga.load(both, "nowhere")
+
+
+def test_what_is_no_model_is_refused_before_the_file_is_read() -> None:
+    pipeline: Any = SimpleNamespace(unet=injected(llama(), ["q_proj"]))
+    with pytest.raises(
+        TypeError, match="A SimpleNamespace is no model. Of a pipeline give the unet or the transformer"
+    ):
+        lora_ga.load(pipeline, "nowhere")
+    with pytest.raises(TypeError, match="The SimpleNamespace has no LoRA layers. Give the module that has the adapter"):
+        lora_ga.initialize(pipeline, causal())
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("adapter_config.json", "{", "adapter_config.json: damaged"),
+        ("adapter_config.json", '{"peft_type": "LOHA"}', "an adapter of type LOHA; into this LoRA adapter goes LoRA"),
+        (FILE, '"schema":"2"', "written in format 9, this version reads format 2. Write it again"),
+    ],
+    ids=["damaged", "another kind", "another version"],
+)
+def test_a_configuration_or_sidecar_of_another_kind_is_refused(
+    tmp_path: Path, file: str, text: str, message: str
+) -> None:
+    trained(tmp_path, targets=["q_proj"])
+    path, model = tmp_path / file, injected(llama(), ["q_proj"])
+    path.write_bytes(path.read_bytes().replace(text.encode(), b'"schema":"9"') if file == FILE else text.encode())
+    before, held = [value.clone() for value in state(model)], path.read_bytes()
+    for trainable in (True, False):
+        with pytest.raises(ValueError, match=message):
+            lora_ga.load(model, tmp_path, is_trainable=trainable)
+    assert all(torch.equal(one, other) for one, other in zip(before, state(model), strict=True))
+    assert path.read_bytes() == held
 
 
 def test_unreadable_files_for_an_adapter_that_exists_are_refused(tmp_path: Path) -> None:

@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.utils import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -154,6 +159,7 @@ def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainabl
     saved = _read(Path(path), targets)
     aligned = _check_shapes(saved, targets, adapter_name)
     _check_scaling(saved, targets, adapter_name)
+    _check_rest(saved, model, adapter_name)
     if saved.sidecar is not None and (aligned or is_trainable):
         check_base(model, saved.sidecar[1]["fingerprint"], path)
         _check_starts(saved, aligned)
@@ -219,7 +225,7 @@ def _read(path: Path, targets: Mapping[str, Target]) -> SavedAdapter:
 def _config(where: Path, header: Mapping[str, str], prefix: str) -> Any:
     """The configuration of a saved adapter; None if there is none."""
     if where.name == SAFETENSORS_WEIGHTS_NAME and (where.parent / CONFIG_NAME).is_file():
-        return PeftConfig.from_pretrained(str(where.parent))
+        return _config_in(where.parent)
     if PIPELINE_CONFIGS in header:
         fields = json.loads(header[PIPELINE_CONFIGS])
         start = prefix if any(key.startswith(prefix) for key in fields) else ""
@@ -233,6 +239,25 @@ def _in_compiled(key: str, compiled: Mapping[str, str]) -> str:
     for pattern, replacement in compiled.items():
         key = re.sub(pattern, replacement, key)
     return key
+
+
+def _config_in(folder: Path) -> LoraConfig:
+    """The configuration of an adapter.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: It is damaged, or of another kind of adapter than LoRA.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: damaged ({error}). Save the adapter again.") from error
+    if not isinstance(config, LoraConfig):
+        kind = PeftType(config.peft_type).value
+        raise ValueError(f"{folder}: an adapter of type {kind}; into this LoRA adapter goes LoRA alone.")
+    return config
 
 
 def _in_peft(key: str) -> str:
@@ -279,6 +304,30 @@ def _check_shapes(saved: SavedAdapter, targets: Mapping[str, Target], adapter_na
                     + ". Give the adapter the rank of the run that saved it: half of what its configuration says."
                 )
     return aligned
+
+
+def _check_rest(saved: SavedAdapter, model: Any, adapter_name: str) -> None:
+    """Refuse an adapter that has other parts than A and B that the model's lacks, or lacks some.
+
+    These are DoRA's magnitudes, biases, whole modules and trained tokens.
+
+    Raises:
+        ValueError: There is such a part.
+    """
+    known = {id(module) for module in embeddings(model)}  # whose base weights may be in the file
+    paths = tuple(f"{path.removeprefix(PREFIX)}." for path, module in model.named_modules() if id(module) in known)
+    factors = (*ENDS["A"], *ENDS["B"])
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    ours, theirs = (
+        {key for key in keys if not key.endswith(factors) and not (paths and key.startswith(paths))}
+        for keys in ((key.removeprefix(PREFIX) for key in own), saved.tensors)
+    )
+    for keys, found in ((theirs - ours, "holds {}, which this adapter has not"), (ours - theirs, "does not hold {}")):
+        if keys:
+            raise ValueError(
+                f"{saved.where}: {found.format(min(keys))}. Give the adapter the settings of the run that saved it "
+                "(use_dora, lora_bias, bias, modules_to_save, trainable_token_indices)."
+            )
 
 
 def _check_tied(saved: SavedAdapter, tied: Mapping[str, str]) -> None:

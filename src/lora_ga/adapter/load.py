@@ -73,13 +73,12 @@ def load(
 
     Raises:
         FileNotFoundError: There is no such adapter.
-        TypeError: There is no adapter, or no base model; or the base has LoRA layers, but no configuration of their
-            adapters.
+        TypeError: There is no adapter, or no base model; or the base is no module, or has LoRA layers, but no
+            configuration of their adapters.
         ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none, and the folder
             holds the optimizer state of LoRA-GA training; or the adapter file holds dA and dB without A₀ and B₀, or
             has the names of a compiled base; or the saved adapter does not fit the model's, or names no base model or
-            no known task. The base or model is then
-            as before.
+            no known task. The base or model is then as before.
     """
     model, folder = _base_and_folder(base, path)
     if not peft_models_in(unwrapped(model)):
@@ -134,14 +133,16 @@ def _base_and_folder(base: Any, path: str | Path | None) -> tuple[Any, str | Pat
         Both.
 
     Raises:
-        TypeError: The adapter is missing, or the base is a name.
+        TypeError: The adapter is missing, or the base is a name or another object.
     """
     if isinstance(base, str | Path) and path is None:
         return _base_of(base), base
     if path is None:
         raise TypeError("load(base) lacks the adapter: give load(base, folder), or the folder alone.")
-    if not isinstance(base, nn.Module):
+    if isinstance(base, str | Path):
         raise TypeError(f"load({base!r}, {path!r}): the base is a name. Give the model itself, or the folder alone.")
+    if not isinstance(base, nn.Module):
+        raise TypeError(f"A {type(base).__name__} is no model. Of a pipeline give the unet or the transformer.")
     return base, path
 
 

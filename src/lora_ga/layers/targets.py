@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
 from lora_ga.distributed.sharding import gathered, whole
@@ -278,6 +279,7 @@ def find_targets(model: nn.Module, adapter_name: str = "default", *, fresh: bool
     modules = peft_model_in(model).named_modules()
     everywhere = {layer_name(path): layer for path, layer in modules if isinstance(layer, LoraLayer)}
     reasons += [why_not_separate(everywhere, adapter_name, tied), why_not_used_once(model, named)]
+    reasons.append(_why_two(peft_model_in(model), [name for name in named if name not in tied], adapter_name))
     refusals = [reason for reason in reasons if reason]
     if refusals:
         more = f" ({len(refusals) - 1} more layers like this)" if len(refusals) > 1 else ""
@@ -291,6 +293,31 @@ def find_targets(model: nn.Module, adapter_name: str = "default", *, fresh: bool
             warn_never_run(kind)
     heads = {name: {head: named[head] for head in tied if tied[head] == name} for name in named if name not in tied}
     return {name: _target(name, named[name], adapter_name, heads[name], unknown.get(name)) for name in heads}
+
+
+def _why_two(model: Any, names: Sequence[str], adapter_name: str) -> str | None:
+    """Why layers belong to two adapters of one name: one was injected before a `PeftModel` was made of the model.
+
+    The configuration is that of the second, so the layers of the first would be lost when the adapter is loaded.
+
+    Returns:
+        The reason; None if all layers are those of the configuration.
+    """
+    if not isinstance(model, PeftModel):
+        return None
+    config, made = model.peft_config[adapter_name], {*model.base_model.targeted_module_names}
+    for name in names:
+        # Wrappers of layers, put around them later, have made the path longer.
+        path = re.sub(r"_(checkpoint_wrapped_module|fsdp_wrapped_module|orig_mod)\.", "", name)
+        if made.intersection((name, path)) or check_target_module_exists(config, path) or ".base_layer" in name:
+            continue
+        if not layout_of(model.get_submodule(f"{PREFIX}{name}")).gradient_from_parameter:
+            return (
+                f"{name} is not among the target_modules of the PeftModel's adapter: an adapter of the same name was "
+                "injected before. Load the base model again and make one adapter for all layers, or give the second "
+                "another adapter_name"
+            )
+    return None
 
 
 def _tied_heads(network: nn.Module, adapter_name: str) -> dict[str, str]:
