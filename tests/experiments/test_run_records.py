@@ -15,7 +15,7 @@ import pytest
 from lora_ga.experiments.comparison.runs import compare_runs
 from lora_ga.experiments.pages.document import Document, Section, html_page, markdown_files
 from lora_ga.experiments.pages.drawing import render
-from lora_ga.experiments.pages.runs import page_html, training_caption, training_figure
+from lora_ga.experiments.pages.runs import page_html, short_place, training_caption, training_figure
 from lora_ga.experiments.records.runs import load_run, write_json_atomically
 from lora_ga.experiments.tables.table import Table
 from runs import falling_losses, make_run, write_run
@@ -185,6 +185,17 @@ def test_runs_without_a_curve_still_make_a_page(tmp_path: Path) -> None:
     comparison = compare_runs([make_run(tmp_path / "a", curve=[], eval=[])])
     assert comparison.target.value is None
     assert "no training loss was logged" in page_html(comparison)
+
+
+def test_dots_of_runs_that_reach_the_target_at_one_step_are_rings_and_paths_are_short(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, name=name, method=name, model="/a/long/path/minilm/model") for name in ("a", "b")]
+    comparison = compare_runs(runs)
+    (axes,) = training_figure(comparison).axes
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [dot.get_markersize() for dot in dots] == [12, 7]
+    page = page_html(comparison)
+    assert "minilm/model · " in page
+    assert short_place("nyu-mll/glue/mrpc (train)") == "nyu-mll/glue/mrpc (train)"
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:

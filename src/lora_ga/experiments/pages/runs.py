@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -55,8 +56,13 @@ def _shared_facts(comparison: Comparison) -> str:
     found = {
         field: {str(getattr(run, field)) for run in comparison.runs} for field in ("task", "model", "dataset", "steps")
     }
-    shared = {field: values.pop() for field, values in found.items() if len(values) == 1}
+    shared = {field: short_place(values.pop()) for field, values in found.items() if len(values) == 1}
     return " · ".join(f"{value} steps" if field == "steps" else value for field, value in shared.items())
+
+
+def short_place(place: str) -> str:
+    """The last two parts of an absolute path; other paths and names on the hub as they are."""
+    return "/".join(Path(place).parts[-2:]) if Path(place).is_absolute() else place
 
 
 def training_caption(comparison: Comparison) -> str:
@@ -104,16 +110,25 @@ def training_figure(comparison: Comparison) -> Figure:
         if (target := comparison.target.value) is not None:
             axes.axhline(target, **REFERENCE_LINE, zorder=1)
             entries.append(legend_entry(f"target {target:.4g}", **REFERENCE_LINE))
-            for place, group in enumerate(comparison.groups):
-                reached = [step for step in comparison.steps_to_target(group) if step is not None]
-                if len(reached) == len(group.runs):  # otherwise the table gives no mean either
-                    colour = line_style(place)["color"]
-                    axes.plot([mean_and_error(reached)[0]], [target], "o", color=colour, markersize=7, zorder=5)
+            _draw_dots(axes, comparison, target)
         axes.set_xlim(left=0)
         if (top := visible_top(comparison)) is not None:
             axes.set_ylim(top=top)
         add_legend(figure, entries)
         return figure
+
+
+def _draw_dots(axes: Any, comparison: Comparison, target: float) -> None:
+    """Draws a dot where each group reaches the target; dots at one step are rings round each other."""
+    drawn: list[tuple[float, str]] = []
+    for place, group in enumerate(comparison.groups):
+        reached = [step for step in comparison.steps_to_target(group) if step is not None]
+        if len(reached) == len(group.runs):  # otherwise the table gives no mean either
+            drawn.append((mean_and_error(reached)[0], line_style(place)["color"]))
+    width = max((step for step, _ in drawn), default=0.0) / 50  # about the width of a dot
+    for number, (step, colour) in enumerate(drawn):
+        hidden = sum(abs(step - later) < width for later, _ in drawn[number + 1 :])
+        axes.plot([step], [target], "o", color=colour, markersize=7 + 5 * hidden, zorder=5)
 
 
 def visible_top(comparison: Comparison) -> float | None:
