@@ -510,6 +510,15 @@ def test_the_state_of_another_rule_is_refused() -> None:
         own.load_state_dict(adamw.state_dict())
 
 
+def test_a_group_that_is_added_to_a_copy_gets_adamw() -> None:
+    optimizer = copy.deepcopy(optimizer_of("PoLoRA", random(2, 5), random(4, 2), other_lr=0.01))
+    head = nn.Parameter(random(3))
+    optimizer.add_param_group({"params": [head]})
+    head.grad, before = torch.ones_like(head), head.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(head.detach(), before - 0.01)
+
+
 def test_weight_decay_takes_its_share_of_the_parameters() -> None:
     a, b = random(RANK, INPUTS), random(OUTPUTS, RANK, seed=1)
     plain, decayed = (walked(optimizer_of("LoRAMuon", a, b, weight_decay=w), steps=1) for w in (0.0, 0.5))

@@ -233,7 +233,6 @@ class PairOptimizer(Optimizer, abc.ABC):
         for name, value in {"lr": lr, "weight_decay": weight_decay, "other_lr": other_lr}.items():
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{type(self).__name__}: {name} is {value!r}; it must be a finite number, at least 0.")
-        self._other_lr = other_lr
         groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
         if not any(group.get("layout") for group in groups):
             name = type(self).__name__
@@ -241,13 +240,13 @@ class PairOptimizer(Optimizer, abc.ABC):
                 f"{name} steps A and B in pairs, and was given no pairs. Use "
                 f"{name}(lora_ga.optim.param_groups(model), lr=...)."
             )
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **options})
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "other_lr": other_lr, **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Without a `layout`, as `param_groups` gives it, its parameters get AdamW."""
         group = {"layout": None, "parts": 1, **param_group, "rule": type(self).__name__}
         if group["layout"] is None:
-            group.setdefault("lr", self._other_lr)
+            group.setdefault("lr", self.defaults["other_lr"])
         super().add_param_group(group)
 
     @abc.abstractmethod
@@ -306,7 +305,7 @@ class PairOptimizer(Optimizer, abc.ABC):
                     "clear both gradients, or freeze both factors."
                 )
             if A.grad is not None:
-                key = (A.shape, B.shape, A.dtype, A.device, self.state.get(A, {}).get("step", 0))
+                key = (A.shape, B.shape, A.dtype, B.dtype, A.device, self.state.get(A, {}).get("step", 0))
                 stack = found.setdefault(key, Stack(group, [], []))
                 stack.names.append(name)
                 stack.params.append((A, B))
