@@ -39,6 +39,9 @@ ROWS = {
 }
 # Row → the name of its framework in the tests of tests/test_frameworks.py, which must run there.
 FRAMEWORKS = {"LLaMA-Factory 0.9.5": "llamafactory", "Axolotl 0.19.0": "axolotl", "ms-swift 4.6.0": "ms_swift"}
+# LLaMA-Factory requires these for pictures and sound. The package index has only builds that need CUDA libraries. With
+# them the import of Transformers fails beside a torch for CPUs, so they are removed again.
+REMOVED = ["torchvision", "torchaudio"]
 TOOLS = ["pytest", "hypothesis", "bitsandbytes"]
 CORE = ["test_initialize", "test_save_and_load", "test_peft_flow"]
 PACKAGES = ["torch", "transformers", "peft", "accelerate", "trl", "datasets"]
@@ -55,8 +58,10 @@ def install(folder: Path, requirements: list[str]) -> Path:
     """Make an environment with the requirements, and return its interpreter."""
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     python, uv = folder / "bin" / "python", shutil.which("uv")
-    command = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install", "--no-compile"]
-    subprocess.run([*command, "--quiet", *requirements], check=True)
+    pip = [uv, "pip"] if uv else [str(python), "-m", "pip"]
+    adding, removing = (["--python", str(python)],) * 2 if uv else (["--no-compile"], ["--yes"])
+    subprocess.run([*pip, "install", "--quiet", *adding, *requirements], check=True)
+    subprocess.run([*pip, "uninstall", "--quiet", *removing, *REMOVED], check=True)
     return python
 
 
@@ -64,7 +69,7 @@ def run_tests(python: Path, report: Path, arguments: list[str]) -> list[tuple[st
     """Run tests with an interpreter: the module, the outcome and the reason of each; no test if pytest broke off."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     environment.pop("PYTHONPATH", None)
-    command = [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command = [str(python), "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={report}"]
     report.unlink(missing_ok=True)
     subprocess.run([*command, *arguments], cwd=ROOT, env=environment, check=False)
     cases = ElementTree.parse(report).iter("testcase") if report.exists() else []

@@ -137,7 +137,7 @@ def test_get_lora_ga_model_gives_the_start_of_initialize() -> None:
     assert all(torch.equal(one, two) for one, two in zip(starts(model), starts(other), strict=True))
 
 
-def starts(model: nn.Module) -> list[torch.Tensor]:
+def starts(model: nn.Module) -> list[Any]:
     return [module.start for module in model.modules() if hasattr(module, "start")]
 
 

@@ -246,4 +246,4 @@ def test_the_experiments_name_the_peft_that_their_method_of_pefts_own_lora_ga_ne
 ) -> None:
     monkeypatch.delattr("peft.LoraGAConfig", raising=False)  # as in PEFT 0.18
     with pytest.raises(ValueError, match="peft_lora_ga needs PEFT 0.19 or newer, but PEFT .* is installed"):
-        load_method("peft_lora_ga").build(None)
+        load_method("peft_lora_ga").build(None)  # type: ignore[arg-type]
