@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("names", metavar="SUITE[/TASK]", nargs="*", help="a suite, or one task of it")
     # Not a field of the options: a boolean field takes an optional value and would read a name after it as that value.
     parser.add_argument("--no_network", action="store_true", help="only list what is wanted, or use --originals")
-    options, other = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    (options,), other = parser.parse(list(argv))
     from lora_ga.experiments.suites import origins
     from lora_ga.experiments.suites.sources import VARIABLE
 

@@ -123,9 +123,9 @@ def next_steps(record: dict[str, Any], result: Path) -> list[tuple[str, str]]:
     if record["task"] == "causal-lm" and not adapted:
         steps.append(("Serve it", shlex.join(["vllm", "serve", folder])))
     elif record["task"] == "causal-lm":
-        from lora_ga.export.vllm import check_served
+        from lora_ga.export.readers import check_reader
 
-        verdict = check_served(result, "vllm")
+        verdict = check_reader(result, "vllm")
         if verdict.refused or verdict.fixable:
             how = ["lora-ga", "export", folder, "--for", "vllm", "--output", str(result.parent / "served")]
         else:
