@@ -542,3 +542,38 @@ def test_an_estimate_is_one_line_in_a_terminal_and_a_table_in_a_notebook() -> No
     table = estimate._repr_html_()
     assert table.count("<tr>") == 15
     assert f"<td>{name}</td><td>32 × 32</td>" in table
+
+
+def cached_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """As cached losses of sentence-transformers: the graph ends before the model, and a hook runs the model again."""
+    with torch.no_grad():
+        outputs = model(input_ids=batch["input_ids"]).logits
+    outputs.requires_grad_()
+    inner = nn.functional.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten())
+    inner.backward()
+    loss = inner.detach().requires_grad_()
+
+    def run_again(gradient: Tensor) -> None:
+        with torch.enable_grad():
+            again = model(input_ids=batch["input_ids"]).logits
+            ((again * outputs.grad).sum() * gradient).backward()
+
+    loss.register_hook(run_again)
+    return 1.0 * loss
+
+
+@pytest.mark.parametrize("estimator", ["streaming", "probe"])
+def test_a_loss_whose_hook_runs_the_model_again_gives_the_gradient_of_the_plain_loss(estimator: str) -> None:
+    def plain(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(
+            model(input_ids=batch["input_ids"]).logits.flatten(0, 1), batch["labels"].flatten()
+        )
+
+    model, config = adapted(llama()), LoraGAConfig(estimator=estimator)
+    found, expected = (
+        lora_ga.estimate_gradients(model, causal(), config, loss_fn=loss) for loss in (cached_loss, plain)
+    )
+    assert len(found) == len(expected) == 14
+    for name, part in expected.items():
+        torch.testing.assert_close(found[name].S[:8], part.S[:8], rtol=1e-3, atol=1e-7)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -78,12 +78,14 @@ class BatchPass:
             return
         scaled = loss * self._magnification(weight) if self.float16 else loss
         leaves, reentrant = _leaves(scaled)
-        if not reentrant:
+        reached = any(leaf is start for leaf in leaves for start in starts)
+        if reached and not reentrant:
             with self.noise:  # checkpointed layers run again
                 scaled.backward(inputs=list(starts))
             return
         # A reentrant checkpoint makes a backward pass of its own, which accumulates in all leaves, and it refuses
-        # `inputs`. `Setup.isolated` keeps the `.grad` of the parameters that it uses inside.
+        # `inputs`. So does a loss whose graph ends before the model, and whose hook runs the model again, as cached
+        # losses of sentence-transformers have it. `Setup.isolated` keeps the `.grad` of parameters that it uses.
         with grad_kept([leaf for leaf in leaves if not any(leaf is start for start in starts)]), self.noise:
             scaled.backward()
 
@@ -104,6 +106,8 @@ def _leaves(loss: Tensor) -> tuple[list[Tensor], bool]:
         The leaves, and whether the graph has a reentrant checkpoint. What such a checkpoint uses inside is not in the
         graph before the backward pass.
     """
+    if loss.grad_fn is None:
+        return [loss], False
     leaves, reentrant = [], False
     waiting = [loss.grad_fn]
     seen = set(waiting)
