@@ -14,9 +14,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadf
 .PHONY: demo test test-all campaign test-zero3 test-oldest test-versions test-frameworks lint docs dist bench clean
 
 $(VENV)/.ready: pyproject.toml
+	@echo "Making an environment in $(VENV), once: first $(TORCH) (some 200 MB and more), then the other packages."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable ".[cli,demo,dev,docs]"
+	$(BIN)/pip install $(TORCH)
+	@echo "Installing the other packages: a few minutes."
+	$(BIN)/pip install --editable ".[cli,demo,dev,docs]"
 	touch $@
 
 demo: $(VENV)/.ready
