@@ -212,3 +212,12 @@ def test_a_setting_that_this_version_does_not_know_is_refused_with_the_file_and_
         GradientEstimate.load("estimate-0.safetensors")
     with pytest.raises(ValueError, match=r"lora_ga\.s.*no setting hindsight; .* wrote it \(0\.9\), or remove"):
         lora_ga.load(torch.nn.Linear(1, 1), "adapters/delta")
+
+
+@pytest.mark.parametrize("golden", ["0.1-alpha"], indirect=True)
+def test_a_sidecar_whose_record_cannot_be_used_is_refused_with_its_folder(golden: Path) -> None:
+    file = "adapters/delta/lora_ga.safetensors"
+    tensors, record = read_tensors(file, save.FILE_KIND)
+    write_tensors(file, save.FILE_KIND, tensors, record | {"plain": {"model.layers.0.self_attn.q_proj": [1]}})
+    with pytest.raises(ValueError, match=r"^adapters/delta: damaged, or not .*not enough values to unpack"):
+        lora_ga.load(golden_set.base(), "adapters/delta", is_trainable=True)

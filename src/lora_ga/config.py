@@ -173,4 +173,4 @@ class LoraGAConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"LoraGAConfig has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-        return cls(**BEFORE | dict(values))
+        return cls(**{**BEFORE, **values})

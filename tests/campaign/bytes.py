@@ -280,7 +280,9 @@ def _gzip(content: bytes, draw: random.Random) -> bytes:
     lines = [json.loads(line) for line in gzip.decompress(content).splitlines()]
     if draw.randrange(8) == 0:
         return _many_zeros()
-    return gzip.compress("".join(json.dumps(each) + "\n" for each in _leaf(lines, draw) or [1]).encode(), mtime=0)
+    changed = _leaf(lines, draw)
+    changed = changed if isinstance(changed, list) else [changed]
+    return gzip.compress("".join(json.dumps(each) + "\n" for each in changed).encode(), mtime=0)
 
 
 @functools.cache
@@ -323,7 +325,7 @@ def _rewritten(content: bytes, about: dict[str, str], draw: random.Random) -> by
     tensors, record = load(content), json.loads(about["record"])
     name, kind = draw.choice(sorted(tensors)), draw.randrange(6)
     if kind == 0:
-        tensors[name] = tensors[name].flatten()[:1] if draw.randrange(2) else tensors[name].mT.contiguous()
+        tensors[name] = tensors[name].flatten()[:1] if draw.randrange(2) else tensors[name].T.contiguous()
     elif kind == 1:
         tensors[name] = tensors[name].to(draw.choice([torch.int32, torch.bool, torch.float16, torch.complex64]))
     elif kind == 2 and tensors[name].is_floating_point():
@@ -405,7 +407,8 @@ def read_one(form: Format, folder: Path, right: Any) -> str:
     try:
         now = form.read(folder)
     except (ValueError, FileNotFoundError) as error:
-        named = str(folder) in str(error)
+        # Options that a file lacks may be on the command line: an error about them names the option.
+        named = str(folder) in str(error) or (form.name == "config.yaml" and "--" in str(error))
         return "refused" if named else f"the error does not name the file: {type(error).__name__}: {error}"[:300]
     except BaseException as error:
         return f"{type(error).__name__}: {error}"[:300]

@@ -21,7 +21,7 @@ from typing import Any
 # Audit events of a process that changes files, by the place of the path in their arguments.
 CHANGES = {"open": 0, "os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "os.truncate": 0}
 WRITING = os.O_WRONLY | os.O_RDWR
-LIMIT = 300  # seconds that one process may take, on a busy machine
+LIMIT = 1800  # seconds that one process may take, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,39 @@ def forked(function: Callable[[], Any], log: Path, *, kill_after: float | None =
     Returns:
         The exit code; negative for a signal. -14 (SIGALRM) is a process that took longer than `LIMIT`.
     """
+    reader, writer = os.pipe()  # not the log itself: the process may be one that cannot write files
     pid = os.fork()
     if pid == 0:
-        code = 70
-        with log.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        try:
-            code = int(function() or 0)
-        except BaseException:
+        _child(function, writer)
+    os.close(writer)
+    os.set_blocking(reader, False)
+    with log.open("wb") as file, os.fdopen(reader, "rb") as said:
+        return _wait(pid, kill_after, lambda: file.write(said.read() or b""))
+
+
+def _child(function: Callable[[], Any], writer: int) -> None:
+    """Run the function, and end this process whatever happens: nothing of its parent may go on here."""
+    code = 70
+    try:
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        code = int(function() or 0)
+    except BaseException:
+        with contextlib.suppress(BaseException):
             traceback.print_exc()
-        with contextlib.suppress(OSError, ValueError):
+    finally:
+        with contextlib.suppress(BaseException):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _wait(pid: int, kill_after: float | None, read: Callable[[], Any]) -> int:
+    """Wait for a process, and read what it prints."""
     began = time.monotonic()
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
+        read()
         if found:
             return os.waitstatus_to_exitcode(status)
         if kill_after is not None and time.monotonic() - began >= kill_after:
@@ -139,7 +155,8 @@ def new_folder(parent: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        folder.chmod(0o700)
+        with contextlib.suppress(FileNotFoundError):
+            folder.chmod(0o700)
         shutil.rmtree(folder, ignore_errors=True)
 
 

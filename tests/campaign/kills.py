@@ -99,10 +99,12 @@ def two_processes(draw: random.Random) -> Result:
     with new_folder(Path()) as folder:
         pid = os.fork()
         if pid == 0:
-            os.dup2(os.open("log-first", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-            os.dup2(1, 2)
-            run_until(command, folder, "before", at)
-            os._exit(0)
+            try:
+                os.dup2(os.open("log-first", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+                os.dup2(1, 2)
+                run_until(command, folder, "before", at)
+            finally:
+                os._exit(0)
         refusals = 0
         while not os.waitpid(pid, os.WNOHANG)[0]:
             if (folder / "store" / ".lock.pid").exists():

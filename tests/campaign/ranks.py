@@ -171,8 +171,9 @@ def _start(rank: int, size: int, folder: Path, fault: Callable[..., None] | None
         try:
             _process(rank, size, folder, fault, seed)
         except BaseException:
-            (folder / f"{rank}.txt").write_text(traceback.format_exc())
-        os._exit(0)
+            traceback.print_exc()
+        finally:
+            os._exit(0)
     return pid
 
 

@@ -114,7 +114,8 @@ def _load_new(base: Any, path: str | Path, adapter_name: str, *, is_trainable: b
             check_base(model, sidecar[1]["fingerprint"], path)
             _check_tied_heads(model, adapter_name, sidecar[1], path)
             if is_trainable:
-                _restore_structure(model, adapter_name, *sidecar, where=str(path))
+                with damaged(path):
+                    _restore_structure(model, adapter_name, *sidecar, where=str(path))
         elif is_trainable:
             _prepare_plain_training(model, Path(path), adapter_name)
     except BaseException:
