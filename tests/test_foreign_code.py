@@ -35,6 +35,9 @@ OTHER_OBJECTS = {
     "cli/export.py": {"base"},
     "cli/finetune.py": {"settings", "trainer"},
     "cli/models.py": {"tokenizer", "model", "parameter"},
+    "cli/tasks.py": {"tokenizer"},
+    # A function of our own.
+    "cli/parsing.py": {"read"},
     "experiments/suites/training.py": {"parameter"},
 }
 SETTERS = {"setattr", "delattr"}

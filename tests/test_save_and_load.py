@@ -656,7 +656,7 @@ def test_what_is_no_model_is_refused_before_the_file_is_read() -> None:
     [
         ("adapter_config.json", "{", "adapter_config.json: damaged"),
         ("adapter_config.json", '{"peft_type": "LOHA"}', "an adapter of type LOHA; into this LoRA adapter goes LoRA"),
-        (FILE, '"schema":"2"', "written in format 9, this version reads format 2. Write it again"),
+        (FILE, '"schema":"2"', "written in format 9, this version of LoRA-GA reads the formats 1 and 2"),
     ],
     ids=["damaged", "another kind", "another version"],
 )

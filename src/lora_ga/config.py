@@ -158,10 +158,10 @@ class LoraGAConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraGAConfig:
-        """Read what `to_dict` wrote, in this version or an earlier one.
+        """Settings from plain values; those that are not given have their defaults.
 
         Args:
-            values: Setting names and plain values. Settings that the file lacks did not exist when it was written.
+            values: Setting names and plain values.
 
         Returns:
             The configuration, checked.
@@ -173,4 +173,19 @@ class LoraGAConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"LoraGAConfig has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-        return cls(**{**BEFORE, **values})
+        return cls(**values)
+
+    @classmethod
+    def from_record(cls, values: Mapping[str, Any]) -> LoraGAConfig:
+        """Read what `to_dict` wrote, in this version or an earlier one.
+
+        Args:
+            values: Setting names and plain values. Settings that the file lacks did not exist when it was written.
+
+        Returns:
+            The configuration, checked.
+
+        Raises:
+            ValueError: A name is not a setting, or a value is not allowed.
+        """
+        return cls.from_dict({**BEFORE, **values})

@@ -32,11 +32,11 @@ from lora_ga.adapter.save import FILE, read_sidecar
 from lora_ga.adapter.structure import build_structure
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
-from lora_ga.files import another_base, base_model, damaged, embeddings
+from lora_ga.files import another_base, base_model, damaged, embeddings, without_compiled
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.joined import JoinedA, JoinedB
 from lora_ga.layers.kinds import entries, weight_of
-from lora_ga.layers.targets import PREFIX, Target, find_targets, peft_model_in
+from lora_ga.layers.targets import PREFIX, Target, find_targets, layer_name, peft_model_in
 
 # What diffusers calls its file, and the key of its metadata that holds the configurations.
 PIPELINE_FILE, PIPELINE_CONFIGS = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
@@ -164,7 +164,7 @@ def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainabl
         check_base(model, saved.sidecar[1]["fingerprint"], path)
         _check_starts(saved, aligned)
     record = {} if saved.sidecar is None else saved.sidecar[1]
-    config = LoraGAConfig.from_dict(record["config"]) if record else LoraGAConfig()
+    config = LoraGAConfig.from_record(record["config"]) if record else LoraGAConfig()
     alignment = alignment_of(model, adapter_name)
     if aligned and alignment is None:
         plain = {name: target for name, target in targets.items() if name not in aligned}
@@ -219,7 +219,8 @@ def _read(path: Path, targets: Mapping[str, Target]) -> SavedAdapter:
     (prefix,) = prefixes
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     with damaged(where):
-        return SavedAdapter(where, own, _config(where, header, prefix), read_sidecar(where.parent))
+        config = _config(where, header, prefix)
+    return SavedAdapter(where, own, config, read_sidecar(where.parent))
 
 
 def _config(where: Path, header: Mapping[str, str], prefix: str) -> Any:
@@ -315,12 +316,12 @@ def _check_rest(saved: SavedAdapter, model: Any, adapter_name: str) -> None:
         ValueError: There is such a part.
     """
     known = {id(module) for module in embeddings(model)}  # whose base weights may be in the file
-    paths = tuple(f"{path.removeprefix(PREFIX)}." for path, module in model.named_modules() if id(module) in known)
+    paths = tuple(f"{layer_name(path)}." for path, module in model.named_modules() if id(module) in known)
     factors = (*ENDS["A"], *ENDS["B"])
     own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     ours, theirs = (
         {key for key in keys if not key.endswith(factors) and not (paths and key.startswith(paths))}
-        for keys in ((key.removeprefix(PREFIX) for key in own), saved.tensors)
+        for keys in (map(layer_name, own), map(without_compiled, saved.tensors))
     )
     for keys, found in ((theirs - ours, "holds {}, which this adapter has not"), (ours - theirs, "does not hold {}")):
         if keys:

@@ -206,7 +206,7 @@ def _restore_structure(
     model: PeftModel, adapter_name: str, tensors: dict[str, Tensor], record: dict[str, Any], *, where: str
 ) -> None:
     """Give a plain rank-2r adapter the structure its sidecar describes."""
-    config, peft_config = LoraGAConfig.from_dict(record["config"]), model.peft_config[adapter_name]
+    config, peft_config = LoraGAConfig.from_record(record["config"]), model.peft_config[adapter_name]
     layers = {layer_name(path): module for path, module in model.named_modules()}
     alignment = Alignment(
         model=ModelReference(model),
@@ -305,7 +305,7 @@ def restore_starts(model: nn.Module, path: Path, adapter_name: str = "default") 
                     f"{folder}: {FILE} does not belong to the adapter that was loaded: {letter} of {name} has "
                     "another start. Put the right one back."
                 )
-    alignment.config = LoraGAConfig.from_dict(record["config"])
+    alignment.config = LoraGAConfig.from_record(record["config"])
     alignment.summary = record.get("summary", "")
 
 

@@ -201,7 +201,7 @@ def _read_complete(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         if not finite or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
             raise ValueError(f"{file}: damaged, {name} holds numbers that are not finite. Put the right file back.")
     try:
-        LoraGAConfig.from_dict(record["config"])
+        LoraGAConfig.from_record(record["config"])
     except ValueError as error:
         raise ValueError(
             f"{file}: {error} Use the version that wrote it{_version(record)}, or remove the file to load the adapter "

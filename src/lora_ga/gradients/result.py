@@ -148,7 +148,7 @@ class GradientEstimate(Mapping[str, LowRank]):
                 raise ValueError(f"{path}: damaged, {key!r} is {about[key]!r}. Make the estimate again.")
         layers = {name: _layer(path, name, tensors, norm) for name, norm in about["norms"].items()}
         try:
-            config = LoraGAConfig.from_dict(about["config"])
+            config = LoraGAConfig.from_record(about["config"])
         except ValueError as error:
             raise ValueError(f"{path}: {error} {_written_by(about)} Make the estimate again.") from error
         return cls(layers, config, **{key: about[key] for key in ABOUT}, merged_from=tuple(about["merged_from"]))
