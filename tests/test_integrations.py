@@ -26,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 import accelerate_loop
 import lora_ga
 from lora_ga.adapter.save import FILE
-from lora_ga.integrations.diffusers import denoising
+from lora_ga.integrations.diffusers import _packed, _places, _sizes, denoising
 from toys import causal, injected, llama, logits, lora_settings, minilm_folder, tokens
 from trainers import factors, peft_config, rows, settings, tokenised, tokenizer, trl_classes
 
@@ -313,10 +313,28 @@ def unet(library: Any) -> Any:
     ).eval()
 
 
+def sdxl(library: Any) -> Any:
+    torch.manual_seed(0)
+    return library.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    ).eval()
+
+
 def flux(library: Any) -> Any:
     torch.manual_seed(0)
     return library.FluxTransformer2DModel(
         in_channels=16,
+        guidance_embeds=True,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -378,13 +396,20 @@ def condition_of_sd3(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": states, "pooled_projections": states.mean(1)}
 
 
-def condition_of_flux(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return condition_of_sd3(batch) | {"txt_ids": torch.zeros(8, 3), "img_ids": torch.zeros(6, 3)}
+def compute_text_embeddings(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """As a script with two text encoders computes them."""
+    states = TEXT(batch["input_ids"])
+    return states, states.mean(1)
 
 
 def stable_diffusion(library: Any, scheduler: Any, model: Any) -> Any:
     parts = dict.fromkeys(["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"])
     return library.StableDiffusionPipeline(**parts, unet=model, scheduler=scheduler, requires_safety_checker=False)
+
+
+def sdxl_pipeline(library: Any, scheduler: Any, model: Any) -> Any:
+    parts = [f"{part}{number}" for number in ("", "_2") for part in ("text_encoder", "tokenizer")]
+    return library.StableDiffusionXLPipeline(**dict.fromkeys(["vae", *parts]), unet=model, scheduler=scheduler)
 
 
 def sd3_pipeline(library: Any, scheduler: Any, model: Any) -> Any:
@@ -397,14 +422,37 @@ def flux_pipeline(library: Any, scheduler: Any, model: Any) -> Any:
     return library.FluxPipeline(**parts, transformer=model, scheduler=scheduler)
 
 
+def test_flux_and_sdxl_get_what_their_scripts_give_them() -> None:
+    library = pytest.importorskip("diffusers", reason="diffusers is not installed (the extra dev has it)")
+    pipeline, x = library.FluxPipeline, torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(_packed(x), pipeline._pack_latents(x, 2, 4, 6, 8))
+    places = _places(x, {"encoder_hidden_states": torch.zeros(2, 5, 16)}, SimpleNamespace(guidance_embeds=True))
+    assert torch.equal(places["img_ids"], pipeline._prepare_latent_image_ids(2, 3, 4, x.device, x.dtype))
+    assert torch.equal(places["txt_ids"], torch.zeros(5, 3))
+    assert places["guidance"].tolist() == [3.5, 3.5]
+    batch = {"pixel_values": torch.zeros(2, 3, 16, 24)}
+    assert _sizes(batch).tolist() == [[16, 24, 0, 0, 16, 24]] * 2
+    batch |= {"original_sizes": [(30, 40), (50, 60)], "crop_top_lefts": [(1, 2), (3, 4)]}
+    assert _sizes(batch).tolist() == [[30, 40, 1, 2, 16, 24], [50, 60, 3, 4, 16, 24]]
+
+
 @pytest.mark.parametrize(
     ("make", "pipeline", "part", "scheduler", "shape", "latents", "condition"),
     [
         (unet, stable_diffusion, "unet", "DDPMScheduler", (4, 4, 8, 8), Autoencoder(), TextEncoder()),
-        (flux, flux_pipeline, "transformer", "FlowMatchEulerDiscreteScheduler", (4, 6, 16), pixels, condition_of_flux),
+        (sdxl, sdxl_pipeline, "unet", "DDPMScheduler", (4, 4, 8, 8), Autoencoder(), compute_text_embeddings),
+        (
+            flux,
+            flux_pipeline,
+            "transformer",
+            "FlowMatchEulerDiscreteScheduler",
+            (4, 4, 8, 8),
+            Autoencoder(),
+            compute_text_embeddings,
+        ),
         (sd3, sd3_pipeline, "transformer", "FlowMatchEulerDiscreteScheduler", (4, 4, 8, 8), pixels, condition_of_sd3),
     ],
-    ids=["UNet", "Flux", "SD3"],
+    ids=["UNet", "SDXL", "Flux", "SD3"],
 )
 def test_a_denoising_model_loads_in_its_pipeline_and_resumes(
     make: Any, pipeline: Any, part: str, scheduler: str, shape: Any, latents: Any, condition: Any, tmp_path: Path

@@ -23,8 +23,9 @@ from lora_ga.distributed.processes import processes
 from lora_ga.files import base_model
 from lora_ga.linalg.low_rank import generator
 
-# Models that take their time steps as a share of the number of training steps.
-TIME_AS_SHARE = ("FluxTransformer2DModel",)
+# Models that take latents in rows of 2 x 2 patches, and time steps as a share of the number of training steps.
+PACKED = ("FluxTransformer2DModel",)
+GUIDANCE = 3.5  # the default of diffusers' DreamBooth script for Flux
 
 
 def denoising(
@@ -44,8 +45,9 @@ def denoising(
         latents: The autoencoder, which encodes `batch["pixel_values"]`; or a function of a batch that returns the clean
             latents, as the model takes them.
         condition: The text encoder, whose first output for `batch["input_ids"]` is the model's
-            `encoder_hidden_states`; or a function of a batch that returns the model's other keyword arguments. It is
-            called in the loss, with gradients.
+            `encoder_hidden_states`; or a function of a batch that returns the model's other keyword arguments, or the
+            embeddings of the prompts and the pooled ones, as the scripts compute them. It is called in the loss, with
+            gradients.
         seed: Seed of noise and time steps.
 
     Returns:
@@ -120,10 +122,15 @@ class DenoisingLoss:
         """
         clean, noise = batch["latents"], batch["noise"]
         noisy, time, target = self._step(clean, noise, batch["steps"])
-        if type(base_model(model)).__name__ in TIME_AS_SHARE:
+        base = base_model(model)
+        arguments = dict(self._arguments(base, batch["batch"]))
+        if type(base).__name__ in PACKED:
             time = time / self.scheduler.config.num_train_timesteps
-        noisy = noisy.to(getattr(base_model(model), "dtype", noisy.dtype))
-        prediction = model(noisy, timestep=time, **self._arguments(batch["batch"]))[0]
+            if noisy.dim() == 4:
+                arguments = _places(noisy, arguments, getattr(base, "config", None)) | arguments
+                noisy, target = _packed(noisy), _packed(target)
+        noisy = noisy.to(getattr(base, "dtype", noisy.dtype))
+        prediction = model(noisy, timestep=time, **arguments)[0]
         if prediction.shape != target.shape:
             raise ValueError(
                 f"The model predicts {tuple(prediction.shape)} for latents of {tuple(target.shape)}. Pass `latents` as "
@@ -131,12 +138,19 @@ class DenoisingLoss:
             )
         return mse_loss(prediction.float(), target.float()), len(clean)
 
-    def _arguments(self, batch: Any) -> Mapping[str, Any]:
+    def _arguments(self, base: nn.Module, batch: Any) -> Mapping[str, Any]:
         """The other arguments of the model."""
-        if not isinstance(self.condition, nn.Module):
-            return self.condition(batch)
-        ids = batch["input_ids"].to(next(self.condition.parameters()).device)
-        return {"encoder_hidden_states": self.condition(ids)[0]}
+        if isinstance(self.condition, nn.Module):
+            ids = batch["input_ids"].to(next(self.condition.parameters()).device)
+            return {"encoder_hidden_states": self.condition(ids)[0]}
+        found = self.condition(batch)
+        if isinstance(found, Mapping):
+            return found
+        states, pooled, *_ = found
+        if getattr(getattr(base, "config", None), "addition_embed_type", None) != "text_time":
+            return {"encoder_hidden_states": states, "pooled_projections": pooled}
+        added = {"text_embeds": pooled, "time_ids": _sizes(batch).to(pooled)}  # SDXL
+        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
     def _step(self, clean: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The noisy latents, their time steps, and what the model should predict.
@@ -163,3 +177,28 @@ class DenoisingLoss:
                 f"The scheduler's prediction type is {kind!r}; known are {', '.join(targets)}. Pass your own loss_fn."
             )
         return self.scheduler.add_noise(clean, noise, steps), steps, targets[kind]()
+
+
+def _sizes(batch: Mapping[str, Any]) -> Tensor:
+    """What SDXL is told of each picture: its size, where it was cropped, and the size that is trained; (rows, 6)."""
+    height, width = batch["pixel_values"].shape[-2:]
+    rows = len(batch["pixel_values"])
+    sizes = batch.get("original_sizes", [(height, width)] * rows)
+    crops = batch.get("crop_top_lefts", [(0, 0)] * rows)
+    return torch.tensor([[*map(int, (*size, *crop)), height, width] for size, crop in zip(sizes, crops, strict=True)])
+
+
+def _packed(latents: Tensor) -> Tensor:
+    """Latents (N, C, H, W) as rows of 2 x 2 patches, (N, H/2 · W/2, 4 C)."""
+    return latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def _places(latents: Tensor, arguments: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The other arguments of a Flux transformer: the places of patches and tokens, and the guidance of its scripts."""
+    height, width = (size // 2 for size in latents.shape[2:])
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).to(latents)
+    found = {"img_ids": places, "txt_ids": places.new_zeros(arguments["encoder_hidden_states"].shape[1], 3)}
+    if getattr(config, "guidance_embeds", False):
+        found["guidance"] = latents.new_full((len(latents),), GUIDANCE)
+    return found
