@@ -293,8 +293,8 @@ def waves() -> list[dict[str, Tensor]]:
 
 def qwen_vl() -> nn.Module:
     positions = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
-    vision |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
+    vision: dict[str, Any] = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4}
+    vision |= {"out_hidden_size": 32, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
     special = {"image_token_id": IMAGE, "video_token_id": 62, "vision_start_token_id": 61, "vision_end_token_id": 60}
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=DECODER | {"rope_parameters": positions}, vision_config=vision, **special)

@@ -438,8 +438,9 @@ def test_unsloth_saves_merges_and_loads_the_trained_adapter(tmp_path: Path) -> N
         if name.endswith(".lora_A.default"):
             layer = modules[name.removesuffix(".lora_A.default")]
             assert layer._modules["lora_B"]._modules["default"]._parameters.get("bias") is None  # its fast path
-            weight = merged.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.default")).weight
-            weight.data.addmm_(layer.lora_B.default.weight, module.weight, alpha=layer.scaling["default"])
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+            linear: Any = merged.get_submodule(path)
+            linear.weight.data.addmm_(layer.lora_B.default.weight, module.weight, alpha=layer.scaling["default"])
             count += 1
     assert count == 2 * len(ALL)
     torch.testing.assert_close(logits(merged, batch), trained, rtol=0, atol=1e-5)

@@ -430,7 +430,7 @@ def test_flux_and_sdxl_get_what_their_scripts_give_them() -> None:
     assert torch.equal(places["img_ids"], pipeline._prepare_latent_image_ids(2, 3, 4, x.device, x.dtype))
     assert torch.equal(places["txt_ids"], torch.zeros(5, 3))
     assert places["guidance"].tolist() == [3.5, 3.5]
-    batch = {"pixel_values": torch.zeros(2, 3, 16, 24)}
+    batch: dict[str, Any] = {"pixel_values": torch.zeros(2, 3, 16, 24)}
     assert _sizes(batch).tolist() == [[16, 24, 0, 0, 16, 24]] * 2
     batch |= {"original_sizes": [(30, 40), (50, 60)], "crop_top_lefts": [(1, 2), (3, 4)]}
     assert _sizes(batch).tolist() == [[30, 40, 1, 2, 16, 24], [50, 60, 3, 4, 16, 24]]

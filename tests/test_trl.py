@@ -219,7 +219,7 @@ def other(name: str, folder: Path, callbacks: list[Any], **changes: Any) -> Any:
 def check_run(trainer: Any, used: LoraGACallback, folder: Path) -> None:
     """Train; the start is that of the base, every layer has a gradient, and stock PEFT reads the checkpoint."""
     begin: list[torch.Tensor] = []
-    used.on_step_begin = lambda *_, model, **named: begin.append(logits(model.eval(), BATCH))  # type: ignore[method-assign]
+    used.on_step_begin = lambda *_, model, **named: begin.append(logits(model.eval(), BATCH))
     trainer.train()
     assert torch.equal(begin[0], logits(llama(), BATCH))
     assert used.estimate is not None
