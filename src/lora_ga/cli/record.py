@@ -1,5 +1,6 @@
 """The record of a finished run."""
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -145,23 +146,17 @@ def model_card(record: Mapping[str, Any], old: str, code: str) -> str:
 
 
 def usage(record: dict[str, Any], folder: str) -> str:
-    """Python code that uses the result of a run on one text."""
-    config = record["config"]
-    text = [{"role": "user", "content": "Hello"}] if config.get("messages_column") else "Hello"
-    if record["method"] == "full":
-        load, model = "", repr(folder)
-    else:
-        load, model = "import lora_ga; ", f"lora_ga.load({folder!r}).merge_and_unload()"
+    """Python code that uses the result of a run on one text. Its texts are in double quotes, for shells."""
+    full, place, text = record["method"] == "full", json.dumps(folder), '"Hello"'
+    if record["config"].get("messages_column"):
+        text = '[{"role": "user", "content": "Hello"}]'
+    load = "import transformers" if full else "import lora_ga; import transformers"
+    model = place if full else f"lora_ga.load({place}).merge_and_unload()"
     if record["task"] == "seq2seq":
-        if record["method"] == "full":
-            model = f"transformers.AutoModelForSeq2SeqLM.from_pretrained({folder!r})"
-        return (
-            f"import transformers; {load}model = {model}; tokenizer = "
-            f"transformers.AutoTokenizer.from_pretrained({folder!r}); "
-            f"print(tokenizer.decode(model.generate(**tokenizer({text!r}, return_tensors='pt'))[0]))"
-        )
-    kind, settings = (
-        ("text-classification", "") if record["task"] == "seq-cls" else ("text-generation", ", max_new_tokens=30")
-    )
-    pipeline = f"transformers.pipeline({kind!r}, {model}, tokenizer={folder!r})"
-    return f"import transformers; {load}print({pipeline}({text!r}{settings}))"
+        model = f"transformers.AutoModelForSeq2SeqLM.from_pretrained({place})" if full else model
+        tokenizer = f"transformers.AutoTokenizer.from_pretrained({place})"
+        answer = f'tokenizer.decode(model.generate(**tokenizer({text}, return_tensors="pt"))[0])'
+        return f"{load}; model = {model}; tokenizer = {tokenizer}; print({answer})"
+    classifies = record["task"] == "seq-cls"
+    kind, length = ("text-classification", "") if classifies else ("text-generation", ", max_new_tokens=30")
+    return f'{load}; print(transformers.pipeline("{kind}", {model}, tokenizer={place})({text}{length}))'

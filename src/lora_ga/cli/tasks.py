@@ -146,9 +146,6 @@ def prepare_data(
     Raises:
         ValueError: The options do not fit the data or the model.
     """
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
     wanted = columns_of(model.task, data)
     check_task(model.model, model.task)
     sources = {"train": _load_rows(data, data.train_file, data.train_split)}
@@ -228,7 +225,10 @@ def trainer_classes(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, A
 
 
 def _load_rows(data: DataOptions, file: str | None, split: str | None) -> tuple[str, Dataset]:
-    """Loads rows, and describes where they come from."""
+    """Loads rows, and describes where they come from. Without a terminal there are no bars from here on."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     if file is not None:
         return file, load_file(Path(file))
     assert data.dataset is not None, "checked by DataOptions"
