@@ -75,7 +75,7 @@ dist: $(VENV)/.ready
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
-	$(BIN)/python -m zipfile --list dist/*.whl | grep --quiet lora_ga/py.typed
+	$(BIN)/python -m zipfile --list dist/*.whl | grep lora_ga/py.typed
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/bench_alignment.py
