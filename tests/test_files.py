@@ -344,7 +344,7 @@ def test_files_with_the_fingerprint_that_earlier_versions_gave_a_tied_head_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = files._shapes
-    monkeypatch.setattr(files, "_shapes", lambda model, *, wrappers: shapes(model, wrappers=True))
+    monkeypatch.setattr(files, "_shapes", lambda model, **settings: shapes(model, **settings | {"wrappers": True}))
     model = wrapped(llama(tie_word_embeddings=True), WRAPPERS["head, tied"])
     estimate = lora_ga.estimate_gradients(model, causal())
     lora_ga.apply_estimate(model, estimate)

@@ -391,7 +391,7 @@ def test_the_magnitudes_of_dora_get_adamw_and_its_factors_the_rule(caplog: pytes
     model = adapted(llama(num_hidden_layers=1), ["q_proj"], use_dora=True)
     lora_ga.initialize(model, causal(1))
     check_parts(model, lambda: model(**causal(1)[0]).loss)
-    assert "lora_magnitude_vector" in caplog.records[0].message
+    assert any("lora_magnitude_vector" in record.message for record in caplog.records)
 
 
 def test_what_cannot_be_stepped_in_pairs_is_refused_by_name() -> None:
