@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from transformers import BertForSequenceClassification
 import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.adapter import save as sidecar
-from lora_ga.adapter.load import check_optimizer_state
+from lora_ga.adapter.load import check_optimizer_state, restore_starts
 from lora_ga.adapter.save import FILE
 from lora_ga.config import CHOICES
 from lora_ga.export.merge import merge_adapter
@@ -47,6 +48,8 @@ from toys import (
     train,
     translated,
 )
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def trained(
@@ -443,6 +446,55 @@ def test_every_reader_that_divides_alpha_by_the_rank_gets_the_scaling(
     again = lora_ga.load(llama(), tmp_path, is_trainable=True)
     again.save_pretrained(tmp_path / "again")
     assert PeftConfig.from_pretrained(tmp_path / "again").to_dict() == config.to_dict()
+
+
+def half_plain(model: Any, offset: str = "adapter") -> Any:
+    """Start an adapter whose layers in the first block stay plain LoRA, since their gradient is zero, and train it."""
+
+    def last_block(model: nn.Module, batch: Any) -> Tensor:
+        hidden = model(**batch, output_hidden_states=True).hidden_states[1].detach()
+        block = model.get_submodule("base_model.model.model.layers.1.mlp")
+        return block(hidden).square().mean()
+
+    with pytest.warns(UserWarning, match="They start as plain LoRA"):
+        lora_ga.initialize(model, causal(), LoraGAConfig(on_missing="lora", offset=offset), loss_fn=last_block)
+    train(model, causal())
+    return model
+
+
+@pytest.mark.parametrize("offset", CHOICES["offset"])
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": False}, {"rank_pattern": {"up_proj": 2}}])
+def test_a_file_with_plain_layers_has_one_rank_and_one_alpha_and_resumes_bit_for_bit(
+    tmp_path: Path, offset: str, lora: dict[str, Any]
+) -> None:
+    settings = {"targets": ["down_proj", "up_proj"]} | lora
+    model = half_plain(adapted(llama(), **settings), offset)
+    assert len(model.peft_config["default"].alignment.plain) == 2
+    model.save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.r == 8
+    if not lora.get("rank_pattern"):
+        assert (config.rank_pattern, config.alpha_pattern) == ({}, {})
+        assert {len(t) for name, t in load_file(tmp_path / WEIGHTS).items() if "lora_A" in name} == {8}
+    stock = PeftModel.from_pretrained(llama(), tmp_path)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            assert stock.get_submodule(name).scaling == layer.scaling
+    torch.testing.assert_close(logits(stock, causal(1)[0]), logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
+    ways = [lora_ga.load(llama(), tmp_path, is_trainable=True)]
+    if offset == "adapter":
+        again = half_plain(adapted(llama(), **settings))
+        again.load_adapter(tmp_path, "default", is_trainable=True)  # as a trainer resumes
+        restore_starts(again, tmp_path)
+        ways += [again, lora_ga.load(adapted(llama(), **settings), tmp_path, is_trainable=True)]
+    shapes = [p.shape for p in model.parameters() if p.requires_grad]
+    losses = train(model.train(), causal())
+    for other in ways:
+        assert [p.shape for p in other.parameters() if p.requires_grad] == shapes
+        other.save_pretrained(tmp_path / "again")
+        assert PeftConfig.from_pretrained(tmp_path / "again").to_dict() == config.to_dict()
+        assert train(other.train(), causal()) == losses
+        shutil.rmtree(tmp_path / "again")
 
 
 def compiled(*, blocks: bool = False) -> Any:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save as as_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ga.files import COMPILED, damaged, without_compiled, write_atomically
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.targets import PREFIX
 
+# The dimension of A's and of B's matrix that has the size of the rank.
+PADDED_DIMS = {"A": 0, "B": 1}
 Factors = Mapping[str, tuple[Factor, Factor]]
 
 
@@ -48,6 +52,61 @@ def rewrite(weights: Path, factors: Factors) -> None:
         tensors[plain] = factor.join(delta, start + delta) if factor.joined_dim == 0 else factor.join(start, delta)
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     write_atomically(weights, as_safetensors(contiguous, metadata=header))
+
+
+def pad(weights: Path, ranks: Mapping[str, int]) -> bool:
+    """Pad layers of an adapter file with zeros to twice their rank, if the file holds all of them at their rank.
+
+    Args:
+        weights: The file.
+        ranks: Layer name → its rank.
+
+    Returns:
+        Whether they were padded.
+    """
+    with safe_open(str(weights), framework="pt") as file:
+        header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for name, rank in ranks.items():
+        for letter, dim in PADDED_DIMS.items():
+            key = f"{PREFIX}{name}.lora_{letter}.weight"
+            if key not in tensors or tensors[key].shape[dim] != rank:
+                return False
+            tensors[key] = torch.cat([tensors[key], torch.zeros_like(tensors[key])], dim=dim)
+    write_atomically(weights, as_safetensors(tensors, metadata=header))
+    return True
+
+
+def unpadded(value: Tensor, rank: int, letter: str) -> Tensor:
+    """A matrix of a file as it trains: without the zeros up to twice its rank, if it has them.
+
+    Args:
+        value: A or B.
+        rank: The rank that trains.
+        letter: Which of the two it is.
+
+    Returns:
+        The matrix of rank `rank`, or `value` itself.
+    """
+    dim = PADDED_DIMS[letter]
+    if value.dim() <= dim or value.shape[dim] != 2 * rank or bool(value.narrow(dim, rank, rank).any()):
+        return value
+    return value.narrow(dim, 0, rank).clone()
+
+
+def load_padded(entry: nn.Module, rank: int, letter: str) -> None:
+    """Let PEFT's module of a factor load the padded matrix of a file, as where a trainer resumes.
+
+    Args:
+        entry: The module.
+        rank: Its rank.
+        letter: "A" or "B".
+    """
+    entry.register_load_state_dict_pre_hook(functools.partial(_unpad, rank=rank, letter=letter))
+
+
+def _unpad(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any, rank: int, letter: str) -> None:
+    if (key := f"{prefix}weight") in state_dict:
+        state_dict[key] = unpadded(state_dict[key], rank, letter)
 
 
 def compiled_names(base: nn.Module) -> dict[str, str]:

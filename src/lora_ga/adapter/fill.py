@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import alignment_of, scaling_of
-from lora_ga.adapter.file import compiled_names
+from lora_ga.adapter.file import compiled_names, unpadded
 from lora_ga.adapter.save import FILE, read_sidecar
 from lora_ga.adapter.structure import build_structure
 from lora_ga.config import LoraGAConfig
@@ -156,7 +156,7 @@ def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainabl
     """
     model = peft_model_in(network)
     targets = find_targets(network, adapter_name, fresh=False)
-    saved = _read(Path(path), targets)
+    saved = _without_padding(_read(Path(path), targets), targets)
     aligned = _check_shapes(saved, targets, adapter_name)
     _check_scaling(saved, targets, adapter_name)
     _check_rest(saved, model, adapter_name)
@@ -233,6 +233,17 @@ def _config(where: Path, header: Mapping[str, str], prefix: str) -> Any:
         own = {key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)}
         return LoraConfig.from_peft_type(**own)
     return None
+
+
+def _without_padding(saved: SavedAdapter, targets: Mapping[str, Target]) -> SavedAdapter:
+    """The adapter without the zeros up to rank 2r of its plain layers, where the model's layers have their rank r."""
+    tensors, plain = dict(saved.tensors), {} if saved.sidecar is None else saved.sidecar[1]["plain"]
+    for name, (rank, _) in plain.items():
+        for letter in "AB":
+            key = f"{name}.lora_{letter}.weight"
+            if key in tensors and name in targets and targets[name].rank == rank:
+                tensors[key] = unpadded(tensors[key], rank, letter)
+    return dataclasses.replace(saved, tensors=tensors)
 
 
 def _in_compiled(key: str, compiled: Mapping[str, str]) -> str:

@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
-from lora_ga.adapter.file import check_names, compiled_names
+from lora_ga.adapter.file import check_names, compiled_names, unpadded
 from lora_ga.adapter.fill import check_base, check_layers, fill
 from lora_ga.adapter.save import FILE, AlignedLoraConfig, read_sidecar
-from lora_ga.adapter.structure import follow_adapters, follow_ties, make_factors, place, set_rank
+from lora_ga.adapter.structure import (
+    follow_adapters,
+    follow_ties,
+    load_padded_layers,
+    make_factors,
+    patterns_of,
+    place,
+    set_rank,
+)
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped, whole
@@ -223,15 +231,58 @@ def _restore_structure(
         for name in alignment.scaling
     }
     changes: dict[str, Any] = {}
+    in_file = {field: getattr(peft_config, field) for field in RANK_FIELDS}
+    alignment.padded = _narrow_padded(alignment.plain, layers, adapter_name)
+    if alignment.padded:
+        alignment.padded_fields = in_file
+        changes = _exact_fields(in_file, layers, adapter_name)
     if config.offset == "base":
-        changes = alignment.original
-        alignment.saved = {field: getattr(peft_config, field) for field in RANK_FIELDS}
+        alignment.saved, changes = in_file | changes, alignment.original
         for name, (a, b) in factors.items():
             set_rank(layers[name], adapter_name, a.rank)
             shift_base(layers[name], a.start, b.start, alignment.scaling[name])
     follow_ties(model, adapter_name)
     model.peft_config[adapter_name] = AlignedLoraConfig.of(peft_config, alignment, **changes)
     follow_adapters(model)
+
+
+@torch.no_grad()
+def _narrow_padded(plain: Mapping[str, tuple[int, float]], layers: Mapping[str, Any], adapter: str) -> dict[str, int]:
+    """Give plain layers that a file holds padded to rank 2r the rank r that trains.
+
+    Args:
+        plain: Layer name → (r, α), of the plain layers.
+        layers: Layer name → module, as loaded.
+        adapter: The adapter.
+
+    Returns:
+        Layer name → r, of the layers that were padded.
+    """
+    found = {}
+    for name, (rank, _) in plain.items():
+        layer = layers[name]
+        pair = entries(layer, adapter)
+        if layer.r[adapter] != 2 * rank or not all(isinstance(entry, nn.Module) for entry in pair):
+            continue
+        values = [unpadded(weight_of(entry), rank, letter) for letter, entry in zip("AB", pair, strict=True)]
+        if any(value is weight_of(entry) for value, entry in zip(values, pair, strict=True)):
+            continue
+        for entry, value, size in zip(pair, values, ("out", "in"), strict=True):
+            entry.weight = nn.Parameter(value, entry.weight.requires_grad)
+            for attribute in (f"{size}_features", f"{size}_channels"):
+                if attribute in vars(entry):
+                    setattr(entry, attribute, rank)
+        set_rank(layer, adapter, rank)
+        found[name] = layer
+    return load_padded_layers(found, adapter)
+
+
+def _exact_fields(in_file: Mapping[str, Any], layers: Mapping[str, Any], adapter: str) -> dict[str, Any]:
+    """The rank fields of the adapter as it trains, if a file has padded some of its layers."""
+    held = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer) and adapter in layer.r}
+    own = {name: (layer.r[adapter], layer.lora_alpha[adapter]) for name, layer in held.items()}
+    ranks, alphas = patterns_of(own, in_file["r"], in_file["lora_alpha"])
+    return {**in_file, "rank_pattern": ranks, "alpha_pattern": alphas}
 
 
 def _restore_pair(

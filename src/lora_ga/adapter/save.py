@@ -7,6 +7,7 @@ every aligned layer (with offset="base" also A and B), the scaling, the settings
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import stat
 import warnings
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
-from lora_ga.adapter.file import Factors, rewrite
+from lora_ga.adapter.file import Factors, pad, rewrite
 from lora_ga.adapter.model_card import write_section
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded
@@ -76,9 +77,27 @@ class AlignedLoraConfig(LoraConfig):
             save_directory: The adapter's folder.
             **kwargs: As PEFT's.
         """
-        LoraConfig.save_pretrained(self, save_directory, **kwargs)
+        LoraConfig.save_pretrained(self._of_file(Path(save_directory)), save_directory, **kwargs)
         if self.alignment is not None:
             save_sidecar(self.alignment.model(), self.alignment.adapter_name, Path(save_directory), saving=True)
+
+    def _of_file(self, folder: Path) -> AlignedLoraConfig:
+        """Make the adapter file that PEFT has written a plain LoRA of rank 2r, its plain layers included.
+
+        Returns:
+            The configuration to write: this one, or that of the file with padded layers.
+        """
+        weights, alignment = folder / SAFETENSORS_WEIGHTS_NAME, self.alignment
+        if alignment is None or not isinstance(alignment.model(), PeftModel) or not weights.is_file():
+            return self
+        rewrite(weights, alignment.factors)
+        changed = self.r != self.aligned_rank  # see `to_dict`
+        if changed or not _is_saved(weights, alignment.factors) or not alignment.padded:
+            return self
+        if not pad(weights, alignment.padded):
+            return self
+        saved = alignment.saved | alignment.padded_fields
+        return AlignedLoraConfig.of(self, dataclasses.replace(alignment, saved=saved))
 
 
 def save_sidecar(model: nn.Module | None, adapter_name: str, folder: Path, *, saving: bool = False) -> None:

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of, factors_of
-from lora_ga.adapter.file import compiled_names
+from lora_ga.adapter.file import compiled_names, load_padded
 from lora_ga.adapter.save import AlignedLoraConfig
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import partitioned, placed_like, register_moved, whole
@@ -119,6 +119,13 @@ def build_structure(
     scaling = alignment.scaling | {head: alignment.scaling[name] for head, name in heads.items()}
     doubled = doubled_rank_fields(peft_config, ranks, scaling, alignment.plain)
     alignment.saved = without_rslora(peft_config, doubled, ranks, scaling, alignment.plain)
+    alignment.padded = load_padded_layers({name: target.layer for name, target in plain.items()}, adapter)
+    if alignment.padded:
+        ranks |= alignment.padded
+        scaling |= {name: plain_layers[name].scaling[adapter] for name in alignment.padded}
+        others = {name: own for name, own in alignment.plain.items() if name not in alignment.padded}
+        fields = doubled_rank_fields(peft_config, ranks, scaling, others)
+        alignment.padded_fields = fields | without_rslora(peft_config, fields, ranks, scaling, others)
     if config.offset == "base":
         alignment.saved, doubled = doubled | alignment.saved, {}
     model.peft_config[adapter] = AlignedLoraConfig.of(peft_config, alignment, **doubled)
@@ -248,9 +255,49 @@ def doubled_rank_fields(
         for name in ranks:
             full = 2 * ranks[name]
             layers[name] = (full, scaling[name] * (math.sqrt(full) if config.use_rslora else full))
-        rank_pattern = {f"^{re.escape(name)}": own for name, (own, _) in layers.items() if own != rank}
-        alpha_pattern = {f"^{re.escape(name)}": own for name, (_, own) in layers.items() if own != alpha}
+        rank_pattern, alpha_pattern = patterns_of(layers, rank, alpha)
     return {"r": rank, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+
+
+def patterns_of(
+    layers: Mapping[str, tuple[int, float]], rank: int, alpha: float
+) -> tuple[dict[str, int], dict[str, float]]:
+    """The rank and alpha patterns that give each layer its own numbers.
+
+    Args:
+        layers: Layer name → (r, α).
+        rank: The rank without a pattern.
+        alpha: The α without a pattern.
+
+    Returns:
+        An entry with its full name for each layer that differs.
+    """
+    ranks = {f"^{re.escape(name)}": own for name, (own, _) in layers.items() if own != rank}
+    return ranks, {f"^{re.escape(name)}": own for name, (_, own) in layers.items() if own != alpha}
+
+
+def load_padded_layers(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, int]:
+    """Let plain layers load the matrices of a file that was padded to twice their rank.
+
+    Those whose matrices are not modules, or hold the rank in another way (embeddings, experts, grouped convolutions),
+    are not padded.
+
+    Args:
+        layers: Layer name → plain LoRA layer.
+        adapter: The adapter's name.
+
+    Returns:
+        Layer name → r, of the layers that can be padded.
+    """
+    padded = {}
+    for name, layer in layers.items():
+        pair, rank = entries(layer, adapter), layer.r[adapter]
+        weights = [weight_of(entry) for entry in pair if isinstance(entry, nn.Module)]
+        if len(weights) == 2 and weights[0].shape[0] == rank and weights[1].dim() > 1 and weights[1].shape[1] == rank:
+            padded[name] = rank
+            for letter, entry in zip("AB", pair, strict=True):
+                load_padded(entry, rank, letter)
+    return padded
 
 
 def without_rslora(
@@ -313,6 +360,7 @@ def copy_structure(model: PeftModel, source: str, target: str) -> None:
         if target in layer.r:
             pair = make_factors(layer, target, "adapter", rank=a.rank, starts=(a.start, b.start))
             place(layer, target, pair)
+    load_padded_layers({name: layers[name] for name in alignment.padded if target in layers[name].r}, target)
     for head in tied_heads(model, source):
         layer = model.get_submodule(head)
         if target not in layer.r:  # PEFT ties the head of the first adapter alone
