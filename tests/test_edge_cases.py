@@ -210,6 +210,11 @@ def test_a_gradient_with_too_few_directions_gives_a_warning() -> None:
         lora_ga.estimate_gradients(adapted(bert(), FAMILIES["bert"][2]), classified(1, rows=2))
 
 
+def test_many_gradients_with_too_few_directions_are_counted_and_not_listed() -> None:
+    with pytest.warns(UserWarning, match=r"in 14 of 14 layers:\n  .*\n  .*\n  .*\n  and 11 more\nThe other"):
+        lora_ga.estimate_gradients(adapted(llama()), causal(1, rows=1, length=3), LoraGAConfig(estimator="dense"))
+
+
 def test_a_model_made_under_inference_mode_is_refused() -> None:
     with torch.inference_mode():
         model = adapted(llama())

@@ -112,18 +112,23 @@ def warn_few_directions(layers: Mapping[str, LowRank], targets: Mapping[str, Tar
         layers: Part → the directions found.
         targets: Part → its layer.
     """
-    few = []
+    wanted = {name: 2 * targets[name].rank for name in layers}
+    above = []
     for name, layer in layers.items():
-        wanted = 2 * targets[name].rank
         floor = torch.finfo(layer.S.dtype).eps * max(targets[name].inputs, targets[name].outputs) * layer.S[0]
-        found = int((layer.S[:wanted] > floor).sum())
-        if found < wanted:
-            few.append(f"  {name}: {found} directions, rank {targets[name].rank} uses {wanted}")
-    if few:
-        listed = "\n".join(few)
+        above.append((layer.S[: wanted[name]] > floor).sum())
+    counts = torch.stack([count.to(above[0].device) for count in above]).tolist() if above else []  # read once
+    found = {name: count for name, count in zip(layers, counts, strict=True) if count < wanted[name]}
+    if found:
+        named = list(found)[: MOST_LISTED if len(found) <= MOST_LISTED else 3]
+        listed = [
+            f"  {name}: {found[name]} directions, rank {targets[name].rank} uses {wanted[name]}" for name in named
+        ]
+        listed += [f"  and {len(found) - len(named)} more"] if len(found) > len(named) else []
         warnings.warn(
-            f"Fewer gradient directions than the start uses, in {len(few)} of {len(layers)} layers:\n{listed}\nThe "
-            "other directions are arbitrary. Use more or larger batches, or a smaller rank.",
+            f"Fewer gradient directions than the start uses, in {len(found)} of {len(layers)} layers:\n"
+            + "\n".join(listed)
+            + "\nThe other directions are arbitrary. Use more or larger batches, or a smaller rank.",
             UserWarning,
             stacklevel=4,
         )
