@@ -29,10 +29,11 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder}: holds no {file}; give the folder that save_pretrained wrote.")
-    with damaged(folder):
-        check_names(folder)
+    check_names(folder)
+    with damaged(folder / CONFIG_NAME):
         config = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"{folder}: an adapter of type {config.peft_type}, not LoRA. Give the folder of one.")
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder}: an adapter of type {config.peft_type}, not LoRA. Give the folder of one.")
+    with damaged(folder / SAFETENSORS_WEIGHTS_NAME):
         tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-        return config, {without_compiled(key): value for key, value in tensors.items()}
+    return config, {without_compiled(key): value for key, value in tensors.items()}
