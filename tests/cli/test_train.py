@@ -258,10 +258,11 @@ def test_estimation_batches_follow_their_seed_and_leave_the_global_random_state_
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
     llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = torch.optim.AdamW.step
+    step, made = torch.optim.AdamW.step, []
 
     def breaks(self: torch.optim.AdamW, *given: Any) -> Any:
         found = step(self, *given)
+        made.append(found)
         if next(iter(self.state.values()))["step"] == 3:
             self.param_groups[0]["params"][0].data.fill_(math.nan)
         return found
@@ -269,6 +270,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
     argv = command(llama, prompts, tmp_path / "run", task="causal-lm", save_steps=2, max_steps=8, logging_steps=1)
     message = error_of(argv)
+    assert len(made) == 4
     assert "the training loss is nan at step 4, so training has stopped and no result was written." in message
     assert f"The last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}" in message
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"checkpoint-2"}
