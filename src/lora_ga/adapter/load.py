@@ -267,9 +267,10 @@ def _narrow_padded(plain: Mapping[str, tuple[int, float]], layers: Mapping[str, 
         values = [unpadded(weight_of(entry), rank, letter) for letter, entry in zip("AB", pair, strict=True)]
         if any(value is weight_of(entry) for value, entry in zip(values, pair, strict=True)):
             continue
-        for entry, value, size in zip(pair, values, ("out", "in"), strict=True):
+        sizes = (("out_features", "out_channels"), ("in_features", "in_channels"))
+        for entry, value, attributes in zip(pair, values, sizes, strict=True):
             entry.weight = nn.Parameter(value, entry.weight.requires_grad)
-            for attribute in (f"{size}_features", f"{size}_channels"):
+            for attribute in attributes:
                 if attribute in vars(entry):
                     setattr(entry, attribute, rank)
         set_rank(layer, adapter, rank)
