@@ -25,11 +25,11 @@ FILE_KIND = "a LoRA-GA gradient estimate"
 PARTS = ("U", "S", "V", "sketch")
 ABOUT = ("fingerprint", "weight", "batches", "missing", "settled", "settled_weight")
 # What the record of a file holds, and what the first versions did not write yet.
-TYPES = {
+TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("config", "norms", "missing", "settled", "settled_weight"), dict),
     **{"fingerprint": str, "weight": (int, float), "batches": int, "merged_from": list},
 }
-LATER = {"settled": {}, "settled_weight": {}, "merged_from": []}
+LATER: dict[str, Any] = {"settled": {}, "settled_weight": {}, "merged_from": []}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
