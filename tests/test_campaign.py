@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_ga
-from lora_ga import files
 from lora_ga.cli.checkpoints import STATE, read_trainer_state
 from lora_ga.cli.parsing import read_mapping
 from lora_ga.experiments.records import gzip_lines
@@ -33,7 +32,7 @@ DEEP = "[" * 100_000
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks processes")
 def test_no_fault_of_the_short_campaign_loses_anything(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    command = [sys.executable, "-m", "campaign", "--short", "--seed", "7", "--record", record]
+    command = [sys.executable, "-m", "campaign", "--short", "--seed", "7", "--record", str(record)]
     path = os.pathsep.join(each for each in sys.path if each)
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -146,4 +145,3 @@ def test_what_goes_with_a_written_folder_appears_with_it(adapter: Path, tmp_path
         with pytest.raises(OSError, match="the disk is full"):
             write(tmp_path / name)
         assert not (tmp_path / name).exists()
-    assert files.no_companions(tmp_path) is None

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import golden_set
@@ -170,7 +170,10 @@ NEWER = {
     ),
     "a trained model": (
         "trained: written in format 2, this version reads format 1. Judge it with the version that wrote it, or remove",
-        lambda: replaced("trained/facts.json", '"schema": 1', '"schema": 2') and trained.restore(Path("trained"), None),
+        lambda: (
+            replaced("trained/facts.json", '"schema": 1', '"schema": 2')
+            and trained.restore(Path("trained"), nn.Module())
+        ),
     ),
 }
 

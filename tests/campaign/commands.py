@@ -95,7 +95,7 @@ def estimate(folder: Path) -> int:
     """Estimate, with a checkpoint after every batch."""
     options = {key: TRAIN[key] for key in ("model", "task", "train_file", "rank", "batch_size")}
     argv = [f"--{key}={value}" for key, value in options.items()]
-    argv += ["--estimate_batches=6", "--checkpoint", folder / "state.safetensors", "--checkpoint_every=1"]
+    argv += ["--estimate_batches=6", "--checkpoint", str(folder / "state.safetensors"), "--checkpoint_every=1"]
     code, text = said(["estimate", *argv, "--output", folder / "e.safetensors"])
     return 0 if "this file exists" in text else code
 

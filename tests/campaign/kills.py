@@ -79,7 +79,7 @@ def case(number: int, draw: random.Random) -> Result:
             how = draw.choice(["before", "before", "opened", "time"])
             at = draw.randint(1, numbers.get(how, 1))
             after = draw.uniform(0, seconds) if how == "time" else None
-            code = forked(lambda how=how, at=at: run_until(command, folder, how, at), log, kill_after=after)
+            code = forked(functools.partial(run_until, command, folder, how, at), log, kill_after=after)
             if code == -signal.SIGKILL:
                 kills += 1
                 if wrong := whole(command, folder, end):

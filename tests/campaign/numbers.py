@@ -22,6 +22,10 @@ LAYERS = ("first", "second", "third")
 class Network(nn.Module):
     """Three linear layers, whose gradients are known: of `first` G = Σ gᵀx with the x and g of its rows."""
 
+    first: nn.Linear
+    second: nn.Linear
+    third: nn.Linear
+
     def __init__(self, sizes: tuple[int, int, int, int], dtype: torch.dtype, draw: random.Random) -> None:
         super().__init__()
         noise = torch.Generator().manual_seed(draw.randrange(2**31))
