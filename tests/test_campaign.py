@@ -70,8 +70,9 @@ def test_errors_of_other_code_get_the_name_of_the_file() -> None:
         raise KeyError("r")
     with pytest.raises(ValueError, match="^here: bad$"), damaged("here"):
         raise ValueError("here: bad")
-    with pytest.raises(OSError, match="gone"), damaged("here"):
-        raise OSError("gone")
+    for error in (OSError, ModuleNotFoundError, torch.OutOfMemoryError):
+        with pytest.raises(error, match="^another cause$"), damaged("here"):
+            raise error("another cause")
 
 
 def test_numbers_that_are_not_finite_are_refused_before_they_are_compressed(adapter: Path, tmp_path: Path) -> None:

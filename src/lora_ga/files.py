@@ -302,6 +302,11 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+# Errors that are not about the content of a file. Those of torch about a device are named, since torch is slow to import.
+OTHER_CAUSES = (OSError, MemoryError, ImportError, Warning)
+DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
+
+
 @contextlib.contextmanager
 def damaged(*paths: str | Path) -> Iterator[None]:
     """Name a file or folder in every error that its content causes in other code.
@@ -313,14 +318,15 @@ def damaged(*paths: str | Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        Exception: A warning, or an error of the system (a file that is gone, no memory): as it is.
+        Exception: A warning, or an error that is not about the content (a file that is gone, no memory, a fault of the
+            device, a package that is not installed): as it is.
         ValueError: The content caused any other error. The message names the paths.
     """
     try:
         yield
     except Exception as error:
         named = isinstance(error, ValueError) and any(str(path) in str(error) for path in paths)
-        if named or isinstance(error, (OSError, MemoryError, Warning)):
+        if named or isinstance(error, OTHER_CAUSES) or type(error).__name__ in DEVICE_ERRORS:
             raise
         reason = (str(error).strip() or "no reason was given").splitlines()[0][:300]
         where = " or ".join(map(str, paths))
