@@ -302,7 +302,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-# Errors that are not about the content of a file. Those of torch about a device are named, since torch is slow to import.
+# Errors that are not about the content of a file. Those of torch about a device go by name: torch is slow to import.
 OTHER_CAUSES = (OSError, MemoryError, ImportError, Warning)
 DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
 
