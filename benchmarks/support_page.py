@@ -106,8 +106,9 @@ def page(record: dict[str, Any], environments: dict[str, Any]) -> str:
         "Each row is an environment of its own (`make test-versions`). The rows of frameworks have the framework",
         "itself, with the versions that it pins. The situations are those of `tests/smoke.py`, the core tests some "
         "files of `tests/`;",
-        "a framework's own tests are in `tests/test_frameworks.py`. Versions below those of the first row are refused "
-        "at import.",
+        "a framework's own tests are in `tests/test_frameworks.py`. A dash marks tests that have not run with "
+        "these versions.",
+        "Versions below those of the first row are refused at import.",
         "",
         *versions_table(environments),
         "",

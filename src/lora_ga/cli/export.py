@@ -35,7 +35,7 @@ NOTABLE_ERROR = 0.05
 class ExportOptions:
     """The form to write."""
 
-    output: str = option("", "new or empty folder for the result (required)")
+    output: str = option("", "new or empty folder for the result (required, unless --for is only to check)")
     rank: int | None = option(None, "compress the adapter to this rank, by the SVD of each layer's change")
     merge: bool = option(False, "write the full model with the adapter merged into its weights")
     model: str | None = option(

@@ -14,7 +14,7 @@ COMMANDS = {
     "estimate": "estimate the gradient of every adapted layer and write it to a file",
     "merge": "add up estimates made on different data or machines",
     "inspect": "show what an estimate file holds, layer by layer",
-    "export": "turn a trained adapter into a smaller adapter or a merged full model",
+    "export": "turn a trained adapter into a smaller one, a merged model, or one for vLLM and other programs",
     "convert": "turn an adapter trained on a changed base (older LoRA-GA) into one for the original base",
     "compare": "compare finished runs on one HTML page",
     "reproduce": "run a suite of experiments: every method at its best learning rate",
