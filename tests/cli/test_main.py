@@ -53,6 +53,9 @@ def test_user_errors_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == (
         "lora-ga train: error: --model is missing. Give it on the command line or in the --config file.\n"
     )
+    for words in (["convert", "first", "last"], ["export", "adapter", "--merge"]):  # these have no --config
+        assert main(words) == 2
+        assert capsys.readouterr().err == f"lora-ga {words[0]}: error: --output is missing. Give it.\n"
 
 
 def test_debug_mode_raises_the_error(monkeypatch: pytest.MonkeyPatch) -> None:

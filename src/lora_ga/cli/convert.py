@@ -28,7 +28,7 @@ class ConvertOptions:
     output: str = option("", "new or empty folder for the converted adapter (required)")
 
     def __post_init__(self) -> None:
-        require(self, "output")
+        require(self, "output", config=False)
 
 
 def main(argv: list[str]) -> int:

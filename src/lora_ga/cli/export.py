@@ -54,7 +54,7 @@ class ExportOptions:
         Raises:
             ValueError: Some do.
         """
-        require(self, "output")
+        require(self, "output", config=False)
         if (self.rank is None) == (not self.merge):
             found = "neither was" if self.rank is None else "both were"
             raise ValueError(

@@ -47,15 +47,16 @@ def fraction(options: object, *names: str) -> None:
             raise ValueError(f"--{name}: found {value}, but it must be at least 0 and less than 1.")
 
 
-def require(options: object, *names: str) -> None:
-    """Refuses required options that were not given.
+def require(options: object, *names: str, config: bool = True) -> None:
+    """Refuses required options that were not given. `config`: whether the command has the option --config.
 
     Raises:
         ValueError: An option is missing.
     """
+    where = " on the command line or in the --config file" if config else ""
     for name in names:
         if not getattr(options, name):
-            raise ValueError(f"--{name} is missing. Give it on the command line or in the --config file.")
+            raise ValueError(f"--{name} is missing. Give it{where}.")
 
 
 # The kinds of data files.
