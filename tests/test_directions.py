@@ -159,6 +159,7 @@ def test_random_halves_are_drawn_anew_for_every_layer_and_seed_and_alike_in_ever
         ("reach", True, "reach is True; it must be a finite number above 0"),
         ("oversample", -1, "oversample is -1; it must be an integer of at least 0"),
         ("power_steps", 1.5, "power_steps is 1.5; it must be an integer of at least 0"),
+        ("max_batches", [8], r"max_batches is \[8\]; it must be an integer of at least 1"),
         ("max_batches", 0, "max_batches is 0; it must be an integer of at least 1"),
         ("seed", True, "seed is True; it must be an integer"),
         ("tolerance", 0, "tolerance is 0; it must be None or between 0 and 1"),

@@ -101,7 +101,7 @@ class LoraGAConfig:
                 raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be one of {', '.join(allowed)}.")
         for field, least in (("oversample", 0), ("power_steps", 0), ("seed", 0), ("max_batches", 1)):
             found = getattr(self, field)
-            if field == "max_batches" and found in {None, "auto"}:
+            if field == "max_batches" and found in (None, "auto"):
                 continue
             if not isinstance(found, int) or isinstance(found, bool) or found < least:
                 raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be an integer of at least {least}.")
