@@ -233,6 +233,11 @@ def test_another_base_model_is_refused_and_left_unchanged(tmp_path: Path) -> Non
     ):
         lora_ga.load(base, tmp_path)
     assert not any("lora" in name for name, _ in base.named_modules())
+    with pytest.raises(ValueError, match="down_proj is 32 x 48 there, and 32 x 64 in this model"):
+        lora_ga.load(torch.compile(base, backend="eager"), tmp_path)
+    (tmp_path / FILE).unlink()  # an adapter of plain LoRA, whose layers the base does not have
+    with pytest.raises(ValueError, match="Target modules .* Give the base model it was trained on"):
+        lora_ga.load(bert(), tmp_path)
 
 
 def test_a_base_with_another_number_of_classes_is_refused_with_the_layer_and_its_two_shapes(tmp_path: Path) -> None:
@@ -267,6 +272,10 @@ def test_the_folder_alone_loads_the_base_too_and_names_the_classes(tmp_path: Pat
         lora_ga.load("base", tmp_path / "adapter")
     with pytest.raises(TypeError, match=r"load\(base\) lacks the adapter"):
         lora_ga.load(base)
+    (tmp_path / "adapter" / "labels.json").write_text("[]")
+    with pytest.raises(ValueError, match="labels.json: damaged"):
+        lora_ga.load(untouched := bert(num_labels=4), tmp_path / "adapter")
+    assert not any("lora" in name for name, _ in untouched.named_modules())
 
 
 @pytest.mark.parametrize("name", ["no-such-owner/no-such-adapter", "no/such/folder"])
@@ -707,8 +716,8 @@ def test_what_is_no_model_is_refused_before_the_file_is_read() -> None:
     ("file", "text", "message"),
     [
         ("adapter_config.json", "{", "adapter_config.json: damaged"),
-        ("adapter_config.json", '{"peft_type": "LOHA"}', "an adapter of type LOHA; into this LoRA adapter goes LoRA"),
-        (FILE, '"schema":"2"', "written in format 9, this version of LoRA-GA reads the formats 1 and 2"),
+        ("adapter_config.json", '{"peft_type": "LOHA"}', ": an adapter of type LOHA; into this LoRA adapter goes LoRA"),
+        (FILE, '"schema":"2"', ": written in format 9, this version of LoRA-GA reads the formats 1 and 2"),
     ],
     ids=["damaged", "another kind", "another version"],
 )
@@ -720,7 +729,7 @@ def test_a_configuration_or_sidecar_of_another_kind_is_refused(
     path.write_bytes(path.read_bytes().replace(text.encode(), b'"schema":"9"') if file == FILE else text.encode())
     before, held = [value.clone() for value in state(model)], path.read_bytes()
     for trainable in (True, False):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"^\S+{message}"):  # named once, by its own file
             lora_ga.load(model, tmp_path, is_trainable=trainable)
     assert all(torch.equal(one, other) for one, other in zip(before, state(model), strict=True))
     assert path.read_bytes() == held

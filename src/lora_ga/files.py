@@ -308,11 +308,12 @@ DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
 
 
 @contextlib.contextmanager
-def damaged(*paths: str | Path) -> Iterator[None]:
+def damaged(*paths: str | Path, advice: str = "Put a complete copy back, or save it again.") -> Iterator[None]:
     """Name a file or folder in every error that its content causes in other code.
 
     Args:
         *paths: What is read in the block.
+        advice: What to do, for the message.
 
     Yields:
         Nothing.
@@ -331,8 +332,7 @@ def damaged(*paths: str | Path) -> Iterator[None]:
         reason = (str(error).strip() or "no reason was given").splitlines()[0][:300]
         where = " or ".join(map(str, paths))
         raise ValueError(
-            f"{where}: damaged, or not what it should be ({type(error).__name__}: {reason}). Put a complete copy back, "
-            "or save it again."
+            f"{where}: damaged, or not what it should be ({type(error).__name__}: {reason}). {advice}"
         ) from error
 
 

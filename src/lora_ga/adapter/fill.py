@@ -107,10 +107,11 @@ def check_layers(base: nn.Module, folder: Path) -> None:
     if not file.is_file():
         return
     ends = embeddings(base)
-    modules = {path: module for path, module in base.named_modules() if not any(module is end for end in ends)}
+    others = ((path, module) for path, module in base.named_modules() if not any(module is end for end in ends))
+    modules = {layer_name(path): module for path, module in others}
     try:
         with safe_open(str(file), framework="pt") as opened:
-            saved = {key.removeprefix(PREFIX): tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+            saved = {layer_name(key): tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     except SafetensorError:  # PEFT refuses the file
         return
     for key, shape in saved.items():
@@ -218,9 +219,7 @@ def _read(path: Path, targets: Mapping[str, Target]) -> SavedAdapter:
         )
     (prefix,) = prefixes
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    with damaged(where):
-        config = _config(where, header, prefix)
-    return SavedAdapter(where, own, config, read_sidecar(where.parent))
+    return SavedAdapter(where, own, _config(where, header, prefix), read_sidecar(where.parent))
 
 
 def _config(where: Path, header: Mapping[str, str], prefix: str) -> Any:
@@ -228,10 +227,11 @@ def _config(where: Path, header: Mapping[str, str], prefix: str) -> Any:
     if where.name == SAFETENSORS_WEIGHTS_NAME and (where.parent / CONFIG_NAME).is_file():
         return _config_in(where.parent)
     if PIPELINE_CONFIGS in header:
-        fields = json.loads(header[PIPELINE_CONFIGS])
-        start = prefix if any(key.startswith(prefix) for key in fields) else ""
-        own = {key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)}
-        return LoraConfig.from_peft_type(**own)
+        with damaged(where):
+            fields = json.loads(header[PIPELINE_CONFIGS])
+            start = prefix if any(key.startswith(prefix) for key in fields) else ""
+            own = {key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)}
+            return LoraConfig.from_peft_type(**own)
     return None
 
 
@@ -262,10 +262,8 @@ def _config_in(folder: Path) -> LoraConfig:
     Raises:
         ValueError: It is damaged, or of another kind of adapter than LoRA.
     """
-    try:
+    with damaged(folder / CONFIG_NAME):
         config = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: damaged ({error}). Save the adapter again.") from error
     if not isinstance(config, LoraConfig):
         kind = PeftType(config.peft_type).value
         raise ValueError(f"{folder}: an adapter of type {kind}; into this LoRA adapter goes LoRA alone.")

@@ -110,10 +110,11 @@ def _load_new(base: Any, path: str | Path, adapter_name: str, *, is_trainable: b
         raise ValueError('The base was changed by offset="base"; load the original base model again.')
     check_names(Path(path), base)
     check_layers(base, Path(path))
-    sidecar = read_sidecar(path)
+    sidecar, names = read_sidecar(path), read_labels(Path(path))
     compiled = compiled_names(base)
     renamed: dict[str, Any] = {"key_mapping": compiled} if compiled else {}
-    with damaged(path) if Path(path).is_dir() else contextlib.nullcontext():
+    advice = "Give the base model it was trained on, or put a complete copy of the adapter back."
+    with damaged(path, advice=advice) if Path(path).is_dir() else contextlib.nullcontext():
         if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
             check_base(base, sidecar[1]["fingerprint"], path)
         model = PeftModel.from_pretrained(base, str(path), adapter_name, is_trainable=is_trainable, **renamed)
@@ -129,7 +130,6 @@ def _load_new(base: Any, path: str | Path, adapter_name: str, *, is_trainable: b
     except BaseException:
         model.unload()
         raise
-    names = read_labels(Path(path))
     if names and getattr(base.config, "num_labels", None) == len(names):
         base.config.id2label, base.config.label2id = names, {name: number for number, name in names.items()}
     return model
@@ -169,11 +169,28 @@ def _base_of(folder: str | Path) -> Any:
     if not name or kind is None:
         lacks = f"its task type is {config.task_type}" if name else "it names no base model"
         raise ValueError(f"{folder}: {lacks}. Load the base model yourself, and call lora_ga.load(base, folder).")
-    names = read_labels(Path(folder))
-    settings = {"id2label": names, "label2id": {label: number for number, label in names.items()}} if names else {}
-    if names:
-        settings["ignore_mismatched_sizes"] = True  # a head for other classes, which the adapter replaces
-    return getattr(transformers, kind).from_pretrained(name, dtype="auto", **settings)
+    return getattr(transformers, kind).from_pretrained(name, dtype="auto", **class_settings(Path(folder)))
+
+
+def class_settings(folder: Path) -> dict[str, Any]:
+    """The settings of `from_pretrained` that give a base model the classes of an adapter.
+
+    Args:
+        folder: The adapter's folder.
+
+    Returns:
+        The names of the classes, from the file beside the adapter; empty without one.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not (names := read_labels(folder)):
+        return {}
+    return {
+        "id2label": names,
+        "label2id": {label: number for number, label in names.items()},
+        "ignore_mismatched_sizes": True,  # a head for other classes, which the adapter replaces
+    }
 
 
 def _adds_to_base(config: Any) -> bool:
