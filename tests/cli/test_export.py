@@ -103,6 +103,12 @@ def test_a_smaller_adapter_keeps_the_names_of_the_classes(bert: Path, labelled_t
     assert main(["export", str(tmp_path / "small"), "--output", str(tmp_path / "merged"), "--merge"]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.id2label == {0: "bad", 1: "good"}
+    others = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3, ignore_mismatched_sizes=True)
+    others.save_pretrained(tmp_path / "others")  # its head is for other classes; the adapter has its own
+    argv = ["export", str(tmp_path / "small"), "--output", str(tmp_path / "again"), "--merge"]
+    assert main([*argv, "--model", str(tmp_path / "others")]) == 0
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
 
 
 def test_a_merged_classifier_reads_padded_batches_even_if_its_base_had_no_padding_token(

@@ -207,10 +207,10 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
     """
     import transformers
 
+    from lora_ga.adapter.load import class_settings
     from lora_ga.cli.models import load_pretrained
     from lora_ga.cli.tasks import TASK_CLASSES
     from lora_ga.export.saved_adapter import read_adapter
-    from lora_ga.files import read_labels
 
     config, _ = read_adapter(adapter)
     name = options.model or config.base_model_name_or_path
@@ -222,9 +222,7 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
             f"{adapter}: its task type is {config.task_type}, but --merge knows {', '.join(classes)}. "
             "Load its base model in Python and call lora_ga.export.merge.merge_adapter."
         )
-    settings: dict[str, Any] = {"dtype": options.dtype}
-    if names := read_labels(adapter):
-        settings |= {"id2label": names, "label2id": {label: number for number, label in names.items()}}
+    settings = {"dtype": options.dtype, **class_settings(adapter)}
     return name, load_pretrained(getattr(transformers, classes[config.task_type]), name, **settings)
 
 
