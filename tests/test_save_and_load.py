@@ -233,8 +233,9 @@ def test_another_base_model_is_refused_and_left_unchanged(tmp_path: Path) -> Non
     ):
         lora_ga.load(base, tmp_path)
     assert not any("lora" in name for name, _ in base.named_modules())
+    wrapped: Any = torch.compile(base, backend="eager")
     with pytest.raises(ValueError, match="down_proj is 32 x 48 there, and 32 x 64 in this model"):
-        lora_ga.load(torch.compile(base, backend="eager"), tmp_path)
+        lora_ga.load(wrapped, tmp_path)
     (tmp_path / FILE).unlink()  # an adapter of plain LoRA, whose layers the base does not have
     with pytest.raises(ValueError, match="Target modules .* Give the base model it was trained on"):
         lora_ga.load(bert(), tmp_path)
@@ -276,6 +277,11 @@ def test_the_folder_alone_loads_the_base_too_and_names_the_classes(tmp_path: Pat
     with pytest.raises(ValueError, match="labels.json: damaged"):
         lora_ga.load(untouched := bert(num_labels=4), tmp_path / "adapter")
     assert not any("lora" in name for name, _ in untouched.named_modules())
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="adapter: damaged, or not what it should be"):
+        lora_ga.load(tmp_path / "adapter")
+    with pytest.raises(FileNotFoundError, match="no-folder: not a local folder, and the hub does not give it"):
+        lora_ga.load(tmp_path / "no-folder")
 
 
 @pytest.mark.parametrize("name", ["no-such-owner/no-such-adapter", "no/such/folder"])

@@ -162,9 +162,13 @@ def _base_of(folder: str | Path) -> Any:
         The model.
 
     Raises:
-        ValueError: The adapter names no base model, or has a task for which there is no class.
+        FileNotFoundError: There is no such adapter.
+        ValueError: Its configuration is damaged, it names no base model, or has a task for which there is no class.
     """
-    config = PeftConfig.from_pretrained(str(folder))
+    if not Path(folder).is_dir():
+        read_sidecar(folder)  # refuses a name that the hub does not give
+    with damaged(folder):
+        config = PeftConfig.from_pretrained(str(folder))
     name, kind = config.base_model_name_or_path, AUTO_CLASSES.get(config.task_type)
     if not name or kind is None:
         lacks = f"its task type is {config.task_type}" if name else "it names no base model"
