@@ -29,7 +29,7 @@ from lora_ga.cli.data import (
 )
 from lora_ga.cli.main import main
 from lora_ga.cli.models import load_tokenizer
-from lora_ga.cli.options import DataOptions, ModelOptions
+from lora_ga.cli.options import DATA_SUFFIXES, DataOptions, ModelOptions
 
 from .conftest import VOCABULARY, text, write_rows
 
@@ -59,6 +59,7 @@ def test_every_file_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> N
 
 
 def test_unknown_missing_damaged_and_empty_files_are_refused(tmp_path: Path) -> None:
+    assert tuple(data.FILE_TYPES) == DATA_SUFFIXES  # what is accepted without reading has a reader
     with pytest.raises(ValueError, match=r"a.xlsx: a data file ends in .jsonl, .json, .csv, .tsv, .parquet"):
         load_file(tmp_path / "a.xlsx")
     with pytest.raises(FileNotFoundError, match=r"a.csv: there is no such data file"):
