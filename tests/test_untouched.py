@@ -17,6 +17,8 @@ from transformers import BertModel, Trainer, TrainingArguments
 import lora_ga
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.alignment import factors_of
+from lora_ga.gradients.isolation import isolated
+from lora_ga.layers.factors import Factor
 from toys import adapted, bert, causal, llama
 
 ROWS = [(torch.randint(1, 64, (8, 10), generator=(g := torch.Generator().manual_seed(seed))), g) for seed in range(3)]
@@ -297,3 +299,13 @@ def test_a_network_that_returns_its_loss_needs_no_loss_function() -> None:
     lora_ga.initialize(bare, NETWORK_BATCHES)
     lora_ga.initialize(whole, NETWORK_BATCHES)
     assert same(bare, whole)
+
+
+def test_preparing_an_estimate_computes_no_factor_whose_parts_may_be_in_other_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    monkeypatch.setattr(Factor, "joined", lambda _: pytest.fail("a factor was computed"))
+    with isolated(model, "default"):
+        pass

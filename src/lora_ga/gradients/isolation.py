@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_ga.distributed.sharding import reshard
 from lora_ga.files import base_model
 from lora_ga.gradients.noise import drops, rates
+from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import packs, unpack
 from lora_ga.layers.targets import peft_model_in
 
@@ -111,10 +112,11 @@ def called_modules_kept(network: nn.Module) -> Iterator[CalledModules]:
 
 def _may_stop_gradients(module: nn.Module) -> bool:
     """Whether a module is a linear layer of another class or with another kind of weight than torch's own."""
-    if "in_features" not in vars(module) or isinstance(module, LoraLayer):
+    if "in_features" not in vars(module) or isinstance(module, (LoraLayer, Factor)):
         return False
-    weight = getattr(module, "weight", None)
-    return type(module) is not nn.Linear or (isinstance(weight, Tensor) and type(weight.data) is not Tensor)
+    if type(module) is not nn.Linear:  # its weight is not read: it may be computed from parts that are sharded
+        return True
+    return isinstance(module.weight, Tensor) and type(module.weight.data) is not Tensor
 
 
 class CalledModules:
