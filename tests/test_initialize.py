@@ -287,6 +287,10 @@ def test_a_deep_copy_is_an_independent_aligned_model() -> None:
 
 
 def pickled(model: PeftModel) -> Any:
+    try:
+        pickle.dumps(llama())
+    except AttributeError as error:  # see findings/transformers_with_kernels_cannot_be_pickled.sh
+        pytest.skip(f"this version of Transformers makes models that cannot be pickled ({error})")
     return pickle.loads(pickle.dumps(model))
 
 
