@@ -41,7 +41,7 @@ def block(title: str) -> str:
     return code
 
 
-@pytest.mark.parametrize("title", SECTIONS)
+@pytest.mark.parametrize("title", [title for title in SECTIONS if title != "Tested versions"])
 def test_a_framework_takes_at_most_three_lines_and_the_page_states_how_many(title: str) -> None:
     added = [line for line in block(title).splitlines() if line.endswith("# LoRA-GA")]
     assert len(added) <= 3
