@@ -299,7 +299,7 @@ def test_a_denoising_loss_that_cannot_be_computed_is_refused() -> None:
         loss(Denoiser(), next(iter(batches)))
 
 
-def unet(library: Any) -> Any:
+def unet(library: Any, **settings: Any) -> Any:
     torch.manual_seed(0)
     return library.UNet2DConditionModel(
         sample_size=8,
@@ -310,24 +310,17 @@ def unet(library: Any) -> Any:
         cross_attention_dim=16,
         norm_num_groups=4,
         attention_head_dim=8,
+        **settings,
     ).eval()
 
 
 def sdxl(library: Any) -> Any:
-    torch.manual_seed(0)
-    return library.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        norm_num_groups=4,
-        attention_head_dim=8,
+    return unet(
+        library,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=16 + 6 * 8,
-    ).eval()
+    )
 
 
 def flux(library: Any) -> Any:

@@ -123,15 +123,22 @@ def build_structure(
     if alignment.padded:
         ranks |= alignment.padded
         scaling |= {name: plain_layers[name].scaling[adapter] for name in alignment.padded}
-        others = {name: own for name, own in alignment.plain.items() if name not in alignment.padded}
-        fields = doubled_rank_fields(peft_config, ranks, scaling, others)
-        alignment.padded_fields = fields | without_rslora(peft_config, fields, ranks, scaling, others)
+        alignment.padded_fields = _padded_fields(peft_config, ranks, scaling, alignment)
     if config.offset == "base":
         alignment.saved, doubled = doubled | alignment.saved, {}
     model.peft_config[adapter] = AlignedLoraConfig.of(peft_config, alignment, **doubled)
     if isinstance(model, PeftModel):
         follow_adapters(model)
     return alignment
+
+
+def _padded_fields(
+    peft_config: Any, ranks: Mapping[str, int], scaling: Mapping[str, float], alignment: Alignment
+) -> dict[str, Any]:
+    """The rank fields of a file in which plain layers are padded to twice their rank."""
+    others = {name: own for name, own in alignment.plain.items() if name not in alignment.padded}
+    fields = doubled_rank_fields(peft_config, ranks, scaling, others)
+    return fields | without_rslora(peft_config, fields, ranks, scaling, others)
 
 
 def make_factors(
