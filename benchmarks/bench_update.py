@@ -91,7 +91,7 @@ def parts(*, tokens: int, width: int = 1024) -> dict[str, float]:
         "the same with eigenvalue solvers": (lambda: truncate(stack, stack, kept), STACKED),
         "update: all, warm": (warm_batch, STACKED - 1),
         "update: all, first block": (lambda: block(Streaming(sizes, 0, 0)), STACKED - 1),
-        "final factors, once": (lambda: warm.factors("0"), 1),
+        "final factors, once": (lambda: warm.factors(map(str, range(STACKED - 1))), STACKED - 1),
     }
     found = {}
     for what, (way, layers) in ways.items():

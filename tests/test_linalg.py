@@ -243,7 +243,7 @@ def test_every_estimator_of_the_configuration_has_an_accumulator() -> None:
 
 def test_dense_keeps_the_exact_sum_and_norm() -> None:
     parts = blocks(5)
-    factors = filled(Dense, parts).factors("layer")
+    factors = filled(Dense, parts).factors(["layer"])["layer"]
     assert factors is not None
     u, s, vh = torch.linalg.svd(total(parts))
     torch.testing.assert_close(factors.S, s[:10])
@@ -255,7 +255,7 @@ def test_dense_keeps_the_exact_sum_and_norm() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_streaming_finds_the_leading_directions_of_the_sum(dtype: torch.dtype) -> None:
     parts = blocks(12, dtype)
-    factors = filled(Streaming, parts).factors("layer")
+    factors = filled(Streaming, parts).factors(["layer"])["layer"]
     assert factors is not None
     g = total(parts)
     captured = (factors.U[:, :4].double().mT @ g @ factors.V[:, :4].double()).norm()
@@ -269,11 +269,42 @@ def test_truncating_layers_together_gives_the_factors_of_truncating_each_alone()
     parts = blocks(4)
     together = filled(Streaming, parts, ("layer", "other", "third"))
     alone = filled(Streaming, parts, ("other",))
-    one, other = together.factors("other"), alone.factors("other")
+    one, other = (each.factors(["other"])["other"] for each in (together, alone))
     assert one is not None
     assert other is not None
     torch.testing.assert_close(one.S, other.S)
     torch.testing.assert_close((one.U * one.S) @ one.V.mT, (other.U * other.S) @ other.V.mT)
+
+
+class Solvers(TorchDispatchMode):
+    """Counts the calls of solvers: eigenvalues, singular values and Householder's QR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.names += [name] if name in {"_linalg_eigh", "_linalg_svd", "linalg_qr"} else []
+        return func(*args, **(kwargs or {}))
+
+
+def test_layers_of_one_shape_are_decomposed_by_one_solver_at_the_end() -> None:
+    accumulator, devices = Streaming(SIZES, 0, 0), dict.fromkeys(SIZES, torch.device("cpu"))
+    s, state = torch.logspace(0, -6.5, 10), {}
+    for index, name in enumerate(devices):
+        draw = torch.Generator().manual_seed(index)
+        state |= {f"{name}.{part}": torch.linalg.qr(torch.randn(30, 10, generator=draw)).Q for part in "UV"}
+        state |= {f"{name}.S": s, f"{name}.sketch": torch.zeros(30, 8), f"{name}.blocks": torch.ones(1)}
+    accumulator.restore(state, devices)
+    with Solvers() as solvers:
+        factors = accumulator.factors(devices)
+    assert solvers.names == ["_linalg_eigh"]
+    for name, factor in factors.items():
+        product = (state[f"{name}.U"] * s) @ state[f"{name}.V"].mT
+        torch.testing.assert_close((factor.U * factor.S) @ factor.V.mT, product, rtol=0, atol=1e-6)
+        for side in (factor.U, factor.V):
+            torch.testing.assert_close(side.mT @ side, torch.eye(10), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [Dense, Streaming])
@@ -282,7 +313,7 @@ def test_a_layer_that_runs_twice_in_a_pass_counts_twice(kind: Kind) -> None:
     accumulator.add("layer", *first)
     accumulator.add("layer", *second)
     accumulator.flush()
-    factors = accumulator.factors("layer")
+    factors = accumulator.factors(["layer"])["layer"]
     assert factors is not None
     s = torch.linalg.svdvals(total([first, second]))
     torch.testing.assert_close(factors.S[:4], s[:4], rtol=1e-3, atol=0)
@@ -294,7 +325,7 @@ def test_streaming_finds_late_directions_after_a_first_block_of_one_token() -> N
     for block in [(x[:1], g[:1], 1.0), *parts]:
         accumulator.add("layer", *block)
         accumulator.flush()
-    factors = accumulator.factors("layer")
+    factors = accumulator.factors(["layer"])["layer"]
     assert factors is not None
     true = total([(x[:1], g[:1], 1.0), *parts])
     captured = (factors.U[:, :4].mT @ true @ factors.V[:, :4]).norm()
@@ -316,7 +347,7 @@ def test_a_restored_accumulator_continues_as_the_uninterrupted_one(kind: Kind) -
                 accumulator.add(name, x, g, weight)
             accumulator.flush()
     for name in names:
-        mine, true = resumed.factors(name), whole.factors(name)
+        mine, true = (each.factors([name])[name] for each in (resumed, whole))
         assert mine is not None
         assert true is not None
         for part in ("U", "S", "V", "sketch"):
@@ -341,7 +372,7 @@ def test_an_empty_accumulator_has_no_factors_and_no_state() -> None:
     for kind in (Dense, Streaming):
         empty: Accumulator = kind(SIZES, 0, 0)
         empty.flush()
-        assert empty.factors("layer") is None
+        assert empty.factors(["layer"]) == {}
         assert empty.state() == {}
 
 
@@ -351,7 +382,7 @@ def test_sums_are_kept_in_float32_for_models_of_lower_precision(dtype: torch.dty
     for kind in (Dense, Streaming):
         accumulator = filled(kind, parts)
         assert {tensor.dtype for tensor in accumulator.state().values()} <= {torch.float32, torch.int64}
-        factors = accumulator.factors("layer")
+        factors = accumulator.factors(["layer"])["layer"]
         assert factors is not None
         assert factors.U.dtype == sum_dtype(dtype) == torch.float32
         assert factors.norm == pytest.approx(total(parts).norm().item(), rel=1e-5 if kind is Dense else 0.02)
@@ -404,7 +435,7 @@ def test_all_computation_stays_on_the_device_of_the_gradients(kind: Kind, monkey
                 each.flush()
             accumulator.changes()
         accumulator.absorb(other.state())
-        found = accumulator.factors("layer")
+        found = accumulator.factors(["layer"])["layer"]
         assert found is not None
         merged = merge([(found, 1.0), (found.scaled(0.5), 2.0)], 8, probes(INPUTS, 0))
         limit = merged.limit(2)

@@ -84,9 +84,8 @@ def _merged(setup: Setup, recorder: Recorder) -> tuple[Progress, dict[str, LowRa
 def _factors(accumulator: Accumulator, keys: Iterable[str], directions: Mapping[str, int]) -> dict[str, LowRank]:
     """The factors of the parts that got tokens, with as many directions as the estimate keeps."""
     factors = {}
-    for key in keys:
-        if (factor := accumulator.factors(key)) is not None:
-            kept = directions[key]
-            u, s, v = factor.U[:, :kept], factor.S[:kept], factor.V[:, :kept]
-            factors[key] = dataclasses.replace(factor, U=u, S=s, V=v)
+    for key, factor in accumulator.factors(keys).items():
+        kept = directions[key]
+        u, s, v = factor.U[:, :kept], factor.S[:kept], factor.V[:, :kept]
+        factors[key] = dataclasses.replace(factor, U=u, S=s, V=v)
     return factors

@@ -6,7 +6,7 @@ Shapes: T tokens, I inputs, O outputs, K kept directions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -70,8 +70,8 @@ class Accumulator(Protocol):
     def changes(self) -> dict[str, float]:
         """How far the last batch has moved each layer's leading directions (see `streaming.direction_change`)."""
 
-    def factors(self, name: str) -> LowRank | None:
-        """The leading directions of a layer's sum; None if nothing was added to it."""
+    def factors(self, names: Iterable[str]) -> dict[str, LowRank]:
+        """The leading directions of the sums of layers, without those to which nothing was added."""
 
     def state(self) -> dict[str, Tensor]:
         """The whole state after a `flush`, as "layer.part" → tensor."""

@@ -5,7 +5,7 @@ Shapes: T tokens, I inputs, O outputs, P probes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -54,10 +54,11 @@ class Dense:
         """Nothing: the dense estimator follows no directions."""
         return {}
 
-    def factors(self, name: str) -> LowRank | None:
-        """The exact leading singular triplets, and the exact norm."""
-        if name not in self.sums:
-            return None
+    def factors(self, names: Iterable[str]) -> dict[str, LowRank]:
+        """The exact leading singular triplets, and the exact norms."""
+        return {name: self._factors(name) for name in names if name in self.sums}
+
+    def _factors(self, name: str) -> LowRank:
         g_OI = self.sums[name]
         sketch_OP = g_OI @ probes(g_OI.shape[1], self.seed).to(g_OI)
         norm = torch.linalg.matrix_norm(wide(g_OI)).item()

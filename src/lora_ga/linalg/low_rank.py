@@ -36,6 +36,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
+def read(values: Sequence[Tensor]) -> list[float]:
+    """The numbers of several vectors, one after the other, which may be on several devices. The host waits once."""
+    return torch.cat([each.to(values[0].device, torch.float64) for each in values]).tolist() if values else []
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class LowRank:
     """The leading part `U diag(S) Vᵀ` of a gradient G = ∂L/∂W of a layer with O outputs and I inputs.
@@ -172,25 +177,30 @@ def probes(inputs: int, seed: int) -> Tensor:
     return gaussian(inputs, PROBES, seed, "norm")
 
 
-def estimated_norm(held: tuple[Tensor, Tensor, Tensor], sketch_OP: Tensor, omega_IP: Tensor) -> float:
-    """Estimate ‖G‖ from a factorisation of its leading part and its linear sketch `G Ω`.
+def estimated_norms(held: tuple[Tensor, Tensor, Tensor], sketch_OP: Tensor, omega_IP: Tensor) -> Tensor:
+    """Estimate ‖G‖ from a factorisation of its leading part and its linear sketch `G Ω`. Takes batches.
 
     `E‖G ω‖² = ‖G‖²` for Gaussian ω. The norm of `H = U S Vᵀ` is known exactly, so only the rest `R = G − H` is
     estimated: `‖G‖² = ‖S‖² + E[2⟨Hω, Rω⟩ + ‖Rω‖²]`.
 
     Args:
-        held: U (O, K), S (K,), V (I, K).
+        held: U (…, O, K), S (…, K), V (…, I, K).
         sketch_OP: `G Ω`.
         omega_IP: The same Ω, on any device.
 
     Returns:
-        The estimate, at least ‖S‖.
+        The estimates (…), at least ‖S‖, in float64.
     """
     u_OK, s_K, v_IK = (wide(part) for part in held)
-    held_OP = (u_OK * s_K) @ (v_IK.mT @ wide(omega_IP.to(v_IK.device)))
+    held_OP = (u_OK * s_K[..., None, :]) @ (v_IK.mT @ wide(omega_IP.to(v_IK.device)))
     rest_OP = wide(sketch_OP) - held_OP
-    chance = (2 * (held_OP * rest_OP).sum() + rest_OP.square().sum()) / omega_IP.shape[1]
-    return (s_K.square().sum() + chance.clamp_min(0)).sqrt().item()
+    chance = (2 * (held_OP * rest_OP) + rest_OP.square()).sum(dim=(-2, -1)) / omega_IP.shape[1]
+    return (s_K.square().sum(dim=-1) + chance.clamp_min(0)).sqrt()
+
+
+def estimated_norm(held: tuple[Tensor, Tensor, Tensor], sketch_OP: Tensor, omega_IP: Tensor) -> float:
+    """`estimated_norms` of one matrix."""
+    return estimated_norms(held, sketch_OP, omega_IP).item()
 
 
 def merge(parts: Sequence[tuple[LowRank, float]], kept: int, omega_IP: Tensor) -> LowRank:

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from lora_ga.linalg.accumulator import Inputs, Size, UnitRows, all_finite, refuse_infinite, sum_dtype
-from lora_ga.linalg.low_rank import PROBES, LowRank, estimated_norm, gaussian, merge_factors, probes, wide
+from lora_ga.linalg.low_rank import (
+    PROBES,
+    LowRank,
+    estimated_norms,
+    fix_signs,
+    gaussian,
+    merge_factors,
+    probes,
+    read,
+    wide,
+)
 
 # The number of random columns added to the warm start of each block, to find directions that only appear late.
 FRESH = 12
@@ -467,14 +477,45 @@ class Streaming:
         values = torch.stack(list(found.values())).tolist()
         return {name: value for name, value in zip(found, values, strict=True) if not math.isnan(value)}
 
-    def factors(self, name: str) -> LowRank | None:
-        """The leading directions of a layer's sum, and the norm estimated from its sketch."""
-        stream = self.streams.get(name)
-        if stream is None:
-            return None
-        held = merge_factors([stream.held], self.sizes[name].kept)
-        norm = estimated_norm(held, stream.sketch, probes(held[2].shape[0], self.seed))
-        return LowRank(*held, norm=norm, sketch=stream.sketch)
+    def factors(self, names: Iterable[str]) -> dict[str, LowRank]:
+        """The leading directions of the sums of layers, and the norms estimated from their sketches.
+
+        Layers of one shape are decomposed together, and their values are read from the device at once.
+
+        Returns:
+            Layer → its factorisation.
+        """
+        shapes: dict[Hashable, list[str]] = {}
+        for name in sorted(self.streams.keys() & set(names)):
+            shapes.setdefault(self._shape(name), []).append(name)
+        parts = [each[at : at + STACKED] for each in shapes.values() for at in range(0, len(each), STACKED)]
+        held: dict[str, tuple[Tensor, ...]] = {}
+        norms, weakest = [], []
+        for part in parts:
+            u_NOK, s_NK, v_NIK, sketch_NOP = self._decomposed(part)
+            norms.append(estimated_norms((u_NOK, s_NK, v_NIK), sketch_NOP, probes(v_NIK.shape[1], self.seed)))
+            weakest.append(s_NK[:, -1])
+            held |= dict(zip(part, zip(u_NOK, s_NK, v_NIK, sketch_NOP, strict=True), strict=True))
+        values = zip(held, read(norms), read(weakest), strict=True)
+        return {name: self._low_rank(name, held[name], norm, whole=least > 0) for name, norm, least in values}
+
+    def _decomposed(self, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The singular triplets of layers of one shape, and their sketches.
+
+        Returns:
+            U (N, O, K), S (N, K), V (N, I, K); of directions that a layer does not have, S is zero. And (N, O, P).
+        """
+        _, u_NOK, s_NK, v_NIK, y_NOC = self._stacked(names)
+        u_NOK, s_NK, v_NIK = truncate(torch.where(s_NK[:, None] > 0, u_NOK, 0.0), v_NIK * s_NK[:, None], s_NK.shape[1])
+        u_NOK, v_NIK = fix_signs(u_NOK, v_NIK)
+        return u_NOK, s_NK, v_NIK, y_NOC[..., -PROBES:]
+
+    def _low_rank(self, name: str, parts: tuple[Tensor, ...], norm: float, *, whole: bool) -> LowRank:
+        """A layer's factorisation; one that is not `whole` has fewer than K directions, and gets arbitrary ones."""
+        u_OK, s_K, v_IK, sketch_OP = parts
+        if not whole:
+            u_OK, s_K, v_IK = merge_factors([self.streams[name].held], len(s_K))
+        return LowRank(u_OK, s_K, v_IK, norm, sketch_OP)
 
     def state(self) -> dict[str, Tensor]:
         """U, S, V, the sketch and the number of blocks of every layer."""
