@@ -291,7 +291,8 @@ class Solvers(TorchDispatchMode):
 
 def test_layers_of_one_shape_are_decomposed_by_one_solver_at_the_end() -> None:
     accumulator, devices = Streaming(SIZES, 0, 0), dict.fromkeys(SIZES, torch.device("cpu"))
-    s, state = torch.logspace(0, -6.5, 10), {}
+    s = torch.logspace(0, -6.5, 10)
+    state: dict[str, Tensor] = {}
     for index, name in enumerate(devices):
         draw = torch.Generator().manual_seed(index)
         state |= {f"{name}.{part}": torch.linalg.qr(torch.randn(30, 10, generator=draw)).Q for part in "UV"}
