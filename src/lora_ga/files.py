@@ -46,6 +46,30 @@ def without_compiled(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != COMPILED)
 
 
+def named_modules(
+    model: nn.Module, enter: Callable[[nn.Module, str], bool] = lambda parent, name: True
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model with their paths, as `model.named_modules()` has them, but without parts of it.
+
+    It is also several times as fast, which counts where a model has thousands of modules.
+
+    Args:
+        model: The model.
+        enter: Module and name of a child → whether to go on into the child.
+
+    Yields:
+        Path and module.
+    """
+    waiting, seen = [("", model)], set()
+    while waiting:
+        path, module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            yield path, module
+            children = [(name, child) for name, child in module.named_children() if enter(module, name)]
+            waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(children)]
+
+
 def embeddings(model: Any) -> list[Any]:
     """The input and the output embeddings of a model that knows them."""
     found = []
@@ -84,7 +108,7 @@ def another_base(model: nn.Module, recorded: str) -> str | None:
     # Earlier versions took the shape that PEFT's wrapper of a tied head reports for the head's, but transposed, and the
     # paths of a compiled base as they are.
     earlier = (_shapes(model, wrappers=wrappers, compiled=True) for wrappers in (True, False))
-    if recorded in {found, *map(_digest_of_shapes, earlier)}:
+    if recorded == found or recorded in map(_digest_of_shapes, earlier):
         return None
     difference = f"its fingerprint is {recorded}, this model's {found} (module names and weight shapes)"
     sizes = _vocabulary_sizes(model, recorded)
@@ -112,11 +136,9 @@ def _shapes(model: nn.Module, *, wrappers: bool, compiled: bool = False) -> Shap
         Paths and shapes.
     """
     shapes: Shapes = set()
-    for name, module in base_model(model).named_modules():
-        parts = name.split(".")
-        adapter = any(part.startswith(("lora_", "trainable_tokens_")) or part == "modules_to_save" for part in parts)
+    for name, module in named_modules(base_model(model), lambda _, name: not _of_adapter(name)):
         wrapper = {"original_module", "modules_to_save"} <= {child for child, _ in module.named_children()}
-        if adapter or (wrapper and not wrappers) or hasattr(module, "base_layer"):
+        if (wrapper and not wrappers) or hasattr(module, "base_layer"):
             continue
         path = _path_in_base(name) if compiled else without_compiled(_path_in_base(name))
         outputs, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
@@ -127,6 +149,11 @@ def _shapes(model: nn.Module, *, wrappers: bool, compiled: bool = False) -> Shap
             # A parameter that ZeRO-3 has partitioned is empty; DeepSpeed keeps its shape in `ds_shape`.
             shapes.add((f"{path}.{key}", tuple(getattr(parameter, "ds_shape", parameter.shape))))
     return shapes
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether PEFT added a child with this name."""
+    return name.startswith(("lora_", "trainable_tokens_")) or name == "modules_to_save"
 
 
 def _path_in_base(name: str) -> str:

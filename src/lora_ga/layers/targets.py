@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_ga.distributed.sharding import gathered, whole
 from lora_ga.distributed.tensor_parallel import Split, in_fsdp, split_of, unfit
-from lora_ga.files import without_compiled
+from lora_ga.files import named_modules, without_compiled
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, entries, kind_of, layout_of, warn_never_run, weight_of
 from lora_ga.layers.linear import WeightLayout
@@ -133,7 +133,9 @@ def peft_models_in(network: Any) -> dict[str, nn.Module]:
         Path in the network ("" is the network itself) → model. Layers are named by `layer_name`.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
-    for path, module in network.named_modules() if isinstance(network, nn.Module) else ():
+    if not isinstance(network, nn.Module):
+        return {}
+    for path, module in named_modules(network, lambda parent, _: not isinstance(parent, LoraLayer)):
         # PEFT gives the same dictionary to a PeftModel, its tuner and the base model in it.
         if isinstance(module, PeftModel):
             found[id(module.peft_config)] = path, module
