@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,21 @@ def check_versions() -> None:
     if old:
         remedy = " ".join(f'"{name}>={MINIMUM[name]}"' for name in old)
         raise ImportError(f"lora-ga {__version__}: {'; '.join(old.values())}. Run: pip install --upgrade {remedy}")
+
+
+def dtype_setting(dtype: Any) -> dict[str, Any]:
+    """The setting of Transformers' `from_pretrained` for the dtype of the weights.
+
+    Its name is `dtype` since Transformers 4.56, which warns of the older name `torch_dtype`.
+
+    Args:
+        dtype: A dtype of torch, its name, or "auto".
+
+    Returns:
+        Name → `dtype`.
+    """
+    release = _release(_installed("transformers"))
+    return {"torch_dtype" if release and release < (4, 56) else "dtype": dtype}
 
 
 def _installed(name: str) -> str:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_ga.cli.main import main
+from lora_ga.version import dtype_setting
 
 from .conftest import VOCABULARY, text, write_rows
 
@@ -73,7 +74,7 @@ def test_a_merged_model_computes_what_base_and_adapter_compute(
 
 def test_a_merged_model_has_the_requested_dtype(adapter: Path, tmp_path: Path) -> None:
     assert main(["export", str(adapter), "--output", str(tmp_path / "m"), "--merge", "--dtype", "bfloat16"]) == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m", **dtype_setting("auto")).dtype == torch.bfloat16
 
 
 def test_a_smaller_adapter_is_written_and_a_table_shows_what_is_lost(

@@ -37,6 +37,7 @@ from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, weight_of
 from lora_ga.layers.targets import SHIFTED_BASES, layer_name, peft_model_in, peft_models_in
 from lora_ga.layers.tied import tied_heads
+from lora_ga.version import dtype_setting
 
 # The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
 SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -173,7 +174,7 @@ def _base_of(folder: str | Path) -> Any:
     if not name or kind is None:
         lacks = f"its task type is {config.task_type}" if name else "it names no base model"
         raise ValueError(f"{folder}: {lacks}. Load the base model yourself, and call lora_ga.load(base, folder).")
-    return getattr(transformers, kind).from_pretrained(name, dtype="auto", **class_settings(Path(folder)))
+    return getattr(transformers, kind).from_pretrained(name, **dtype_setting("auto"), **class_settings(Path(folder)))
 
 
 def class_settings(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lora_ga.cli.checkpoints import ADAPTER
 from lora_ga.cli.options import at_least, option, require
 from lora_ga.cli.parsing import OptionParser
+from lora_ga.version import dtype_setting
 
 USAGE = "lora-ga export ADAPTER (--output FOLDER (--rank K | --merge) | --for PROGRAM [--output FOLDER]) [options]"
 
@@ -222,7 +223,7 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
             f"{adapter}: its task type is {config.task_type}, but --merge knows {', '.join(classes)}. "
             "Load its base model in Python and call lora_ga.export.merge.merge_adapter."
         )
-    settings = {"dtype": options.dtype, **class_settings(adapter)}
+    settings = dtype_setting(options.dtype) | class_settings(adapter)
     return name, load_pretrained(getattr(transformers, classes[config.task_type]), name, **settings)
 
 

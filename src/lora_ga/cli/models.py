@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_ga.cli.data import Labels
 from lora_ga.cli.options import AdapterOptions, ModelOptions, TargetOptions
+from lora_ga.version import dtype_setting
 
 DEFAULT_LENGTH = 512
 PEFT_HEADS = {"classifier", "score"}  # PEFT trains and saves these for every classification task
@@ -145,9 +146,8 @@ def load_base(
         ValueError: It cannot be loaded.
     """
     transformers.set_seed(options.seed)
-    settings: dict[str, Any] = {
-        "dtype": torch.bfloat16 if options.dtype == "bfloat16" and not trains_all else torch.float32
-    }
+    half = options.dtype == "bfloat16" and not trains_all
+    settings = dtype_setting(torch.bfloat16 if half else torch.float32)
     if labels is not None:
         settings |= {
             "num_labels": len(labels.names),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_ga.experiments.methods.base import Batch
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Settings, Task
+from lora_ga.version import dtype_setting
 
 HEADS = frozenset({"classifier", "score"})  # new heads, by the names that PEFT trains and saves
 FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
@@ -84,7 +85,7 @@ def load_model(loader: str, folder: Any, settings: Settings = Settings(), **more
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = getattr(transformers, loader).from_pretrained(folder, dtype=settings.dtype, **more)
+        model = getattr(transformers, loader).from_pretrained(folder, **dtype_setting(settings.dtype), **more)
     finally:
         transformers.logging.set_verbosity(before)
     if settings.gradient_checkpointing:
