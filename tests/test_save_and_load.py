@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 import lora_ga
 from lora_ga import LoraGAConfig
@@ -549,6 +549,16 @@ def test_an_adapter_of_a_compiled_base_has_the_names_of_the_base(tmp_path: Path,
     train(whole.train(), causal())
     again.load_adapter(tmp_path, "default", is_trainable=True)  # as a trainer resumes
     assert train(again.train(), causal()) == train(lora_ga.load(llama(), tmp_path, is_trainable=True).train(), causal())
+
+
+def test_a_compiled_base_is_merged_as_the_base_and_one_with_compiled_blocks_is_refused(tmp_path: Path) -> None:
+    model = trained(tmp_path / "adapter", targets=["q_proj"])
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=compiled())
+    merged = logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval(), causal(1)[0])
+    torch.testing.assert_close(merged, logits(model, causal(1)[0]), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="Blocks of the base model are wrapped by torch.compile.* Load the base model"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "other", base=compiled(blocks=True))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.usefixtures("untraced")

@@ -9,7 +9,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_ga.adapter.file import check_names
+from lora_ga.adapter.file import check_names, compiled_names
+from lora_ga.distributed.sharding import unwrapped
 from lora_ga.export.saved_adapter import read_adapter
 from lora_ga.files import Companions, check_empty, new_folder, no_companions
 from lora_ga.layers.kinds import kind_of, layout_of
@@ -27,20 +28,27 @@ def merge_adapter(
     Args:
         path: The adapter's folder.
         out: A new or empty folder.
-        base: The original base model, without LoRA layers; its weights are changed in place.
+        base: The original base model, without LoRA layers, which torch.compile may have wrapped; its weights are changed
+            in place.
         companions: Called with the new folder before it appears, to write more files into it.
 
     Raises:
         FileNotFoundError: There is no adapter in `path`.
         TypeError: The base model has no `save_pretrained`.
-        ValueError: `out` is not empty, the base or an adapted layer is quantised, an adapted weight is shared with
-            other modules or is a grouped convolution's, the adapter is damaged, or the merged weights are not finite.
+        ValueError: `out` is not empty, the base or an adapted layer is quantised, blocks of the base are compiled, an
+            adapted weight is shared with other modules or is a grouped convolution's, the adapter is damaged, or the
+            merged weights are not finite.
     """
-    target = check_empty(out)
+    target, base = check_empty(out), unwrapped(base)
     if not hasattr(base, "save_pretrained"):
         raise TypeError(f"The base is a {type(base).__name__} without save_pretrained; give a Transformers model.")
     if getattr(base, "is_quantized", False):
         raise ValueError("The base model is quantised; load it in full precision to merge an adapter into it.")
+    if compiled_names(base):
+        raise ValueError(
+            "Blocks of the base model are wrapped by torch.compile, so the merged model would be saved with names that "
+            "no program reads. Load the base model again, and merge before its blocks are compiled."
+        )
     _, tensors = read_adapter(Path(path))
     check_names(Path(path), base)
     model = PeftModel.from_pretrained(base, str(path))
