@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 from transformers import BertForSequenceClassification, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 import lora_ga
+from cases import EXPERTS, mixtral, seeded
 from lora_ga import LoraGAConfig
 from lora_ga.adapter import save as sidecar
 from lora_ga.adapter.load import check_optimizer_state, restore_starts
@@ -35,6 +37,7 @@ from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import PREFIX
 from toys import (
     FAMILIES,
+    FUSED_EXPERTS,
     adapted,
     bert,
     causal,
@@ -463,45 +466,78 @@ def test_every_reader_that_divides_alpha_by_the_rank_gets_the_scaling(
     assert PeftConfig.from_pretrained(tmp_path / "again").to_dict() == config.to_dict()
 
 
-def half_plain(model: Any, offset: str = "adapter") -> Any:
-    """Start an adapter whose layers in the first block stay plain LoRA, since their gradient is zero, and train it."""
+class Grouped(nn.Module):
+    """An embedding, a grouped convolution and a linear head."""
 
-    def last_block(model: nn.Module, batch: Any) -> Tensor:
-        hidden = model(**batch, output_hidden_states=True).hidden_states[1].detach()
-        block = model.get_submodule("base_model.model.model.layers.1.mlp")
-        return block(hidden).square().mean()
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.grouped = nn.Embedding(64, 16), nn.Conv1d(16, 16, 1, groups=2)
+        self.lm_head = nn.Linear(16, 64)
 
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        """Predict each label from the input at its place."""
+        scores = self.lm_head(self.grouped(self.embed(input_ids).mT).mT)
+        loss = None if labels is None else nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
+        return CausalLMOutput(loss=loss, logits=scores)
+
+
+def last_block(model: nn.Module, batch: Any) -> Tensor:
+    """A loss that only the last block's layers have a gradient of."""
+    hidden = model(**batch, output_hidden_states=True).hidden_states[1].detach()
+    return model.get_submodule("base_model.model.model.layers.1.mlp")(hidden).square().mean()
+
+
+def last_layer(model: nn.Module, batch: Any) -> Tensor:
+    """A loss that only the last layer has a gradient of."""
+    hidden = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    return model.get_submodule("base_model.model.lm_head")(hidden).square().mean()
+
+
+def half_plain(model: Any, offset: str = "adapter", loss: Any = last_block) -> Any:
+    """Start an adapter of which two layers stay plain LoRA, since they have no gradient, and train it."""
     with pytest.warns(UserWarning, match="They start as plain LoRA"):
-        lora_ga.initialize(model, causal(), LoraGAConfig(on_missing="lora", offset=offset), loss_fn=last_block)
+        lora_ga.initialize(model, causal(), LoraGAConfig(on_missing="lora", offset=offset), loss_fn=loss)
     train(model, causal())
     return model
 
 
+MLP: dict[str, Any] = {"targets": ["down_proj", "up_proj"]}
+HALF_PLAIN: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "rsLoRA": (llama, MLP, last_block),
+    "no rsLoRA": (llama, MLP | {"use_rslora": False}, last_block),
+    "patterns": (llama, MLP | {"rank_pattern": {"up_proj": 2}}, last_block),
+    "embedding and groups": (Grouped, {"targets": ["embed", "grouped", "lm_head"]}, last_layer),
+    "experts": (seeded(mixtral), {"targets": [], "target_parameters": EXPERTS["target_parameters"]}, last_block),
+}
+
+
 @pytest.mark.parametrize("offset", CHOICES["offset"])
-@pytest.mark.parametrize("lora", [{}, {"use_rslora": False}, {"rank_pattern": {"up_proj": 2}}])
+@pytest.mark.parametrize("case", [*list(HALF_PLAIN)[:-1], pytest.param("experts", marks=FUSED_EXPERTS)])
 def test_a_file_with_plain_layers_has_one_rank_and_one_alpha_and_resumes_bit_for_bit(
-    tmp_path: Path, offset: str, lora: dict[str, Any]
+    tmp_path: Path, offset: str, case: str
 ) -> None:
-    settings = {"targets": ["down_proj", "up_proj"]} | lora
-    model = half_plain(adapted(llama(), **settings), offset)
+    make, settings, loss = HALF_PLAIN[case]
+    model = half_plain(adapted(make(), **settings), offset, loss)
     assert len(model.peft_config["default"].alignment.plain) == 2
     model.save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
     assert config.r == 8
-    if not lora.get("rank_pattern"):
+    if "rank_pattern" not in settings:
         assert (config.rank_pattern, config.alpha_pattern) == ({}, {})
-        assert {len(t) for name, t in load_file(tmp_path / WEIGHTS).items() if "lora_A" in name} == {8}
-    stock = PeftModel.from_pretrained(llama(), tmp_path)
+        rows = {len(t) for name, t in load_file(tmp_path / WEIGHTS).items() if "_A" in name}
+        assert rows == {8 * (make().config.num_local_experts if case == "experts" else 1)}
+    stock = PeftModel.from_pretrained(make(), tmp_path)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             assert stock.get_submodule(name).scaling == layer.scaling
     torch.testing.assert_close(logits(stock, causal(1)[0]), logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
-    ways = [lora_ga.load(llama(), tmp_path, is_trainable=True)]
+    ways = [lora_ga.load(make(), tmp_path, is_trainable=True)]
     if offset == "adapter":
-        again = half_plain(adapted(llama(), **settings))
+        again = half_plain(adapted(make(), **settings), loss=loss)
         again.load_adapter(tmp_path, "default", is_trainable=True)  # as a trainer resumes
         restore_starts(again, tmp_path)
-        ways += [again, lora_ga.load(adapted(llama(), **settings), tmp_path, is_trainable=True)]
+        ways += [again, lora_ga.load(adapted(make(), **settings), tmp_path, is_trainable=True)]
     shapes = [p.shape for p in model.parameters() if p.requires_grad]
     losses = train(model.train(), causal())
     for other in ways:

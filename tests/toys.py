@@ -26,8 +26,16 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 import lora_ga
+from lora_ga.version import is_before
 
 VOCABULARY = 64
+# Marks of tests that need what older libraries do not have.
+FUSED_EXPERTS = pytest.mark.skipif(
+    is_before("transformers", "5.0"), reason="Transformers fuses the experts of a layer since version 5.0"
+)
+TIED_FACTORS = pytest.mark.skipif(
+    is_before("peft", "0.19"), reason="PEFT ties the factors of an adapted head since version 0.19"
+)
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -138,6 +146,12 @@ def injected(base: nn.Module, targets: Any = "all-linear", **changes: Any) -> An
     """Inject a fresh LoRA adapter of rank 4 into the base."""
     torch.manual_seed(7)
     return inject_adapter_in_model(lora_settings(targets, **changes), base)
+
+
+def checkpoint_activations(base: Any, **settings: Any) -> None:
+    """Switch gradient checkpointing on, by the name that it has since Transformers 5.23 or by the older one."""
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable(settings or None)
 
 
 def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from lora_ga.adapter.file import Padded
 from lora_ga.config import LoraGAConfig
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries
@@ -56,7 +57,7 @@ class Alignment:
         original: The rank fields of the user's LoraConfig, before they were doubled.
         saved: Fields of LoraConfig that have another value in the saved configuration. A file has no rsLoRA: α/r is the
             scaling. With offset="base" the model computes at rank r, the file has rank 2r.
-        padded: Layer name → r, of the plain layers whose matrices a file holds at rank 2r, padded with zeros, so that
+        padded: Layer name → how, of the plain layers whose matrices a file holds at rank 2r, padded with zeros, so that
             it needs no pattern for them.
         padded_fields: As `saved`, of a file with padded layers.
         summary: The section on the start for a model card, in Markdown; empty before the start.
@@ -71,7 +72,7 @@ class Alignment:
     plain: dict[str, tuple[int, float]]
     original: dict[str, Any]
     saved: dict[str, Any] = dataclasses.field(default_factory=dict)
-    padded: dict[str, int] = dataclasses.field(default_factory=dict)
+    padded: dict[str, Padded] = dataclasses.field(default_factory=dict)
     padded_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     summary: str = ""
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)

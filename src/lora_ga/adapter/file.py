@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -18,8 +18,8 @@ from lora_ga.files import COMPILED, damaged, without_compiled, write_atomically
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.targets import PREFIX
 
-# The dimension of A's and of B's matrix that has the size of the rank.
-PADDED_DIMS = {"A": 0, "B": 1}
+# How the names of A and of B end in a file, of layers and of embeddings.
+ENDS = {"A": (".lora_A.weight", ".lora_embedding_A"), "B": (".lora_B.weight", ".lora_embedding_B")}
 Factors = Mapping[str, tuple[Factor, Factor]]
 
 
@@ -54,59 +54,84 @@ def rewrite(weights: Path, factors: Factors) -> None:
     write_atomically(weights, as_safetensors(contiguous, metadata=header))
 
 
-def pad(weights: Path, ranks: Mapping[str, int]) -> bool:
+class Padded(NamedTuple):
+    """A plain layer whose matrices a file holds at twice their rank.
+
+    Attributes:
+        rank: Its rank r.
+        parts: Its parts: experts of a layer, groups of a convolution. Each has its own rows of A, side by side.
+        rows: The rows of A.
+        columns: The columns of B. Appending columns appends them to every part: experts take turns, and each group of a
+            convolution reads all of them.
+    """
+
+    rank: int
+    parts: int
+    rows: int
+    columns: int
+
+    def padded(self, value: Tensor, letter: str) -> Tensor | None:
+        """A or B with zeros up to twice its rank; None if it does not have this rank."""
+        dim, size, parts = self._along(letter)
+        if value.dim() <= dim or value.shape[dim] != size:
+            return None
+        own = value.unflatten(dim, (parts, -1))
+        return torch.cat([own, torch.zeros_like(own)], dim=dim + 1).flatten(dim, dim + 1)
+
+    def unpadded(self, value: Tensor, letter: str) -> Tensor:
+        """A or B of a file as it trains: without the zeros up to twice its rank, if it has them."""
+        dim, size, parts = self._along(letter)
+        if value.dim() <= dim or value.shape[dim] != 2 * size:
+            return value
+        own, added = value.unflatten(dim, (parts, 2, -1)).unbind(dim + 1)
+        return value if bool(added.any()) else own.flatten(dim, dim + 1).clone()
+
+    def _along(self, letter: str) -> tuple[int, int, int]:
+        """The dimension that is padded, its size, and into how many parts it falls."""
+        return (0, self.rows, self.parts) if letter == "A" else (1, self.columns, 1)
+
+
+def pad(weights: Path, layers: Mapping[str, Padded]) -> bool:
     """Pad layers of an adapter file with zeros to twice their rank, if the file holds all of them at their rank.
 
     Args:
         weights: The file.
-        ranks: Layer name → its rank.
+        layers: Layer name → how it is padded.
 
     Returns:
         Whether they were padded.
     """
     with safe_open(str(weights), framework="pt") as file:
         header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for name, rank in ranks.items():
-        for letter, dim in PADDED_DIMS.items():
-            key = f"{PREFIX}{name}.lora_{letter}.weight"
-            if key not in tensors or tensors[key].shape[dim] != rank:
+    for name, layer in layers.items():
+        for letter, ends in ENDS.items():
+            key = next((f"{PREFIX}{name}{end}" for end in ends if f"{PREFIX}{name}{end}" in tensors), None)
+            value = None if key is None else layer.padded(tensors[key], letter)
+            if key is None or value is None:
                 return False
-            tensors[key] = torch.cat([tensors[key], torch.zeros_like(tensors[key])], dim=dim)
+            tensors[key] = value
     write_atomically(weights, as_safetensors(tensors, metadata=header))
     return True
 
 
-def unpadded(value: Tensor, rank: int, letter: str) -> Tensor:
-    """A matrix of a file as it trains: without the zeros up to twice its rank, if it has them.
+def load_padded(table: Any, adapter: str, layer: Padded, letter: str) -> None:
+    """Let one of PEFT's tables of factors load the padded matrix of a file, as where a trainer resumes.
 
     Args:
-        value: A or B.
-        rank: The rank that trains.
-        letter: Which of the two it is.
-
-    Returns:
-        The matrix of rank `rank`, or `value` itself.
-    """
-    dim = PADDED_DIMS[letter]
-    if value.dim() <= dim or value.shape[dim] != 2 * rank or bool(value.narrow(dim, rank, rank).any()):
-        return value
-    return value.narrow(dim, 0, rank).clone()
-
-
-def load_padded(entry: nn.Module, rank: int, letter: str) -> None:
-    """Let PEFT's module of a factor load the padded matrix of a file, as where a trainer resumes.
-
-    Args:
-        entry: The module.
-        rank: Its rank.
+        table: A layer's `lora_A` or `lora_B`, or the same of an embedding.
+        adapter: The adapter.
+        layer: How the layer is padded.
         letter: "A" or "B".
     """
-    entry.register_load_state_dict_pre_hook(functools.partial(_unpad, rank=rank, letter=letter))
+    module, key = (table, adapter) if isinstance(table, nn.ParameterDict) else (table[adapter], "weight")
+    module.register_load_state_dict_pre_hook(functools.partial(_unpad, key=key, layer=layer, letter=letter))
 
 
-def _unpad(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any, rank: int, letter: str) -> None:
-    if (key := f"{prefix}weight") in state_dict:
-        state_dict[key] = unpadded(state_dict[key], rank, letter)
+def _unpad(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any, key: str, layer: Padded, letter: str
+) -> None:
+    if (name := prefix + key) in state_dict:
+        state_dict[name] = layer.unpadded(state_dict[name], letter)
 
 
 def compiled_names(base: nn.Module) -> dict[str, str]:

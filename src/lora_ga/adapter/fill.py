@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import alignment_of, scaling_of
-from lora_ga.adapter.file import compiled_names, unpadded
+from lora_ga.adapter.file import ENDS, compiled_names
 from lora_ga.adapter.save import FILE, read_sidecar
-from lora_ga.adapter.structure import build_structure
+from lora_ga.adapter.structure import build_structure, padding_of
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
 from lora_ga.files import another_base, base_model, damaged, embeddings, without_compiled
@@ -47,7 +47,6 @@ PIPELINE_NAMES = {
     ".lora_linear_layer.down.": ".lora_A.",
     ".lora_linear_layer.up.": ".lora_B.",
 }
-ENDS = {"A": (".lora_A.weight", ".lora_embedding_A"), "B": (".lora_B.weight", ".lora_embedding_B")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +156,7 @@ def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainabl
     """
     model = peft_model_in(network)
     targets = find_targets(network, adapter_name, fresh=False)
-    saved = _without_padding(_read(Path(path), targets), targets)
+    saved = _without_padding(_read(Path(path), targets), targets, adapter_name)
     aligned = _check_shapes(saved, targets, adapter_name)
     _check_scaling(saved, targets, adapter_name)
     _check_rest(saved, model, adapter_name)
@@ -235,14 +234,16 @@ def _config(where: Path, header: Mapping[str, str], prefix: str) -> Any:
     return None
 
 
-def _without_padding(saved: SavedAdapter, targets: Mapping[str, Target]) -> SavedAdapter:
+def _without_padding(saved: SavedAdapter, targets: Mapping[str, Target], adapter_name: str) -> SavedAdapter:
     """The adapter without the zeros up to rank 2r of its plain layers, where the model's layers have their rank r."""
     tensors, plain = dict(saved.tensors), {} if saved.sidecar is None else saved.sidecar[1]["plain"]
     for name, (rank, _) in plain.items():
-        for letter in "AB":
-            key = f"{name}.lora_{letter}.weight"
-            if key in tensors and name in targets and targets[name].rank == rank:
-                tensors[key] = unpadded(tensors[key], rank, letter)
+        padded = padding_of(targets[name].layer, adapter_name) if name in targets else None
+        if padded is None or padded.rank != rank:
+            continue
+        for letter, ends in ENDS.items():
+            for key in {name + end for end in ends} & tensors.keys():
+                tensors[key] = padded.unpadded(tensors[key], letter)
     return dataclasses.replace(saved, tensors=tensors)
 
 

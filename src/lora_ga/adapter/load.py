@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
-from lora_ga.adapter.file import check_names, compiled_names, unpadded
+from lora_ga.adapter.file import Padded, check_names, compiled_names
 from lora_ga.adapter.fill import check_base, check_layers, fill
 from lora_ga.adapter.save import FILE, AlignedLoraConfig, read_sidecar
 from lora_ga.adapter.structure import (
@@ -25,6 +25,7 @@ from lora_ga.adapter.structure import (
     follow_ties,
     load_padded_layers,
     make_factors,
+    padding_of,
     patterns_of,
     place,
     set_rank,
@@ -34,7 +35,7 @@ from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped, whole
 from lora_ga.files import damaged, read_labels
 from lora_ga.layers.factors import Factor
-from lora_ga.layers.kinds import entries, weight_of
+from lora_ga.layers.kinds import entries, layout_of, weight_of
 from lora_ga.layers.targets import SHIFTED_BASES, layer_name, peft_model_in, peft_models_in
 from lora_ga.layers.tied import tied_heads
 from lora_ga.version import dtype_setting
@@ -269,7 +270,9 @@ def _restore_structure(
 
 
 @torch.no_grad()
-def _narrow_padded(plain: Mapping[str, tuple[int, float]], layers: Mapping[str, Any], adapter: str) -> dict[str, int]:
+def _narrow_padded(
+    plain: Mapping[str, tuple[int, float]], layers: Mapping[str, Any], adapter: str
+) -> dict[str, Padded]:
     """Give plain layers that a file holds padded to rank 2r the rank r that trains.
 
     Args:
@@ -278,23 +281,28 @@ def _narrow_padded(plain: Mapping[str, tuple[int, float]], layers: Mapping[str, 
         adapter: The adapter.
 
     Returns:
-        Layer name → r, of the layers that were padded.
+        Layer name → how it is padded, of the layers that were.
     """
     found = {}
     for name, (rank, _) in plain.items():
         layer = layers[name]
-        pair = entries(layer, adapter)
-        if layer.r[adapter] != 2 * rank or not all(isinstance(entry, nn.Module) for entry in pair):
+        pair, padded = entries(layer, adapter), padding_of(layer, adapter, loaded=True)
+        if layer.r[adapter] != 2 * rank or padded is None:
             continue
-        values = [unpadded(weight_of(entry), rank, letter) for letter, entry in zip("AB", pair, strict=True)]
+        values = [padded.unpadded(weight_of(entry), letter) for letter, entry in zip("AB", pair, strict=True)]
         if any(value is weight_of(entry) for value, entry in zip(values, pair, strict=True)):
             continue
         sizes = (("out_features", "out_channels"), ("in_features", "in_channels"))
-        for entry, value, attributes in zip(pair, values, sizes, strict=True):
-            entry.weight = nn.Parameter(value, entry.weight.requires_grad)
+        tables = layout_of(layer).factor_tables
+        for entry, value, attributes, table in zip(pair, values, sizes, tables, strict=True):
+            parameter = nn.Parameter(value, weight_of(entry).requires_grad)
+            if not isinstance(entry, nn.Module):  # of an embedding
+                getattr(layer, table)[adapter] = parameter
+                continue
+            entry.weight = parameter
             for attribute in attributes:
                 if attribute in vars(entry):
-                    setattr(entry, attribute, rank)
+                    setattr(entry, attribute, padded.rows)
         set_rank(layer, adapter, rank)
         found[name] = layer
     return load_padded_layers(found, adapter)

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of, factors_of
-from lora_ga.adapter.file import compiled_names, load_padded
+from lora_ga.adapter.file import Padded, compiled_names, load_padded
 from lora_ga.adapter.save import AlignedLoraConfig
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import partitioned, placed_like, register_moved, whole
@@ -119,9 +119,11 @@ def build_structure(
     scaling = alignment.scaling | {head: alignment.scaling[name] for head, name in heads.items()}
     doubled = doubled_rank_fields(peft_config, ranks, scaling, alignment.plain)
     alignment.saved = without_rslora(peft_config, doubled, ranks, scaling, alignment.plain)
-    alignment.padded = load_padded_layers({name: target.layer for name, target in plain.items()}, adapter)
+    alignment.padded = load_padded_layers(
+        {name: target.layer for name, target in plain.items() if not target.heads}, adapter
+    )
     if alignment.padded:
-        ranks |= alignment.padded
+        ranks |= {name: layer.rank for name, layer in alignment.padded.items()}
         scaling |= {name: plain_layers[name].scaling[adapter] for name in alignment.padded}
         alignment.padded_fields = _padded_fields(peft_config, ranks, scaling, alignment)
     if config.offset == "base":
@@ -283,28 +285,43 @@ def patterns_of(
     return ranks, {f"^{re.escape(name)}": own for name, (_, own) in layers.items() if own != alpha}
 
 
-def load_padded_layers(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, int]:
+def load_padded_layers(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, Padded]:
     """Let plain layers load the matrices of a file that was padded to twice their rank.
-
-    Those whose matrices are not modules, or hold the rank in another way (embeddings, experts, grouped convolutions),
-    are not padded.
 
     Args:
         layers: Layer name → plain LoRA layer.
         adapter: The adapter's name.
 
     Returns:
-        Layer name → r, of the layers that can be padded.
+        Layer name → how it is padded, of the layers whose matrices are whole.
     """
-    padded = {}
+    found = {}
     for name, layer in layers.items():
-        pair, rank = entries(layer, adapter), layer.r[adapter]
-        weights = [weight_of(entry) for entry in pair if isinstance(entry, nn.Module)]
-        if len(weights) == 2 and weights[0].shape[0] == rank and weights[1].dim() > 1 and weights[1].shape[1] == rank:
-            padded[name] = rank
-            for letter, entry in zip("AB", pair, strict=True):
-                load_padded(entry, rank, letter)
-    return padded
+        if (padded := padding_of(layer, adapter)) is not None:
+            found[name] = padded
+            for letter, table in zip("AB", layout_of(layer).factor_tables, strict=True):
+                load_padded(getattr(layer, table), adapter, padded, letter)
+    return found
+
+
+def padding_of(layer: LoraLayer, adapter: str, *, loaded: bool = False) -> Padded | None:
+    """How a file holds a plain layer at twice its rank.
+
+    Args:
+        layer: The layer.
+        adapter: The adapter's name.
+        loaded: Whether the layer was loaded from such a file, and has twice its rank.
+
+    Returns:
+        The rank that trains, and the sizes of its matrices; None if they are not whole in this process.
+    """
+    rank, parts = layer.r[adapter], layout_of(layer).parts(layer)
+    a, b = (weight_of(entry) for entry in entries(layer, adapter))
+    rows, columns = a.shape[0], b.shape[1] if b.dim() > 1 else 0
+    if (rows, columns) not in ((rank * parts, rank * parts), (rank, rank // parts)):  # a convolution divides its rank
+        return None
+    by = 2 if loaded else 1
+    return Padded(rank // by, parts, rows // by, columns // by)
 
 
 def without_rslora(

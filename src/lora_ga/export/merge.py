@@ -28,8 +28,8 @@ def merge_adapter(
     Args:
         path: The adapter's folder.
         out: A new or empty folder.
-        base: The original base model, without LoRA layers, which torch.compile may have wrapped; its weights are changed
-            in place.
+        base: The original base model, without LoRA layers; its weights are changed in place. torch.compile may have
+            wrapped it.
         companions: Called with the new folder before it appears, to write more files into it.
 
     Raises:
