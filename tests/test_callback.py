@@ -25,6 +25,7 @@ import processes
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.save import FILE
 from lora_ga.adapter.structure import give_structure
+from lora_ga.version import is_before
 from toys import adapted, causal, gpt2, injected, llama, logits
 from trainers import (
     TARGETS,
@@ -66,7 +67,11 @@ def test_the_callback_gives_the_start_of_initialize_on_the_same_batches(tmp_path
     lora_callback = callback(batches=causal())
     trainer = transformers_trainer([lora_callback], tmp_path, learning_rate=0.0, max_steps=1)
     trainer.train()
-    assert_same_start(trainer.model, model)
+    if is_before("transformers", "5.0"):  # its Trainer divides a sum of losses, where the model takes their mean
+        for one, other in zip(factors(trainer.model), factors(model), strict=True):
+            torch.testing.assert_close(one.start, other.start, rtol=0, atol=1e-5)
+    else:
+        assert_same_start(trainer.model, model)
     assert lora_callback.estimate is not None
     assert lora_callback.estimate.batches == estimate.batches == 3
     assert lora_callback.estimate.weight == estimate.weight
@@ -307,7 +312,7 @@ def test_attach_refuses_what_on_init_end_refuses(tmp_path: Path) -> None:
 def test_attach_works_after_trl_has_copied_the_adapter_to_a_reference(tmp_path: Path) -> None:
     trainer = attached(ready(preferences("DPO")), tmp_path, max_steps=1)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert all(bool(factor.start.any()) for factor in factors(trainer.model))
 
 
@@ -388,7 +393,7 @@ def test_the_trainer_does_not_log_the_losses_of_the_estimate(tmp_path: Path) -> 
         trainer.train()
         logs.append({key: value for key, value in kept.seen[0].items() if "runtime" not in key and "per_s" not in key})
     assert logs[0] == logs[1]
-    assert "eval_entropy" in logs[0]
+    assert "eval_mean_token_accuracy" in logs[0]
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end_and_others_are_removed(tmp_path: Path) -> None:

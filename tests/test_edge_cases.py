@@ -26,7 +26,21 @@ from lora_ga.adapter.save import FILE, FILE_KIND
 from lora_ga.export.merge import merge_adapter
 from lora_ga.files import read_tensors, write_tensors
 from lora_ga.layers.factors import Factor
-from toys import FAMILIES, adapted, bert, causal, classified, gpt2, llama, logits, t5, tokens, train, translated
+from toys import (
+    FAMILIES,
+    adapted,
+    bert,
+    causal,
+    checkpoint_activations,
+    classified,
+    gpt2,
+    llama,
+    logits,
+    t5,
+    tokens,
+    train,
+    translated,
+)
 
 BASE = LoraGAConfig(offset="base")
 BATCH = causal(1)[0]
@@ -157,7 +171,7 @@ def test_functional_dropout_does_not_change_an_estimate_with_gradient_checkpoint
     base = OPTForCausalLM(config)
     targets = ["q_proj", "v_proj", "fc1", "fc2"]
     plain = lora_ga.estimate_gradients(adapted(copy.deepcopy(base), targets), causal())
-    base.activation_checkpointing_enable()
+    checkpoint_activations(base)
     model = adapted(base, targets).train()
     checkpointed = lora_ga.estimate_gradients(model, causal())
     assert "forward" not in base.model.decoder.layers[0].__dict__

@@ -30,7 +30,20 @@ from lora_ga.gradients import progress
 from lora_ga.gradients.loss import label_tokens
 from lora_ga.gradients.setup import prepare
 from lora_ga.linalg.low_rank import LowRank, probes, truncated_svd
-from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified, llama, t5, tokens, translated
+from toys import (
+    FAMILIES,
+    FUSED_EXPERTS,
+    adapted,
+    autograd_gradients,
+    bert,
+    causal,
+    checkpoint_activations,
+    classified,
+    llama,
+    t5,
+    tokens,
+    translated,
+)
 
 DENSE = LoraGAConfig(estimator="dense", oversample=64, max_batches=None)
 
@@ -159,7 +172,7 @@ def test_dropout_does_not_change_the_estimate() -> None:
 def test_gradient_checkpointing_is_used_and_gives_the_same_factors(reentrant: bool) -> None:
     plain = lora_ga.estimate_gradients(adapted(llama()), causal(), DENSE)
     base = llama()
-    base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(base, use_reentrant=reentrant)
     base.enable_input_require_grads()
     calls = []
     base.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: calls.append(1))
@@ -407,6 +420,7 @@ def test_every_grouping_and_order_gives_the_mean_over_all_label_tokens(order: tu
             torch.testing.assert_close(whole[name].sketch, true @ probes(INPUTS, 0).double(), rtol=1e-11, atol=1e-11)
 
 
+@FUSED_EXPERTS
 def test_estimates_of_a_mixture_with_silent_experts_add_up_to_that_of_one_run() -> None:
     config = LoraGAConfig(estimator="dense", oversample=64, on_missing="lora")
     base = seeded(mixtral)()

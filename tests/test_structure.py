@@ -26,7 +26,7 @@ from lora_ga.adapter.structure import give_structure
 from lora_ga.export.merge import merge_adapter
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import find_targets
-from toys import adapted, autograd_gradients, causal, llama, logits, train
+from toys import FUSED_EXPERTS, TIED_FACTORS, adapted, autograd_gradients, causal, llama, logits, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
@@ -95,6 +95,7 @@ def adapted_experts() -> PeftModel:
     return adapted(seeded(mixtral)(), [], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
 
+@FUSED_EXPERTS
 def test_each_expert_converges_alone_and_a_layer_keeps_its_hooks_until_all_have() -> None:
     model, batches = adapted_experts(), causal(1, rows=16) * 12
     hooks = []
@@ -116,6 +117,7 @@ def test_each_expert_converges_alone_and_a_layer_keeps_its_hooks_until_all_have(
         assert early[key].norm == pytest.approx(whole[key].norm, rel=0.02), key
 
 
+@FUSED_EXPERTS
 def test_a_resumed_estimate_of_experts_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     batches, file = causal(6), tmp_path / "state.safetensors"
     true = lora_ga.estimate_gradients(adapted_experts(), batches, CONFIG)
@@ -207,6 +209,7 @@ def tied_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model.eval(), folder
 
 
+@TIED_FACTORS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("estimator", ["dense", "streaming"])
 def test_the_gradient_of_a_tied_head_and_its_embedding_is_that_of_both_uses(estimator: Any, dtype: torch.dtype) -> None:
@@ -221,6 +224,7 @@ def test_the_gradient_of_a_tied_head_and_its_embedding_is_that_of_both_uses(esti
     assert cosine > (1 - 1e-6 if dtype == torch.float32 else 0.9999)
 
 
+@TIED_FACTORS
 def test_a_tied_head_trains_the_embeddings_change_and_has_none_of_its_own(tied_run: tuple[Any, Path]) -> None:
     model, _ = tied_run
     head, embedding = model.base_model.model.lm_head, model.base_model.model.model.embed_tokens
@@ -243,6 +247,7 @@ def test_the_saved_adapter_of_a_tied_head_is_what_was_trained(dtype: torch.dtype
     assert train(again, causal()) == train(model, causal())
 
 
+@TIED_FACTORS
 def test_a_tied_adapter_that_exists_takes_the_saved_change_and_no_other(
     tied_run: tuple[Any, Path], tmp_path: Path
 ) -> None:
@@ -276,6 +281,7 @@ def test_a_tied_head_starts_in_a_trainer_and_resumes_bit_for_bit(tmp_path: Path)
     assert all(torch.equal(once[name], with_own_start[name]) for name in once)
 
 
+@TIED_FACTORS
 def test_an_adapter_with_a_tied_head_is_merged_once_and_on_a_tied_base_alone(
     tied_run: tuple[Any, Path], tmp_path: Path
 ) -> None:
@@ -290,6 +296,7 @@ def test_an_adapter_with_a_tied_head_is_merged_once_and_on_a_tied_base_alone(
         lora_ga.load(llama(), folder)
 
 
+@TIED_FACTORS
 def test_an_adapter_added_with_a_tied_heads_configuration_is_tied_too(tied_run: tuple[Any, Path]) -> None:
     model = lora_ga.load(tied_base(), tied_run[1], is_trainable=True)
     model.add_adapter("ref", model.peft_config["default"])
@@ -302,6 +309,7 @@ def test_an_adapter_added_with_a_tied_heads_configuration_is_tied_too(tied_run: 
     assert torch.equal(logits(model, causal(1)[0]), expected)
 
 
+@TIED_FACTORS
 def test_a_file_in_which_a_tied_head_has_its_own_start_is_refused_with_advice_that_works(tmp_path: Path) -> None:
     """As earlier versions wrote it."""
     model = adapted(tied_base(), ["embed_tokens", "lm_head", "q_proj"])
@@ -319,6 +327,7 @@ def test_a_file_in_which_a_tied_head_has_its_own_start_is_refused_with_advice_th
     torch.testing.assert_close(logits(again, causal(1)[0]), logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
 
 
+@TIED_FACTORS
 @pytest.mark.parametrize("settings", [{"alpha_pattern": {"lm_head": 99}}, {"rank_pattern": {"lm_head": 2}}])
 def test_a_tied_head_with_another_rank_or_scaling_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"lm_head is tied to the embedding .* Give both the same \(rank_pattern, al"):
@@ -334,6 +343,7 @@ def test_the_base_offset_refuses_a_tied_head_and_weights_that_peft_saves() -> No
             lora_ga.initialize(adapted(llama(), [name, "q_proj"]), causal(), config)
 
 
+@TIED_FACTORS
 def test_a_tied_head_that_ddp_has_wrapped_is_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

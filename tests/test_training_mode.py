@@ -36,7 +36,7 @@ import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.distributed.sharding import in_step
 from lora_ga.linalg.streaming import Streaming
-from toys import adapted, autograd_gradients, bert, causal, classified, llama, translated
+from toys import adapted, autograd_gradients, bert, causal, checkpoint_activations, classified, llama, translated
 from trainers import TARGETS, callback, transformers_trainer
 
 EXACT = LoraGAConfig(estimator="dense", oversample=256)
@@ -508,7 +508,7 @@ def test_a_loss_that_is_computed_in_training_mode_only_is_found() -> None:
 
 def test_layers_checkpoint_their_activations_in_evaluation_mode_too() -> None:
     base: Any = llama()
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(base, use_reentrant=False)
     calls: list[int] = []
     base.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: calls.append(1))
     lora_ga.estimate_gradients(adapted(base, ATTENTION), causal(2), LoraGAConfig(training_mode=False))

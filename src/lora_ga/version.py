@@ -22,10 +22,8 @@ def check_versions() -> None:
     """
     old = {}
     for name, minimum in MINIMUM.items():
-        found = _installed(name)
-        release = _release(found)
-        if release and release < _release(minimum):
-            old[name] = f"{name} {found} is installed, but {name} {minimum} or newer is needed"
+        if is_before(name, minimum):
+            old[name] = f"{name} {_installed(name)} is installed, but {name} {minimum} or newer is needed"
     if old:
         remedy = " ".join(f'"{name}>={MINIMUM[name]}"' for name in old)
         raise ImportError(f"lora-ga {__version__}: {'; '.join(old.values())}. Run: pip install --upgrade {remedy}")
@@ -42,8 +40,21 @@ def dtype_setting(dtype: Any) -> dict[str, Any]:
     Returns:
         Name → `dtype`.
     """
-    release = _release(_installed("transformers"))
-    return {"torch_dtype" if release and release < (4, 56) else "dtype": dtype}
+    return {"torch_dtype" if is_before("transformers", "4.56") else "dtype": dtype}
+
+
+def is_before(library: str, version: str) -> bool:
+    """Whether the installed version of a library is older than another version.
+
+    Args:
+        library: Its name in the package index.
+        version: The other version, for instance "5.0".
+
+    Returns:
+        Whether it is; no for a library without version metadata.
+    """
+    release = _release(_installed(library))
+    return bool(release) and release < _release(version)
 
 
 def _installed(name: str) -> str:

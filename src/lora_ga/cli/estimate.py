@@ -116,19 +116,16 @@ def run_estimate(
     Raises:
         ValueError: The options do not fit the data or the model.
     """
-    import torch
-
     import lora_ga
     from lora_ga.cli import tasks
     from lora_ga.cli.data import EstimateBatches
-    from lora_ga.cli.models import add_adapter
+    from lora_ga.cli.models import add_adapter, device
     from lora_ga.cli.options import AdapterOptions
     from lora_ga.cli.settings import library_config
 
     data = tasks.with_found_columns(model, data)
     base, prepared, collate = tasks.prepare_model(model, tasks.prepare_data(model, data))
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    adapted = add_adapter(base, target, AdapterOptions(), tasks.TASK_CLASSES[model.task].peft_type).to(device)
+    adapted = add_adapter(base, target, AdapterOptions(), tasks.TASK_CLASSES[model.task].peft_type).to(device())
     batches = EstimateBatches(prepared.train, collate, options, data.batch_size, model.seed, output.part)
     return lora_ga.estimate_gradients(
         adapted,

@@ -28,6 +28,7 @@ from lora_ga.cli.settings import library_config
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
 from lora_ga.files import LABELS, new_folder, write_atomically
 from lora_ga.gradients.progress import note_fewer_batches, note_short_run
+from lora_ga.version import is_before
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ def training_arguments(job: Job, folder: Path) -> Any:
     training, accelerated = job.training, torch.accelerator.is_available()
     evaluates = training.eval_steps is not None
     _, settings_of, extra = tasks.trainer_classes(job.model.task, job.data)
+    # Since Transformers 5 a value below 1 is a share of the steps, and the older argument is deprecated.
+    extra["warmup_ratio" if is_before("transformers", "5.0") else "warmup_steps"] = training.warmup_ratio
     settings = settings_of(
         output_dir=str(folder / checkpoints.CHECKPOINTS),
         per_device_train_batch_size=job.data.batch_size,
@@ -167,7 +170,6 @@ def training_arguments(job: Job, folder: Path) -> Any:
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_ratio,  # a value below 1 is a fraction of all steps
         weight_decay=training.weight_decay,
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,

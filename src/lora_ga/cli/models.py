@@ -199,8 +199,14 @@ def four_bits(options: ModelOptions, loader: Any, *, has_new_head: bool) -> dict
         bnb_4bit_compute_dtype=torch.bfloat16 if options.dtype == "bfloat16" else torch.float32,
         llm_int8_skip_modules=heads,
     )
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return {"quantization_config": quantisation, "device_map": {"": device}}
+    return {"quantization_config": quantisation, "device_map": {"": device()}}
+
+
+def device() -> torch.device:
+    """The accelerator, if there is one; otherwise the CPU."""
+    # Without an accelerator torch 2.6 raises an error, and newer builds for CUDA name it all the same.
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 def check_causal(model: Any, name: str) -> None:
