@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 import lora_ga
 from cases import LAYERS, Case, mixtral, nf4, seeded
 from lora_ga import LoraGACallback, LoraGAConfig
+from lora_ga.adapter import load as loading
 from lora_ga.adapter.structure import give_structure
 from lora_ga.export.merge import merge_adapter
 from lora_ga.layers.factors import Factor
@@ -283,7 +284,7 @@ def test_a_tied_head_starts_in_a_trainer_and_resumes_bit_for_bit(tmp_path: Path)
 
 @TIED_FACTORS
 def test_an_adapter_with_a_tied_head_is_merged_once_and_on_a_tied_base_alone(
-    tied_run: tuple[Any, Path], tmp_path: Path
+    tied_run: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = tied_run
     merge_adapter(folder, tmp_path / "merged", base=tied_base())
@@ -293,6 +294,9 @@ def test_an_adapter_with_a_tied_head_is_merged_once_and_on_a_tied_base_alone(
     with pytest.raises(ValueError, match="The adapter changes lm_head, but PEFT does not load .*tie_word_embeddings=T"):
         merge_adapter(folder, tmp_path / "other", base=llama())
     with pytest.raises(ValueError, match="lm_head tied to the embedding .* Load the base model with tie_word_embedd"):
+        lora_ga.load(llama(), folder)
+    monkeypatch.setattr(loading, "is_before", lambda *_: True)
+    with pytest.raises(ValueError, match="lm_head tied to the embedding .* Upgrade it to PEFT 0.19 or newer"):
         lora_ga.load(llama(), folder)
 
 

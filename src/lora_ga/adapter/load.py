@@ -38,7 +38,7 @@ from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, layout_of, weight_of
 from lora_ga.layers.targets import SHIFTED_BASES, layer_name, peft_model_in, peft_models_in
 from lora_ga.layers.tied import tied_heads
-from lora_ga.version import dtype_setting
+from lora_ga.version import dtype_setting, is_before
 
 # The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
 SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -225,11 +225,14 @@ def _check_tied_heads(model: PeftModel, adapter_name: str, record: Mapping[str, 
             f'adapter_config.json set "ensure_weight_tying" to false and add "{head}" to "target_modules".'
         )
     for head in set(record.get("tied", ())) - tied:
-        raise ValueError(
-            f"{path}: trained with {head} tied to the embedding (ensure_weight_tying), but in this base model the two "
-            "are not tied, so PEFT would leave out the change of the head. Load the base model with "
-            "tie_word_embeddings=True."
-        )
+        if is_before("peft", "0.19"):
+            reason = "but this version of PEFT does not tie the two. Upgrade it to PEFT 0.19 or newer."
+        else:
+            reason = (
+                "but in this base model the two are not tied, so PEFT would leave out the change of the head. Load the "
+                "base model with tie_word_embeddings=True."
+            )
+        raise ValueError(f"{path}: trained with {head} tied to the embedding (ensure_weight_tying), {reason}")
 
 
 @torch.no_grad()
