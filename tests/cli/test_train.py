@@ -40,6 +40,7 @@ from lora_ga.cli.models import load_base, load_tokenizer
 from lora_ga.cli.options import EstimateOptions, ModelOptions
 from lora_ga.cli.train import parse
 from lora_ga.experiments.records.runs import load_run
+from lora_ga.version import dtype_setting
 
 from .conftest import VOCABULARY, save_tokenizer, text, write_rows
 
@@ -157,7 +158,7 @@ def test_the_adapter_works_with_stock_peft_on_the_original_base(
     method: str, dtype: str, bert: Path, labelled_texts: Path, tmp_path: Path
 ) -> None:
     record = run(bert, labelled_texts, tmp_path / "run", method=method, dtype=dtype, eval_file=labelled_texts)
-    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2, dtype=torch.float32)
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2, **dtype_setting(torch.float32))
     model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")
     rows = [json.loads(line) for line in labelled_texts.read_text().splitlines()]
