@@ -16,7 +16,7 @@ from lora_ga.gradients.setup import ESTIMATORS
 from lora_ga.linalg.accumulator import Accumulator, Size, sum_dtype
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import LowRank, estimated_norm, generator, merge, merge_factors, probes, truncated_svd
-from lora_ga.linalg.streaming import Streaming, direction_change, orthonormal, truncate
+from lora_ga.linalg.streaming import Streaming, _power_step, direction_change, orthonormal, truncate
 
 
 def with_known_spectrum(
@@ -146,6 +146,20 @@ def test_orthonormal_shortens_dependent_columns_and_normalises_the_others() -> N
     assert q[:, 5].norm() == 0
 
 
+def test_a_power_step_is_that_of_the_dense_sum() -> None:
+    held = truncated_svd(with_known_spectrum()[0], 6)
+    x, g, start = (torch.randn(50, size, generator=generator(0, str(size))).double() for size in (40, 30, 5))
+    m = (held[0] * held[1]) @ held[2].mT + 0.3 * g.mT @ x
+    found = _power_step(held, x, g, 0.3, start[:40])
+    torch.testing.assert_close(found, orthonormal(m.mT @ orthonormal(m @ start[:40])))
+
+
+def test_truncation_in_float64_finds_values_that_are_lost_in_squares() -> None:
+    g, s = with_known_spectrum(decay=0.1)
+    q = truncated_svd(g, 12)[0] @ torch.linalg.qr(torch.randn(12, 12, generator=generator(0, "q")).double()).Q
+    torch.testing.assert_close(truncate(q, g.mT @ q, 10)[1], s[:10], rtol=1e-3, atol=0)
+
+
 def test_truncation_accepts_stacks_of_layers_and_columns_that_are_not_orthonormal() -> None:
     matrices = [with_known_spectrum(seed=seed)[0] for seed in (1, 2, 3)]
     q = torch.stack(
@@ -265,11 +279,32 @@ def test_streaming_finds_the_leading_directions_of_the_sum(dtype: torch.dtype) -
         torch.testing.assert_close(factor.mT @ factor, torch.eye(10, dtype=dtype), atol=1e-5, rtol=0)
 
 
+def test_streaming_finds_the_same_directions_in_gradients_of_any_size() -> None:
+    parts = blocks(4, torch.float32)
+    usual = filled(Streaming, parts).factors(["layer"])["layer"]
+    tiny = filled(Streaming, [(x, g, weight * 2.0**-20) for x, g, weight in parts]).factors(["layer"])["layer"]
+    assert usual is not None
+    assert tiny is not None
+    assert torch.equal(tiny.S * 2**20, usual.S)
+    assert torch.equal(tiny.U, usual.U)
+
+
+def test_the_first_block_finds_directions_that_a_look_at_some_of_its_tokens_misses() -> None:
+    x, g = (torch.randn(160, size, generator=generator(0, "block")).double() for size in (INPUTS, OUTPUTS))
+    x[::4], g[::4] = x[0], g[0]  # the tokens of `first_directions`
+    factors = filled(Streaming, [(x, g, 1.0)]).factors(["layer"])["layer"]
+    assert factors is not None
+    torch.testing.assert_close(factors.S, torch.linalg.svdvals(g.mT @ x)[:10])
+
+
 def test_truncating_layers_together_gives_the_factors_of_truncating_each_alone() -> None:
     parts = blocks(4)
     together = filled(Streaming, parts, ("layer", "other", "third"))
     alone = filled(Streaming, parts, ("other",))
     one, other = (each.factors(["other"])["other"] for each in (together, alone))
+    assert isinstance(together, Streaming)
+    names = ["layer", "other", "third"]
+    assert together._stacked(names) is together.streams["layer"].stack  # without a copy
     assert one is not None
     assert other is not None
     torch.testing.assert_close(one.S, other.S)
@@ -389,10 +424,13 @@ def test_sums_are_kept_in_float32_for_models_of_lower_precision(dtype: torch.dty
         assert factors.norm == pytest.approx(total(parts).norm().item(), rel=1e-5 if kind is Dense else 0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", [Dense, Streaming])
 @pytest.mark.parametrize("broken", ["x", "g"])
-def test_a_value_that_is_not_finite_raises_an_error_that_names_the_layer(kind: Kind, broken: str) -> None:
-    x, g, weight = blocks(1)[0]
+def test_a_value_that_is_not_finite_raises_an_error_that_names_the_layer(
+    kind: Kind, broken: str, dtype: torch.dtype
+) -> None:
+    x, g, weight = blocks(1, dtype)[0]
     accumulator = kind(SIZES, 0, 0)
     accumulator.add("other", x, g, weight)
     (x if broken == "x" else g)[3, 4] = torch.nan
