@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lora_ga.adapter.initialize import get_lora_ga_model, initialize
     from lora_ga.adapter.load import load
     from lora_ga.adapter.ranks import allocate_ranks
+    from lora_ga.adapter.rate import find_rate
     from lora_ga.adapter.write import apply_estimate
     from lora_ga.config import LoraGAConfig
     from lora_ga.export.compress import compress_adapter
@@ -29,6 +30,7 @@ __all__ = [
     "apply_estimate",
     "compress_adapter",
     "estimate_gradients",
+    "find_rate",
     "get_lora_ga_model",
     "initialize",
     "load",
@@ -44,6 +46,7 @@ _HOMES = {
     "apply_estimate": "adapter.write",
     "compress_adapter": "export.compress",
     "estimate_gradients": "gradients.estimate",
+    "find_rate": "adapter.rate",
     "get_lora_ga_model": "adapter.initialize",
     "initialize": "adapter.initialize",
     "load": "adapter.load",

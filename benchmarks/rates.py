@@ -1,0 +1,171 @@
+"""The learning rate that `find_rate` finds, against the sweeps in the store of runs.
+
+    python benchmarks/rates.py stories260k babyllama105 sst2   the tasks on which the rule was set
+    python benchmarks/rates.py mrpc cola                       those on which it was judged
+    python benchmarks/rates.py sst2 --train                    trains at the rates that were found
+
+The record grows with every call; without a task it is judged anew. A found rate lies between those of the sweep, which
+are half a decade apart. So there are two regrets from the store: that of the nearest swept rate ("nearest"), and an
+upper bound ("between"). --train comes after a search: it trains at the rate that was found, for its own regret.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import record
+from lora_ga import find_rate
+from lora_ga.adapter.rate import Search
+from lora_ga.experiments.methods import load_method
+from lora_ga.experiments.records.store import Store
+from lora_ga.experiments.suites.cells import Cell, cell_of
+from lora_ga.experiments.suites.run import Place, build_inputs, run_cell
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import load_suite
+from lora_ga.experiments.suites.training import keep_in_float32, parameter_groups
+from lora_ga.experiments.tasks import prepare
+
+SUITES = {"stories260k": "stories-shakespeare", "babyllama105": "stories-shakespeare"}  # of other tasks: glue-minilm
+SET_ON = ("stories260k", "babyllama105", "sst2")
+METHODS = ("lora", "lora-ga reach=0.35", "rslora")
+STORE = Path(__file__).parent.parent / "recipes" / "results" / "store"
+Runs = Mapping[float, Mapping[str, Any]]
+
+
+def lines() -> dict[tuple[str, str], Runs]:
+    """(Task, method) → learning rate → record, of the runs of seed 0 that finished, for at least three rates."""
+    found: dict[tuple[str, str], dict[float, Mapping[str, Any]]] = {}
+    for run in Store(STORE).records().values():
+        if run["seed"] == 0 and run["status"] == "done":
+            label = run["label"] if run["suite"] != "ablation" else f"{run['label']} (ablation)"
+            found.setdefault((run["task"], label), {})[run["learning_rate"]] = run
+    return {line: runs for line, runs in sorted(found.items()) if len(runs) >= 3}
+
+
+def loss(run: Mapping[str, Any]) -> float:
+    """The loss of a run on the tuning split."""
+    return float(run["metrics"]["tune"]["loss"])
+
+
+def regret(runs: Runs, rate: float) -> float:
+    """The loss at the swept rate nearest to `rate`, less the lowest of all swept rates."""
+    nearest = min(runs, key=lambda each: abs(math.log(each / rate)))
+    return loss(runs[nearest]) - min(map(loss, runs.values()))
+
+
+def loss_between(runs: Runs, rate: float) -> float:
+    """The loss at a rate by a line through the losses of the swept rates on both sides, over the logarithm of the rate.
+
+    The loss is convex there, or nearly so, and the line above it. Beyond the sweep the loss is that of its last rate.
+    """
+    rates = sorted(runs)
+    logs = [math.log(each) for each in rates]
+    return float(np.interp(math.log(rate), logs, [loss(runs[each]) for each in rates]))
+
+
+def leader(runs: Runs, share: float) -> float:
+    """The rate whose training loss is the lowest after a share of the steps, over the last half of them."""
+
+    def early(run: Mapping[str, Any]) -> float:
+        steps = round(share * run["settings"]["steps"])
+        part = run["curves"]["training"][steps // 2 : steps]
+        return statistics.fmean(part) if len(run["curves"]["training"]) >= steps else math.inf
+
+    return min(runs, key=lambda rate: early(runs[rate]))
+
+
+def leaders() -> dict[str, dict[str, float]]:
+    """Share of the steps → how good the leader at that share is at the end, over all lines, and what it costs."""
+    table = {}
+    for share in (0.03, 0.05, 0.1, 0.2):
+        regrets = [regret(runs, leader(runs, share)) for runs in lines().values()]
+        table[f"{share:g}"] = {
+            "lines": len(regrets),
+            "right": sum(each == 0 for each in regrets),
+            "mean": statistics.fmean(regrets),
+            "largest": max(regrets),
+            "cost": statistics.fmean(len(runs) * share for runs in lines().values()),
+        }
+    return table
+
+
+def search(cell: Cell) -> dict[str, Any]:
+    """Searches the rate for the run of a cell, with its data, method and length, and the head's own rate.
+
+    Args:
+        cell: The cell; its rate is not used.
+
+    Returns:
+        What was measured.
+    """
+    prepared, method = prepare(cell, Sources.from_environment()), load_method(cell.method)
+    inputs = build_inputs(cell, prepared)
+    torch.manual_seed(cell.seed)
+    model = method.build(inputs)
+    keep_in_float32(model)
+
+    def optimizer(rate: float) -> torch.optim.Optimizer:
+        changed = dataclasses.replace(inputs, rate=rate)
+        return method.optimizer(parameter_groups(method, model, changed, cell.settings.head_rate), changed)
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rate.json"
+        find_rate(model, prepared.train_batches, cell.settings.steps, optimizer=optimizer, checkpoint=file)
+        measured = json.loads(file.read_text())
+    return {name: measured[name] for name in ("agreement", "stable", "passes")} | {"steps": cell.settings.steps}
+
+
+def judged(measured: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
+    """The rate that the rule gives for what was measured, its cost, and its regrets against a sweep."""
+    stable = {float(rate): bool(stable) for rate, stable in measured["stable"].items()}
+    rate = Search("", agreement=measured["agreement"], stable=stable).rate(measured["steps"])
+    return {
+        "rate": rate,
+        "cost": measured["passes"] / measured["steps"],
+        "nearest": regret(runs, rate),
+        "between": loss_between(runs, rate) - min(map(loss, runs.values())),
+        "swept best": min(runs, key=lambda each: loss(runs[each])),
+    }
+
+
+def main() -> None:
+    """Searches for each method on the tasks that are named, and writes the record with all that was found so far."""
+    parser = argparse.ArgumentParser(description="Measures find_rate against the sweeps of the store.")
+    parser.add_argument("tasks", nargs="*")
+    parser.add_argument("--train", action="store_true")
+    options = parser.parse_args()
+    logging.getLogger("lora_ga").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    file, swept = record.RESULTS / "rates.json", lines()
+    old = json.loads(file.read_text()) if file.exists() else {}
+    found: dict[str, Any] = old.get("found", {})
+    for task, method in itertools.product(options.tasks, METHODS):
+        suite, name = load_suite(SUITES.get(task, "glue-minilm")), f"{task}/{method}"
+        if options.train:
+            run = run_cell(cell_of(suite, task, method, found[name]["rate"], 0), Place(Sources.from_environment()))
+            best = min(map(loss, swept[task, method].values()))
+            found[name]["trained"] = {"rate": run["learning_rate"], "regret": loss(run) - best}
+        else:
+            found[name] = search(cell_of(suite, task, method, 1.0, 0))
+        print(name, found[name], flush=True)
+    for name, row in found.items():
+        task, _, method = name.partition("/")
+        row.update(judged(row, swept[task, method]))
+    record.finish("rates", {"leaders": leaders(), "found": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+"""`find_rate`: a learning rate for an adapter from a few short trials, in the place of a sweep.
+
+The rule. Adam moves every parameter by about the learning rate λ, in the direction of the sign of its gradient.
+
+- The edge: the smallest λ at which the first steps raise the loss. Above it no run of any length is stable.
+- The agreement a: the mean product of the signs of a parameter's gradients on two batches. √a is the share of a step
+  that the data agree on; the rest is noise of the batch. A step of size λ lowers the loss by about λ·√a·|g|₁ − λ²h/2.
+  The edge is 2|g|₁/h without noise, so the best λ is in proportion to edge·√a (for SGD: S. McCandlish and others, "An
+  empirical model of large-batch training", 2018, section 2.2; for signs: L. Balles and P. Hennig, "Dissecting Adam",
+  2018).
+- The length: the best constant rate of N noisy steps is in proportion to 1/√N (A. Defazio and others, "Optimal linear
+  decay learning rate schedules and further refinements", 2023).
+
+benchmarks/rates.py compares the rule with sweeps; docs/evidence.md has the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader
+
+from lora_ga.distributed.processes import processes
+from lora_ga.distributed.sharding import unwrapped
+from lora_ga.files import damaged, parse_json, write_atomically
+from lora_ga.gradients.batch import BatchPass, batch_in_errors
+from lora_ga.gradients.checkpoint import digest_of
+from lora_ga.gradients.isolation import (
+    called_modules_kept,
+    grad_kept,
+    modes_kept,
+    random_state_kept,
+    set_modes,
+    unfused_attention,
+)
+from lora_ga.gradients.loss import LossFunction, refuse_infinite_loss, unlabelled
+from lora_ga.gradients.progress import LOGGER
+from lora_ga.gradients.reader import ALL_IGNORED, MOST_UNLABELLED
+from lora_ga.layers.targets import peft_model_in
+
+TRIAL, FEWEST = 8, 4  # steps of a trial, and the fewest with which it says anything
+WARMUP = 3  # steps over which the rate of a trial rises
+TOLERATED = 0.1  # a loss that rises by more than this share of the loss at the start shows that the rate is too high
+FIRST, LOWEST, HIGHEST = -4, -12, -1  # exponents of √10: the first rate tried is 1e-2, the others 1e-6 to 0.316
+# The rate of a run of `REFERENCE` steps is FACTOR · edge · √a. Set on nine lines of runs (two Llamas and SST-2, each
+# with LoRA, rsLoRA and LoRA-GA): 0.5 to 0.8 are nearly as good. The minimum of a parabola is at half of its edge.
+FACTOR, REFERENCE = 0.6, 200
+LEAST_AGREEMENT = 1e-3  # an estimate from eight batches may be 0 or below
+LEAST_STEPS = 50  # a search costs about 25 steps; before a shorter run it does not pay
+SCHEMA = 1
+
+
+@dataclasses.dataclass
+class Search:
+    """What has been measured.
+
+    Attributes:
+        identity: Digest of the adapter's values and of the batches.
+        losses: The loss of each trial step's batch at the start.
+        agreement: a; None before it is known.
+        stable: Rate → whether the trial at it was stable.
+        passes: Training steps that were computed.
+        file: Where to write it; None: nowhere.
+    """
+
+    identity: str
+    losses: list[float] = dataclasses.field(default_factory=list)
+    agreement: float | None = None
+    stable: dict[float, bool] = dataclasses.field(default_factory=dict)
+    passes: int = 0
+    file: Path | None = None
+
+    @classmethod
+    def begin(cls, identity: str, file: Path | None) -> Search:
+        """A new search, or the one that a file holds.
+
+        Args:
+            identity: The identity of a new search.
+            file: The file, which need not exist; None without one.
+
+        Returns:
+            The search.
+
+        Raises:
+            ValueError: The file is damaged, or of another adapter or other batches.
+        """
+        if file is None or not file.exists():
+            return cls(identity, file=file)
+        with damaged(file, advice="Remove it to search again."):
+            found = parse_json(file.read_text(encoding="utf-8"))
+            if found.pop("schema") != SCHEMA:
+                raise ValueError("it has another version")
+            search = cls(**found, file=file)
+            search.stable = {float(rate): bool(stable) for rate, stable in search.stable.items()}
+        if search.identity != identity:
+            raise ValueError(
+                f"{file}: belongs to the search for another adapter, or on other batches. Give each search a file of "
+                "its own, or remove this one to search again."
+            )
+        return search
+
+    def save(self) -> None:
+        """Write what has been measured, if there is a file."""
+        if self.file is not None:
+            values = {"schema": SCHEMA, **vars(self)}
+            del values["file"]
+            write_atomically(self.file, json.dumps(values).encode())
+
+    def rate(self, steps: int) -> float:
+        """The rate for a run, by the rule at the top of this file, to two digits."""
+        assert self.agreement is not None
+        agreed = math.sqrt(min(1.0, max(self.agreement, LEAST_AGREEMENT)))
+        return float(f"{FACTOR * self.edge * agreed * min(1.0, math.sqrt(REFERENCE / steps)):.2g}")
+
+    @property
+    def edge(self) -> float:
+        """Between the highest stable rate and the lowest one that is not; the highest tried if all are stable."""
+        good = max(rate for rate, stable in self.stable.items() if stable)
+        return math.sqrt(good * min((rate for rate, stable in self.stable.items() if not stable), default=good))
+
+
+def find_rate(
+    model: nn.Module,
+    data: Iterable[Any],
+    steps: int,
+    *,
+    gradient_accumulation_steps: int = 1,
+    loss_fn: LossFunction | None = None,
+    optimizer: Callable[[float], Optimizer] | None = None,
+    checkpoint: str | Path | None = None,
+) -> float:
+    """Find a peak learning rate for training an adapter with AdamW, from trials that cost about 25 training steps.
+
+    Eight batches show how far their gradients agree, and trials of at most eight steps show from which rate on the loss
+    rises. The module's docstring has the rule; docs/evidence.md has its regret against a sweep. It holds for a warm-up
+    and a decay of the rate to zero.
+
+    Everything is as before afterwards, also after an error or an interruption: weights, `.grad`, buffers, modes, the
+    global random generators and those of a `DataLoader`. Only an iterator has been read.
+
+    Args:
+        model: A model with a trainable LoRA adapter, ready to train (after `lora_ga.initialize`, if it is to start with
+            LoRA-GA), or a network that contains one.
+        data: Batches of the training data, as `lora_ga.initialize` takes them, of the size that training will use. The
+            first 8·`gradient_accumulation_steps` with a label are read.
+        steps: Optimizer steps of the run.
+        gradient_accumulation_steps: Batches in one optimizer step.
+        loss_fn: `(model, batch) → loss` or `→ (loss, weight)`; by default `model(**batch).loss`.
+        optimizer: Rate → a new optimizer of the model's parameters, for parameter groups of your own. By default AdamW
+            without weight decay, with this rate for everything that trains. The rule is for Adam and its relatives.
+        checkpoint: A JSON file for what has been measured. If it exists, the search goes on from it.
+
+    Returns:
+        The rate, to two digits.
+
+    Raises:
+        TypeError: There are no LoRA layers.
+        ValueError: There are fewer than 50 steps, fewer than four steps' batches, no label, or nothing that trains; a
+            loss at the start is not finite or not above 0; it rises or is not finite at every rate; there are several
+            processes; the checkpoint is damaged or of another search.
+    """
+    network = unwrapped(model)
+    _check(network, steps, gradient_accumulation_steps)
+    with _as_before(network, data):
+        batches = _batches_of_steps(network, data, gradient_accumulation_steps, loss_fn)
+        trials = _Trials(network, batches, loss_fn, optimizer)
+        search = Search.begin(trials.identity(), None if checkpoint is None else Path(checkpoint))
+        if search.agreement is None:
+            search.losses, search.agreement = trials.at_start()
+            search.passes += len(batches)
+            search.save()
+        _find_edge(search, trials)
+    rate = search.rate(steps)
+    LOGGER.info(
+        f"LoRA-GA: learning rate {rate:g} for {steps} steps, found in {search.passes} steps (the loss rises from "
+        f"{search.edge:.2g} on; agreement of gradients {search.agreement:.2g})"
+    )
+    return rate
+
+
+def _find_edge(search: Search, trials: _Trials) -> None:
+    """Try rates half a decade apart until a stable and an unstable one are neighbours, and then the one between them.
+
+    Raises:
+        ValueError: No rate is stable.
+    """
+
+    def stable(exponent: float) -> bool:
+        rate = float(f"{10 ** (exponent / 2):.3g}")
+        if rate not in search.stable:
+            search.stable[rate], passes = trials.stable(rate, search.losses)
+            search.passes += passes
+            search.save()
+        return search.stable[rate]
+
+    exponent = FIRST
+    if stable(exponent):
+        while exponent < HIGHEST and stable(exponent + 1):
+            exponent += 1
+        if exponent == HIGHEST:
+            warnings.warn(
+                f"No learning rate up to {max(search.stable):g} raises the loss in the first steps, so the rate that "
+                "is found is a guess. Check that the adapter takes part in the loss, or set the rate yourself.",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+    else:
+        while not stable(exponent := exponent - 1):
+            if exponent == LOWEST:
+                raise ValueError(
+                    "At every learning rate from 1e-6 to 1e-2 the loss rises or is not finite after the first steps. "
+                    "Check the data and the loss, or compute in float32 or bfloat16."
+                )
+    stable(exponent + 0.5)
+
+
+class _Trials:
+    """Short trainings from the start, each of which leaves the parameters as they were."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        batches: Sequence[Sequence[Any]],
+        loss_fn: LossFunction | None,
+        optimizer: Callable[[float], Optimizer] | None,
+    ) -> None:
+        """Train `network` on `batches`, one sequence of them for each step."""
+        self.batches, self._pass = batches, BatchPass(network, loss_fn)
+        self.parameters = {name: each for name, each in network.named_parameters() if each.requires_grad}
+        layers = [module for module in peft_model_in(network).modules() if isinstance(module, LoraLayer)]
+        held = {id(each) for layer in layers for each in layer.parameters()}
+        self.adapter = [each for each in self.parameters.values() if id(each) in held]
+        self._optimizer = optimizer or (lambda rate: AdamW(self.parameters.values(), rate, weight_decay=0.0))
+
+    def identity(self) -> str:
+        """A digest of the start and the batches."""
+        return digest_of((self.parameters, self.batches))
+
+    def at_start(self) -> tuple[list[float], float]:
+        """The losses before any step, and the agreement of the adapter's gradients.
+
+        Returns:
+            The loss of each step's batches, and a.
+
+        Raises:
+            ValueError: A loss is not finite, they are not above 0, or no gradient reaches the adapter.
+        """
+        losses, sums, counts = [], [torch.zeros_like(each) for each in self.adapter], 0.0
+        for place in range(len(self.batches)):
+            losses.append(self._loss(place, backward=True, at_start=True))
+            for total, parameter in zip(sums, self.adapter, strict=True):
+                if parameter.grad is not None:
+                    total.add_(parameter.grad.sign())
+                    counts += float(parameter.grad.count_nonzero())
+        if not counts:
+            raise ValueError("No gradient reaches the adapter. Check that it is active and takes part in the loss.")
+        if not statistics.fmean(losses) > 0:
+            raise ValueError(
+                f"The loss at the start is {statistics.fmean(losses):.3g}; a search needs one above 0, since it looks "
+                "for the rate from which on the loss rises by a tenth. Set the learning rate yourself."
+            )
+        squares = sum(float(total.double().square().sum()) for total in sums)
+        return losses, (squares - counts) / (counts * (len(self.batches) - 1))
+
+    def stable(self, rate: float, losses: Sequence[float]) -> tuple[bool, int]:
+        """Whether the first steps at a rate keep the loss of every batch at most slightly above that of the start.
+
+        Returns:
+            Whether they do, and how many steps were computed.
+        """
+        start = [each.detach().clone() for each in self.parameters.values()]
+        allowed = TOLERATED * statistics.fmean(losses)
+        try:
+            optimizer = self._optimizer(rate)
+            peaks = [group["lr"] for group in optimizer.param_groups]
+            for place, before in enumerate(losses):
+                last = place == len(losses) - 1
+                loss = self._loss(place, backward=not last)
+                if not loss <= before + allowed:  # also where it is not finite
+                    return False, place + 1
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * min(1.0, (place + 1) / WARMUP)
+                if not last:
+                    optimizer.step()
+            return True, len(losses)
+        finally:
+            with torch.no_grad():
+                for parameter, values in zip(self.parameters.values(), start, strict=True):
+                    parameter.copy_(values)
+
+    def _loss(self, place: int, *, backward: bool, at_start: bool = False) -> float:
+        """The loss of the batches of a step, and, if wanted, its gradient in `.grad`."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        found = []
+        for number, batch in enumerate(self.batches[place], start=1 + place * len(self.batches[place])):
+            with batch_in_errors(number):
+                loss, weight = self._pass.forward(batch)
+                if at_start:
+                    refuse_infinite_loss(loss)
+            if backward:
+                with self._pass.noise:
+                    (loss * weight).backward()
+            found.append((float(loss.detach()), weight))
+        total = sum(weight for _, weight in found)
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad /= total
+        return sum(loss * weight for loss, weight in found) / total
+
+
+def _check(network: nn.Module, steps: int, accumulation: int) -> None:
+    """Refuse what can be refused before a batch is read.
+
+    Raises:
+        ValueError: See `find_rate`.
+    """
+    for name, value in (("steps", steps), ("gradient_accumulation_steps", accumulation)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: it must be an integer of at least 1.")
+    if steps < LEAST_STEPS:
+        raise ValueError(
+            f"steps={steps}: a search costs about 25 steps and needs a run of at least {LEAST_STEPS}. Train longer, or "
+            "set the learning rate yourself: 2e-4 is usual."
+        )
+    if processes().size > 1:
+        raise ValueError(
+            "find_rate runs in one process, but there are several. Search in one process, on batches as large as those "
+            "of all processes together, and give the rate to all."
+        )
+    peft_model_in(network)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(
+            "No parameter of the model trains. Load the adapter with is_trainable=True, or make it active by "
+            "model.set_adapter."
+        )
+
+
+def _batches_of_steps(
+    network: nn.Module, data: Iterable[Any], accumulation: int, loss_fn: LossFunction | None
+) -> list[list[Any]]:
+    """The batches of up to `TRIAL` steps. Those without a label are left out.
+
+    Returns:
+        For each step its batches.
+
+    Raises:
+        ValueError: There are fewer than those of `FEWEST` steps.
+    """
+    found: list[Any] = []
+    left_out = 0
+    for batch in data:
+        if unlabelled(network, batch, loss_fn):
+            left_out += 1
+        else:
+            found.append(batch)
+        if len(found) == TRIAL * accumulation or (left_out == MOST_UNLABELLED and not found):
+            break
+    if left_out and not found:
+        raise ValueError(f"None of the {left_out} batches has a label. {ALL_IGNORED}")
+    count = len(found) // accumulation
+    if count < FEWEST:
+        of_each = f" of {accumulation} batches each" if accumulation > 1 else ""
+        raise ValueError(
+            f"The data gives {len(found)} batches with a label, but a search needs those of {FEWEST} steps{of_each}, "
+            f"better of {TRIAL}. Give more data or smaller batches, or set the learning rate yourself."
+        )
+    return [found[place * accumulation : (place + 1) * accumulation] for place in range(count)]
+
+
+@contextlib.contextmanager
+def _as_before(network: nn.Module, data: Any) -> Iterator[None]:
+    """Prepare a network for trials; on leaving, all but the values of what trains is as it was before."""
+    eager = torch.compiler.set_stance("force_eager")  # a compiled graph calls no hooks of `called_modules_kept`
+    with (
+        random_state_kept(),
+        _generators_kept(data),
+        torch.enable_grad(),
+        eager,
+        unfused_attention(),
+        grad_kept(list(network.parameters())),
+        modes_kept(network),
+    ):
+        set_modes(network, training=True)
+        with called_modules_kept(network):
+            yield
+
+
+@contextlib.contextmanager
+def _generators_kept(data: Any) -> Iterator[None]:
+    """Restore the random generators of a data loader on leaving."""
+    parts = [data, data.sampler, data.batch_sampler] if isinstance(data, DataLoader) else []
+    parts += [getattr(part, "sampler", None) for part in parts]
+    found = {id(each): each for part in parts if isinstance(each := getattr(part, "generator", None), torch.Generator)}
+    states = [(each, each.get_state()) for each in found.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -1,0 +1,223 @@
+"""`find_rate` and `lora-ga rate`: the rule, what it leaves unchanged, the input it refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lora_ga
+from lora_ga.adapter import rate as rates
+from lora_ga.adapter.rate import Search, find_rate
+from toys import adapted, bert, classified, llama
+
+STEPS = 200
+
+
+def norm_in_front(**settings: Any) -> nn.Module:
+    """A BERT with dropout and a buffer that training changes, ready to train with plain LoRA."""
+    model = bert(initializer_range=0.2)  # with the usual weights such a small model barely reacts to a step
+    model.bert.embeddings.LayerNorm = nn.Sequential(model.bert.embeddings.LayerNorm, Running())
+    return adapted(model, ["query", "value"], task_type="SEQ_CLS", **settings)
+
+
+class Running(nn.Module):
+    """Counts its passes in training mode, as normalisation layers keep running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.training:
+            self.count += 1
+        return hidden
+
+
+def lora() -> tuple[nn.Module, list[Any]]:
+    return norm_in_front(), classified(8)
+
+
+def rslora() -> tuple[nn.Module, list[Any]]:
+    return norm_in_front(use_rslora=True), classified(8)
+
+
+def lora_ga_start() -> tuple[nn.Module, list[Any]]:
+    model = norm_in_front()
+    lora_ga.initialize(model, classified(2))
+    return model, classified(8)
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader[Any]) -> list[Any]:
+    """All that a search could leave behind, as plain values."""
+    tensors = [*model.state_dict().values(), *model.buffers(), *(p.grad for p in model.parameters())]
+    state = [value for each in optimizer.state.values() for value in each.values()]
+    random_states = [torch.get_rng_state(), loader.generator.get_state()]  # type: ignore[union-attr]
+    return [
+        *(None if each is None else each.clone() for each in [*tensors, *state, *random_states]),
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        str(np.random.get_state()),
+        random.getstate(),
+    ]
+
+
+def assert_equal(one: list[Any], other: list[Any]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def prepared(make: Callable[[], tuple[nn.Module, list[Any]]]) -> tuple[nn.Module, Any, DataLoader[Any]]:
+    """A model in the middle of its training: one step is made, and the gradients of the next are there."""
+    model, batches = make()
+    model.train()
+    next(model.modules()).training = False  # a mode that `train()` would not give
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    for batch in batches[:2]:
+        model(**batch).loss.backward()
+        optimizer.step()
+    draw = torch.Generator().manual_seed(5)
+    return model, optimizer, DataLoader(batches, None, shuffle=True, generator=draw)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lora, rslora, lora_ga_start])
+def test_a_search_leaves_no_trace(make: Callable[[], tuple[nn.Module, list[Any]]]) -> None:
+    model, optimizer, loader = prepared(make)
+    before = everything(model, optimizer, loader)
+    rate = find_rate(model, loader, STEPS)
+    assert 1e-4 < rate < 0.1
+    assert_equal(everything(model, optimizer, loader), before)
+
+
+def test_an_interrupted_search_leaves_no_trace_and_goes_on_from_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, loader = prepared(lora)
+    before, file = everything(model, optimizer, loader), tmp_path / "rate.json"
+    whole = find_rate(model, loader, STEPS)
+    tried: list[float] = []
+    trial, loss = rates._Trials.stable, rates._Trials._loss
+
+    def in_the_middle(self: Any, place: int, **more: Any) -> float:
+        if place == 2 and file.exists() and json.loads(file.read_text())["stable"]:
+            raise KeyboardInterrupt
+        return loss(self, place, **more)
+
+    monkeypatch.setattr(rates._Trials, "_loss", in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        find_rate(model, loader, STEPS, checkpoint=file)
+    assert_equal(everything(model, optimizer, loader), before)
+    found = json.loads(file.read_text())
+    assert list(found["stable"]) == ["0.01"]
+
+    monkeypatch.setattr(rates._Trials, "_loss", loss)
+    monkeypatch.setattr(rates._Trials, "at_start", lambda self: pytest.fail("measured again"))
+    monkeypatch.setattr(rates._Trials, "stable", lambda *a: (tried.append(a[1]), trial(*a))[1])
+    assert find_rate(model, loader, STEPS, checkpoint=file) == whole
+    assert tried
+    assert 0.01 not in tried
+    tried.clear()
+    assert find_rate(model, loader, 4 * STEPS, checkpoint=file) == pytest.approx(whole / 2, rel=0.1)
+    assert not tried
+
+
+def test_a_checkpoint_of_another_search_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rate.json"
+    model, batches = lora()
+    find_rate(model, batches, STEPS, checkpoint=file)
+    with pytest.raises(ValueError, match=r"rate.json: belongs to the search for another adapter"):
+        find_rate(model, batches[1:], STEPS, checkpoint=file)
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"rate.json: damaged.*Remove it to search again"):
+        find_rate(model, batches, STEPS, checkpoint=file)
+
+
+def test_the_agreement_is_the_mean_product_of_signs_on_two_batches_and_the_rate_follows_the_rule() -> None:
+    model, batches = lora_ga_start()
+    trials = rates._Trials(model, [[batch] for batch in batches], None, None)
+    model.eval()  # without dropout, as a search computes
+    losses, agreement = trials.at_start()
+    signs = []
+    for batch in batches:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        adapter = [p for name, p in model.named_parameters() if "lora" in name]
+        signs.append(torch.cat([p.grad.flatten().sign() for p in adapter]))
+    products = [a @ b / len(a) for i, a in enumerate(signs) for b in signs[:i]]
+    assert agreement == pytest.approx(float(torch.stack(products).mean()), rel=1e-4)
+    assert len(losses) == len(batches)
+    search = Search("", agreement=0.25, stable={0.01: True, 0.04: False})
+    assert (search.edge, search.rate(200), search.rate(800)) == pytest.approx((0.02, 0.006, 0.003))
+    assert search.rate(50) == search.rate(200)
+
+
+def test_accumulated_batches_count_as_one_step() -> None:
+    model, batches = lora_ga_start()
+    halves = [
+        {name: part[half] for name, part in batch.items()} for batch in batches for half in (slice(4), slice(4, 8))
+    ]
+    one = rates._Trials(model, [[batch] for batch in batches], None, None).at_start()
+    two = rates._Trials(model, [halves[i : i + 2] for i in range(0, 16, 2)], None, None).at_start()
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    assert two[1] == pytest.approx(one[1], rel=1e-2)
+    assert find_rate(model, halves, STEPS, gradient_accumulation_steps=2) == find_rate(model, batches, STEPS)
+
+
+def unlabelled() -> Iterator[dict[str, Tensor]]:
+    for batch in classified(8):
+        yield batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 20}, r"steps=20: a search costs about 25 steps .* at least 50"),
+        ({"steps": 2.0}, r"steps=2.0: it must be an integer of at least 1"),
+        ({"data": classified(3)}, r"gives 3 batches with a label, but a search needs those of 4 steps"),
+        ({"data": classified(8), "gradient_accumulation_steps": 3}, r"those of 4 steps of 3 batches each"),
+        ({"data": unlabelled()}, r"None of the 8 batches has a label"),
+        ({"loss_fn": lambda model, batch: model(**batch).loss * torch.nan}, r"batch 1: its loss is nan"),
+        ({"loss_fn": lambda model, batch: model(**batch).loss - 9}, r"The loss at the start is -7.*above 0"),
+        ({"loss_fn": lambda model, batch: model(**batch).loss * 0 + 1}, r"No gradient reaches the adapter"),
+    ],
+)
+def test_bad_input_is_refused_and_the_model_stays(changes: dict[str, Any], message: str) -> None:
+    model, batches = lora_ga_start()
+    before = [each.clone() for each in model.state_dict().values()]
+    with pytest.raises(ValueError, match=message):
+        find_rate(model, **({"data": batches, "steps": STEPS} | changes))
+    assert_equal(list(model.state_dict().values()), before)
+
+
+def test_a_loss_that_is_finite_at_no_rate_is_refused_and_one_that_no_rate_raises_gives_a_warning() -> None:
+    model, batches = lora_ga_start()
+    start = next(p for p in model.parameters() if p.requires_grad).clone()
+
+    def breaks(model: nn.Module, batch: Any) -> Tensor:
+        moved = not torch.equal(next(p for p in model.parameters() if p.requires_grad), start)
+        return model(**batch).loss * (torch.nan if moved else 1)
+
+    def barely(model: nn.Module, batch: Any) -> Tensor:
+        return model(**batch).loss * 1e-9 + 1
+
+    with pytest.raises(ValueError, match=r"At every learning rate from 1e-6 to 1e-2 the loss rises or is not finite"):
+        find_rate(model, batches, STEPS, loss_fn=breaks)
+    with pytest.warns(UserWarning, match=r"No learning rate up to 0.316 raises the loss"):
+        find_rate(model, batches, STEPS, loss_fn=barely)
+
+
+def test_a_model_without_trained_parameters_or_without_an_adapter_is_refused() -> None:
+    model, batches = lora_ga_start()
+    with pytest.raises(ValueError, match="No parameter of the model trains"):
+        find_rate(model.requires_grad_(False), batches, STEPS)
+    with pytest.raises(TypeError):
+        find_rate(llama(), batches, STEPS)
