@@ -25,6 +25,7 @@ import processes
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.save import FILE
 from lora_ga.adapter.structure import give_structure
+from lora_ga.integrations.trainer_state import check_rate_can_be_set
 from lora_ga.version import is_before
 from toys import adapted, causal, gpt2, injected, llama, logits
 from trainers import (
@@ -569,3 +570,50 @@ def test_processes_estimate_on_their_shares_and_get_the_same_start(tmp_path: Pat
     alone.train()
     for start, factor in zip(first[::2], factors(alone.model), strict=True):
         torch.testing.assert_close(start, factor.start, rtol=0, atol=1e-4)
+
+
+# --- the learning rate -----------------------------------------------------------------------------------------------
+
+
+def test_the_rate_that_is_found_is_trained_with_and_nothing_else_changes(tmp_path: Path) -> None:
+    changes = {"max_steps": 60, "logging_steps": 5, "save_steps": 30, "lr_scheduler_type": "cosine"}
+    auto = transformers_trainer([callback(learning_rate="auto")], tmp_path / "auto", **changes)
+    with pytest.warns(UserWarning, match="No learning rate up to"):  # so small a model barely reacts to a step
+        auto.train()
+    found = auto.args.learning_rate
+    assert found != 2e-2
+    given = transformers_trainer([callback()], tmp_path / "given", **changes | {"learning_rate": found})
+    given.train()
+    ignored = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    one, other = (
+        [{key: value for key, value in entry.items() if key not in ignored} for entry in each.state.log_history]
+        for each in (auto, given)
+    )
+    assert one == [{key: pytest.approx(value, rel=1e-6) for key, value in entry.items()} for entry in other]
+    shutil.rmtree(tmp_path / "auto" / "checkpoint-60")
+    resumed = transformers_trainer([callback(learning_rate="auto")], tmp_path / "auto", **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.log_history[-2]["loss"] == pytest.approx(other[-2]["loss"], rel=1e-6)
+    auto.train()  # a second call goes on with the rate of the first
+    assert auto.args.learning_rate == found
+
+
+def test_a_short_run_keeps_its_rate_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = transformers_trainer([callback(learning_rate="auto")], tmp_path, max_steps=2)
+    trainer.train()
+    assert trainer.args.learning_rate == 2e-2
+    assert "2 steps are too few to look for a learning rate (at least 50" in caplog.text
+
+
+def test_auto_refuses_the_optimizers_and_schedules_that_it_is_not_made_for(tmp_path: Path) -> None:
+    trainer = transformers_trainer([callback(learning_rate="auto")], tmp_path, max_steps=60, optim="sgd")
+    with pytest.raises(ValueError, match="is for AdamW and its relatives, but the optimizer is SGD"):
+        trainer.train()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match="cannot change the rate of a ReduceLROnPlateau"):
+        check_rate_can_be_set(optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+
+
+def test_a_rate_is_auto_or_given_to_the_trainer() -> None:
+    with pytest.raises(ValueError, match=r'learning_rate=0.001: it must be "auto" or None. Give a number to the'):
+        LoraGACallback(learning_rate=1e-3)  # type: ignore[arg-type]

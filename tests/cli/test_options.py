@@ -105,6 +105,11 @@ def test_missing_files_and_other_formats_are_refused_and_an_empty_file_holds_no_
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (
+            ["--learning_rate", "auto", "--method", "full"],
+            "--learning_rate auto is for adapters, but the method is full",
+        ),
+        (["--learning_rate", "best"], "--learning_rate.*: invalid float or auto value: 'best'"),
         (["--rank", "0"], "--rank: found 0, but it must be at least 1"),
         (["--batch_size", "0"], "--batch_size: found 0, but it must be at least 1"),
         (["--seed", "-1"], "--seed: found -1, but it must be at least 0"),

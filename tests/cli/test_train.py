@@ -355,6 +355,27 @@ def test_a_short_run_estimates_on_fewer_batches(
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["estimate_batches"] == "auto"
 
 
+def test_auto_finds_a_rate_and_the_saved_config_repeats_the_run_with_it(
+    bert: Path, labelled_texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"learning_rate": "auto", "max_steps": 60, "batch_size": 4, "logging_steps": 20}
+    found = run(bert, labelled_texts, tmp_path / "auto", **options)
+    rate = found["learning_rate"]
+    assert rate not in (2e-4, QUICK["learning_rate"])
+    assert f"learning rate {rate:g} for 60 steps" in caplog.text
+    again = run(bert, labelled_texts, tmp_path / "again", **options | {"learning_rate": rate})
+    assert [point["loss"] for point in again["curve"]] == [point["loss"] for point in found["curve"]]
+    assert again["config"]["learning_rate"] == found["config"]["learning_rate"] == rate
+
+
+def test_auto_takes_the_default_in_a_short_run(
+    bert: Path, labelled_texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = run(bert, labelled_texts, tmp_path / "run", learning_rate="auto", method="lora")
+    assert found["learning_rate"] == 2e-4
+    assert "6 steps are too few to look for a learning rate" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "steps"),
     [({"max_steps": 7}, 7), ({"epochs": 2.0}, 10), ({"epochs": 0.5, "gradient_accumulation_steps": 2}, 2)],

@@ -190,6 +190,14 @@ def find_rate(
     return rate
 
 
+def note_default_rate(steps: int, rate: float) -> str:
+    """What is said where a run is too short for a search, so that it trains at the default rate."""
+    return (
+        f"LoRA-GA: {steps} steps are too few to look for a learning rate (at least {LEAST_STEPS}; a search costs about "
+        f"25), so training uses {rate:g}"
+    )
+
+
 def _find_edge(search: Search, trials: _Trials) -> None:
     """Try rates half a decade apart until a stable and an unstable one are neighbours, and then the one between them.
 

@@ -18,16 +18,17 @@ from transformers.integrations import get_available_reporting_integrations
 
 import lora_ga
 from lora_ga.adapter.model_card import CARD
+from lora_ga.adapter.rate import LEAST_STEPS, TRIAL, note_default_rate
 from lora_ga.cli import checkpoints, tasks
 from lora_ga.cli.callbacks import LossAndTimeLogger, OptimizerGuard, diverged_at, logged_seconds
 from lora_ga.cli.data import EstimateBatches
 from lora_ga.cli.models import add_adapter, train_in_float32
-from lora_ga.cli.options import Job
+from lora_ga.cli.options import LEARNING_RATES, Job
 from lora_ga.cli.record import model_card, run_record, usage
 from lora_ga.cli.settings import library_config
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
 from lora_ga.files import LABELS, new_folder, write_atomically
-from lora_ga.gradients.progress import note_fewer_batches, note_short_run
+from lora_ga.gradients.progress import LOGGER, note_fewer_batches, note_short_run
 from lora_ga.version import is_before
 
 
@@ -71,6 +72,9 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
     )
     model, estimate, seconds = start_model(job, base, data.train, collate, settings.device, checkpoint)
     train_in_float32(model)
+    if job.training.learning_rate == "auto":
+        rate = settings.learning_rate = search_rate(job, model, data.train, collate, settings.device)
+        job = replace(job, training=replace(job.training, learning_rate=rate))  # config.yaml has the number
     if checkpoint is None:
         checkpoints.write_config(folder, job.options())
         if estimate is not None:
@@ -168,7 +172,7 @@ def training_arguments(job: Job, folder: Path) -> Any:
         per_device_train_batch_size=job.data.batch_size,
         per_device_eval_batch_size=job.data.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
+        learning_rate=rate_before_search(job),
         lr_scheduler_type=training.lr_scheduler_type,
         weight_decay=training.weight_decay,
         num_train_epochs=training.epochs,
@@ -225,7 +229,8 @@ def start_model(
         return model, None, 0.0
     began, config = time.monotonic(), library_config(job.model, job.adapter, job.estimate)
     steps = optimizer_steps(job, len(examples))
-    note_short_run(config, steps, job.training.learning_rate or 0.0)
+    if job.training.learning_rate != "auto":
+        note_short_run(config, steps, rate_before_search(job))
     if job.training.estimate_file is not None:
         batches: Any = lora_ga.GradientEstimate.load(job.training.estimate_file)
     else:
@@ -234,6 +239,39 @@ def start_model(
         batches = EstimateBatches(examples, collate, options, job.data.batch_size, job.model.seed)
     estimate = lora_ga.initialize(model, batches, config)
     return model, estimate, time.monotonic() - began
+
+
+def rate_before_search(job: Job) -> float:
+    """The learning rate of the options; in the place of "auto" the method's default."""
+    rate = job.training.learning_rate
+    return LEARNING_RATES[job.training.method] if rate is None or rate == "auto" else rate
+
+
+def search_rate(job: Job, model: Any, examples: Dataset, collate: Any, device: torch.device) -> float:
+    """Looks for the learning rate of a run, or takes the default if the run is too short for that, and says so.
+
+    Args:
+        job: The options.
+        model: The model, ready to train.
+        examples: The training data.
+        collate: Makes a batch of examples.
+        device: The device to train on.
+
+    Returns:
+        The rate.
+
+    Raises:
+        ValueError: What `find_rate` refuses.
+    """
+    steps, accumulated = optimizer_steps(job, len(examples)), job.training.gradient_accumulation_steps
+    if steps < LEAST_STEPS:
+        rate = rate_before_search(job)
+        LOGGER.info(note_default_rate(steps, rate))
+        return rate
+    options = replace(job.estimate, estimate_batches=TRIAL * accumulated, estimate_batch_size=None)
+    batches = EstimateBatches(examples, collate, options, job.data.batch_size, job.model.seed)
+    with torch.autocast(device.type, torch.bfloat16, enabled=job.model.dtype == "bfloat16"):
+        return lora_ga.find_rate(model, batches, steps, gradient_accumulation_steps=accumulated)
 
 
 def optimizer_steps(job: Job, examples: int) -> int:

@@ -256,11 +256,12 @@ class TrainingOptions:
     estimate_file: str | None = option(
         None, "lora-ga: an estimate of `lora-ga estimate` or of another run, instead of a new one"
     )
-    learning_rate: float | None = option(
+    learning_rate: float | Literal["auto"] | None = option(
         None,
         "peak learning rate (default: "
         + ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
-        + "). The best rate depends on model and method: sweep it for each of them",
+        + "). The best rate depends on model and method: sweep it for each of them. auto looks for one in about 25 "
+        "steps before training (not for full)",
     )
     epochs: float = option(1.0, "passes over the training data")
     max_steps: int | None = option(None, "optimizer steps, instead of --epochs")
@@ -293,9 +294,11 @@ class TrainingOptions:
         fraction(self, "warmup_ratio")
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.method]
+        if self.learning_rate == "auto" and self.method == "full":
+            raise ValueError("--learning_rate auto is for adapters, but the method is full. Give a number.")
         for name in ("learning_rate", "epochs"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value not in (None, "auto") and not value > 0:
                 raise ValueError(f"--{name}: found {value}, but it must be greater than 0.")
         if self.estimate_file is not None and self.method != "lora-ga":
             raise ValueError(f"--estimate_file belongs to --method lora-ga, but the method is {self.method}.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,6 +19,7 @@ from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.initialize import initialize
 from lora_ga.adapter.load import restore_starts
 from lora_ga.adapter.model_card import write_section
+from lora_ga.adapter.rate import LEAST_STEPS, find_rate, note_default_rate
 from lora_ga.adapter.save import save_sidecar
 from lora_ga.adapter.structure import give_structure
 from lora_ga.config import LoraGAConfig
@@ -27,7 +28,12 @@ from lora_ga.gradients.loss import LossFunction
 from lora_ga.gradients.progress import LOGGER, note_fewer_batches, note_short_run
 from lora_ga.gradients.result import GradientEstimate, scalars
 from lora_ga.integrations.trainer_data import TrainerLoss, batches_of_trainer, check_training_data
-from lora_ga.integrations.trainer_state import trainer_kept, use_arguments_of_one_batch
+from lora_ga.integrations.trainer_state import (
+    check_rate_can_be_set,
+    set_rate,
+    trainer_kept,
+    use_arguments_of_one_batch,
+)
 from lora_ga.layers.targets import peft_model_in
 
 
@@ -61,6 +67,7 @@ class LoraGACallback(TrainerCallback):
         loss_fn: LossFunction | None = None,
         adapter_name: str = "default",
         trainer: Trainer | None = None,
+        learning_rate: Literal["auto"] | None = None,
     ) -> None:
         """Make the callback.
 
@@ -74,11 +81,21 @@ class LoraGACallback(TrainerCallback):
                 batches without a label are left out.
             adapter_name: The adapter.
             trainer: The trainer to which the callback will be added. Its adapter gets the structure now.
+            learning_rate: "auto" looks for the peak learning rate after the start, by `lora_ga.find_rate` on the
+                trainer's batches, and sets it in the optimizer, the schedule and the trainer's arguments. In a run of
+                less than 50 steps the arguments' rate stays. A resumed run has the rate of its checkpoint, and a second
+                call of `train` that of the first. None: the arguments' rate.
 
         Raises:
             TypeError: The trainer's model has no LoRA layers.
-            ValueError: The settings have `offset="base"`, or the trainer is one that `attach` refuses.
+            ValueError: The settings have `offset="base"`, `learning_rate` is a number, or the trainer is one that
+                `attach` refuses.
         """
+        if learning_rate not in (None, "auto"):
+            raise ValueError(
+                f'learning_rate={learning_rate!r}: it must be "auto" or None. Give a number to the trainer: '
+                "TrainingArguments(learning_rate=...)."
+            )
         if config.offset == "base":
             raise ValueError(
                 'LoraGACallback cannot change the base model under a trainer; LoraGAConfig.offset is "base". Use '
@@ -88,6 +105,7 @@ class LoraGACallback(TrainerCallback):
         self.batches = batches
         self.loss_fn = loss_fn
         self.adapter_name = adapter_name
+        self.learning_rate = learning_rate
         self.estimate: GradientEstimate | None = None
         self._trainer: Trainer | None = None
         self._filled: Alignment | None = None
@@ -139,6 +157,8 @@ class LoraGACallback(TrainerCallback):
         control: TrainerControl,
         model: Any = None,
         train_dataloader: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
         """Estimate the gradient and write A₀ and B₀ in place; in a resumed run restore them from the checkpoint.
@@ -149,11 +169,14 @@ class LoraGACallback(TrainerCallback):
             control: The trainer's control.
             model: The model.
             train_dataloader: The loader that training will use. The estimate makes its own.
+            optimizer: The trainer's optimizer.
+            lr_scheduler: The trainer's schedule.
             **kwargs: The event's other arguments.
 
         Raises:
             RuntimeError: No trainer calls this, or another one than the callback is attached to.
-            ValueError: The adapter cannot be aligned, or the checkpoint is not found or has no A₀ and B₀.
+            ValueError: The adapter cannot be aligned; the checkpoint is not found or has no A₀ and B₀; no learning rate
+                can be found or set.
         """
         trainer, checkpoint = self._trainer_and_checkpoint(state)
         checkpoint = checkpoint or _checkpoint_of(args, state)
@@ -163,12 +186,17 @@ class LoraGACallback(TrainerCallback):
             if state.is_world_process_zero:
                 LOGGER.info(f"LoRA-GA: A₀ and B₀ restored from {checkpoint}")
         elif alignment is None or alignment is not self._filled:
+            if self.learning_rate == "auto" and state.max_steps >= LEAST_STEPS:
+                check_rate_can_be_set(optimizer, lr_scheduler)
             config = self._config_for(args, state)
             self.estimate = self._initialize(trainer, model, train_dataloader, config)
             alignment = alignment_of(model, self.adapter_name)
             numbers = scalars(self.estimate, {} if alignment is None else alignment.ranks)
             for tracker in _trackers(trainer, args):
                 tracker.on_log(args, state, control, model=model, logs=numbers)
+            if self.learning_rate == "auto":
+                rate = self._find_rate(trainer, model, train_dataloader, args, state)
+                set_rate(rate, args, optimizer, lr_scheduler)
         self._filled = alignment_of(model, self.adapter_name)
         self._extend_model_card(trainer)
 
@@ -244,15 +272,41 @@ class LoraGACallback(TrainerCallback):
     def _initialize(self, trainer: Trainer, model: Any, loader: Any, config: LoraGAConfig) -> GradientEstimate:
         """Estimate the gradient with the trainer's loss, data and autocast, and write A₀ and B₀."""
         later = self._later(trainer)
+        with self._reading(trainer, loader) as batches:
+            loss = TrainerLoss(trainer, model, self.adapter_name, self.loss_fn, later)
+            return initialize(model, batches, config, loss_fn=loss, adapter_name=self.adapter_name)
+
+    def _find_rate(
+        self, trainer: Trainer, model: Any, loader: Any, args: TrainingArguments, state: TrainerState
+    ) -> float:
+        """Look for the learning rate with the trainer's loss, data and autocast; the arguments' rate in a short run."""
+        if state.max_steps < LEAST_STEPS:
+            LOGGER.info(note_default_rate(state.max_steps, args.learning_rate))
+            return args.learning_rate
+        with self._reading(trainer, loader) as batches:
+            loss = TrainerLoss(trainer, model, None, self.loss_fn)
+            accumulated = args.gradient_accumulation_steps
+            return find_rate(model, batches, state.max_steps, gradient_accumulation_steps=accumulated, loss_fn=loss)
+
+    @contextlib.contextmanager
+    def _reading(self, trainer: Trainer, loader: Any) -> Iterator[Iterable[Any]]:
+        """The batches to measure on, while the trainer is kept as it is, with its autocast.
+
+        Args:
+            trainer: The trainer.
+            loader: The loader that training will use.
+
+        Yields:
+            The batches.
+        """
         with contextlib.ExitStack() as stack:
             stack.enter_context(trainer_kept(trainer, self.config.seed))
             use_arguments_of_one_batch(trainer)
             batches = self.batches
             if batches is None:
                 batches = stack.enter_context(batches_of_trainer(trainer, loader))
-            loss = TrainerLoss(trainer, model, self.adapter_name, self.loss_fn, later)
             stack.enter_context(trainer.accelerator.autocast())
-            return initialize(model, batches, config, loss_fn=loss, adapter_name=self.adapter_name)
+            yield batches
 
     def _later(self, trainer: Trainer) -> list[str]:
         """The kinds of callbacks, Transformers' own left out, that act at the beginning of training after this one."""

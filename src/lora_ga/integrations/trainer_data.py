@@ -165,7 +165,7 @@ class TrainerLoss:
         self,
         trainer: Trainer,
         model: Any,
-        adapter_name: str,
+        adapter_name: str | None,
         loss_fn: LossFunction | None,
         later: Sequence[str] = (),
     ) -> None:
@@ -174,7 +174,7 @@ class TrainerLoss:
         Args:
             trainer: The trainer, kept by `trainer_kept`.
             model: The model as the trainer passes it to its callbacks.
-            adapter_name: The adapter that the estimate leaves out.
+            adapter_name: The adapter that the estimate leaves out; None: all take part, as in training.
             loss_fn: The user's loss, in the place of `compute_loss`.
             later: Kinds of callbacks that will do something at the beginning of training, after the estimate.
         """
@@ -189,8 +189,8 @@ class TrainerLoss:
         inputs = _prepared(trainer, batch)
         with trainer.compute_loss_context_manager():
             loss = self._loss_of_trainer(inputs, items) if self.loss_fn is None else self.loss_fn(adapted, inputs)
-        # A preference loss switches adapters for its reference and back.
-        deactivate_adapter(self.model, self.adapter_name)
+        if self.adapter_name is not None:  # a preference loss switches adapters for its reference and back
+            deactivate_adapter(self.model, self.adapter_name)
         return loss
 
     def _loss_of_trainer(self, inputs: Any, items: Any) -> Tensor:
