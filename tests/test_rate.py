@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 import lora_ga
 from lora_ga.adapter import rate as rates
 from lora_ga.adapter.rate import Search, find_rate
+from lora_ga.cli.main import main
+from lora_ga.cli.rate import RateOptions, rate_of_lora_ga
 from toys import adapted, bert, classified, llama
 
 STEPS = 200
@@ -221,3 +223,40 @@ def test_a_model_without_trained_parameters_or_without_an_adapter_is_refused() -
         find_rate(model.requires_grad_(False), batches, STEPS)
     with pytest.raises(TypeError):
         find_rate(llama(), batches, STEPS)
+
+
+# --- lora-ga rate ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        # The authors of LoRA-GA advise full fine-tuning's rate for gamma = 16 and width 4096 (Outsider565/LoRA-GA #12).
+        ({"learning_rate": 2e-5, "known_for": "full", "stable_gamma": 16.0, "width": 4096}, 2e-5),
+        ({"learning_rate": 2e-4}, 2e-4),  # a start smaller than LoRA's
+        ({"learning_rate": 2e-4, "reach": 2.309401}, 1e-4),  # twice LoRA's
+        ({"learning_rate": 1e-4, "known_for": "rslora"}, 8**0.5 * 1e-4),
+        ({"learning_rate": 2e-4, "stable_gamma": 16.0, "width": 256, "use_rslora": False}, 2e-4 / 3**0.5),
+    ],
+)
+def test_the_calculated_rate_has_the_s_f_rate_of_the_known_one(options: dict[str, Any], rate: float) -> None:
+    assert rate_of_lora_ga(RateOptions(**options)) == pytest.approx(rate, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--learning_rate is missing. Give it."),
+        (["--learning_rate", "-1"], "--learning_rate: found -1, but it must be a number greater than 0"),
+        (["--learning_rate", "1e-4", "--stable_gamma", "16"], "--stable_gamma needs --width"),
+        (["--learning_rate", "1e-4", "--rank", "0"], "--rank: found 0, but it must be at least 1"),
+    ],
+)
+def test_the_calculator_refuses_bad_numbers(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rate", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_prints_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rate", "--learning_rate=2e-5", "--known_for=full", "--stable_gamma=16", "--width=4096"]) == 0
+    assert capsys.readouterr().out.startswith("2e-05: where to begin with LoRA-GA (gamma 16, width 4096; s f = 11;")

@@ -34,8 +34,8 @@ def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_command_is_refused_and_the_known_ones_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "lora-ga: error: 'trian' is not a command; the commands are train, estimate, merge, inspect, export, convert, "
-        "compare, reproduce, fetch, report.\n"
+        "lora-ga: error: 'trian' is not a command; the commands are train, estimate, rate, merge, inspect, export, "
+        "convert, compare, reproduce, fetch, report.\n"
     )
 
 

@@ -12,6 +12,7 @@ from importlib.metadata import version
 COMMANDS = {
     "train": "fine-tune a model with LoRA-GA, plain LoRA or full fine-tuning",
     "estimate": "estimate the gradient of every adapted layer and write it to a file",
+    "rate": "compute LoRA-GA's learning rate from one that is known for LoRA or for full fine-tuning",
     "merge": "add up estimates made on different data or machines",
     "inspect": "show what an estimate file holds, layer by layer",
     "export": "turn a trained adapter into a smaller one, a merged model, or one for vLLM and other programs",
