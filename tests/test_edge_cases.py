@@ -219,9 +219,20 @@ def test_sums_stay_in_float32_under_autocast() -> None:
 
 def test_a_gradient_with_too_few_directions_gives_a_warning() -> None:
     with pytest.warns(
-        UserWarning, match=r"(?s)Fewer gradient directions than the start uses, in .*pooler\.dense: [12] directions, ra"
+        UserWarning, match=r"(?s)Fewer gradient directions than the start uses, in .*pooler\.dense: [12] directions?, r"
     ):
         lora_ga.estimate_gradients(adapted(bert(), FAMILIES["bert"][2]), classified(1, rows=2))
+
+
+def test_below_a_head_of_two_classes_more_batches_may_have_no_more_directions_and_the_warning_says_so() -> None:
+    base = bert(num_labels=2)
+    base.bert.pooler.dense.weight.data.mul_(1e-4)  # tanh is linear: each row of g is a multiple of one vector
+    model = adapted(base, ["pooler.dense"])
+    message = r"in 1 of 1 layers:\n  .*pooler\.dense: 1 direction, rank 4 uses 8\n.*Just below a head with few classes"
+    for count in (1, 8):
+        batches = [{**batch, "labels": batch["labels"] % 2} for batch in classified(count)]
+        with pytest.warns(UserWarning, match=message):
+            lora_ga.estimate_gradients(model, batches)
 
 
 def test_many_gradients_with_too_few_directions_are_counted_and_not_listed() -> None:

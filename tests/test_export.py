@@ -224,6 +224,8 @@ def test_damaged_and_missing_files_raise_errors_that_name_them(run: OldRun, tmp_
     with pytest.raises(FileNotFoundError, match="final: holds no adapter_model.safetensors"):
         convert_run(run.init, run.final, tmp_path / "out")
     (run.init / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="nothing: there is no such folder; give the folder that"):
+        convert_run(run.init.parent / "nothing", run.final, run.init.parent / "out")
     with pytest.raises(FileNotFoundError, match="init: holds no adapter_config.json"):
         convert_run(run.init, run.final, tmp_path / "out")
 
@@ -311,6 +313,8 @@ def test_bad_ranks_folders_and_adapters_are_refused_and_nothing_is_written(tmp_p
         lora_ga.compress_adapter(tmp_path / "whole", tmp_path / "out", 8)
     with pytest.raises(ValueError, match="full: not empty. Choose another output folder"):
         lora_ga.compress_adapter(tmp_path / "whole", full, 2)
+    with pytest.raises(FileNotFoundError, match="nothing: there is no such folder; give the folder that"):
+        lora_ga.compress_adapter(tmp_path / "nothing", tmp_path / "out", 2)
     with pytest.raises(FileNotFoundError, match="full: holds no adapter_config.json"):
         lora_ga.compress_adapter(full, tmp_path / "out", 2)
     with pytest.raises(ValueError, match="a DoRA adapter"):
@@ -506,9 +510,12 @@ def test_the_command_reports_the_obstacles_and_writes_an_adapter_that_is_served(
 ) -> None:
     saved(tmp_path / "good")
     assert main(["export", str(tmp_path / "good"), "--for", "vllm"]) == 0
-    assert "nothing is in the way. Use it with: vllm serve BASE --enable-lora --max-lora-rank 8" in (
-        capsys.readouterr().out
-    )
+    served = f"--enable-lora --max-lora-rank 8 --lora-modules good={tmp_path / 'good'}"
+    assert f"nothing is in the way. Use it with: vllm serve BASE {served}\n" in capsys.readouterr().out
+    config = tmp_path / "good" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "my base"}))
+    assert main(["export", str(tmp_path / "good"), "--for", "vllm"]) == 0
+    assert f"Use it with: vllm serve 'my base' {served}\n" in capsys.readouterr().out
     saved(tmp_path / "a", r=5, alpha_pattern={"q_proj": 1})
     argv = ["export", str(tmp_path / "a"), "--for", "vllm"]
     assert main(argv) == 2

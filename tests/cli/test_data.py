@@ -58,9 +58,19 @@ def test_every_file_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> N
     assert load_file(file).to_list() == ROWS
 
 
+def test_a_file_of_plain_text_is_one_text_that_is_split_into_examples(tmp_path: Path, llama: Path) -> None:
+    (tmp_path / "play.txt").write_text("a b\n\nc d\n" * 20)
+    read = load_file(tmp_path / "play.txt")
+    assert read.to_list() == [{"text": "a b\n\nc d\n" * 20}]
+    encoder = RowEncoder(load_tokenizer(str(llama)), options(), max_length=10)
+    examples = encode_rows(read, RowEncoder.plain_text, encoder, "play.txt")
+    assert sum(map(len, examples["input_ids"])) == 80  # the last of 81 tokens, alone, has nothing to predict
+    assert max(map(len, examples["input_ids"])) == 10
+
+
 def test_unknown_missing_damaged_and_empty_files_are_refused(tmp_path: Path) -> None:
     assert tuple(data.FILE_TYPES) == DATA_SUFFIXES  # what is accepted without reading has a reader
-    with pytest.raises(ValueError, match=r"a.xlsx: a data file ends in .jsonl, .json, .csv, .tsv, .parquet"):
+    with pytest.raises(ValueError, match=r"a.xlsx: a data file ends in .jsonl, .json, .csv, .tsv, .parquet, .txt;"):
         load_file(tmp_path / "a.xlsx")
     with pytest.raises(FileNotFoundError, match=r"a.csv: there is no such data file"):
         load_file(tmp_path / "a.csv")

@@ -149,6 +149,7 @@ def test_wrong_options_are_refused_by_name(argv: list[str], message: str) -> Non
         ("--lora_r 4", "--lora_r: there is no such option. Here --lora_r is --rank."),
         ("--per-device-train-batch-size 4", "Here --per-device-train-batch-size is --batch_size."),
         ("--bf16", "Here --bf16 is --dtype bfloat16."),
+        ("--fp16", "Here --fp16 is --dtype bfloat16 (there is no float16)."),
         ("--output out", "Here --output is --output_dir."),
         ("--model_name_or_path m", "Here --model_name_or_path is --model."),
         (

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,10 +14,11 @@ import pytest
 import torch
 
 import processes
+from lora_ga.cli import finetune
 from lora_ga.cli.callbacks import OptimizerGuard
 from lora_ga.cli.checkpoints import last_checkpoint
 from lora_ga.cli.main import main
-from lora_ga.cli.train import parse
+from lora_ga.cli.train import how_to_resume, parse
 
 from .conftest import text, write_rows
 
@@ -149,6 +152,26 @@ def test_resuming_after_the_last_step_writes_the_same_results(
     shutil.rmtree(copy / ("model" if method == "full" else "adapter"))
     assert main(["train", "--resume", "--output_dir", str(copy)]) == 0
     assert_same_result(copy, tmp_path / "run")
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "finetune", interrupt)
+    interrupted = interrupted_copy(uninterrupted, tmp_path / "my run")
+    assert main(["train", "--resume", "--output_dir", str(interrupted)]) == 130
+    command, step = re.fullmatch(
+        r"\n(.*)  resumes at step (\d)\.\n\nlora-ga train: interrupted\n", capsys.readouterr().err
+    ).groups()  # type: ignore[union-attr]
+    assert parse(shlex.split(command)[2:])[1] == interrupted / "checkpoints" / f"checkpoint-{step}"
+    shutil.rmtree(interrupted / "checkpoints")
+    estimate = interrupted / "estimate.safetensors"
+    assert how_to_resume(interrupted).endswith(f" --estimate_file {shlex.quote(str(estimate))} spares the estimate.")
+    estimate.unlink()
+    assert how_to_resume(interrupted) == "It has no checkpoint yet (--save_steps), so it cannot be resumed."
 
 
 def test_an_incomplete_checkpoint_is_skipped(uninterrupted: Path, tmp_path: Path) -> None:

@@ -109,13 +109,16 @@ def test_a_suite_with_an_unknown_method_or_option_is_refused_before_anything_run
 
 @pytest.mark.parametrize("command", ["reproduce", "report"])
 def test_an_unknown_suite_is_refused_and_the_known_ones_are_listed(
-    command: str, monkeypatch: pytest.MonkeyPatch
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_GA_DEBUG", "1")
     with pytest.raises(ValueError, match="glue: there is no such suite. The suites are ablation, glue-minilm, glue-t5"):
         main([command, "glue"])
     with pytest.raises(ValueError, match="which suite. There are ablation"):
         main([command])
+    (tmp_path / "run.json").touch()
+    with pytest.raises(ValueError, match=f"no such suite. This folder is a run; `lora-ga compare {tmp_path}` shows it"):
+        main([command, str(tmp_path)])
 
 
 @pytest.mark.parametrize(

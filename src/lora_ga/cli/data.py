@@ -23,6 +23,7 @@ FILE_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"keep_default_na": False}),
     ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"}),
     ".parquet": ("parquet", {}),
+    ".txt": ("text", {"sample_by": "document"}),  # one row, with the column text
 }
 
 

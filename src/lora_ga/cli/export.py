@@ -148,7 +148,8 @@ def prepare(adapter: Path, options: ExportOptions, name: str) -> int:
         companions = partial(copy_companions, adapter)
         show_written(adapter, out, write_for(adapter, out, name, options.rank, companions=companions))
         if READERS[name].factor is None:  # not a file of PEFT, so it cannot be checked as one
-            print(f"{out}: written for {name}. Use it with: {READERS[name].advice.format(adapter=out)}")
+            base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+            print(f"{out}: written for {name}. Use it with: {READERS[name].usage(out, base)}")
             return 0
         return prepare(out, ExportOptions(), name)
     if options.rank is not None:

@@ -60,7 +60,7 @@ def require(options: object, *names: str, config: bool = True) -> None:
 
 
 # The kinds of data files.
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def check_data_file(path: Path) -> None:
@@ -73,7 +73,7 @@ def check_data_file(path: Path) -> None:
     if path.suffix not in DATA_SUFFIXES:
         raise ValueError(
             f"{path}: a data file ends in {', '.join(DATA_SUFFIXES)}; this one ends in {path.suffix!r}. "
-            "Plain text goes into the column 'text' of one of these."
+            "Plain text is a .txt file, or the column 'text' of one of the others."
         )
     if not path.is_file():
         raise FileNotFoundError(
@@ -136,7 +136,9 @@ class DataOptions:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    train_file: str | None = option(None, "local training file: .jsonl, .json, .csv, .tsv or .parquet")
+    train_file: str | None = option(
+        None, "local training file: .jsonl, .json, .csv, .tsv, .parquet, or .txt: one text, in the column text"
+    )
     dataset: str | None = option(None, "data set on the Hugging Face hub, instead of a training file")
     dataset_config: str | None = option(None, "configuration of that data set, for instance mrpc of nyu-mll/glue")
     train_split: str = option("train", "split of that data set to train on")

@@ -142,7 +142,7 @@ class OptionParser(argparse.ArgumentParser):
         known = [option[2:] for option in self._names() if re.match(r"--(?!no_)\w+$", option)]
         meant = [option for option in OTHER_NAMES.get(plain, ()) if option in known]
         if meant:
-            value = " bfloat16" if plain == "bf16" else ""
+            value = {"bf16": " bfloat16", "fp16": " bfloat16 (there is no float16)"}.get(plain, "")
             return f"Here {name} is --{meant[0]}{value}."
         near = get_close_matches(plain, known, n=1, cutoff=0.75)
         if not near:

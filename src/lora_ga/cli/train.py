@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,29 @@ def main(argv: list[str]) -> int:
     if checkpoint is not None and (folder / RECORD).exists():
         print(f"{folder} is finished; there is nothing to resume.")
         return 0
-    outcome = finetune(job, checkpoint)
+    try:
+        outcome = finetune(job, checkpoint)
+    except KeyboardInterrupt:
+        print(f"\n{how_to_resume(folder)}", file=sys.stderr)
+        raise
     print(summary(outcome.record))
     print(f"{outcome.result}: the result. {folder / RECORD}: its record.")
     for what, how in next_steps(outcome.record, outcome.result):
         print(f"\n{what}:\n  {how}")
     return 0
+
+
+def how_to_resume(folder: Path) -> str:
+    """What to do after an interruption of the run in `folder`."""
+    if made := checkpoints.complete_checkpoints(folder):
+        return (
+            f"{shlex.join(['lora-ga', 'train', '--resume', '--output_dir', str(folder)])}  resumes at step {max(made)}."
+        )
+    kept = "It has no checkpoint yet (--save_steps), so it cannot be resumed."
+    estimate = folder / checkpoints.ESTIMATE
+    if estimate.is_file():
+        kept += f" Start again in another folder; --estimate_file {shlex.quote(str(estimate))} spares the estimate."
+    return kept
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -134,5 +152,7 @@ def next_steps(record: dict[str, Any], result: Path) -> list[tuple[str, str]]:
             how += ["--lora-modules", f"{name}={folder}"]
         steps.append(("Serve it", shlex.join(how)))
     else:
-        steps.append(("Compare it with other runs", shlex.join(["lora-ga", "compare", str(result.parent)])))
+        run = result.parent
+        page = str(run / "compare.html")  # the default may be there already, of another comparison
+        steps.append(("Compare it (add other runs)", shlex.join(["lora-ga", "compare", str(run), "--output", page])))
     return steps

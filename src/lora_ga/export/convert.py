@@ -109,7 +109,8 @@ def _read(folder: Path) -> tuple[Config, Tensors]:
     """
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder}: holds no {file}; give the folder that save_pretrained wrote.")
+            found = f"holds no {file}" if folder.is_dir() else "there is no such folder"
+            raise FileNotFoundError(f"{folder}: {found}; give the folder that save_pretrained wrote.")
     try:
         config = parse_json((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)

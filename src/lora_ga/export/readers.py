@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -51,7 +52,8 @@ class Reader:
         factor: The factor by which it multiplies a layer's B A, from the configuration and the rank of the layer's
             matrices; None if it does not read PEFT's files at all.
         rule: The rule in words, for messages.
-        advice: How to use an adapter that it reads right. ADAPTER, RANK and BASE stand for what the user fills in.
+        advice: The command that uses an adapter that it reads right: `{adapter}` is its folder, `{base}` its base
+            model, `{name}` a name for it and `{rank}` the rank to start the program with.
         one_rank: Whether every layer has to have the rank r of the configuration.
         ranks: The ranks for which the program can be started; empty if any is.
         whole_modules: The modules trained in full that it reads.
@@ -64,31 +66,46 @@ class Reader:
     ranks: tuple[int, ...] = ()
     whole_modules: tuple[str, ...] = ()
 
+    def usage(self, adapter: str | Path, base: str | None, rank: int | None = None) -> str:
+        """The command of `advice`, to be pasted into a shell.
+
+        Args:
+            adapter: The adapter's folder.
+            base: The name of its base model; without one the command says BASE.
+            rank: The rank to start the program with, if it needs one.
+
+        Returns:
+            The command.
+        """
+        name = re.sub(r"[^\w.-]+", "-", Path(adapter).name)
+        words = {"adapter": str(adapter), "base": base or "BASE", "name": name}
+        return self.advice.format(rank=rank, **{word: shlex.quote(text) for word, text in words.items()})
+
 
 READERS: Mapping[str, Reader] = {
     "vllm": Reader(
         lambda config, rank: config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r),
         "vLLM before 0.32 scales every layer by r and lora_alpha alone; newer ones read patterns as PEFT does",
-        "vllm serve BASE --enable-lora --max-lora-rank {rank}",
+        "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={adapter}",
         ranks=VLLM_RANKS,
         whole_modules=("classifier", "score"),
     ),
     "sglang": Reader(
         lambda config, rank: config.lora_alpha / config.r,
         "SGLang scales every layer by lora_alpha / r, and reads neither use_rslora nor patterns",
-        "python -m sglang.launch_server --model-path BASE --enable-lora --max-lora-rank {rank} --lora-paths "
-        "NAME={adapter}",
+        "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} --lora-paths "
+        "{name}={adapter}",
         one_rank=True,
     ),
     "llama.cpp": Reader(
         lambda config, rank: config.lora_alpha / rank if config.lora_alpha else 1.0,
         "llama.cpp scales each layer by lora_alpha over its own rank, and reads neither use_rslora nor patterns",
-        "python convert_lora_to_gguf.py {adapter} --base BASE",
+        "python convert_lora_to_gguf.py {adapter} --base {base}",
     ),
     "mlx-lm": Reader(
         None,
         "mlx-lm does not read PEFT's files, it has its own",
-        "mlx_lm.generate --model BASE --adapter-path {adapter}",
+        "mlx_lm.generate --model {base} --adapter-path {adapter}",
     ),
 }
 
@@ -143,7 +160,7 @@ def check_reader(path: str | Path, name: str) -> Verdict:
         tuple(refused),
         tuple(_mendable(config, ranks, reader)),
         rank,
-        reader.advice.format(adapter=path, rank=rank),
+        reader.usage(path, config.base_model_name_or_path, rank),
     )
 
 

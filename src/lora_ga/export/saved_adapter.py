@@ -28,7 +28,8 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder}: holds no {file}; give the folder that save_pretrained wrote.")
+            found = f"holds no {file}" if folder.is_dir() else "there is no such folder"
+            raise FileNotFoundError(f"{folder}: {found}; give the folder that save_pretrained wrote.")
     check_names(folder)
     with damaged(folder / CONFIG_NAME):
         config = PeftConfig.from_pretrained(str(folder))

@@ -122,13 +122,15 @@ def warn_few_directions(layers: Mapping[str, LowRank], targets: Mapping[str, Tar
     if found:
         named = list(found)[: MOST_LISTED if len(found) <= MOST_LISTED else 3]
         listed = [
-            f"  {name}: {found[name]} directions, rank {targets[name].rank} uses {wanted[name]}" for name in named
+            f"  {name}: {count} direction{'s' * (count != 1)}, rank {targets[name].rank} uses {wanted[name]}"
+            for name, count in ((name, found[name]) for name in named)
         ]
         listed += [f"  and {len(found) - len(named)} more"] if len(found) > len(named) else []
         warnings.warn(
             f"Fewer gradient directions than the start uses, in {len(found)} of {len(layers)} layers:\n"
             + "\n".join(listed)
-            + "\nThe other directions are arbitrary. Use more or larger batches, or a smaller rank.",
+            + "\nThe other directions are arbitrary; the layers train all the same. Use more or larger batches, or a "
+            "smaller rank. Just below a head with few classes there may be no more directions.",
             UserWarning,
             stacklevel=4,
         )

@@ -83,7 +83,8 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """
     if not isinstance(batch, (Mapping, tuple, list)):
         raise TypeError(
-            f"A batch is a {type(batch).__name__}; the default loss takes a dict or a tuple. Pass a loss_fn."
+            f"A batch is a {type(batch).__name__}; the default loss takes a dict or a tuple. The data is an iterable "
+            "of batches, so one batch alone is given as [batch]. For batches of another kind pass a loss_fn."
         )
     args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
     try:

@@ -62,7 +62,10 @@ class Report:
             known = len(data) * (1 if setup.tensor_parallel else setup.processes.size)
             most = known if most is None else min(known, most)
         count = "all" if most is None else f"{most}" if known is not None else f"up to {most}"
-        self._say(f"LoRA-GA: estimating the gradients of {len(setup.targets)} layers on {count} batches")
+        self._say(
+            f"LoRA-GA: estimating the gradients of {_counted(len(setup.targets), 'layer')} on {count} "
+            f"batch{'es' * (most != 1)}"
+        )
         here = None if most is None else math.ceil(most / (1 if setup.tensor_parallel else setup.processes.size))
         passes = 2 if setup.config.estimator == "probe" else 1
         self._bar = tqdm(
@@ -95,13 +98,17 @@ class Report:
         plain = len(estimate.missing)
         left = f"; {plain} start as plain LoRA" if plain else ""
         self._say(
-            f"LoRA-GA: done in {time.monotonic() - self._began:.0f} s: {len(estimate)} gradients from "
-            f"{estimate.batches} batches{reached}{left}"
+            f"LoRA-GA: done in {time.monotonic() - self._began:.0f} s: {_counted(len(estimate), 'gradient')} from "
+            f"{_counted(estimate.batches, 'batch', 'es')}{reached}{left}"
         )
 
     def _say(self, line: str) -> None:
         if self._says:
             LOGGER.info(line)
+
+
+def _counted(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number} {noun}{ending * (number != 1)}"
 
 
 # The runs at the best rate in docs/evidence.md have a product of steps and learning rate of at least 0.063.

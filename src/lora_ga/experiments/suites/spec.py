@@ -237,7 +237,12 @@ def load_suite(name: str) -> Suite:
     known = available()
     path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
     if path is None or not path.is_file():
-        raise ValueError(f"{name}: there is no such suite. The suites are {', '.join(known)}; or give a .yaml file.")
+        run = (
+            f" This folder is a run; `lora-ga compare {name}` shows it." if (Path(name) / "run.json").is_file() else ""
+        )
+        raise ValueError(
+            f"{name}: there is no such suite.{run} The suites are {', '.join(known)}; or give a .yaml file."
+        )
     try:
         values = check_size(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
