@@ -34,7 +34,7 @@ import lora_ga
 import tables
 from lora_ga.cli.main import main
 from lora_ga.optim import PoLoRA
-from lora_ga.version import MINIMUM, check_versions
+from lora_ga.version import MINIMUM, check_versions, dtype_setting
 from toys import adapted, causal, llama, logits
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +82,14 @@ def test_the_minimum_its_pre_releases_and_versions_that_say_nothing_are_accepted
     with_versions(monkeypatch, torch="2.5.1+cpu")
     with pytest.raises(ImportError, match=r"torch 2.5.1\+cpu is installed, but torch 2.6 or newer is needed"):
         check_versions()
+
+
+@pytest.mark.parametrize(("found", "name"), [("4.55.4", "torch_dtype"), ("4.56.0", "dtype"), (None, "dtype")])
+def test_the_dtype_of_a_model_is_given_by_the_name_that_transformers_knows(
+    found: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_versions(monkeypatch, transformers=found)
+    assert dtype_setting("auto") == {name: "auto"}
 
 
 def test_the_minimum_versions_are_those_of_the_package_metadata() -> None:

@@ -8,7 +8,9 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,11 +34,11 @@ import lora_ga
 import peft_script
 from bench_alignment import alignment_ratios, gradients
 from lora_ga.cli import data as reading
-from lora_ga.cli import tasks
+from lora_ga.cli import finetune, tasks
 from lora_ga.cli.data import EstimateBatches, Labels
 from lora_ga.cli.finetune import optimizer_steps, training_arguments
 from lora_ga.cli.main import main
-from lora_ga.cli.models import load_base, load_tokenizer
+from lora_ga.cli.models import device, load_base, load_tokenizer
 from lora_ga.cli.options import EstimateOptions, ModelOptions
 from lora_ga.cli.train import parse
 from lora_ga.experiments.records.runs import load_run
@@ -508,6 +510,25 @@ def test_an_output_folder_below_a_file_is_refused(
     assert f"{tmp_path / 'file'} is a file, so no folder" in error_of(
         [*argv, "--output_dir", tmp_path / "file" / "run"]
     )
+
+
+@pytest.mark.parametrize(("old", "name"), [(True, "warmup_ratio"), (False, "warmup_steps")])
+def test_the_share_of_warm_up_is_given_by_the_name_that_transformers_knows(
+    old: bool, name: str, llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = command(llama, prompts, tmp_path / "run", task="causal-lm", warmup_ratio=0.5)
+    job, _ = parse([str(argument) for argument in argv[1:]])
+    given = Mock(return_value=SimpleNamespace(n_gpu=0))
+    monkeypatch.setattr(tasks, "trainer_classes", lambda *_: (None, given, {}))
+    monkeypatch.setattr(finetune, "is_before", lambda *_: old)
+    training_arguments(job, tmp_path)
+    assert {key: value for key, value in given.call_args.kwargs.items() if "warm" in key} == {name: 0.5}
+
+
+def test_without_an_accelerator_the_device_is_the_cpu_whatever_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", Mock(side_effect=RuntimeError))  # torch 2.6
+    assert device() == torch.device("cpu")
 
 
 def test_the_trainer_uses_one_gpu_even_if_several_are_visible(
