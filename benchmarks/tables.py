@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,10 @@ MARKERS = re.compile(r"(<!-- drawn from records -->\n).*?(\n<!-- end -->)", flag
 def load(name: str) -> dict[str, Any]:
     """Reads a record of benchmarks/results."""
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+# The tasks on which the rule of `find_rate` was set, and those on which it was judged.
+SET_ON, JUDGED = ("stories260k", "babyllama105", "sst2"), ("cola", "mrpc")
 
 
 def difference_table() -> str:
@@ -220,6 +225,34 @@ def why_table() -> str:
                 lines.append(
                     f"| {title}: {method} | " + " | ".join(f"{rows[step][figure]:.2g}" for step in steps) + " |"
                 )
+    return "\n".join(lines)
+
+
+def found_rates_table() -> str:
+    """The rates that `find_rate` finds, against the sweeps, in Markdown."""
+    heads = "task | method | found | best of the sweep | regret, nearest rate | regret, between rates | cost ÷ run"
+    lines = [f"| {heads} |", "|---" * 7 + "|"]
+    for name, row in load("rates")["found"].items():
+        task, _, method = name.partition("/")
+        lines.append(
+            f"| {task} | {method} | {row['rate']:.2g} | {row['swept best']:g} | {row['nearest']:.4f} | "
+            f"{row['between']:.4f} | {row['cost']:.3f} |"
+        )
+    for title, tasks in (("set on", SET_ON), ("judged", JUDGED)):
+        rows = [row for name, row in load("rates")["found"].items() if name.partition("/")[0] in tasks]
+        cells = [
+            f"{statistics.fmean(row[key] for row in rows):.4f}, at most {max(row[key] for row in rows):.4f}"
+            for key in ("nearest", "between")
+        ]
+        lines.append(f"| **{title}** | all | | | {' | '.join(cells)} | {max(row['cost'] for row in rows):.3f} |")
+    return "\n".join(lines)
+
+
+def unswept_table() -> str:
+    """LoRA-GA at the rate that was found, beside LoRA at the rate that people use, in Markdown."""
+    lines = ["| loss | LoRA-GA, found rate | LoRA at 2e-4 | LoRA, best of its sweep |", "|---|---|---|---|"]
+    for task, row in load("rates")["unswept"].items():
+        lines.append(f"| {task} | {row['lora-ga']:.3f} | {row['lora']:.3f} | {row['lora, best']:.3f} |")
     return "\n".join(lines)
 
 
@@ -431,6 +464,8 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         functools.partial(suite_methods, "glue-minilm", "mrpc"),
         functools.partial(suite_methods, "ablation", "babyllama105"),
         why_table,
+        found_rates_table,
+        unswept_table,
     ),
     "docs/serving.md": (readers_table,),
     "docs/scale.md": (exchange_table, accuracy_table, larger_models_table),

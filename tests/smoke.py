@@ -92,6 +92,15 @@ def test_every_public_name_can_be_imported() -> None:
     assert all(callable(getattr(lora_ga, name)) for name in lora_ga.__all__)
 
 
+def test_a_learning_rate_is_found_and_the_model_stays() -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    before = [each.clone() for each in model.state_dict().values()]
+    with pytest.warns(UserWarning, match="No learning rate up to"):  # so small a model barely reacts to a step
+        assert 0 < lora_ga.find_rate(model, causal(4), steps=100) < 1
+    assert all(map(torch.equal, before, model.state_dict().values()))
+
+
 def test_the_start_is_exact_in_bfloat16() -> None:
     model, batch = adapted(llama().to(torch.bfloat16)).eval(), causal(1)[0]
     before = logits(model, batch)
