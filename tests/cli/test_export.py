@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -60,8 +61,12 @@ def test_a_merged_model_computes_what_base_and_adapter_compute(
         tmp_path / "run",
         task,
     )
+    transformers.utils.logging.enable_progress_bar()
+    capsys.readouterr()
     assert main(["export", str(adapter), "--output", str(tmp_path / "merged"), "--merge"]) == 0
-    assert capsys.readouterr().out.endswith(f"merged: {base_folder} with the adapter merged in\n")
+    shown = capsys.readouterr()
+    assert shown.out.endswith(f"merged: {base_folder} with the adapter merged in\n")
+    assert "it/s" not in shown.err  # no bars where there is no terminal
     merged = LOADERS[task].from_pretrained(tmp_path / "merged").eval()
     adapted = PeftModel.from_pretrained(LOADERS[task].from_pretrained(base_folder), adapter).eval()
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Loads the tokenizer and the base model, and adds the adapter."""
 
 import importlib.util
+import sys
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ PEFT_HEADS = {"classifier", "score"}  # PEFT trains and saves these for every cl
 
 
 def load_pretrained(loader: Any, model: str, **settings: Any) -> Any:
-    """Calls `loader.from_pretrained`, and adds the option and a remedy to its errors.
+    """Calls `loader.from_pretrained`, without a bar where there is no terminal, and adds a remedy to its errors.
 
     Args:
         loader: A class of Transformers.
@@ -29,6 +30,8 @@ def load_pretrained(loader: Any, model: str, **settings: Any) -> Any:
     Raises:
         ValueError: The model cannot be found, reached or read.
     """
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     try:
         return loader.from_pretrained(model, **settings)
     except (OSError, ValueError, KeyError) as error:

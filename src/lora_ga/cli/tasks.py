@@ -225,10 +225,9 @@ def trainer_classes(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, A
 
 
 def _load_rows(data: DataOptions, file: str | None, split: str | None) -> tuple[str, Dataset]:
-    """Loads rows, and describes where they come from. Without a terminal there are no bars from here on."""
+    """Loads rows, and describes where they come from. Without a terminal the library `datasets` shows no bars."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
     if file is not None:
         return file, load_file(Path(file))
     assert data.dataset is not None, "checked by DataOptions"
