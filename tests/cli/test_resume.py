@@ -163,10 +163,11 @@ def test_an_interrupted_run_says_how_it_goes_on(
     monkeypatch.setattr(finetune, "finetune", interrupt)
     interrupted = interrupted_copy(uninterrupted, tmp_path / "my run")
     assert main(["train", "--resume", "--output_dir", str(interrupted)]) == 130
-    command, step = re.fullmatch(
-        r"\n(.*)  resumes at step (\d)\.\n\nlora-ga train: interrupted\n", capsys.readouterr().err
-    ).groups()  # type: ignore[union-attr]
-    assert parse(shlex.split(command)[2:])[1] == interrupted / "checkpoints" / f"checkpoint-{step}"
+    said = re.fullmatch(
+        r"\nlora-ga train: interrupted\. `lora-ga (.*)` resumes it at step 4\.\n", capsys.readouterr().err
+    )
+    assert said is not None
+    assert parse(shlex.split(said[1])[1:])[1] == interrupted / "checkpoints" / "checkpoint-4"
     shutil.rmtree(interrupted / "checkpoints")
     estimate = interrupted / "estimate.safetensors"
     assert how_to_resume(interrupted).endswith(f" --estimate_file {shlex.quote(str(estimate))} spares the estimate.")

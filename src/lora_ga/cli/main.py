@@ -86,10 +86,10 @@ def _call(command: str, argv: list[str]) -> int:
         if debug:
             raise
         return _refuse(f"lora-ga {command}", str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        print(f"\nlora-ga {command}: interrupted", file=sys.stderr)
+        print(f"\nlora-ga {command}: interrupted{'.' * bool(error.args)}", *error.args, file=sys.stderr)
         return 130
 
 

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,14 @@ def parse(argv: list[str]) -> tuple[Job, Path | None]:
 
 
 def main(argv: list[str]) -> int:
-    """Trains and prints a summary."""
+    """Trains and prints a summary.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        KeyboardInterrupt: The training was interrupted; the message says how it goes on.
+    """
     job, checkpoint = parse(argv)
     from lora_ga.cli.finetune import finetune
     from lora_ga.experiments.records.runs import RECORD
@@ -83,9 +89,8 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         outcome = finetune(job, checkpoint)
-    except KeyboardInterrupt:
-        print(f"\n{how_to_resume(folder)}", file=sys.stderr)
-        raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(how_to_resume(folder)) from error
     print(summary(outcome.record))
     print(f"{outcome.result}: the result. {folder / RECORD}: its record.")
     for what, how in next_steps(outcome.record, outcome.result):
@@ -96,9 +101,7 @@ def main(argv: list[str]) -> int:
 def how_to_resume(folder: Path) -> str:
     """What to do after an interruption of the run in `folder`."""
     if made := checkpoints.complete_checkpoints(folder):
-        return (
-            f"{shlex.join(['lora-ga', 'train', '--resume', '--output_dir', str(folder)])}  resumes at step {max(made)}."
-        )
+        return f"`lora-ga train --resume --output_dir {shlex.quote(str(folder))}` resumes it at step {max(made)}."
     kept = "It has no checkpoint yet (--save_steps), so it cannot be resumed."
     estimate = folder / checkpoints.ESTIMATE
     if estimate.is_file():
