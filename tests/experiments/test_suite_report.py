@@ -179,6 +179,21 @@ def test_both_protocols_are_shown_if_the_suite_has_both(suite: Suite, undrawn: N
     assert by_line["full"].values("loss") == pytest.approx([2 + math.log10(50), 2.1 + math.log10(50)])
 
 
+def test_rates_that_nobody_has_swept_get_all_seeds_and_a_table_beside_the_tuned_one(
+    suite: Suite, undrawn: None
+) -> None:
+    text_task = replace(suite.tasks["text"], also=["accuracy"])
+    unswept = replace(suite, tasks={"text": text_task}, unswept_rates=[2e-4, 2e-5])
+    text = text_of(unswept, complete(unswept))
+    assert "## text, loss, without a sweep" in text
+    assert "|  | loss at 0.0002 | loss at 2e-05 |" in text
+    # Two seeds: 2 + log10(0.001 / rate) and 0.1 more.
+    assert re.search(r"\| full \| \S*2\.749 ± 0\.050\S* \| \S*3\.749 ± 0\.050\S* \|", text)
+    # A metric that is shown beside the reported one.
+    assert "| best rate | loss, reported | accuracy, reported | seeds |" in text
+    assert "| 0.001 | **2.050 ± 0.050** | 0.790 ± 0.010 | 2 of 2 |" in text
+
+
 def test_three_variants_that_differ_in_one_number_form_a_series(suite: Suite, undrawn: None) -> None:
     twice = {"lora": suite.methods["lora"], "rank 4": Variant("lora", settings={"rank": 4}, rates=[-6])}
     assert find_series(replace(suite, methods=twice)) == []

@@ -65,6 +65,7 @@ def test_the_package_contains_every_suite_file_and_nothing_else_of_recipes() -> 
         ({"methods": {"lora": {"rates": [-6], "tasks": ["maths"]}}}, "methods.lora.tasks: unknown maths"),
         ({"methods": {"lora": {"rate_of": "pissa"}}}, "methods.lora.rate_of: unknown pissa"),
         ({"tasks": {}}, "a suite needs at least one task"),
+        ({"unswept_rates": [0.0002, -1]}, "unswept_rates holds -1; it must list learning rates above 0"),
     ],
 )
 def test_unknown_keys_and_wrong_values_are_refused(
@@ -137,14 +138,16 @@ def test_settings_that_are_not_numbers_are_checked_too(
         load_suite(str(path))
 
 
-def run_sweep(first: list[int], score: Callable[[int], Score | None]) -> tuple[list[int], int | None]:
+def run_sweep(
+    first: list[int], score: Callable[[float], Score | None], quarter_decades: bool = False
+) -> tuple[list[float], float | None]:
     """Runs the points that a sweep needs until it needs no more; returns them in their order, and the best."""
-    ran: list[int] = []
+    ran: list[float] = []
 
-    def result_at(point: int) -> tuple[bool, Score | None]:
+    def result_at(point: float) -> tuple[bool, Score | None]:
         return point in ran, score(point) if point in ran else None
 
-    while (state := sweep(first, result_at)).needed:
+    while (state := sweep(first, result_at, quarter_decades)).needed:
         ran += state.needed
     return ran, state.best
 
@@ -156,6 +159,12 @@ def test_a_grid_with_its_best_inside_does_not_grow() -> None:
 @pytest.mark.parametrize(("peak", "more"), [(-9, [-7, -8, -9, -10]), (-2, [-3, -2, -1])])
 def test_a_grid_grows_until_its_best_is_inside(peak: int, more: list[int]) -> None:
     assert run_sweep([-6, -5, -4], lambda p: (-abs(p - peak),)) == ([-6, -5, -4, *more], peak)
+
+
+def test_a_search_in_quarter_decades_ends_with_the_neighbours_of_the_best() -> None:
+    found = run_sweep([-7, -6], lambda p: (-abs(p + 4.6),), quarter_decades=True)
+    assert found == ([-7, -6, -5, -4, -5.5, -4.5], -4.5)
+    assert rate_at(-4.5) == 0.00562
 
 
 def test_a_grid_has_a_largest_size() -> None:

@@ -103,8 +103,13 @@ def _tuned(suite: Suite, task: str, label: str, records: Records) -> Result:
 
 def _paper(suite: Suite, task: str, label: str, records: Records) -> Result:
     assert suite.paper_rate is not None, "asked for only where there is one"
-    cells = [cell_of(suite, task, label, suite.paper_rate, seed) for seed in range(suite.seeds)]
-    return _result(task, label, suite.paper_rate, True, cells, records, {}, 0)
+    return at_rate(suite, task, label, suite.paper_rate, records)
+
+
+def at_rate(suite: Suite, task: str, label: str, rate: float, records: Records) -> Result:
+    """The result of a variant on a task at a rate that no search has chosen."""
+    cells = [cell_of(suite, task, label, rate, seed) for seed in range(suite.seeds)]
+    return _result(task, label, rate, True, cells, records, {}, 0)
 
 
 def _result(

@@ -11,6 +11,7 @@ from lora_ga.experiments.comparison.suites import (
     Record,
     Records,
     Result,
+    at_rate,
     find_series,
     plain_lora,
     protocols,
@@ -25,6 +26,7 @@ from lora_ga.experiments.tables.suites import (
     overview_table,
     records_table,
     settings_table,
+    unswept_table,
     usual_device,
 )
 from lora_ga.experiments.tables.table import Table
@@ -37,6 +39,7 @@ HEADINGS = {
 OVERVIEW_CAPTION = (
     "Reported split, mean ± standard error over the seeds; in brackets the learning rate. Bold: the best mean."
 )
+UNSWEPT_CAPTION = "Every method at the same learning rates, which no run has chosen: mean ± standard error over seeds."
 
 
 def report_files(document: Document) -> dict[str, bytes]:
@@ -69,7 +72,10 @@ def suite_document(suite: Suite, records: Records) -> Document:
             "--store), or name another one by --store."
         )
     sections = [section for protocol, some in found.items() for section in _protocol_sections(suite, protocol, some)]
-    runs = _used_records(found)
+    unswept = [at_rate(suite, *line, rate, records) for line in suite.lines() for rate in suite.unswept_rates]
+    for task in started_tasks(unswept):
+        sections.append(_unswept_section(suite, task, [each for each in unswept if each.task == task]))
+    runs = _used_records({**found, "unswept": unswept})
     sections.append(Section("Settings", [settings_table(suite), records_table(runs)]))
     facts = f"{len(runs)} runs. {_protocol_text(suite)}"
     return Document(f"{suite.name}: {suite.title}", facts, notices(suite, found), sections)
@@ -136,6 +142,13 @@ def _protocol_sections(suite: Suite, protocol: str, found: Sequence[Result]) -> 
         if task in started:
             sections.append(_task_section(suite, task, protocol, [each for each in found if each.task == task]))
     return sections
+
+
+def _unswept_section(suite: Suite, task: str, found: Sequence[Result]) -> Section:
+    """The table of one task at the rates that nobody has swept."""
+    by_rate = {rate: [each for each in found if each.rate == rate] for rate in suite.unswept_rates}
+    heading = f"{task}, {suite.tasks[task].metric}, without a sweep"
+    return Section(heading, [unswept_table(suite, by_rate), UNSWEPT_CAPTION])
 
 
 def _task_section(suite: Suite, task: str, protocol: str, found: Sequence[Result]) -> Section:

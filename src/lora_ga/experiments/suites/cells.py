@@ -1,8 +1,8 @@
 """The cells of a suite: what decides a run's result, its digest, and which cells are still needed.
 
-Cells are needed by the paper's protocol (one rate for all) or by the tuned one (a grid of rates). The functions are
-pure: the same suite and the same records give the same cells. An interrupted run therefore continues when it is
-started again.
+Cells are needed by the tuned protocol (a grid of rates), by the paper's (one rate for all), or by the table of rates
+that nobody has swept. The functions are pure: the same suite and the same records give the same cells. An interrupted
+run therefore continues when it is started again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON values; names for display, estimates and checks are left out."""
-        ignored = {"seconds", "settings", "fields", "choose"}
+        ignored = {"seconds", "settings", "fields", "choose", "also"}
         task = {key: value for key, value in changed(self.task).items() if key not in ignored}
         return {
             "task": task,
@@ -99,7 +99,7 @@ def changed_settings(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in settings.recorded().items() if value != defaults[name]}
 
 
-def rate_at(point: int) -> float:
+def rate_at(point: float) -> float:
     """The learning rate √10^point, to three digits."""
     return float(f"{10 ** (point / 2):.3g}")
 
@@ -122,9 +122,9 @@ class Sweep:
         best: The best exponent so far.
     """
 
-    scores: Mapping[int, Score | None]
-    needed: Sequence[int]
-    best: int | None
+    scores: Mapping[float, Score | None]
+    needed: Sequence[float]
+    best: float | None
 
     @property
     def inside(self) -> bool:
@@ -132,17 +132,20 @@ class Sweep:
         return self.best is not None and not self.needed and min(self.scores) < self.best < max(self.scores)
 
 
-def sweep(first: Sequence[int], look: Callable[[int], tuple[bool, Score | None]]) -> Sweep:
+def sweep(
+    first: Sequence[int], look: Callable[[float], tuple[bool, Score | None]], quarter_decades: bool = False
+) -> Sweep:
     """Searches the best rate: the points of `first`, then one more at an edge as long as the best lies there.
 
     Args:
         first: The first exponents.
         look: Exponent → whether it has run, and its score (None if it diverged).
+        quarter_decades: Whether the points half a step beside the best are searched at the end.
 
     Returns:
         The state of the search.
     """
-    found = {point: look(point) for point in first}
+    found: dict[float, tuple[bool, Score | None]] = {point: look(point) for point in first}
     while True:
         needed = sorted(point for point, (ran, _) in found.items() if not ran)
         scores = {point: score for point, (ran, score) in sorted(found.items()) if ran}
@@ -156,7 +159,10 @@ def sweep(first: Sequence[int], look: Callable[[int], tuple[bool, Score | None]]
         elif best == high:
             found[high + 1] = look(high + 1)
         else:
-            return Sweep(scores, [], best)
+            between = {best - 0.5, best + 0.5} - set(found) if quarter_decades else set()
+            if not between:
+                return Sweep(scores, [], best)
+            found |= {point: look(point) for point in between}
 
 
 def score(record: Mapping[str, Any], metric: str) -> Score | None:
@@ -170,11 +176,11 @@ def score(record: Mapping[str, Any], metric: str) -> Score | None:
 def sweep_of(suite: Suite, task: str, label: str, records: Records) -> Sweep:
     """The search of the tuned protocol for a variant on a task, with seed 0 and the tuning split."""
 
-    def look(point: int) -> tuple[bool, Score | None]:
+    def look(point: float) -> tuple[bool, Score | None]:
         record = records.get(cell_of(suite, task, label, rate_at(point), 0).digest())
         return record is not None, None if record is None else score(record, suite.tasks[task].chooser)
 
-    return sweep(suite.methods[label].rates, look)
+    return sweep(suite.methods[label].rates, look, suite.quarter_decades)
 
 
 def best_rate(suite: Suite, task: str, label: str, records: Records) -> float | None:
@@ -185,9 +191,8 @@ def best_rate(suite: Suite, task: str, label: str, records: Records) -> float | 
 
 def wanted(suite: Suite, task: str, label: str, records: Records) -> list[Cell]:
     """The cells of a line that are needed so far, each once, whether they have run or not."""
-    cells = []
-    if suite.paper_rate is not None:
-        cells += [cell_of(suite, task, label, suite.paper_rate, seed) for seed in range(suite.seeds)]
+    fixed = [*([] if suite.paper_rate is None else [suite.paper_rate]), *suite.unswept_rates]
+    cells = [cell_of(suite, task, label, rate, seed) for rate in fixed for seed in range(suite.seeds)]
     source = suite.methods[label].rate_of
     if source is None:
         state = sweep_of(suite, task, label, records)

@@ -91,12 +91,13 @@ class Task:
 
     Attributes:
         kind: A name of `tasks.KINDS`.
-        model: A reference to the model: `data:PATH` in the data folder, `package:PATH` in an installed package, a local
-            folder, or `hub:NAME`.
+        model: A reference to the model: `data:PATH` in the data folder, `package:PATH` in an installed package,
+            `gguf:PACKAGE/FILE` for a GGUF file in an installed package, a local folder, or `hub:NAME`.
         files: The use of a file ("train", for example) → a reference of the same form; a data set of the hub is
             `hub:NAME:SPLIT` or `hub:NAME:CONFIGURATION:SPLIT`.
         columns: The meaning of a column → its name in the file.
         metric: The reported metric.
+        also: More metrics of the report that are shown beside it.
         choose: The metric that chooses the learning rate on the tuning split; by default the reported one.
         labels: Number of classes.
         input: Template of the text that the model reads, with {meaning} in place of a column.
@@ -115,6 +116,7 @@ class Task:
     files: Mapping[str, str]
     columns: Mapping[str, str] = field(default_factory=dict)
     metric: str = "loss"
+    also: Sequence[str] = ()
     choose: str = ""
     labels: int = 0
     input: str = ""
@@ -165,6 +167,8 @@ class Suite:
         settings: The settings of all tasks and variants.
         seeds: Number of runs at the best rate; the first one is from the search for it.
         paper_rate: The learning rate of all methods in the paper's protocol; None: the suite has no such protocol.
+        unswept_rates: Learning rates at which every variant runs too, with all seeds, whatever the grid finds.
+        quarter_decades: Whether the search ends with the two rates a quarter of a decade beside the best.
     """
 
     name: str
@@ -174,6 +178,8 @@ class Suite:
     settings: Settings = Settings()
     seeds: int = 3
     paper_rate: float | None = None
+    unswept_rates: Sequence[float] = ()
+    quarter_decades: bool = False
 
     def settings_of(self, task: str, label: str) -> Settings:
         """The suite's settings with the changes of the task and the variant; those of the variant win."""
@@ -274,6 +280,9 @@ def _suite(name: str, values: dict[str, Any]) -> Suite:
     suite = _read(Suite, given, "the suite")
     if not suite.tasks or not suite.methods:
         raise ValueError("a suite needs at least one task under 'tasks' and one variant under 'methods'.")
+    wrong = [rate for rate in suite.unswept_rates if isinstance(rate, (bool, str)) or not rate > 0]
+    if wrong:
+        raise ValueError(f"unswept_rates holds {wrong[0]!r}; it must list learning rates above 0, as 0.0002.")
     for label, variant in suite.methods.items():
         _check_variant(suite, label, variant)
     for task, label in suite.lines():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lora_ga.experiments.comparison.curves import mean_and_error
@@ -54,16 +54,44 @@ def method_table(suite: Suite, found: Sequence[Result], plain: Result | None) ->
     metric = suite.tasks[found[0].task].metric
     best = best_label(found, metric)
     chooser = suite.tasks[found[0].task].chooser
-    headers = ["", "best rate", f"{metric}, reported", "seeds", f"{chooser}, tuning split", "final training loss"]
+    also = suite.tasks[found[0].task].also
+    headers = ["", "best rate", *(f"{name}, reported" for name in (metric, *also)), "seeds"]
+    headers += [f"{chooser}, tuning split", "final training loss"]
     headers += [] if plain is None else [f"steps to {plain.label}'s loss", f"÷ {plain.label}'s steps"]
     rows = []
     for each in found:
-        row = [each.label, _rate_cell(each), format_values(each.values(metric)), f"{len(each.runs)} of {suite.seeds}"]
+        reported = [format_values(each.values(name)) for name in (metric, *also)]
+        row = [each.label, _rate_cell(each), *reported, f"{len(each.runs)} of {suite.seeds}"]
         row.append(format_values(each.values(chooser, "tune")))
         row.append(format_values([smoothed_training_loss(run)[-1][1] for run in each.runs.values()]))
         row += [] if plain is None else steps_cells(steps_to_loss(each, plain))
         rows.append(row)
     return Table(headers, rows, {(number, 2) for number, each in enumerate(found) if each.label == best})
+
+
+def unswept_table(suite: Suite, found: Mapping[float, Sequence[Result]]) -> Table:
+    """One row for each variant on one task, one column for each rate that nobody has swept: the reported metric.
+
+    Args:
+        suite: The suite.
+        found: Rate → results on one task, in the same order.
+
+    Returns:
+        The table; the best mean of a column is bold.
+    """
+    metric = suite.tasks[next(iter(found.values()))[0].task].metric
+    best = {rate: best_label(some, metric) for rate, some in found.items()}
+    rows = [
+        [line[0].label, *(format_values(each.values(metric)) for each in line)]
+        for line in zip(*found.values(), strict=True)
+    ]
+    bold = {
+        (number, column)
+        for column, rate in enumerate(found, 1)
+        for number, row in enumerate(rows)
+        if row[0] == best[rate]
+    }
+    return Table(["", *(f"{metric} at {rate:g}" for rate in found)], rows, bold)
 
 
 def _rate_cell(result: Result) -> str:
