@@ -121,6 +121,10 @@ def write_data(folder: Path) -> None:
         rows = [{"text": text, "text_pair": PAIRS[-i], "label": i % 2} for i, text in enumerate(PAIRS)]
         write(folder / f"data/glue/{name}/train.jsonl", rows)
         write(folder / f"data/glue/{name}/validation.jsonl", rows[::3])
+    solved = [{"question": f"{text} ?", "answer": f"{text} #### 2"} for text in PAIRS]
+    write(folder / "data/gsm8k/train.jsonl", solved)
+    write(folder / "data/gsm8k/test.jsonl", solved[:3])
+    write(folder / "data/mbpp/mbpp.jsonl", [{"text": text, "code": text} for text in PAIRS])
     bench = folder / "data/mt_bench"
     turns = ["the cat ?", "the dog ?"]
     write(
@@ -161,6 +165,7 @@ def toy_suite(name: str, folder: Path, labels: Sequence[str], **changes: Any) ->
     suite["methods"] = {label: suite["methods"][label] for label in labels}
     for task in suite["tasks"].values():
         task["model"] = re.sub("^package:.*", "data:bert", task["model"])
+        task["model"] = re.sub("^gguf:.*", "data:models/stories260k", task["model"])
         task["fields"] = {}
         task["settings"] = {"head_rate": 0.01} if task["kind"] == "classes" else {}
         if "tokens" in task.get("evaluation", {}):

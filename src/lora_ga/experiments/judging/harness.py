@@ -73,6 +73,55 @@ TESTS: dict[str, tuple[Sequence[str], str, Callable[[Mapping[str, Any], Sequence
 }
 
 
+def check_test(task: Task) -> None:
+    """Checks that the evaluation names a test and its rows, and nothing unknown.
+
+    Args:
+        task: The task.
+
+    Raises:
+        ValueError: It does not.
+    """
+    test = task.evaluation.get("test")
+    if test not in TESTS:
+        raise ValueError(f"evaluation: test is {test!r}; it must be one of {', '.join(TESTS)}.")
+    unknown = sorted(set(task.evaluation) - set(KEYS))
+    if unknown or "rows" not in task.evaluation:
+        raise ValueError(f"evaluation: gives {', '.join(task.evaluation)}; it takes {', '.join(KEYS)}, and needs rows.")
+
+
+def check_rows(task: Task, sources: Sources) -> list[str]:
+    """Checks that the rows of the test have its columns.
+
+    Args:
+        task: The task.
+        sources: Resolves the reference to the rows.
+
+    Returns:
+        One text about the rows.
+
+    Raises:
+        ValueError: The rows are missing, or a column is.
+    """
+    test, reference = task.evaluation["test"], task.evaluation["rows"]
+    columns = TESTS[test][0]
+    if sources.is_out_of_reach(reference):
+        return [f"{test} {reference} (columns {', '.join(columns)}; not checked)"]
+    return [f"{test} {reference} ({len(rows_of(task, sources))} rows; columns {', '.join(columns)})"]
+
+
+def rows_of(task: Task, sources: Sources) -> list[dict[str, Any]]:
+    """The rows of a test."""
+    columns, reference = TESTS[task.evaluation["test"]][0], task.evaluation["rows"]
+    return select_columns(sources.rows(reference), {column: column for column in columns}, reference)
+
+
+def prompt_of(task: Task, row: Mapping[str, Any]) -> str:
+    """The prompt of a row of a test, made as in the training."""
+    place = next(meaning for meaning in task.columns if f"{{{meaning}}}" in task.input)
+    return task.input.format(**{place: row[TESTS[task.evaluation["test"]][1]]})
+
+
 def check(task: Task, sources: Sources) -> list[str]:
     """Checks the rows, the installation of the harness, and the permission to run programs.
 
@@ -86,29 +135,20 @@ def check(task: Task, sources: Sources) -> list[str]:
     Raises:
         ValueError: Something is missing, or not allowed.
     """
-    test = task.evaluation.get("test")
-    if test not in TESTS:
-        raise ValueError(f"evaluation: test is {test!r}; it must be one of {', '.join(TESTS)}.")
-    unknown = sorted(set(task.evaluation) - set(KEYS))
-    if unknown or "rows" not in task.evaluation:
-        raise ValueError(f"evaluation: gives {', '.join(task.evaluation)}; it takes {', '.join(KEYS)}, and needs rows.")
-    columns, _, _, runs_programs = TESTS[test]
-    reference = task.evaluation["rows"]
+    check_test(task)
+    test = task.evaluation["test"]
     if sources.use_hub:
         if importlib.util.find_spec("lm_eval") is None:
             raise ValueError(
                 'evaluation: lm-evaluation-harness is not installed: pip install "lora-ga[eval]", or in a checkout '
                 'pip install -e ".[eval]".'
             )
-        if runs_programs and os.environ.get(ALLOW) != "1":
+        if TESTS[test][3] and os.environ.get(ALLOW) != "1":
             raise ValueError(
                 f"evaluation: {test} runs programs that a model wrote. Use a machine where they can do no harm, "
                 f"and allow it by {ALLOW}=1."
             )
-    if sources.is_out_of_reach(reference):
-        return [f"{test} {reference} (columns {', '.join(columns)}; not checked)"]
-    rows = select_columns(sources.rows(reference), {column: column for column in columns}, reference)
-    return [f"{test} {reference} ({len(rows)} rows; columns {', '.join(columns)})"]
+    return check_rows(task, sources)
 
 
 def preflight(task: Task, sources: Sources) -> None:
@@ -129,16 +169,14 @@ def test_config(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     import datasets
 
     test = task.evaluation["test"]
-    _, question, judged, _ = TESTS[test]
-    place = next(meaning for meaning in task.columns if f"{{{meaning}}}" in task.input)
     return {
         "task": test,
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(list(map(dict, rows)))},
         "test_split": "test",
         "output_type": "generate_until",
-        "doc_to_text": lambda doc: task.input.format(**{place: doc[question]}),
+        "doc_to_text": lambda doc: prompt_of(task, doc),
         "doc_to_target": "",
-        "process_results": judged,
+        "process_results": TESTS[test][2],
         "metric_list": [{"metric": test, "aggregation": "mean", "higher_is_better": True}],
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": task.evaluation.get("tokens", 512)},
         "num_fewshot": 0,
@@ -162,8 +200,7 @@ def run(model: Any, tokenizer: Any, task: Task, sources: Sources, seed: int) -> 
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    test, columns = task.evaluation["test"], TESTS[task.evaluation["test"]][0]
-    rows = select_columns(sources.rows(task.evaluation["rows"]), {column: column for column in columns}, test)
+    test, rows = task.evaluation["test"], rows_of(task, sources)
     batch = task.evaluation.get("batch", 8)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device))
     found = lm_eval.simple_evaluate(wrapped, tasks=[test_config(task, rows)], bootstrap_iters=0, log_samples=False)

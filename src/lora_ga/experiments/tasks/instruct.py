@@ -1,8 +1,8 @@
 """Instruction tuning: a decoder reads a prompt and learns the tokens of the answer.
 
-Rows longer than the settings' length are left out, as the paper's authors do. The tuning and the reported split are
-held-out training rows, which give losses. The task's evaluation gives the other metrics, from answers of the trained
-model.
+Rows longer than the settings' length are left out, as the paper's authors do. The tuning split is held-out training
+rows. So is the reported split, unless the task names a file for it ("report"). Both give losses. The task's evaluation
+gives the other metrics, from answers of the trained model.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lora_ga.gradients.loss import IGNORED
 EVAL_BATCH_SIZE = 8  # rows of a batch of the tuning and the reported split
 BLOCK = 1000  # rows that are tokenised together
 Row = Mapping[str, Any]
+Examples = list[tuple[list[int], int]]  # token ids and the length of the prompt, for each row
 
 
 def as_it_is(row: Row) -> Row | None:
@@ -79,14 +80,15 @@ def check(task: Task, sources: Sources) -> list[str]:
     check_template("target", task.target, task.columns)
     if task.clean not in CLEANERS:
         raise ValueError(f"clean is {task.clean!r}; it must be one of {', '.join(filter(None, CLEANERS))}.")
-    if "train" not in task.files:
-        raise ValueError(f"files names {', '.join(task.files) or 'nothing'}; it must name train.")
+    if "train" not in task.files or set(task.files) - {"train", "report"}:
+        raise ValueError(f"files names {', '.join(task.files) or 'nothing'}; it must name train, and may name report.")
     columns = ", ".join(task.columns.values())
-    if sources.is_out_of_reach(task.files["train"]):
-        found.append(f"train {task.files['train']} (columns {columns}; not checked)")
-    else:
-        rows = select_columns(sources.rows(task.files["train"]), task.columns, task.files["train"])
-        found.append(f"train {task.files['train']} ({len(rows)} rows; columns {columns})")
+    for part, reference in task.files.items():
+        if sources.is_out_of_reach(reference):
+            found.append(f"{part} {reference} (columns {columns}; not checked)")
+        else:
+            rows = select_columns(sources.rows(reference), task.columns, reference)
+            found.append(f"{part} {reference} ({len(rows)} rows; columns {columns})")
     return found + evaluate.check(task, sources)
 
 
@@ -109,9 +111,9 @@ class InstructCollator:
         self.task = task
         self.length = length
 
-    def examples(self, rows: Sequence[Row], most: int) -> list[tuple[list[int], int]]:
+    def examples(self, rows: Sequence[Row], most: int) -> Examples:
         """Token ids and the length of the prompt, for the first rows that pass the cleaner and are short enough."""
-        found: list[tuple[list[int], int]] = []
+        found: Examples = []
         for start in range(0, len(rows), BLOCK):
             cleaned = (CLEANERS[self.task.clean](row) for row in rows[start : start + BLOCK])
             some = [row for row in cleaned if row is not None]
@@ -139,26 +141,50 @@ class InstructCollator:
         return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
 
 
+def split_examples(cell: Cell, sources: Sources, collator: InstructCollator) -> tuple[Examples, Examples, Examples]:
+    """The examples to choose the learning rate, to report and to train: the same for every method and seed.
+
+    Args:
+        cell: The cell.
+        sources: Resolves the references to files.
+        collator: Tokenises the rows.
+
+    Returns:
+        The tuning, the reported and the training examples.
+
+    Raises:
+        ValueError: Too few rows are left.
+    """
+    task, settings = cell.task, cell.settings
+    own_file = "report" in task.files
+    apart_rows = settings.tune_rows + (0 if own_file else settings.report_rows)
+    examples = collator.examples(_shuffled(task, sources, "train"), apart_rows + settings.train_rows)
+    if len(examples) < apart_rows + settings.effective_batch_size:
+        raise ValueError(
+            f"{task.files['train']}: {len(examples)} rows are left, but {apart_rows} are held out and a batch has "
+            f"{settings.effective_batch_size}. Give more rows, or a larger length."
+        )
+    report = examples[settings.tune_rows : apart_rows]
+    if own_file:
+        report = collator.examples(_shuffled(task, sources, "report"), settings.report_rows)
+        if not report:
+            raise ValueError(f"{task.files['report']}: no row is left. Give more rows, or a larger length.")
+    return examples[: settings.tune_rows], report, examples[apart_rows:]
+
+
+def _shuffled(task: Task, sources: Sources, part: str) -> list[dict[str, Any]]:
+    """The rows of a file of the task, in one random order."""
+    rows = select_columns(sources.rows(task.files[part]), task.columns, task.files[part])
+    return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
+
+
 def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     """Loads the model and the rows, and splits the tuning and the reported rows off."""
     task, settings = cell.task, cell.settings
     folder = sources.model(task.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     collator = InstructCollator(tokenizer, task, settings.length)
-    rows = select_columns(sources.rows(task.files["train"]), task.columns, task.files["train"])
-    shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
-    apart_rows = settings.tune_rows + settings.report_rows
-    examples = collator.examples(shuffled, apart_rows + settings.train_rows)
-    if len(examples) < apart_rows + settings.effective_batch_size:
-        raise ValueError(
-            f"{task.files['train']}: {len(examples)} rows are left, but {apart_rows} are held out and a batch has "
-            f"{settings.effective_batch_size}. Give more rows, or a larger length."
-        )
-    tune, report, train = (
-        examples[: settings.tune_rows],
-        examples[settings.tune_rows : apart_rows],
-        examples[apart_rows:],
-    )
+    tune, report, train = split_examples(cell, sources, collator)
     order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
 
     def train_batches() -> Iterator[Batch]:

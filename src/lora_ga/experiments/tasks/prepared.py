@@ -64,8 +64,9 @@ def check_model(task: Task, sources: Sources) -> str:
     fields = ", ".join(f"{name} {value}" for name, value in task.fields.items())
     if sources.is_out_of_reach(task.model):
         return f"model {task.model} (wanted: {fields}; not checked)"
+    place = sources.model(task.model)
     try:
-        config = transformers.AutoConfig.from_pretrained(sources.model(task.model))
+        config = transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         way = sources.hint(task.model) if task.model.startswith("hub:") else "Give a folder with a model in it."
         raise ValueError(f"{task.model}: its config.json could not be loaded ({error}). {way}") from error
