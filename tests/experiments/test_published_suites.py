@@ -50,7 +50,9 @@ def test_every_published_suite_is_run_here() -> None:
     assert set(RUN) == set(available())
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == TUNED else [pytest.mark.slow]) for name in RUN]
+)
 def test_a_published_suite_runs_from_end_to_end(
     name: str, sources: Sources, tmp_path: Path, judge_server: Any, harness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
