@@ -26,7 +26,7 @@ import lora_ga
 from cases import EXPERTS, mixtral, seeded
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.distributed.processes import Processes
-from lora_ga.gradients import progress
+from lora_ga.gradients import loop, progress
 from lora_ga.gradients.loss import label_tokens
 from lora_ga.gradients.setup import prepare
 from lora_ga.linalg.low_rank import LowRank, probes, truncated_svd
@@ -205,6 +205,11 @@ def test_max_batches_limits_the_number_of_batches_read() -> None:
 
     assert lora_ga.estimate_gradients(adapted(llama()), endless(), LoraGAConfig(max_batches=3)).batches == 3
     assert len(read) == 3
+
+
+def test_one_process_computes_no_digests_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "digest_of", None)
+    assert lora_ga.estimate_gradients(adapted(llama(), ["q_proj"]), causal(2)).batches == 2
 
 
 def test_the_forward_pass_uses_other_active_adapters_but_not_the_fresh_one() -> None:

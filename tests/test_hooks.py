@@ -235,3 +235,12 @@ def test_a_parameter_on_the_meta_device_is_refused() -> None:
         layer(torch.empty(1, 2, device="meta"))
     assert not layer._forward_pre_hooks
     assert sums == []
+
+
+def test_a_parameter_is_itself_again_after_a_call_that_raises_an_error() -> None:
+    layer = nn.Linear(2, 2)
+    recorded = record_parameters({"experts": (layer, "weight")}, lambda *_: None, {}, Coverage())
+    with recorded:
+        with pytest.raises(RuntimeError, match="shapes"):
+            layer(torch.ones(1, 3))
+        assert layer.weight is layer._parameters["weight"]

@@ -332,9 +332,18 @@ def test_a_file_in_which_a_tied_head_has_its_own_start_is_refused_with_advice_th
 
 
 @TIED_FACTORS
-@pytest.mark.parametrize("settings", [{"alpha_pattern": {"lm_head": 99}}, {"rank_pattern": {"lm_head": 2}}])
-def test_a_tied_head_with_another_rank_or_scaling_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"lm_head is tied to the embedding .* Give both the same \(rank_pattern, al"):
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        ({"alpha_pattern": {"lm_head": 99}}, "rank 4 and scaling 49.5"),
+        ({"rank_pattern": {"lm_head": 2}}, "rank 2 and scaling 5.65685"),
+    ],
+)
+def test_a_tied_head_with_another_rank_or_scaling_is_refused(settings: dict[str, Any], own: str) -> None:
+    message = (
+        rf"lm_head is tied to the embedding .* {own}, the embedding 4 and 4\. Give both the same \(rank_pattern, al"
+    )
+    with pytest.raises(ValueError, match=message):
         lora_ga.initialize(tied_adapter(**settings), causal())
 
 
