@@ -34,6 +34,8 @@ def norm_in_front(**settings: Any) -> nn.Module:
 class Running(nn.Module):
     """Counts its passes in training mode, as normalisation layers keep running statistics."""
 
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros(1))
@@ -62,7 +64,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataL
     """All that a search could leave behind, as plain values."""
     tensors = [*model.state_dict().values(), *model.buffers(), *(p.grad for p in model.parameters())]
     state = [value for each in optimizer.state.values() for value in each.values()]
-    random_states = [torch.get_rng_state(), loader.generator.get_state()]  # type: ignore[union-attr]
+    random_states = [torch.get_rng_state(), loader.generator.get_state()]
     return [
         *(None if each is None else each.clone() for each in [*tensors, *state, *random_states]),
         [module.training for module in model.modules()],
@@ -109,6 +111,10 @@ def test_an_interrupted_search_leaves_no_trace_and_goes_on_from_what_was_measure
     tried: list[float] = []
     trial, loss = rates._Trials.stable, rates._Trials._loss
 
+    def counted(self: Any, rate: float, losses: list[float]) -> tuple[bool, int]:
+        tried.append(rate)
+        return trial(self, rate, losses)
+
     def in_the_middle(self: Any, place: int, **more: Any) -> float:
         if place == 2 and file.exists() and json.loads(file.read_text())["stable"]:
             raise KeyboardInterrupt
@@ -123,7 +129,7 @@ def test_an_interrupted_search_leaves_no_trace_and_goes_on_from_what_was_measure
 
     monkeypatch.setattr(rates._Trials, "_loss", loss)
     monkeypatch.setattr(rates._Trials, "at_start", lambda self: pytest.fail("measured again"))
-    monkeypatch.setattr(rates._Trials, "stable", lambda *a: (tried.append(a[1]), trial(*a))[1])
+    monkeypatch.setattr(rates._Trials, "stable", counted)
     assert find_rate(model, loader, STEPS, checkpoint=file) == whole
     assert tried
     assert 0.01 not in tried
@@ -153,7 +159,7 @@ def test_the_agreement_is_the_mean_product_of_signs_on_two_batches_and_the_rate_
         model.zero_grad()
         model(**batch).loss.backward()
         adapter = [p for name, p in model.named_parameters() if "lora" in name]
-        signs.append(torch.cat([p.grad.flatten().sign() for p in adapter]))
+        signs.append(torch.cat([p.grad.flatten().sign() for p in adapter if p.grad is not None]))
     products = [a @ b / len(a) for i, a in enumerate(signs) for b in signs[:i]]
     assert agreement == pytest.approx(float(torch.stack(products).mean()), rel=1e-4)
     assert len(losses) == len(batches)
@@ -195,8 +201,9 @@ def unlabelled() -> Iterator[dict[str, Tensor]]:
 def test_bad_input_is_refused_and_the_model_stays(changes: dict[str, Any], message: str) -> None:
     model, batches = lora_ga_start()
     before = [each.clone() for each in model.state_dict().values()]
+    given: dict[str, Any] = {"data": batches, "steps": STEPS} | changes
     with pytest.raises(ValueError, match=message):
-        find_rate(model, **({"data": batches, "steps": STEPS} | changes))
+        find_rate(model, **given)
     assert_equal(list(model.state_dict().values()), before)
 
 
