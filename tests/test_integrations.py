@@ -299,6 +299,33 @@ def test_a_denoising_loss_that_cannot_be_computed_is_refused() -> None:
         loss(Denoiser(), next(iter(batches)))
 
 
+class TrainedEncoder(nn.Module):
+    """A text encoder with a layer to adapt, called as those of Transformers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.words, self.dense = nn.Embedding(64, 16), nn.Linear(16, 16)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor]:
+        return (self.dense(self.words(ids).mean(dim=1)).tanh(),)
+
+
+def test_a_text_encoder_that_trains_too_starts_from_the_gradient_of_the_denoising_loss() -> None:
+    encoder, model = injected(TrainedEncoder(), ["dense"]), injected(Denoiser(), ["up", "down"])
+    data = [batch | {"input_ids": tokens(8, 6, seed)} for seed, batch in enumerate(CLEAN)]
+    batches, loss = denoising(Noising("epsilon"), data, clean, encoder)
+    before = [loss(model, batch)[0] for batch in batches]
+    lora_ga.initialize(model, batches, loss_fn=loss)
+    (line,) = re.findall(r"`(lora_ga\.initialize\(text_encoder, .*)`", SECTIONS["diffusers"])
+    given = {"lora_ga": lora_ga, "text_encoder": encoder, "unet": model, "batches": batches, "loss": loss}
+    estimate = eval(line, given)
+    assert before == [loss(model, batch)[0] for batch in batches]
+    weight: Any = encoder.get_submodule("dense.base_layer").weight.requires_grad_()
+    (wanted,) = torch.autograd.grad(torch.stack([loss(model, batch)[0] for batch in batches]).mean(), weight)
+    torch.testing.assert_close(torch.tensor(estimate["dense"].norm), wanted.norm())
+
+
 def unet(library: Any, **settings: Any) -> Any:
     torch.manual_seed(0)
     return library.UNet2DConditionModel(
