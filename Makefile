@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-.PHONY: demo test test-all campaign test-zero3 test-oldest test-versions test-frameworks lint docs dist bench clean
+.PHONY: demo test test-all campaign mutants test-zero3 test-oldest test-versions test-frameworks lint docs dist bench clean
 
 $(VENV)/.ready: pyproject.toml
 	@echo "Making an environment in $(VENV), once: first $(TORCH) (some 200 MB and more), then the other packages."
@@ -44,6 +44,11 @@ test-zero3: $(VENV)/zero3/.ready
 # instance --seed 3 --part kills, are those of `python -m campaign`.
 campaign: $(VENV)/.ready
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:benchmarks $(BIN)/python -m campaign $(ARGUMENTS)
+
+# First the lines that each test runs, then the mutants.
+mutants: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --measure
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --record benchmarks/results/mutants.json
 
 # The next three make environments of their own, one after the other, and remove them. With uv on the path they take less
 # time. test-versions downloads about 4 GB, most of it for the oldest torch.
