@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import linecache
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from lora_ga.distributed.tensor_parallel import PlannedStorage, Split
 from lora_ga.layers.embedding import EMBEDDING
 from lora_ga.layers.factors import FACTORS, Delta, DeltaA, DeltaB, Factor
 from lora_ga.layers.joined import JoinedA, JoinedB
-from lora_ga.layers.optimizers import reads_values
+from lora_ga.layers.optimizers import reads_values, starts_of
 from lora_ga.linalg.accumulator import UnitRows
 from lora_ga.linalg.low_rank import LowRank
 from toys import VOCABULARY, adapted, autograd_gradients, causal, llama, logits, tokens
@@ -351,7 +352,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 def test_the_table_says_of_every_optimizer_of_torch_and_transformers_whether_it_reads_values(name: str) -> None:
     make, start = OPTIMIZERS[name], random_tensor(4, 6, seed=9)
     same = torch.allclose(moved(make, start), moved(make, torch.zeros_like(start)), rtol=1e-3, atol=1e-6)
-    assert reads_values(make([nn.Parameter(start)])) is not same
+    assert reads_values(make([nn.Parameter(start)])) is (not same)
 
 
 class InTheMiddle(torch.optim.Adafactor):
@@ -382,11 +383,13 @@ def test_a_model_computes_and_saves_the_same_during_and_after_a_step_that_fails(
         optimizer.step()
     for factor, delta, value in zip(held, deltas, found, strict=True):
         assert torch.equal(value, factor.start + delta)
+    assert starts_of([held[0].trainable]) == {}  # it holds A or B itself
     torch.testing.assert_close(logits(model, batch), before, rtol=0, atol=1e-6)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, saved[name], rtol=0, atol=1e-6)
     optimizer.middle = lambda: None
     optimizer.step()  # without gradients
+    assert starts_of([held[0].trainable]) == {id(held[0].trainable): held[0].start}
     for factor, delta in zip(held, deltas, strict=True):
         torch.testing.assert_close(factor.trainable.detach(), delta, rtol=0, atol=1e-6)
 
@@ -399,8 +402,10 @@ def test_an_optimizer_that_moves_nothing_is_reported_by_name() -> None:
         factors_after(model, silent, steps=1)
         factors_after(copied := copy.deepcopy(model), SGD(trained_parameters(copied), lr=0.1), steps=1)
     silent.param_groups[0]["lr"] = 0.1
-    with pytest.warns(UserWarning, match='PairOptimizer has changed no parameter.*offset="base"'):
+    with pytest.warns(UserWarning, match='PairOptimizer has changed no parameter.*offset="base"') as warned:
         factors_after(model, silent, steps=1)
+    (place,) = ((each.filename, each.lineno) for each in warned if "PairOptimizer" in str(each.message))
+    assert linecache.getline(*place).strip() == "optimizer.step()"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         factors_after(model, silent, steps=1)

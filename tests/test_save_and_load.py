@@ -33,7 +33,7 @@ from lora_ga.adapter.save import FILE
 from lora_ga.config import CHOICES
 from lora_ga.export.merge import merge_adapter
 from lora_ga.files import write_tensors
-from lora_ga.layers.factors import Factor
+from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.targets import PREFIX
 from toys import (
     FAMILIES,
@@ -276,11 +276,17 @@ def test_the_folder_alone_loads_the_base_too_and_names_the_classes(tmp_path: Pat
         lora_ga.load("base", tmp_path / "adapter")
     with pytest.raises(TypeError, match=r"load\(base\) lacks the adapter"):
         lora_ga.load(base)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"SEQ_CLS"', "null"))
+    with pytest.raises(ValueError, match=r"its task type is None\. Load the base model yourself"):
+        lora_ga.load(tmp_path / "adapter")
+    config.write_text(whole)
     (tmp_path / "adapter" / "labels.json").write_text("[]")
     with pytest.raises(ValueError, match="labels.json: damaged"):
         lora_ga.load(untouched := bert(num_labels=4), tmp_path / "adapter")
     assert not any("lora" in name for name, _ in untouched.named_modules())
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    config.write_text("{")
     with pytest.raises(ValueError, match="adapter: damaged, or not what it should be"):
         lora_ga.load(tmp_path / "adapter")
     with pytest.raises(FileNotFoundError, match="no-folder: not a local folder, and the hub does not give it"):
@@ -421,6 +427,7 @@ def test_the_trained_tensors_saved_by_hand_are_refused_and_their_joined_matrices
     write: Any = save_file if file.endswith("safetensors") else torch.save
     (tmp_path / "adapter_model.safetensors").unlink()
     write(tensors, tmp_path / file)
+    assert len(without_start(tensors)) == 1  # says it of the first
     message = r"lora_A.default.delta_weight holds a trained change .* rank 2r.* lora_ga.safetensors is there, join them"
     for trainable in (True, False):
         with pytest.raises(ValueError, match=f"{file}: .*{message}"):
