@@ -64,7 +64,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataL
     """All that a search could leave behind, as plain values."""
     tensors = [*model.state_dict().values(), *model.buffers(), *(p.grad for p in model.parameters())]
     state = [value for each in optimizer.state.values() for value in each.values()]
-    random_states = [torch.get_rng_state(), loader.generator.get_state()]
+    random_states = [torch.get_rng_state(), *([loader.generator.get_state()] if loader.generator else [])]
     return [
         *(None if each is None else each.clone() for each in [*tensors, *state, *random_states]),
         [module.training for module in model.modules()],
@@ -89,6 +89,8 @@ def prepared(make: Callable[[], tuple[nn.Module, list[Any]]]) -> tuple[nn.Module
     for batch in batches[:2]:
         model(**batch).loss.backward()
         optimizer.step()
+    if make is rslora:  # between two epochs, with a loader that draws from the global generator
+        return model.eval(), optimizer, DataLoader(batches, None, shuffle=True)  # type: ignore[arg-type]
     draw = torch.Generator().manual_seed(5)
     return model, optimizer, DataLoader(batches, None, shuffle=True, generator=draw)  # type: ignore[arg-type]
 
