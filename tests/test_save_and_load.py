@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,7 +258,10 @@ def test_a_base_with_another_number_of_classes_is_refused_with_the_layer_and_its
         lora_ga.load(bert(num_labels=2), tmp_path)
 
 
-def test_the_folder_alone_loads_the_base_too_and_names_the_classes(tmp_path: Path) -> None:
+def test_the_folder_alone_loads_the_base_too_and_names_the_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that caplog sees its messages
     bert(num_labels=2).save_pretrained(tmp_path / "base")
     base = BertForSequenceClassification.from_pretrained(
         tmp_path / "base", num_labels=4, ignore_mismatched_sizes=True
@@ -269,6 +274,21 @@ def test_the_folder_alone_loads_the_base_too_and_names_the_classes(tmp_path: Pat
     alone = lora_ga.load(tmp_path / "adapter")
     ids = {"input_ids": tokens()}
     assert torch.equal(logits(alone, ids), logits(model.eval(), ids))
+    bert().bert.save_pretrained(tmp_path / "base")  # without a head
+    caplog.clear()
+    with caplog.at_level("WARNING"), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Neither the base")
+        again = lora_ga.load(tmp_path / "adapter")
+    assert "classifier" not in caplog.text
+    assert torch.equal(again.classifier.weight, alone.classifier.weight)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["encoder.layer.0.output.dense.bias"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.warns(
+        UserWarning, match=r"Neither the base model nor the adapter has .*0\.output\.dense\.bias: random w"
+    ):
+        lora_ga.load(tmp_path / "adapter")
+    bert(num_labels=2).save_pretrained(tmp_path / "base")
     base = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=4, ignore_mismatched_sizes=True)
     given = lora_ga.load(base, tmp_path / "adapter")
     assert alone.config.id2label == given.config.id2label == names

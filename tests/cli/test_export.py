@@ -1,6 +1,7 @@
 """`lora-ga export` writes smaller adapters and merged models."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,13 @@ def batch(task: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("task", "model"), [("seq-cls", "bert"), ("causal-lm", "llama"), ("seq2seq", "t5")])
 def test_a_merged_model_computes_what_base_and_adapter_compute(
-    task: str, model: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: str,
+    model: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base_folder = request.getfixturevalue(model)
     adapter = trained(
@@ -62,11 +69,14 @@ def test_a_merged_model_computes_what_base_and_adapter_compute(
         task,
     )
     transformers.utils.logging.enable_progress_bar()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that caplog sees its messages
     capsys.readouterr()
+    caplog.clear()
     assert main(["export", str(adapter), "--output", str(tmp_path / "merged"), "--merge"]) == 0
     shown = capsys.readouterr()
     assert shown.out.endswith(f"merged: {base_folder} with the adapter merged in\n")
     assert "it/s" not in shown.err  # no bars where there is no terminal
+    assert "newly initialized" not in caplog.text  # the adapter holds the head
     merged = LOADERS[task].from_pretrained(tmp_path / "merged").eval()
     adapted = PeftModel.from_pretrained(LOADERS[task].from_pretrained(base_folder), adapter).eval()
     with torch.no_grad():

@@ -251,6 +251,7 @@ def test_the_command_writes_a_report_and_replaces_one_only_with_overwrite(
     shown = capsys.readouterr().out
     assert "Not complete" in shown
     assert "**" not in shown
+    assert "in parentheses the best learning rate" in shown
     columns = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in shown.splitlines() if "│" in line]
     assert len(columns) > 0
     assert all(any(cell not in {"", "–"} for cell in column) for column in zip(*columns, strict=True))

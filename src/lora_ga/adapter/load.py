@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -36,7 +40,7 @@ from lora_ga.distributed.sharding import unwrapped, whole
 from lora_ga.files import damaged, read_labels
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, layout_of, weight_of
-from lora_ga.layers.targets import SHIFTED_BASES, layer_name, peft_model_in, peft_models_in
+from lora_ga.layers.targets import PREFIX, SHIFTED_BASES, layer_name, peft_model_in, peft_models_in
 from lora_ga.layers.tied import tied_heads
 from lora_ga.version import dtype_setting, is_before
 
@@ -175,21 +179,49 @@ def _base_of(folder: str | Path) -> Any:
     if not name or kind is None:
         lacks = f"its task type is {config.task_type}" if name else "it names no base model"
         raise ValueError(f"{folder}: {lacks}. Load the base model yourself, and call lora_ga.load(base, folder).")
-    return getattr(transformers, kind).from_pretrained(name, **dtype_setting("auto"), **class_settings(Path(folder)))
+    return load_base(partial(getattr(transformers, kind).from_pretrained, name, **dtype_setting("auto")), Path(folder))
 
 
-def class_settings(folder: Path) -> dict[str, Any]:
-    """The settings of `from_pretrained` that give a base model the classes of an adapter.
+def load_base(load: Callable[..., Any], folder: Path) -> Any:
+    """Load an adapter's base model, with the classes that the file beside the adapter names.
+
+    Transformers reports that a head is new, with random weights. That is left out where the adapter holds the weights.
 
     Args:
+        load: Transformers' `from_pretrained` with the name of the model.
         folder: The adapter's folder.
 
     Returns:
-        The names of the classes, from the file beside the adapter; empty without one.
+        The model.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The file with the classes is damaged.
     """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return load(**_class_settings(folder))
+    with damaged(file), safe_open(file, framework="pt") as tensors:
+        held = {name.removeprefix(PREFIX) for name in tensors.keys()}  # noqa: SIM118 (not a dictionary)
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_no_report)
+    try:
+        model, info = load(output_loading_info=True, **_class_settings(folder))
+    finally:
+        logger.removeFilter(_no_report)
+    if lost := sorted(set(info["missing_keys"]) - held):
+        some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        warnings.warn(f"Neither the base model nor the adapter has {some}: random weights.", UserWarning, stacklevel=4)
+    return model
+
+
+def _no_report(record: logging.LogRecord) -> bool:
+    """Whether a log message is another than Transformers' report of the weights that it did not find."""
+    text = record.getMessage()
+    return "LOAD REPORT" not in text and "newly initialized" not in text
+
+
+def _class_settings(folder: Path) -> dict[str, Any]:
+    """The settings of `from_pretrained` that give a base model the classes of an adapter."""
     if not (names := read_labels(folder)):
         return {}
     return {

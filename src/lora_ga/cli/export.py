@@ -209,7 +209,7 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
     """
     import transformers
 
-    from lora_ga.adapter.load import class_settings
+    from lora_ga.adapter import load
     from lora_ga.cli.models import load_pretrained
     from lora_ga.cli.tasks import TASK_CLASSES
     from lora_ga.export.saved_adapter import read_adapter
@@ -224,8 +224,8 @@ def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:
             f"{adapter}: its task type is {config.task_type}, but --merge knows {', '.join(classes)}. "
             "Load its base model in Python and call lora_ga.export.merge.merge_adapter."
         )
-    settings = dtype_setting(options.dtype) | class_settings(adapter)
-    return name, load_pretrained(getattr(transformers, classes[config.task_type]), name, **settings)
+    loader = getattr(transformers, classes[config.task_type])
+    return name, load.load_base(partial(load_pretrained, loader, name, **dtype_setting(options.dtype)), adapter)
 
 
 def find_tokenizer(sources: list[str]) -> Any:

@@ -74,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"Note: {notice}")
     table = next(block for section in document.sections for block in section.blocks if isinstance(block, Table))
     terminal().print(as_rich(table))
+    print("Mean ± standard error over the seeds, and in parentheses the best learning rate.")
     print(f"Written: {(folder / report.HTML_NAME).resolve()} and {report.README_NAME}")
     return 0
 
