@@ -373,7 +373,7 @@ def everything(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("failing", [False, True])
 def test_everything_is_as_it_was_whatever_the_loss_does(failing: bool) -> None:
     model = adapted(mixtral(0.4).eval(), ATTENTION, lora_dropout=0.4)
-    outside = nn.Sequential(nn.Dropout(0.3), nn.BatchNorm1d(64), DropPath(0.2).eval())
+    outside = nn.Sequential(nn.Dropout(0.3), nn.BatchNorm1d(64), DropPath(0.2).eval(), DropPath(0.5))
     before, used = everything(model) + everything(outside), []
 
     def loss(model: Any, batch: Any) -> Tensor:
