@@ -265,7 +265,7 @@ def _in_child(plugin: Any, files: Collection[str], source: Path, folder: Path, *
     import processes
 
     # The processes of a test are forked from here, so they run the mutant, too.
-    torch.multiprocessing.get_context = lambda method: multiprocessing.get_context("fork")
+    torch.multiprocessing.get_context = lambda method: multiprocessing.get_context("fork")  # type: ignore[assignment]
     processes.start_server = lambda: None
     if isinstance(plugin, Reach):
         for package in PACKAGES:
