@@ -12,6 +12,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -452,6 +453,31 @@ def campaign_table() -> str:
     return "\n".join(lines)
 
 
+def mutants_table() -> str:
+    """What became of the sample of mutants, for each package."""
+    packages: dict[str, Counter[str]] = {}
+    for each in load("mutants")["mutants"].values():
+        packages.setdefault(each["file"].split("/")[1], Counter())[each["outcome"]] += 1
+    packages["all"] = sum(packages.values(), Counter())
+    lines = ["| package | mutants | killed by a test | by the time limit | survived | killed |", "|---" * 6 + "|"]
+    for name, found in packages.items():
+        survived, late = found["survived"], found["killed by the time limit"]
+        share = 1 - survived / found.total()
+        lines.append(f"| {name} | {found.total()} | {found['killed']} | {late} | {survived} | {share:.0%} |")
+    return "\n".join(lines)
+
+
+def survivors_table() -> str:
+    """The mutants that no test notices, and the reasons."""
+    lines = ["| place | change | why no test notices it |", "|---|---|---|"]
+    for each in load("mutants")["mutants"].values():
+        if each["outcome"] == "survived":
+            old, new = (" ".join(each[key].split()).replace("|", "\\|") for key in ("old", "new"))
+            place = f"{each['file'].removeprefix('lora_ga/')}:{each['line']}"
+            lines.append(f"| `{place}` | `{old}` → `{new}` | {each['reason']} |")
+    return "\n".join(lines)
+
+
 PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
     "README.md": (difference_table, results_table, rates_table),
     "docs/guide.md": (quantised_table, qlora_table),
@@ -469,7 +495,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
     ),
     "docs/serving.md": (readers_table,),
     "docs/scale.md": (exchange_table, accuracy_table, larger_models_table),
-    "docs/reliability.md": (campaign_table,),
+    "docs/reliability.md": (campaign_table, mutants_table, survivors_table),
 }
 
 

@@ -222,7 +222,7 @@ def test_ranks_go_to_the_largest_energies_under_the_budget() -> None:
     [
         (55, {}, r"The budget is 55 parameters, but the 2 layers of the estimate take at least 56 \(rank 1"),
         (337, {}, "and at most 336 .half of the smaller side."),
-        (300, {}, "a: rank 5 needs 10 gradient directions, but the estimate holds 8. Estimate again.*max_rank=4"),
+        (300, {}, r"a: rank 5 needs 10 gradient directions, but the estimate holds 8.* up to 4 only \(max_rank=4\)\."),
         (60, {"by": "norm"}, "by is 'norm'; it must be one of spectrum, importance, uniform"),
         (60, {"max_rank": 0}, "max_rank is 0; it must be at least 1"),
         (60, {"by": "importance"}, "give the model of the estimate"),
