@@ -391,7 +391,7 @@ def main() -> None:
         reason = results.get(number, {}).get("reason", "not known yet")
         results[number] = sample[number] | found | ({"reason": reason} if found["outcome"] == SURVIVED else {})
         write(options.record, options.seed, results)
-    count = control([results[number] for number in chosen]) if options.number is None else 0
+    count = control(results.values()) if options.number is None else 0
     survived = sum(each["outcome"] == SURVIVED for each in results.values())
     print(f"{len(results) - survived} of {len(results)} noticed. The {count} tests that did pass without a mutant.")
 
