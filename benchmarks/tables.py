@@ -468,13 +468,15 @@ def mutants_table() -> str:
 
 
 def survivors_table() -> str:
-    """The mutants that no test notices, and the reasons."""
+    """The mutants that no test notices and for which there is a reason. The record has the open ones, too."""
     lines = ["| place | change | why no test notices it |", "|---|---|---|"]
-    for each in load("mutants")["mutants"].values():
-        if each["outcome"] == "survived":
+    survived = [each for each in load("mutants")["mutants"].values() if each["outcome"] == "survived"]
+    for each in survived:
+        if not each["reason"].startswith("Open"):
             old, new = (" ".join(each[key].split()).replace("|", "\\|") for key in ("old", "new"))
             place = f"{each['file'].removeprefix('lora_ga/')}:{each['line']}"
             lines.append(f"| `{place}` | `{old}` → `{new}` | {each['reason']} |")
+    lines.append(f"| {len(survived) - len(lines) + 2} more | | Open: not tried on all tests that reach them. |")
     return "\n".join(lines)
 
 
