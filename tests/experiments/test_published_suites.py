@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,10 @@ def test_a_published_suite_runs_from_end_to_end(
     if name != TUNED:
         most_rates, suite = 1, one_cell_each(suite)
     monkeypatch.setattr("lora_ga.experiments.suites.cells.MOST_RATES", most_rates)  # so no grid grows
+    level = logging.getLogger("lora_ga").level
     with Store(tmp_path / "runs").locked() as store:
         records = run_grid(suite, suite.lines(), store, Place(sources), workers=0)
+    assert logging.getLogger("lora_ga").level == level
     assert {record["status"] for record in records.values()} == {"done"}, [
         record.get("traceback") for record in records.values()
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -12,6 +13,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,18 @@ def peak_memory(device: str) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the library's messages in the block: a suite says one line for each cell."""
+    logger = logging.getLogger("lora_ga")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """Runs a cell. An error inside does not raise; it is put into the record.
 
@@ -87,9 +101,9 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """
     began, curves = time.perf_counter(), Curves()
     record = about(cell, place)
-    logging.getLogger("lora_ga").setLevel(logging.WARNING)  # a suite says one line for each cell
     try:
-        found = result(cell, place, curves, began)
+        with _quiet():
+            found = result(cell, place, curves, began)
     except DivergedError as error:
         found = {"status": "diverged", "reason": str(error)}
     except Exception as error:  # the other cells go on
