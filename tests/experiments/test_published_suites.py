@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lora_ga.experiments.suites.run import Place
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import RECIPES, Suite, available, load_suite
 from lora_ga.experiments.tasks import check
+from lora_ga.gradients.progress import LOGGER
 
 # Suite → the variants that run here, and the metric they report. Other tests run all methods on all kinds of task.
 RUN = {
@@ -63,10 +63,10 @@ def test_a_published_suite_runs_from_end_to_end(
     if name != TUNED:
         most_rates, suite = 1, one_cell_each(suite)
     monkeypatch.setattr("lora_ga.experiments.suites.cells.MOST_RATES", most_rates)  # so no grid grows
-    level = logging.getLogger("lora_ga").level
+    level = LOGGER.level
     with Store(tmp_path / "runs").locked() as store:
         records = run_grid(suite, suite.lines(), store, Place(sources), workers=0)
-    assert logging.getLogger("lora_ga").level == level
+    assert LOGGER.level == level
     assert {record["status"] for record in records.values()} == {"done"}, [
         record.get("traceback") for record in records.values()
     ]

@@ -25,6 +25,7 @@ from lora_ga.experiments.methods.base import BuildInputs
 from lora_ga.experiments.suites import trained
 from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources
+from lora_ga.gradients.progress import LOGGER
 from lora_ga.experiments.suites.training import (
     Curves,
     DivergedError,
@@ -80,13 +81,12 @@ def peak_memory(device: str) -> float:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out the library's messages in the block: a suite says one line for each cell."""
-    logger = logging.getLogger("lora_ga")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    level = LOGGER.level
+    LOGGER.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        LOGGER.setLevel(level)
 
 
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
