@@ -25,7 +25,6 @@ from lora_ga.experiments.methods.base import BuildInputs
 from lora_ga.experiments.suites import trained
 from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources
-from lora_ga.gradients.progress import LOGGER
 from lora_ga.experiments.suites.training import (
     Curves,
     DivergedError,
@@ -37,6 +36,7 @@ from lora_ga.experiments.suites.training import (
 )
 from lora_ga.experiments.tasks import prepare
 from lora_ga.experiments.tasks.prepared import PreparedTask
+from lora_ga.gradients.progress import LOGGER
 
 PACKAGES = ("lora-ga", "torch", "transformers", "peft")
 ORIGIN = ("commit", "versions", "python", "device", "date")  # what a record says about the run that made it
