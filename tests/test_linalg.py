@@ -343,6 +343,20 @@ def test_layers_of_one_shape_are_decomposed_by_one_solver_at_the_end() -> None:
             torch.testing.assert_close(side.mT @ side, torch.eye(10), rtol=0, atol=1e-5)
 
 
+def test_a_layer_with_few_directions_beside_a_whole_one_gets_orthonormal_ones_for_the_rest() -> None:
+    torch.manual_seed(0)
+    few, whole = (torch.randn(tokens, 40) for tokens in (3, 60))
+    accumulator = Streaming(SIZES, 0, 0)
+    for name, x in (("layer", few), ("other", whole)):
+        accumulator.add(name, x, torch.randn(len(x), 30), 1.0)
+    accumulator.flush()
+    factors = accumulator.factors(["layer", "other"])
+    assert [int((1e-4 * factor.S[0] < factor.S).sum()) for factor in factors.values()] == [3, 10]
+    for factor in factors.values():
+        for side in (factor.U, factor.V):
+            torch.testing.assert_close(side.mT @ side, torch.eye(10), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [Dense, Streaming])
 def test_a_layer_that_runs_twice_in_a_pass_counts_twice(kind: Kind) -> None:
     (first, second), accumulator = blocks(2), kind(SIZES, 0, 0)
