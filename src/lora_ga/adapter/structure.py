@@ -100,18 +100,7 @@ def build_structure(
         plain={name: (layer.r[adapter], layer.lora_alpha[adapter]) for name, layer in plain_layers.items()},
         original={field: getattr(peft_config, field) for field in RANK_FIELDS},
     )
-    moved: dict[nn.Module, tuple[nn.Module, str]] = {}
-    for name, target in targets.items():
-        pair = make_factors(target.layer, adapter, config.offset, rank=ranks[name])
-        moved |= {
-            old: (factor, factor.trainable_name)
-            for old, factor in zip(entries(target.layer, adapter), pair, strict=True)
-            if isinstance(old, nn.Module)
-        }
-        place(target.layer, adapter, pair)
-        for layer in (target.layer, *target.heads.values()):
-            if config.offset == "adapter":
-                set_rank(layer, adapter, 2 * ranks[name])
+    moved = _place_factors(targets, ranks, config, adapter)
     follow_ties(model, adapter)
     register_moved(network, moved)
     heads = {head: name for name, target in targets.items() for head in target.heads}
@@ -132,6 +121,29 @@ def build_structure(
     if isinstance(model, PeftModel):
         follow_adapters(model)
     return alignment
+
+
+def _place_factors(
+    targets: Mapping[str, Target], ranks: Mapping[str, int], config: LoraGAConfig, adapter: str
+) -> dict[nn.Module, tuple[nn.Module, str]]:
+    """Put factors in the place of PEFT's in all layers.
+
+    Returns:
+        PEFT's module of a factor → the factor, and the name of its parameter.
+    """
+    moved: dict[nn.Module, tuple[nn.Module, str]] = {}
+    for name, target in targets.items():
+        pair = make_factors(target.layer, adapter, config.offset, rank=ranks[name])
+        moved |= {
+            old: (factor, factor.trainable_name)
+            for old, factor in zip(entries(target.layer, adapter), pair, strict=True)
+            if isinstance(old, nn.Module)
+        }
+        place(target.layer, adapter, pair)
+        for layer in (target.layer, *target.heads.values()):
+            if config.offset == "adapter":
+                set_rank(layer, adapter, 2 * ranks[name])
+    return moved
 
 
 def _padded_fields(
