@@ -611,7 +611,9 @@ def test_auto_refuses_the_optimizers_and_schedules_that_it_is_not_made_for(tmp_p
         trainer.train()
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
     with pytest.raises(ValueError, match="cannot change the rate of a ReduceLROnPlateau"):
-        check_rate_can_be_set(optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+        check_rate_can_be_set(optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), 1e-3)
+    with pytest.raises(ValueError, match=r"the learning_rate is 0.0. Give the trainer one above 0"):
+        check_rate_can_be_set(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), 0.0)
 
 
 def test_a_rate_is_auto_or_given_to_the_trainer() -> None:

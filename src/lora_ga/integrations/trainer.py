@@ -187,7 +187,7 @@ class LoraGACallback(TrainerCallback):
                 LOGGER.info(f"LoRA-GA: A₀ and B₀ restored from {checkpoint}")
         elif alignment is None or alignment is not self._filled:
             if self.learning_rate == "auto" and state.max_steps >= LEAST_STEPS:
-                check_rate_can_be_set(optimizer, lr_scheduler)
+                check_rate_can_be_set(optimizer, lr_scheduler, args.learning_rate)
             config = self._config_for(args, state)
             self.estimate = self._initialize(trainer, model, train_dataloader, config)
             alignment = alignment_of(model, self.adapter_name)

@@ -157,15 +157,16 @@ def _generators_kept(values: Any) -> Iterator[None]:
         yield
 
 
-def check_rate_can_be_set(optimizer: Any, schedule: Any) -> None:
+def check_rate_can_be_set(optimizer: Any, schedule: Any, rate: float) -> None:
     """Refuse an optimizer for which `find_rate` is not made, and a schedule whose rate cannot be changed.
 
     Args:
         optimizer: The trainer's optimizer.
         schedule: The trainer's schedule of the learning rate.
+        rate: The learning rate of the trainer's arguments.
 
     Raises:
-        ValueError: The optimizer is not one of the Adam family, or the schedule is no `LambdaLR`.
+        ValueError: The optimizer is not one of the Adam family, the schedule is no `LambdaLR`, or the rate is 0.
     """
     kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
     plan = type(getattr(schedule, "scheduler", schedule)).__name__
@@ -173,6 +174,11 @@ def check_rate_can_be_set(optimizer: Any, schedule: Any) -> None:
         raise ValueError(
             f'LoraGACallback(learning_rate="auto") is for AdamW and its relatives, but the optimizer is {kind}. Leave '
             "it out and give the trainer a learning_rate."
+        )
+    if not rate > 0:
+        raise ValueError(
+            f'LoraGACallback(learning_rate="auto") keeps the ratios of the rates of parameter groups, but the '
+            f"learning_rate is {rate}. Give the trainer one above 0."
         )
     if plan != LambdaLR.__name__:
         raise ValueError(
