@@ -30,7 +30,8 @@ from lora_ga.adapter import initialize
 from lora_ga.gradients import estimate
 from lora_ga.gradients.batch import BatchPass
 from lora_ga.linalg.low_rank import PROBES
-from lora_ga.linalg.streaming import FRESH, STACKED, Streaming, orthonormal, truncate
+from lora_ga.linalg.streaming import FRESH, STACKED, Streaming
+from lora_ga.linalg.subspace import orthonormal, truncate
 
 KEPT = 32
 TOKENS = 4096

@@ -21,7 +21,8 @@ import record
 from lora_ga.config import LoraGAConfig
 from lora_ga.linalg.accumulator import Size
 from lora_ga.linalg.low_rank import PROBES
-from lora_ga.linalg.streaming import FRESH, STACKED, Streaming, truncate
+from lora_ga.linalg.streaming import FRESH, STACKED, Streaming
+from lora_ga.linalg.subspace import truncate
 
 RANK, OVERSAMPLE = 8, LoraGAConfig().oversample
 

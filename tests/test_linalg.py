@@ -16,7 +16,8 @@ from lora_ga.gradients.setup import ESTIMATORS
 from lora_ga.linalg.accumulator import Accumulator, Size, sum_dtype
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import LowRank, estimated_norm, generator, merge, merge_factors, probes, truncated_svd
-from lora_ga.linalg.streaming import Streaming, _power_step, direction_change, orthonormal, truncate
+from lora_ga.linalg.streaming import Streaming
+from lora_ga.linalg.subspace import direction_change, orthonormal, power_step, truncate
 
 
 def with_known_spectrum(
@@ -150,7 +151,7 @@ def test_a_power_step_is_that_of_the_dense_sum() -> None:
     held = truncated_svd(with_known_spectrum()[0], 6)
     x, g, start = (torch.randn(50, size, generator=generator(0, str(size))).double() for size in (40, 30, 5))
     m = (held[0] * held[1]) @ held[2].mT + 0.3 * g.mT @ x
-    found = _power_step(held, x, g, 0.3, start[:40])
+    found = power_step(held, x, g, 0.3, start[:40])
     torch.testing.assert_close(found, orthonormal(m.mT @ orthonormal(m @ start[:40])))
 
 

@@ -28,7 +28,8 @@ from lora_ga.layers.targets import find_targets
 from lora_ga.linalg.accumulator import Size
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import LowRank, gaussian
-from lora_ga.linalg.streaming import FRESH, STACKED, Streaming, first_directions
+from lora_ga.linalg.streaming import FRESH, STACKED, Streaming
+from lora_ga.linalg.subspace import first_directions
 from toys import VOCABULARY, adapted, causal, classified, llama
 
 
