@@ -456,7 +456,7 @@ def campaign_table() -> str:
 def mutants_table() -> str:
     """What became of the sample of mutants, for each package."""
     packages: dict[str, Counter[str]] = {}
-    for each in load("mutants")["mutants"].values():
+    for each in load("mutants")["mutants"]:
         packages.setdefault(each["file"].split("/")[1], Counter())[each["outcome"]] += 1
     packages["all"] = sum(packages.values(), Counter())
     lines = ["| package | mutants | killed by a test | by the time limit | survived | killed |", "|---" * 6 + "|"]
@@ -470,7 +470,7 @@ def mutants_table() -> str:
 def survivors_table() -> str:
     """The mutants that no test notices and for which there is a reason. The record has the open ones, too."""
     lines = ["| place | change | why no test notices it |", "|---|---|---|"]
-    survived = [each for each in load("mutants")["mutants"].values() if each["outcome"] == "survived"]
+    survived = [each for each in load("mutants")["mutants"] if each["outcome"] == "survived"]
     for each in survived:
         if not each["reason"].startswith("Open"):
             old, new = (" ".join(each[key].split()).replace("|", "\\|") for key in ("old", "new"))

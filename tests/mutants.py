@@ -2,12 +2,13 @@
 
     python tests/mutants.py --measure          which lines each test runs and its seconds, into build/mutants.json
     python tests/mutants.py --record FILE      tries the sample (`make mutants` does both)
-    python tests/mutants.py --number 17 --show tries one mutant, and shows what its tests print
+    python tests/mutants.py --only 3f9a2c61 --show    tries one mutant, and shows what its tests print
 
 Each mutant is one change in a copy of src/: another operator, comparison or constant, a condition that is turned round,
 a result that is lost. The tests that run its lines try it, the quickest first, until one fails. A mutant that no test
-notices either changes nothing that matters, or shows a test that is missing. The sample depends on the seed and the
-code alone. Each mutant has a process of its own, forked from one that has imported the other libraries.
+notices either changes nothing that matters, or shows a test that is missing. A mutant is drawn by the hash of the seed,
+its function and its change. So a change of the code leaves most of the sample as it was, and `--resume` tries only
+what is new. Each mutant has a process of its own, forked from one that has imported the other libraries.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import argparse
 import ast
 import contextlib
 import datetime
+import fcntl
 import gc
+import hashlib
 import importlib
 import json
 import multiprocessing
 import os
-import random
 import resource
 import shutil
 import signal
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -44,8 +47,10 @@ MEASURED = ROOT / "build" / "mutants.json"
 PACKAGES = ("linalg", "layers", "gradients", "adapter")
 # They test other things, or start programs.
 LEFT_OUT = {"campaign", "cuda", "foreign_code", "frameworks", "launch", "package", "site", "support"}
+SAMPLE = 300  # mutants
 QUICKEST = 4.0  # seconds of tests that run before all others
 KILLED, SURVIVED, TIMED_OUT = "killed", "survived", "killed by the time limit"
+OPEN = "Open."  # the reason why a mutant survived is not known
 OPERATORS: dict[type[ast.AST], str] = {
     **{ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "/", ast.Mod: "*"},
     **{ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not"},
@@ -83,25 +88,50 @@ def _operation(node: ast.AST, text: str) -> str:
     return source(node.operand) if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not) else ""
 
 
-def mutants() -> list[dict[str, Any]]:
-    """All mutants of the packages, in the order of their places."""
+def functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """The functions and classes of a file with their qualified names, the outer ones first."""
+    for node in ast.iter_child_nodes(tree):
+        name = inside
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            name = f"{inside}.{node.name}".removeprefix(".")
+            yield name, node
+        yield from functions(node, name)
+
+
+def mutants(seed: int) -> list[dict[str, Any]]:
+    """All mutants of the packages, in the order in which they are drawn."""
     found = []
     for package in PACKAGES:
         for path in sorted((ROOT / "src" / "lora_ga" / package).glob("*.py")):
             text = path.read_text()
+            tree = ast.parse(text)
+            within: dict[ast.AST, tuple[str, str]] = {}  # the innermost function of each node, with its code
+            for name, function in functions(tree):
+                code = digest(ast.unparse(function))
+                within |= dict.fromkeys(ast.walk(function), (name, code))
             starts = [0]
             for line in text.encode().splitlines(keepends=True):
                 starts.append(starts[-1] + len(line))
-            for node, new in changes(ast.parse(text), text):
+            seen: Counter[str] = Counter()
+            file = path.relative_to(ROOT / "src").as_posix()
+            for node, new in changes(tree, text):
                 place: Any = node
                 begin, end = (
                     starts[line - 1] + column
                     for line, column in ((place.lineno, place.col_offset), (place.end_lineno, place.end_col_offset))
                 )
-                file = path.relative_to(ROOT / "src").as_posix()
                 old = text.encode()[begin:end].decode()
-                found.append({"file": file, "line": place.lineno, "at": [begin, end], "old": old, "new": new})
-    return found
+                name, code = within.get(node, ("", ""))
+                key = f"{seed}\x1f{file}\x1f{name}\x1f{old}\x1f{new}"
+                seen[key] += 1
+                mutant = {"id": digest(f"{key}\x1f{seen[key]}"), "file": file, "function": name, "code": code}
+                found.append(mutant | {"line": place.lineno, "at": [begin, end], "old": old, "new": new})
+    return sorted(found, key=lambda mutant: mutant["id"])
+
+
+def digest(text: str) -> str:
+    """A short hash."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def processor_seconds() -> float:
@@ -359,50 +389,74 @@ def main() -> None:
     parser.add_argument("--measure", nargs="*", metavar="FILE", help="measure the tests of these files (default: all)")
     parser.add_argument("--list", action="store_true", help="print the sample")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--number", type=int, nargs="*", help="the mutants of the sample to try (default: all)")
-    parser.add_argument("--resume", action="store_true", help="try those that the record does not have")
+    parser.add_argument("--only", nargs="*", metavar="ID", help="the mutants of the sample to try (default: all)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="try those that the record lacks, that survived without a reason, or whose function differs",
+    )
+    parser.add_argument("--processes", type=int, default=2, help="how many mutants to try at the same time")
     parser.add_argument("--most", type=float, default=90, help="seconds of tests to try on one mutant")
     parser.add_argument("--record", type=Path, default=MEASURED.with_name("results.json"), help="file for the results")
     parser.add_argument("--show", action="store_true", help="let the tests print")
     options = parser.parse_args()
-    sample = random.Random(options.seed).sample(mutants(), 300)
+    sample = {each["id"]: each for each in mutants(options.seed)[:SAMPLE]}
     if options.list:
-        print(*(f"{number}: {described(each)}" for number, each in enumerate(sample)), sep="\n")
+        print(*(described(each) for each in sample.values()), sep="\n")
         return
     if options.measure is not None:
         measure(options.measure)
         return
-    before = json.loads(options.record.read_text())["mutants"] if options.record.exists() else {}
-    results = {n: before[str(n)] for n, each in enumerate(sample) if each.items() <= before.get(str(n), {}).items()}
-    if options.number is not None:
-        chosen = options.number
-    else:
-        chosen = [number for number in range(len(sample)) if not (options.resume and number in results)]
+    before = read(options.record)
+    known = {key: each | sample[key] for key, each in before.items() if same(each, sample.get(key, {}))}
+    closed = {key for key, each in known.items() if options.resume and each.get("reason") != OPEN}
+    chosen = options.only or [key for key in sample if key not in closed]
     measured = json.loads(MEASURED.read_text())
     for name in measured["modules"]:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     gc.freeze()  # so that the processes share this memory
     torch.set_num_threads(1)
-    for number in chosen:
-        began = time.monotonic()
-        found = outcome(sample[number], measured["tests"], options.most, show=options.show)
-        print(f"{number}: {described(sample[number])}: {found} ({time.monotonic() - began:.0f} s)", flush=True)
-        reason = results.get(number, {}).get("reason", "not known yet")
-        results[number] = sample[number] | found | ({"reason": reason} if found["outcome"] == SURVIVED else {})
-        write(options.record, options.seed, results)
-    count = control(results.values()) if options.number is None else 0
-    survived = sum(each["outcome"] == SURVIVED for each in results.values())
+    options.record.unlink(missing_ok=True)
+    write(options.record, options.seed, known)
+    workers = []
+    for first in range(min(options.processes, len(chosen))):
+        if not (pid := os.fork()):
+            for key in chosen[first :: options.processes]:
+                began = time.monotonic()
+                found = outcome(sample[key], measured["tests"], options.most, show=options.show)
+                print(f"{described(sample[key])}: {found} ({time.monotonic() - began:.0f} s)", flush=True)
+                if found["outcome"] == SURVIVED:
+                    found["reason"] = known.get(key, {}).get("reason", OPEN)
+                write(options.record, options.seed, {key: sample[key] | found})
+            os._exit(0)
+        workers.append(pid)
+    codes = [os.waitpid(pid, 0)[1] for pid in workers]
+    if any(codes):
+        raise RuntimeError("A process that tried mutants has failed; see above. `--resume` goes on.")
+    results = read(options.record).values()
+    count = 0 if options.only else control(results)
+    survived = sum(each["outcome"] == SURVIVED for each in results)
     print(f"{len(results) - survived} of {len(results)} noticed. The {count} tests that did pass without a mutant.")
+
+
+def same(found: Mapping[str, Any], mutant: Mapping[str, Any]) -> bool:
+    """Whether a result in a record is that of this mutant, in a function that is the same today."""
+    return all(found[part] == mutant.get(part) for part in ("id", "code"))
 
 
 def described(mutant: Mapping[str, Any]) -> str:
     """A line for a mutant."""
-    return f"{mutant['file']}:{mutant['line']}: {mutant['old']!r} → {mutant['new']!r}"
+    return f"{mutant['id']} {mutant['file']}:{mutant['line']}: {mutant['old']!r} → {mutant['new']!r}"
 
 
-def write(path: Path, seed: int, results: Mapping[int, Mapping[str, Any]]) -> None:
-    """Write the record, one mutant a line."""
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The results in a record, if there is one: the id of a mutant → its result."""
+    return {each["id"]: each for each in json.loads(path.read_text())["mutants"]} if path.exists() else {}
+
+
+def write(path: Path, seed: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add results to the record, one mutant a line. Two processes may write at the same time."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     about = {
         "command": "make mutants",
@@ -411,9 +465,13 @@ def write(path: Path, seed: int, results: Mapping[int, Mapping[str, Any]]) -> No
         "commit": git.stdout.strip(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
     }
-    rows = [f'  "{number}": {json.dumps(each, ensure_ascii=False)}' for number, each in sorted(results.items())]
-    text = json.dumps(about, indent=1).removesuffix("\n}") + ',\n "mutants": {\n' + ",\n".join(rows) + "\n }\n}\n"
-    path.write_text(text)
+    for each in (path, MEASURED):
+        each.parent.mkdir(exist_ok=True)
+    with MEASURED.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [f"  {json.dumps(each, ensure_ascii=False)}" for _, each in sorted((read(path) | dict(results)).items())]
+        head = json.dumps(about, indent=1).removesuffix("\n}")
+        path.write_text(head + ',\n "mutants": [\n' + ",\n".join(rows) + "\n ]\n}\n")
 
 
 if __name__ == "__main__":
