@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Mapping
 from importlib import metadata
@@ -297,6 +298,7 @@ def _in_child(plugin: Any, files: Collection[str], source: Path, folder: Path, *
     # The processes of a test are forked from here, so they run the mutant, too.
     torch.multiprocessing.get_context = lambda method: multiprocessing.get_context("fork")  # type: ignore[assignment]
     processes.start_server = lambda: None
+    os.register_at_fork(after_in_child=warnings.resetwarnings)  # pytest makes errors of them; a new process does not
     if isinstance(plugin, Reach):
         for package in PACKAGES:
             for path in sorted((source / "lora_ga" / package).glob("*.py")):

@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 import threading
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -105,6 +106,18 @@ def test_nothing_is_left_of_a_download_that_fails(server: str, where: str, messa
     with pytest.raises(ValueError, match=message):
         origins.bring(wanted, tmp_path, None, server + where)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_whole_address_and_a_file_in_an_archive_are_read(server: str, tmp_path: Path) -> None:
+    original = replace(WANTED.original, place=f"{server}/{WANTED.original.place}")
+    wanted = replace(WANTED, original=original)
+    with pytest.raises(ValueError, match=f"it is at {server}/owner/set"):
+        origins.bring(wanted, tmp_path, None, None)
+    assert origins.bring(wanted, tmp_path, None, "http://127.0.0.1:9") == original.place
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr("SST-2/dev.tsv", PUBLISHED)
+    (convert,) = [each.convert for each in origins.FILES if each.path == "data/glue/sst2/validation.jsonl"]
+    assert convert((tmp_path / "archive.zip").read_bytes()) == convert(PUBLISHED) == origins.sst2(PUBLISHED)
 
 
 def test_a_file_that_was_brought_is_used_before_the_network(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class FetchOptions:
 
     output: str = option("", "the data folder (default: that of LORA_GA_DATA, or data)")
     originals: str = option("", "folder with files that you have brought; it is searched before the network")
-    mirror: str = option("", "address to use in place of https://raw.githubusercontent.com")
+    mirror: str = option("", "address to use in place of https://raw.githubusercontent.com, from which most files come")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -31,13 +31,17 @@ class Original:
 
     Attributes:
         name: Its name, under which `--originals` finds it too.
-        place: Its path below `HOST`, with repository and commit; empty if we know no place that we could check.
+        place: Its path below `HOST`, with repository and commit; or a whole address.
         origin: Who publishes it, in words.
     """
 
     name: str
     place: str
     origin: str
+
+    def address(self, host: str) -> str:
+        """Where it is on the network, with `host` in the place of `HOST`."""
+        return self.place if "://" in self.place else f"{host}/{self.place}"
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,16 @@ def cells(content: bytes, *, header: bool) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("\t")] for line in lines[int(header) :]]
 
 
+def unzipped(content: bytes, name: str) -> bytes:
+    """The file of that name in a zip archive, or the content itself if it is none."""
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        return zipfile.ZipFile(io.BytesIO(content)).read(name)
+    return content
+
+
 def cola(content: bytes) -> bytes:
     """Source, label, the author's star, sentence; from a zip archive or a plain file."""
-    if zipfile.is_zipfile(io.BytesIO(content)):
-        content = zipfile.ZipFile(io.BytesIO(content)).read("cola_public/raw/in_domain_train.tsv")
+    content = unzipped(content, "cola_public/raw/in_domain_train.tsv")
     return jsonl({"text": text, "label": int(label)} for _, label, _, text in cells(content, header=False))
 
 
@@ -100,6 +110,8 @@ SHAKESPEARE = Original(
     "karpathy/char-rnn/d1d7aa34fdb3626174bce1d753e6cc6845ce7087/data/tinyshakespeare/input.txt",
     "karpathy/char-rnn on GitHub, data/tinyshakespeare",
 )
+# Where the script of GLUE takes its data sets from (download_glue_data.py of nyu-mll/GLUE-baselines).
+PUBLIC = "https://dl.fbaipublicfiles.com"
 STORIES = "clebert/llama2.zig"
 BABY = "EN10/BabyLlama"
 GLUE = "SST-2 of the GLUE benchmark"
@@ -195,21 +207,21 @@ FILES = (
         "data/glue/sst2/validation.jsonl",
         "6de504ad9e129e7718245ae2baf32b282dd0c2eb849cb807615a013c8b3557d2",
         "research use",
-        Original("dev.tsv", "", GLUE),
-        sst2,
+        Original("dev.tsv", f"{PUBLIC}/glue/data/SST-2.zip", GLUE),
+        lambda content: sst2(unzipped(content, "SST-2/dev.tsv")),
     ),
     Wanted(
         "data/glue/mrpc/train.jsonl",
         "5043c50587b36dd0a79364495dfd4f630c366684b2bb15f2d99e6489505a0428",
         "Microsoft Research licence",
-        Original("msr_paraphrase_train.txt", "", MSRP),
+        Original("msr_paraphrase_train.txt", f"{PUBLIC}/senteval/senteval_data/msr_paraphrase_train.txt", MSRP),
         mrpc,
     ),
     Wanted(
         "data/glue/mrpc/validation.jsonl",
         "959a9e1060d24ccbdf38b870835dded298b41d987233b90f9105e2b0c80eb7c7",
         "Microsoft Research licence",
-        Original("msr_paraphrase_test.txt", "", MSRP),
+        Original("msr_paraphrase_test.txt", f"{PUBLIC}/senteval/senteval_data/msr_paraphrase_test.txt", MSRP),
         mrpc,
     ),
     Wanted(
@@ -236,7 +248,11 @@ FILES = (
         "data/mbpp/mbpp.jsonl",
         "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f",
         "CC BY 4.0",
-        Original("mbpp.jsonl", "", "Mostly Basic Python Problems, as in OckBench/OckBench on GitHub"),
+        Original(
+            "mbpp.jsonl",
+            "google-research/google-research/30adf0ec5f35f9609c2f1d896005e184195d9146/mbpp/mbpp.jsonl",
+            "google-research/google-research on GitHub, mbpp",
+        ),
     ),
 )
 
@@ -377,11 +393,10 @@ def _original(wanted: Wanted, originals: Path | None, host: str | None) -> tuple
         for path in names:
             if path.is_file():
                 return str(path), path.read_bytes()
-    reason = "no address is recorded"
-    if original.place and host is None:
-        reason = f"it is at {HOST}/{original.place}"
-    elif original.place:
-        url = f"{host}/{original.place}"
+    if host is None:
+        reason = f"it is at {original.address(HOST)}"
+    else:
+        url = original.address(host)
         try:
             return url, download(url)
         except OSError as error:
