@@ -64,7 +64,7 @@ def changes(tree: ast.AST, text: str) -> Iterator[tuple[ast.AST, str]]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.If, ast.IfExp)):
             yield node.test, f"(not ({ast.get_source_segment(text, node.test)}))"
-        elif isinstance(node, ast.Return) and node.value is not None:
+        elif isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != "None":
             yield node.value, "None"
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             yield node, "None"

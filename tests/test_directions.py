@@ -215,6 +215,10 @@ def test_ranks_go_to_the_largest_energies_under_the_budget() -> None:
     assert allocate_ranks(KNOWN, 28 * 5 - 1).parameters == 28 * 4
     assert allocate_ranks(KNOWN, 28 * 4, by="uniform").ranks == {"a": 2, "b": 2}
     assert allocate_ranks(KNOWN, 28 * 6, max_rank=3).ranks == {"a": 3, "b": 3}
+    assert allocate_ranks(KNOWN, 28 * 2, max_rank=1).ranks == {"a": 1, "b": 1}
+    # 25 + 0 against 16 + 16: both directions count. And the last kept one bounds those that are not kept: 2 against 72.
+    assert allocate_ranks(spectra(a=[9, 9, 5, 0, 0, 0], b=[7, 7, 4, 4, 0, 0]), 28 * 3).ranks == {"a": 1, "b": 2}
+    assert allocate_ranks(spectra(a=[9, 9, 9, 1], b=[7, 7, 7, 7, 6, 6]), 28 * 5).ranks == {"a": 2, "b": 3}
 
 
 @pytest.mark.parametrize(

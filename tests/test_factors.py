@@ -98,6 +98,8 @@ def test_copies_and_state_dicts_hold_the_same_values(kind: type[Factor]) -> None
     assert twin.start is not made.start
     assert list(made.state_dict()) == ["weight"]
     twin.set_delta(torch.zeros_like(made.start))
+    with pytest.raises(RuntimeError, match='Missing key.*"weight"'):
+        twin.load_state_dict({})
     twin.load_state_dict(made.state_dict())
     assert torch.equal(twin.joined(), made.joined())
     assert torch.equal(twin.start, made.start)
@@ -401,6 +403,10 @@ def test_an_optimizer_that_moves_nothing_is_reported_by_name() -> None:
         warnings.simplefilter("error")
         factors_after(model, silent, steps=1)
         factors_after(copied := copy.deepcopy(model), SGD(trained_parameters(copied), lr=0.1), steps=1)
+        still = PairOptimizer(parameters := trained_parameters(copied := copy.deepcopy(model)), lr=0.1)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        still.step()
     silent.param_groups[0]["lr"] = 0.1
     with pytest.warns(UserWarning, match='PairOptimizer has changed no parameter.*offset="base"') as warned:
         factors_after(model, silent, steps=1)

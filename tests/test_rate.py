@@ -192,8 +192,8 @@ def unlabelled() -> Iterator[dict[str, Tensor]]:
     [
         ({"steps": 20}, r"steps=20: a search costs about 25 steps .* at least 50"),
         ({"steps": 2.0}, r"steps=2.0: it must be an integer of at least 1"),
-        ({"data": classified(3)}, r"gives 3 batches with a label, but a search needs those of 4 steps"),
-        ({"data": classified(8), "gradient_accumulation_steps": 3}, r"those of 4 steps of 3 batches each"),
+        ({"data": classified(3)}, r"gives 3 batches with a label, but a search needs those of 4 steps, better"),
+        ({"data": classified(7), "gradient_accumulation_steps": 2}, r"those of 4 steps of 2 batches each"),
         ({"data": unlabelled()}, r"None of the 8 batches has a label"),
         ({"loss_fn": lambda model, batch: model(**batch).loss * torch.nan}, r"batch 1: its loss is nan"),
         ({"loss_fn": lambda model, batch: model(**batch).loss - 9}, r"The loss at the start is -7.*above 0"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
 import logging
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -140,6 +142,13 @@ def test_a_named_adapter_is_saved_in_its_folder_with_its_sidecar(tmp_path: Path)
     model.set_adapter("second")
     train(model, causal())
     model.save_pretrained(tmp_path)
+    starts = {name: module.start for name, module in model.named_modules() if isinstance(module, Factor)}
+    again = adapted(llama())
+    again.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    lora_ga.initialize(again, causal(1), adapter_name="second")
+    again.load_adapter(tmp_path / "second", "second", is_trainable=True)  # as a trainer resumes
+    restore_starts(again, tmp_path, "second")
+    assert all(torch.equal(again.get_submodule(name).start, start) for name, start in starts.items())
     assert not (tmp_path / FILE).exists()
     assert (tmp_path / "second" / FILE).exists()
     stock = PeftModel.from_pretrained(llama(), tmp_path / "second")
@@ -195,6 +204,10 @@ def test_loading_a_base_offset_adapter_for_inference_leaves_the_base_unchanged(t
     model = trained(tmp_path, offset="base")
     loaded = lora_ga.load(llama(), tmp_path)
     torch.testing.assert_close(logits(loaded, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+    again = lora_ga.load(llama(), tmp_path, is_trainable=True)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            assert again.get_submodule(name).r == layer.r == {"default": 4}
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded, causal(1)[0]), logits(llama(), causal(1)[0]))
 
@@ -274,6 +287,13 @@ def test_the_folder_alone_loads_the_base_too_and_names_the_classes(
     alone = lora_ga.load(tmp_path / "adapter")
     ids = {"input_ids": tokens()}
     assert torch.equal(logits(alone, ids), logits(model.eval(), ids))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    torch.save(tensors, file.with_suffix(".bin"))
+    file.unlink()
+    assert torch.equal(logits(lora_ga.load(tmp_path / "adapter"), ids), logits(model, ids))
+    save_file(tensors, file, {"format": "pt"})
+    file.with_suffix(".bin").unlink()
     bert().bert.save_pretrained(tmp_path / "base")  # without a head
     caplog.clear()
     with caplog.at_level("WARNING"), warnings.catch_warnings():
@@ -282,10 +302,13 @@ def test_the_folder_alone_loads_the_base_too_and_names_the_classes(
     assert "classifier" not in caplog.text
     assert torch.equal(again.classifier.weight, alone.classifier.weight)
     weights = load_file(tmp_path / "base" / "model.safetensors")
+    for name in ("attention.output.dense.bias", "attention.output.dense.weight", "intermediate.dense.bias"):
+        del weights[f"encoder.layer.0.{name}"]
     del weights["encoder.layer.0.output.dense.bias"]
     save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     with pytest.warns(
-        UserWarning, match=r"Neither the base model nor the adapter has .*0\.output\.dense\.bias: random w"
+        UserWarning,
+        match=r"Neither the base model nor .* has .*0\.intermediate\.dense\.bias and 1 more: random w",
     ):
         lora_ga.load(tmp_path / "adapter")
     bert(num_labels=2).save_pretrained(tmp_path / "base")
@@ -372,6 +395,9 @@ def test_the_optimizer_state_of_a_lora_ga_run_is_refused_for_a_plain_adapter(tmp
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(ValueError, match="(?s)lora_ga.safetensors is missing.*optimizer state.*has other shapes"):
         lora_ga.load(llama(), tmp_path, is_trainable=True)
+    torch.save({"state": {}, "code": Mock}, tmp_path / "optimizer.pt")  # a class would have to be imported
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        lora_ga.load(llama(), tmp_path, is_trainable=True)
 
 
 def load_as_plain(folder: Path) -> PeftModel:
@@ -397,6 +423,12 @@ def test_the_first_step_of_a_plain_adapter_checks_the_optimizer_state(tmp_path: 
     for _ in range(2):
         with pytest.raises(ValueError, match="the state of a LoRA-GA run .* does not fit a plain rank-2r adapter"):
             optimizer.step()
+    optimizer.state.clear()
+    optimizer.step()
+    looks = Mock(wraps=model.modules)
+    model.modules = looks
+    optimizer.step()  # it looks at each optimizer once
+    assert looks.call_count == 0
 
 
 def test_the_optimizers_of_other_models_are_not_checked(tmp_path: Path) -> None:
@@ -571,6 +603,12 @@ def test_a_file_with_plain_layers_has_one_rank_and_one_alpha_and_resumes_bit_for
         assert [p.shape for p in other.parameters() if p.requires_grad] == shapes
         other.save_pretrained(tmp_path / "again")
         assert PeftConfig.from_pretrained(tmp_path / "again").to_dict() == config.to_dict()
+        for module in other.modules():
+            if isinstance(module, nn.Linear):
+                sizes = (module.out_features, module.in_features)
+                assert str(tuple(module.weight.shape)) == str(sizes)  # 8 and not 8.0
+        both = (sidecar.read_sidecar(folder) for folder in (tmp_path, tmp_path / "again"))
+        assert len({json.dumps(each[1]["plain"]) for each in both if each is not None}) == 1
         assert train(other.train(), causal()) == losses
         shutil.rmtree(tmp_path / "again")
 
@@ -638,7 +676,8 @@ def test_a_file_with_the_names_of_a_compiled_base_is_refused_with_the_cause(tmp_
             save_file({name.replace(PREFIX, f"{PREFIX}_orig_mod."): t for name, t in tensors.items()}, file)
     for trainable in (True, False):
         with pytest.raises(
-            ValueError, match=r"from get_peft_model\(torch.compile\(base\)\), so its names contain _orig"
+            ValueError,
+            match=r"\(torch.compile\(base\)\), so its names contain _orig_mod.* \(as .*0\.self_attn\.q_proj\.lora_A",
         ):
             lora_ga.load(llama(), tmp_path, is_trainable=trainable)
     with pytest.raises(ValueError, match="so its names contain _orig_mod"):
@@ -681,6 +720,23 @@ def test_a_file_without_a_sidecar_fills_the_structure_up_to_rounding(tmp_path: P
     again = lora_ga.load(injected(llama(), **PATTERNS), tmp_path / "adapter_model.safetensors", is_trainable=True)
     torch.testing.assert_close(logits(again, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-6)
     assert all(p.shape[0] == 4 or p.shape[1] == 4 for p in again.parameters() if p.requires_grad and 2 not in p.shape)
+    (tmp_path / "adapter_config.json").unlink()  # then nothing says by what B A is multiplied
+    alone = lora_ga.load(injected(llama(), **PATTERNS), tmp_path)
+    assert torch.equal(logits(alone, causal(1)[0]), logits(again, causal(1)[0]))
+
+
+def test_the_scaling_in_the_header_of_a_pipelines_file_is_checked(tmp_path: Path) -> None:
+    model = trained(tmp_path, targets=["q_proj"], use_rslora=False)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for alpha in (16, 32):
+        settings = {"peft_type": "LORA", "r": 8, "lora_alpha": alpha, "target_modules": ["q_proj"]}
+        header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+        save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", header)
+        again = injected(llama(), ["q_proj"], use_rslora=False)
+        refused = pytest.raises(ValueError, match="multiplies B A of .* by 4, this adapter by 2")
+        with contextlib.nullcontext() if alpha == 16 else refused:
+            lora_ga.load(again, tmp_path / "pytorch_lora_weights.safetensors")
+            torch.testing.assert_close(logits(again, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-6)
 
 
 def test_an_adapter_of_rank_2r_may_be_filled_as_plain_lora(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_the_saved_adapter_is_plain_and_loads_on_the_original_base(
 ) -> None:
     batch, trained = causal(1)[0], found[0][way]["trained"]
     assert (trained - logits(llama(), batch)).abs().max() > 1e-3
+    assert (folder / way / sidecar.FILE).exists()
     stock = PeftModel.from_pretrained(llama(), folder / way)
     torch.testing.assert_close(logits(stock, batch), trained, rtol=0, atol=1e-5)
     again = lora_ga.load(llama(), folder / way, is_trainable=True)

@@ -79,6 +79,15 @@ def test_an_adapter_on_the_meta_device_gets_no_structure() -> None:
     assert not factors(model)
 
 
+def test_layers_too_small_for_their_rank_are_refused_or_stay_plain() -> None:
+    model = adapted(llama(), rank_pattern={"q_proj": 32})
+    with pytest.raises(ValueError, match="2 of 14 layers cannot be aligned"):
+        give_structure(model, LoraGAConfig(), "default")
+    assert not factors(model)
+    give_structure(model, LoraGAConfig(on_missing="lora"), "default")
+    assert len(factors(model)) == 24
+
+
 def test_an_adapter_added_with_an_aligned_convolutions_configuration_gets_its_structure() -> None:
     case = LAYERS["nn.Conv2d, one group"]
     model = make_model(case)

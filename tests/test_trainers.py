@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import lora_ga
-from lora_ga.adapter.model_card import OPENING
+from lora_ga.adapter.model_card import CLOSING, OPENING, section_of
 from lora_ga.adapter.save import FILE
 from toys import adapted, causal, llama, logits, tokens
 from trainers import (
@@ -189,6 +189,9 @@ def test_pefts_model_card_describes_a_saved_start_once(tmp_path: Path) -> None:
     for _ in range(2):
         model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
+    section = section_of(card)
+    assert section.startswith(OPENING)
+    assert section.endswith(CLOSING)
     assert card.startswith("---")
     assert card.count("## LoRA-GA start") == 1
     assert card.index("## LoRA-GA start") < card.index("[More Information Needed]")  # before PEFT's empty form
