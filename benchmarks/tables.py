@@ -435,7 +435,8 @@ FAULTS = {
     "kills": "SIGKILL in a command",
     "disks": "a disk that fails",
     "bytes": "a damaged or hand-made file",
-    "ranks": "a process that dies, or has other settings, data or another version",
+    "deaths": "a process that dies",
+    "ranks": "a process with another seed, setting, model or version, or broken data",
     "numbers": "extreme numbers",
 }
 

@@ -38,7 +38,7 @@ def test_no_fault_of_the_short_campaign_loses_anything(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = json.loads(record.read_text())["runs"]
     found = run["parts"]
-    assert found.keys() == {"kills", "disks", "bytes", "ranks", "numbers"}
+    assert found.keys() == {"kills", "disks", "bytes", "deaths", "ranks", "numbers"}
     for part in found.values():
         assert part["tried"] == part["survived"] + part["refused"] > 0
         assert part["lost"] == []

@@ -208,6 +208,7 @@ def test_buckets_keep_the_order_and_the_size_limit() -> None:
         ("models", "Processes 0 and 1 of 2 differ: fingerprint is"),
         ("gammas", "Processes 0 and 1 of 2 differ: config.stable_gamma is 16.0 in one, 17.0 in the other"),
         ("no data", "The data holds no batch"),
+        ("rate", "find_rate runs in one process, but there are several. Search in one process, on batches as large"),
     ],
 )
 def test_all_processes_refuse_differing_input_with_the_same_error(results: Results, case: str, text: str) -> None:

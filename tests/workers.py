@@ -155,6 +155,7 @@ def bad_input(rank: int, size: int, folder: Path) -> dict[str, Any]:
     )
     found["no adapter"] = raised(lambda: estimate(adapted(llama()) if rank == 0 else llama(), mine))
     found["raises"] = raised(lambda: estimate(adapted(llama()), broken()))
+    found["rate"] = raised(lambda: lora_ga.find_rate(adapted(llama()), mine, 60))
     without_loss = [{"input_ids": mine[0]["input_ids"]}] if rank == 1 else mine
     found["no loss"] = raised(lambda: estimate(adapted(llama()), without_loss))
     one_labelled = [unlabelled, mine[0], unlabelled] if rank == 1 else mine

@@ -21,7 +21,14 @@ from typing import Any
 
 PACKAGES = ("lora-ga", "torch", "transformers", "peft", "safetensors")
 # Part → faults to try, in the whole campaign and in the short one.
-PARTS = {"kills": (200, 8), "disks": (40, 6), "bytes": (12000, 400), "ranks": (12, 1), "numbers": (120, 12)}
+PARTS = {
+    "kills": (200, 8),
+    "disks": (40, 6),
+    "bytes": (12000, 400),
+    "deaths": (48, 1),
+    "ranks": (10, 1),
+    "numbers": (120, 12),
+}
 
 
 def run_part(name: str, wanted: int, seed: int, only: int | None) -> dict[str, Any]:

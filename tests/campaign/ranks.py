@@ -1,4 +1,4 @@
-"""Processes that die, or that are given something else than the others: every other process ends, with an error."""
+"""Processes that are given something else than the others: all of them end, with an error that names a process."""
 
 from __future__ import annotations
 
@@ -12,65 +12,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 import lora_ga
-from campaign.faults import LIMIT, Result, die, lost, new_folder
+from campaign.faults import LIMIT, Result, lost, new_folder
 from lora_ga import LoraGAConfig
-from lora_ga.distributed.processes import Processes
 from lora_ga.gradients import setup
-from lora_ga.gradients.checkpoint import Checkpoint
 from lora_ga.layers.factors import Factor
 from toys import adapted, causal, llama
 
 TIMEOUT = 60  # of the process group, in seconds
-
-
-def _at(owner: Any, name: str, number: int) -> None:
-    """Make this process die at the n-th call of a method."""
-    original, count = getattr(owner, name), 0
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == number:
-            die()
-        return original(*args, **kwargs)
-
-    mock.patch.object(owner, name, counted).start()
-
-
-def in_data(draw: random.Random) -> None:
-    """Dies while its batches are made."""
-    _at(Batches, "batch", draw.randint(1, 3))
-
-
-def in_forward(draw: random.Random) -> None:
-    """Dies in the forward pass of a layer."""
-    _at(torch.nn.Linear, "forward", draw.randint(1, 60))
-
-
-def in_backward(draw: random.Random) -> None:
-    """Dies in the backward pass."""
-    _at(torch.Tensor, "backward", draw.randint(1, 3))
-
-
-def in_gather(draw: random.Random) -> None:
-    """Dies when small values are exchanged."""
-    _at(Processes, "gather", draw.randint(1, 3))
-
-
-def in_merge(draw: random.Random) -> None:
-    """Dies when factors are sent."""
-    _at(Processes, "_send", draw.randint(1, 2))
-
-
-def in_saving(draw: random.Random) -> None:
-    """Dies while it saves the state of the estimate."""
-    _at(Checkpoint, "save", draw.randint(1, 2))
 
 
 def other_seed(draw: random.Random) -> None:
@@ -122,32 +75,54 @@ class Batches:
         return (self.batch(number) for number in range(len(self.all)))
 
 
-DEADLY = [in_data, in_forward, in_backward, in_gather, in_merge, in_saving]
-OTHER = [other_seed, other_settings, other_model, other_version, no_data]
-NAMES = [each for pair in zip(DEADLY, [*OTHER, no_data], strict=True) for each in pair]
+NAMES = [other_seed, other_settings, other_model, other_version, no_data]
 
 
 def case(number: int, draw: random.Random) -> Result:
-    """Hurt one of two to four processes."""
+    """Give one of two to four processes something else."""
     fault, size = NAMES[number % len(NAMES)], 2 + number % 3
     victim, seed = draw.randrange(size), draw.random()
+
+    def program(rank: int) -> dict[str, Any]:
+        if rank == victim:
+            fault(random.Random(seed))
+        model, error = adapted(llama(**Settings.model), ["q_proj"]), ""
+        try:
+            estimate = lora_ga.estimate_gradients(model, Batches(rank, size), Settings.config)
+            lora_ga.apply_estimate(model, estimate, Settings.config)
+        except Exception as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        return {"error": error, "touched": any(isinstance(module, Factor) for module in model.modules())}
+
     with new_folder(Path()) as folder:
-        pids = [_start(rank, size, folder, fault if rank == victim else None, seed) for rank in range(size)]
-        codes = _codes(pids)
-        found = [json.loads(path.read_text()) if (path := folder / f"{r}.json").exists() else None for r in range(size)]
+        reports, codes = run_together(program, size, folder)
     what = f"{fault.__name__}, process {victim} of {size}"
-    for rank, report in enumerate(found):
-        if rank == victim and fault in DEADLY:
-            continue
+    for rank, report in enumerate(reports):
         if report is None:
             return lost(f"{what}: process {rank} ended with {codes[rank]} and no report")
         if not report["error"] or report["touched"]:
             return lost(f"{what}: process {rank} {'has a start' if report['touched'] else 'saw no error'}")
         if not any(text in report["error"] for text in ("rocess", "disk of this process")):
             return lost(f"{what}: process {rank} does not name a process: {report['error'][:200]}")
-    if fault in DEADLY and codes[victim] != -signal.SIGKILL:
-        return lost(f"{what}: it did not die ({codes[victim]}): {found[victim]}")
     return Result(1, refused=1)
+
+
+def run_together(
+    program: Callable[[int], dict[str, Any]], size: int, folder: Path
+) -> tuple[list[dict[str, Any] | None], list[int]]:
+    """Run `program(rank)` in `size` processes of a gloo group, copies of this process.
+
+    Args:
+        program: Returns a report, which can be written as JSON.
+        size: The number of processes.
+        folder: Where they meet, and leave their reports and what they print.
+
+    Returns:
+        The report of each process, None without one; and their exit codes.
+    """
+    codes = _codes([_start(program, rank, size, folder.resolve()) for rank in range(size)])
+    files = [folder / f"{rank}.json" for rank in range(size)]
+    return [json.loads(file.read_text()) if file.exists() else None for file in files], codes
 
 
 def _codes(pids: list[int]) -> list[int]:
@@ -165,33 +140,29 @@ def _codes(pids: list[int]) -> list[int]:
     return codes
 
 
-def _start(rank: int, size: int, folder: Path, fault: Callable[..., None] | None, seed: float) -> int:
+def _start(program: Callable[[int], dict[str, Any]], rank: int, size: int, folder: Path) -> int:
     pid = os.fork()
     if pid == 0:
+        code = 1
+        log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         try:
-            _process(rank, size, folder, fault, seed)
+            _process(program, rank, size, folder)
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(0)
+            os._exit(code)
     return pid
 
 
-def _process(rank: int, size: int, folder: Path, fault: Callable[..., None] | None, seed: float) -> None:
+def _process(program: Callable[[int], dict[str, Any]], rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     end = datetime.timedelta(seconds=TIMEOUT)
-    meeting = f"file://{folder.resolve()}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=end)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size, timeout=end)
     dist.barrier()  # all are connected
-    if fault is not None:
-        fault(random.Random(seed))
-    model, error = adapted(llama(**Settings.model)), ""
-    try:
-        estimate = lora_ga.estimate_gradients(
-            model, Batches(rank, size), Settings.config, checkpoint=folder / "state.safetensors", every=2
-        )
-        lora_ga.apply_estimate(model, estimate, Settings.config)
-    except Exception as caught:
-        error = f"{type(caught).__name__}: {caught}"
-    touched = any(isinstance(module, Factor) for module in model.modules())
-    (folder / f"{rank}.json").write_text(json.dumps({"error": error, "touched": touched}))
+    (folder / f"{rank}.json").write_text(json.dumps(program(rank)))
