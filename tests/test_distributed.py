@@ -15,6 +15,7 @@ import lora_ga
 import processes
 import workers
 from lora_ga.distributed.processes import DeferredError, Processes, buckets, device_for
+from lora_ga.gradients import loop, setup
 from lora_ga.gradients.checkpoint import Progress, digest_of
 from toys import adapted, autograd_gradients, causal, llama, logits
 
@@ -192,6 +193,20 @@ def test_buckets_keep_the_order_and_the_size_limit() -> None:
     assert list(buckets([1, 2, 3])) == [[0, 1, 2]]
     assert list(buckets([2**25, 2**25, 1, 2**30, 1])) == [[0, 1], [2], [3], [4]]
     assert list(buckets([])) == []
+
+
+@pytest.mark.parametrize("way", ["streaming", "probe", "sharded"])
+def test_one_batch_that_all_processes_have_is_enough_for_the_warning(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the other one of two processes says what this one says, so it has the same batch."""
+    monkeypatch.setattr(setup, "processes", lambda group: Processes(0, 2))
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, value])
+    monkeypatch.setattr(Processes, "merge", lambda self, keys, state, absorb: list(keys))
+    monkeypatch.setattr(Processes, "share", lambda self, tensors: dict(tensors))
+    monkeypatch.setattr(loop, "in_step", lambda network: way == "sharded")
+    config = lora_ga.LoraGAConfig(estimator="probe" if way == "probe" else "streaming")
+    model = adapted(llama(num_hidden_layers=1), ["q_proj"])
+    with pytest.warns(UserWarning, match="All 2 processes begin with the same batch"):
+        assert lora_ga.estimate_gradients(model, causal(1), config).batches == 2
 
 
 # --- errors and warnings ---------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from cases import EXPERTS, mixtral, seeded
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.distributed.processes import Processes
 from lora_ga.gradients import loop, progress
+from lora_ga.gradients.coverage import report_missing
 from lora_ga.gradients.loss import label_tokens
 from lora_ga.gradients.setup import prepare
 from lora_ga.linalg.low_rank import LowRank, probes, truncated_svd
@@ -331,6 +332,13 @@ def test_a_loss_that_uses_no_layer_is_always_an_error() -> None:
         lora_ga.estimate_gradients(
             adapted(llama()), causal(), LoraGAConfig(on_missing="lora"), loss_fn=lambda model, batch: torch.ones(())
         )
+
+
+@pytest.mark.parametrize(("count", "text"), [(8, "\n  8: too far\n"), (9, "\n  1, 2, 3 and 6 more: too far\n")])
+def test_up_to_eight_layers_with_one_reason_are_listed_one_by_one(count: int, text: str) -> None:
+    targets: Any = {str(number): SimpleNamespace(unknown=None, unfit=None) for number in range(1, 20)}
+    with pytest.raises(ValueError, match=text):
+        report_missing(dict.fromkeys(list(targets)[:count], "too far"), targets, "error")
 
 
 def test_a_rank_above_half_the_smaller_side_is_refused_before_a_batch_is_read() -> None:

@@ -159,17 +159,25 @@ class Recomputed(nn.Module):
 
 
 class Experts(nn.Module):
-    """Two experts, which run under `torch.no_grad` when it does not train, as in some remote code."""
+    """Experts, which run under `torch.no_grad` when it does not train, as in some remote code."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 2) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
         """The input plus the experts' outputs."""
         with torch.set_grad_enabled(self.training):
             y = sum(expert(x).tanh() for expert in self.experts)
         return x + y
+
+
+class FixedDropout(nn.Module):
+    """Dropout whose rate is no attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input, half of it 0."""
+        return x * (torch.rand_like(x) > 0.5) if self.training else x
 
 
 class Chosen(nn.Module):
@@ -373,11 +381,12 @@ def everything(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("failing", [False, True])
 def test_everything_is_as_it_was_whatever_the_loss_does(failing: bool) -> None:
     model = adapted(mixtral(0.4).eval(), ATTENTION, lora_dropout=0.4)
-    outside = nn.Sequential(nn.Dropout(0.3), nn.BatchNorm1d(64), DropPath(0.2).eval(), DropPath(0.5))
+    outside = nn.Sequential(nn.Dropout(0.3), nn.BatchNorm1d(64), DropPath(0.2).eval(), DropPath(0.5), FixedDropout())
     before, used = everything(model) + everything(outside), []
 
     def loss(model: Any, batch: Any) -> Tensor:
         model.train()  # as some losses do
+        outside[-1].train()
         logits = model(**batch).logits[:, -1]
         used.append(outside(logits))
         if failing:
@@ -486,6 +495,11 @@ def test_a_part_without_gradient_in_evaluation_mode_is_named() -> None:
         found = estimated(Net(Experts()), training_mode=False)
     true = gradient(Net(Experts()))
     assert (found * true).sum() / (found.norm() * true.norm()) < 0.99  # what the warning is about
+
+
+def test_of_many_parts_without_gradient_three_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"middle\.experts\.2 and 2 more: in evaluation mode"):
+        estimated(Net(Experts(5)), training_mode=False)
 
 
 def test_a_layer_without_gradient_in_evaluation_mode_is_refused() -> None:

@@ -17,7 +17,7 @@ from transformers import BertModel, Trainer, TrainingArguments
 import lora_ga
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.alignment import factors_of
-from lora_ga.gradients.isolation import isolated
+from lora_ga.gradients.isolation import isolated, replaced
 from lora_ga.layers.factors import Factor
 from toys import adapted, bert, causal, llama
 
@@ -311,3 +311,14 @@ def test_preparing_an_estimate_computes_no_factor_whose_parts_may_be_in_other_pr
     with isolated(model, "default"):
         pass
     assert computed == []
+
+
+def test_a_replaced_method_is_afterwards_what_it_was() -> None:
+    """That of the class, or one of the module's own."""
+    module = nn.Linear(2, 2)
+    for own in (None, lambda x: x):
+        if own is not None:
+            module.__dict__["forward"] = own
+        with replaced(module, "forward", torch.sin):
+            assert module.forward is torch.sin
+        assert module.__dict__.get("forward") is own
