@@ -22,6 +22,7 @@ import lora_ga
 from cases import Convolutions, Twisted, mixtral, seeded
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.adapter.structure import give_structure
+from lora_ga.gradients.coverage import warn_probed
 from lora_ga.gradients.probe import random_probe
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.targets import find_targets
@@ -161,7 +162,22 @@ def test_a_layer_that_does_not_run_is_distinguished_from_one_that_is_not_called(
     assert len(estimate) == 14
 
 
-def test_a_model_whose_layers_are_all_called_gives_no_warning_and_keeps_no_batch() -> None:
+def test_of_many_layers_that_were_probed_three_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"3 of 9 layers ran .*: a, b, c\. Their"):
+        warn_probed(["a", "b", "c"], 9)
+    with pytest.warns(UserWarning, match=r"5 of 9 layers ran .*: a, b, c and 2 more\. Their"):
+        warn_probed(["a", "b", "c", "d", "e"], 9)
+
+
+@pytest.fixture
+def few_objects() -> Iterator[None]:
+    """Let the garbage collector, which looks at all objects each time it is called, look at new ones alone."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def test_a_model_whose_layers_are_all_called_gives_no_warning_and_keeps_no_batch(few_objects: None) -> None:
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
@@ -185,7 +201,7 @@ def test_a_model_whose_layers_are_all_called_gives_no_warning_and_keeps_no_batch
     assert alive == [1, 1, 1, 1]
 
 
-def test_layers_that_a_loss_does_not_use_cost_one_pass_and_keep_at_most_two_batches() -> None:
+def test_layers_that_a_loss_does_not_use_cost_one_pass_and_keep_at_most_two_batches(few_objects: None) -> None:
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
