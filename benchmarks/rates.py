@@ -1,25 +1,26 @@
 """The learning rate that `find_rate` finds, against the sweeps in the store of runs.
 
     python benchmarks/rates.py stories260k babyllama105 sst2   the tasks on which the rule was set
-    python benchmarks/rates.py mrpc cola                       those on which it was judged
+    python benchmarks/rates.py cola mrpc                       those on which it was judged
+    python benchmarks/rates.py "mrpc/rslora"                   one method alone
     python benchmarks/rates.py                                 judges what is in the record anew
 
-The searches are real ones. A full run at the rate that was found is not made: it lies between rates of the sweep, which
-are half a decade apart. So there are two regrets, both from the store: that of the nearest swept rate ("nearest"), and
-one from a line between both neighbours ("between"), an upper bound where the loss is convex.
+For each method the command searches a rate and makes one full run at it, with the code and the seed of the sweep. What
+the record holds is not measured again, so an interrupted command continues when it is repeated. `--again` searches
+anew and makes a new run if another rate is found. The regret is the tuning loss of the run, less the lowest of the
+sweep. It is below 0 where the run is better than all rates of the sweep, which are half a decade apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import logging
 import math
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from lora_ga.cli.rate import RateOptions, rate_of_lora_ga
 from lora_ga.experiments.methods import load_method
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.cells import Cell, cell_of
-from lora_ga.experiments.suites.run import build_inputs
+from lora_ga.experiments.suites.grid import commit
+from lora_ga.experiments.suites.run import Place, build_inputs, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import load_suite
 from lora_ga.experiments.suites.training import keep_in_float32, parameter_groups
@@ -64,8 +66,20 @@ def lines() -> dict[tuple[str, str], Runs]:
 
 
 def loss(run: Mapping[str, Any]) -> float:
-    """The loss of a run on the tuning split."""
-    return float(run["metrics"]["tune"]["loss"])
+    """The loss of a run on the tuning split; infinite if it diverged, and so has no metrics."""
+    return float(run["metrics"]["tune"]["loss"]) if "metrics" in run else math.inf
+
+
+def spreads(names: Iterable[str], swept: Mapping[tuple[str, str], Runs]) -> dict[str, float]:
+    """Line → the standard deviation of the tuning loss over the seeds, at the best rate of the sweep."""
+    losses: dict[tuple[str, str], list[float]] = {}
+    best = {line: min(runs, key=lambda rate: loss(runs[rate])) for line, runs in swept.items()}
+    for run in Store(STORE).records().values():
+        line = (run["task"], run["label"])
+        if run["suite"] != "ablation" and run["status"] == "done" and best.get(line) == run["learning_rate"]:
+            losses.setdefault(line, []).append(loss(run))
+    found = {name: losses[task, method] for name in names for task, _, method in [name.partition("/")]}
+    return {name: statistics.stdev(each) for name, each in found.items() if len(each) > 1}
 
 
 def regret(runs: Runs, rate: float) -> float:
@@ -95,33 +109,40 @@ def leader(runs: Runs, share: float) -> float:
     return min(runs, key=lambda rate: early(runs[rate]))
 
 
-def leaders() -> dict[str, dict[str, float]]:
+def leaders(swept: Mapping[tuple[str, str], Runs]) -> dict[str, dict[str, float]]:
     """Share of the steps → how good the leader at that share is at the end, over all lines, and what it costs."""
     table = {}
     for share in (0.03, 0.05, 0.1, 0.2):
-        regrets = [regret(runs, leader(runs, share)) for runs in lines().values()]
+        regrets = [regret(runs, leader(runs, share)) for runs in swept.values()]
         table[f"{share:g}"] = {
             "lines": len(regrets),
             "right": sum(each == 0 for each in regrets),
             "mean": statistics.fmean(regrets),
             "largest": max(regrets),
-            "cost": statistics.fmean(len(runs) * share for runs in lines().values()),
+            "cost": statistics.fmean(len(runs) * share for runs in swept.values()),
         }
     return table
 
 
-def unswept(found: Mapping[str, Any], swept: Mapping[tuple[str, str], Runs]) -> dict[str, dict[str, float]]:
-    """Task → the loss of LoRA-GA at the rate that was found, and of LoRA at 2e-4, by a line between swept rates.
+def found_loss(row: Mapping[str, Any], runs: Runs) -> float:
+    """The loss of the run at the rate that was found, or, where it was not made, of a line between swept rates."""
+    return loss(row["run"]) if "run" in row else loss_between(runs, row["rate"])
 
-    Where the sweep of LoRA begins above 2e-4, the loss is that of its lowest rate, which favours LoRA.
+
+def unswept(found: Mapping[str, Any], swept: Mapping[tuple[str, str], Runs]) -> dict[str, dict[str, float]]:
+    """Task → the loss of LoRA-GA at the rate that was found, and of LoRA at 2e-4.
+
+    A line between swept rates stands for runs that were not made. Where the sweep of LoRA begins above 2e-4, the loss
+    is that of its lowest rate, which favours LoRA.
     """
     return {
         task: {
-            "lora-ga": loss_between(swept[task, METHODS[1]], found[f"{task}/{METHODS[1]}"]["rate"]),
+            "lora-ga": found_loss(found[f"{task}/{METHODS[1]}"], swept[task, METHODS[1]]),
             "lora": loss_between(swept[task, "lora"], USUAL),
             "lora, best": min(map(loss, swept[task, "lora"].values())),
         }
         for task in dict.fromkeys(name.partition("/")[0] for name in found)
+        if f"{task}/{METHODS[1]}" in found
     }
 
 
@@ -164,40 +185,91 @@ def search(cell: Cell) -> dict[str, Any]:
     return {name: measured[name] for name in ("agreement", "stable", "passes")} | {"steps": cell.settings.steps}
 
 
+def full_run(cell: Cell) -> dict[str, Any]:
+    """Runs a cell as a suite does.
+
+    Returns:
+        The parts of its record that the regret rests on.
+
+    Raises:
+        RuntimeError: The run failed.
+    """
+    run = run_cell(cell, Place(Sources.from_environment(), commit=commit()))
+    if run["status"] == "failed":
+        raise RuntimeError(f"{cell.title()}: {run['reason']}")
+    kept = ("learning_rate", "status", "metrics", "seconds", "device", "commit", "versions", "date")
+    return {key: run[key] for key in kept if key in run}
+
+
 def judged(measured: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
-    """The rate that the rule gives for what was measured, its cost, and its regrets against a sweep."""
+    """The rate that the rule gives for what was measured, its cost, and its regrets against a sweep.
+
+    Returns:
+        With the measurements; a run at another rate is left out.
+    """
     stable = {float(rate): bool(stable) for rate, stable in measured["stable"].items()}
     rate = Search("", agreement=measured["agreement"], stable=stable).rate(measured["steps"])
-    return {
+    best = min(runs, key=lambda each: loss(runs[each]))
+    row = {key: measured[key] for key in ("agreement", "passes", "stable", "steps")} | {
         "rate": rate,
         "cost": measured["passes"] / measured["steps"],
         "nearest": regret(runs, rate),
-        "between": loss_between(runs, rate) - min(map(loss, runs.values())),
-        "swept best": min(runs, key=lambda each: loss(runs[each])),
+        "between": loss_between(runs, rate) - loss(runs[best]),
+        "swept best": best,
     }
+    run = measured.get("run")
+    if run is not None and run["learning_rate"] == rate:
+        row |= {"run": run, "regret": loss(run) - loss(runs[best])}
+    return row
+
+
+def chosen(names: Sequence[str], swept: Mapping[tuple[str, str], Runs]) -> list[tuple[str, str]]:
+    """The lines (task, method) that the names of the command stand for, in their order.
+
+    Raises:
+        ValueError: A name stands for none.
+    """
+    known = sorted((line for line in swept if line[1] in METHODS), key=lambda line: METHODS.index(line[1]))
+    lines_of = {name: [line for line in known if name in (line[0], "/".join(line))] for name in names}
+    if strange := [name for name, found in lines_of.items() if not found]:
+        raise ValueError(
+            f"{', '.join(strange)}: names no sweep of the store. There are {', '.join(map('/'.join, known))}."
+        )
+    return [line for found in lines_of.values() for line in found]
+
+
+def write(found: Mapping[str, Any], swept: Mapping[tuple[str, str], Runs]) -> None:
+    """Writes the record."""
+    others = {"spread": spreads(found, swept), "unswept": unswept(found, swept), "calculated": calculated(swept)}
+    record.finish("rates", {"leaders": leaders(swept), "found": found, **others})
 
 
 def main() -> None:
-    """Searches for each method on the tasks that are named, and writes the record with all that was found so far."""
+    """Searches and runs for each method on the tasks that are named; writes the record after each step.
+
+    Raises:
+        ValueError: A name is neither that of a task with sweeps nor that of a line.
+    """
     parser = argparse.ArgumentParser(description="Measures find_rate against the sweeps of the store.")
-    parser.add_argument("tasks", nargs="*")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a task, or task/method")
+    parser.add_argument("--again", action="store_true", help="search anew what is in the record")
     options = parser.parse_args()
     logging.getLogger("lora_ga").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     file, swept = record.RESULTS / "rates.json", lines()
-    old = json.loads(file.read_text()) if file.exists() else {}
-    found: dict[str, Any] = old.get("found", {})
-    for task, method in itertools.product(options.tasks, METHODS):
+    found: dict[str, Any] = json.loads(file.read_text())["found"] if file.exists() else {}
+    found = {name: judged(row, swept[tuple(name.split("/"))]) for name, row in found.items()}
+    for task, method in chosen(options.names, swept):
         suite, name = load_suite(SUITES.get(task, "glue-minilm")), f"{task}/{method}"
-        found[name] = search(cell_of(suite, task, method, 1.0, 0))
-        print(name, found[name], flush=True)
-    for name, row in found.items():
-        task, _, method = name.partition("/")
-        row.update(judged(row, swept[task, method]))
-    record.finish(
-        "rates",
-        {"leaders": leaders(), "found": found, "unswept": unswept(found, swept), "calculated": calculated(swept)},
-    )
+        if options.again or name not in found:
+            measured = found.get(name, {}) | search(cell_of(suite, task, method, 1.0, 0))
+            found[name] = judged(measured, swept[task, method])
+            write(found, swept)
+        if "run" not in found[name]:
+            run = full_run(cell_of(suite, task, method, found[name]["rate"], 0))
+            found[name] = judged(found[name] | {"run": run}, swept[task, method])
+            write(found, swept)
+    write(found, swept)
 
 
 if __name__ == "__main__":

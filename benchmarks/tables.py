@@ -230,23 +230,33 @@ def why_table() -> str:
 
 
 def found_rates_table() -> str:
-    """The rates that `find_rate` finds, against the sweeps, in Markdown."""
-    heads = "task | method | found | best of the sweep | regret, nearest rate | regret, between rates | cost ÷ run"
-    lines = [f"| {heads} |", "|---" * 7 + "|"]
-    for name, row in load("rates")["found"].items():
+    """The rates that `find_rate` finds, and one full run at each, against the sweeps, in Markdown."""
+    heads = (
+        "task | method | found | best of the sweep | regret, run at the found rate | regret, nearest rate | "
+        "regret, between rates | spread over seeds | cost ÷ run"
+    )
+    keys, found = ("regret", "nearest", "between"), load("rates")
+    lines = [f"| {heads} |", "|---" * 9 + "|"]
+    for name, row in found["found"].items():
         task, _, method = name.partition("/")
-        lines.append(
-            f"| {task} | {method} | {row['rate']:.2g} | {row['swept best']:g} | {row['nearest']:.4f} | "
-            f"{row['between']:.4f} | {row['cost']:.3f} |"
-        )
+        cells = [f"{row[key]:.4f}" if key in row else "not run" for key in keys]
+        cells += [f"{found['spread'][name]:.4f}" if name in found["spread"] else BLANK, f"{row['cost']:.3f}"]
+        lines.append(f"| {task} | {method} | {row['rate']:.2g} | {row['swept best']:g} | {' | '.join(cells)} |")
     for title, tasks in (("set on", SET_ON), ("judged", JUDGED)):
-        rows = [row for name, row in load("rates")["found"].items() if name.partition("/")[0] in tasks]
-        cells = [
-            f"{statistics.fmean(row[key] for row in rows):.4f}, at most {max(row[key] for row in rows):.4f}"
-            for key in ("nearest", "between")
-        ]
-        lines.append(f"| **{title}** | all | | | {' | '.join(cells)} | {max(row['cost'] for row in rows):.3f} |")
+        rows = {name: row for name, row in found["found"].items() if name.partition("/")[0] in tasks}
+        cells = [mean_and_most([row[key] for row in rows.values() if key in row], len(rows)) for key in keys]
+        pooled = math.sqrt(statistics.fmean(found["spread"][name] ** 2 for name in rows if name in found["spread"]))
+        most = max(row["cost"] for row in rows.values())
+        lines.append(f"| **{title}** | all | | | {' | '.join(cells)} | {pooled:.4f} | {most:.3f} |")
     return "\n".join(lines)
+
+
+def mean_and_most(regrets: Sequence[float], of: int) -> str:
+    """The mean of regrets and the largest, and how many there are if some of all are missing."""
+    if not regrets:
+        return BLANK
+    count = "" if len(regrets) == of else f" ({len(regrets)} of {of})"
+    return f"{statistics.fmean(regrets):.4f}, at most {max(regrets):.4f}{count}"
 
 
 def unswept_table() -> str:
