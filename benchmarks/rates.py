@@ -70,6 +70,12 @@ def loss(run: Mapping[str, Any]) -> float:
     return float(run["metrics"]["tune"]["loss"]) if "metrics" in run else math.inf
 
 
+def line_of(name: str) -> tuple[str, str]:
+    """Task and method of a name in the record."""
+    task, _, method = name.partition("/")
+    return task, method
+
+
 def spreads(names: Iterable[str], swept: Mapping[tuple[str, str], Runs]) -> dict[str, float]:
     """Line → the standard deviation of the tuning loss over the seeds, at the best rate of the sweep."""
     losses: dict[tuple[str, str], list[float]] = {}
@@ -78,7 +84,7 @@ def spreads(names: Iterable[str], swept: Mapping[tuple[str, str], Runs]) -> dict
         line = (run["task"], run["label"])
         if run["suite"] != "ablation" and run["status"] == "done" and best.get(line) == run["learning_rate"]:
             losses.setdefault(line, []).append(loss(run))
-    found = {name: losses[task, method] for name in names for task, _, method in [name.partition("/")]}
+    found = {name: losses[line_of(name)] for name in names}
     return {name: statistics.stdev(each) for name, each in found.items() if len(each) > 1}
 
 
@@ -258,7 +264,7 @@ def main() -> None:
     torch.set_num_threads(1)
     file, swept = record.RESULTS / "rates.json", lines()
     found: dict[str, Any] = json.loads(file.read_text())["found"] if file.exists() else {}
-    found = {name: judged(row, swept[tuple(name.split("/"))]) for name, row in found.items()}
+    found = {name: judged(row, swept[line_of(name)]) for name, row in found.items()}
     for task, method in chosen(options.names, swept):
         suite, name = load_suite(SUITES.get(task, "glue-minilm")), f"{task}/{method}"
         if options.again or name not in found:
