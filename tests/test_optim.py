@@ -253,6 +253,28 @@ def test_a_spectral_step_moves_the_product_by_its_rate_and_no_more(rule: str) ->
     assert 0.4 * LR < moved <= (1.5 if rule == "LoRATSD" else 1 + 1e-6) * LR
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "rows", "plain"), [(6, 6, 64, False), (16, 2, 64, True), (32, 32, 4, True)]
+)
+@pytest.mark.parametrize("rule", ["LoRATSD", "LoRAMuon", "PoLoRA"])
+def test_the_steps_stay_bounded_where_the_factors_lack_directions(
+    rule: str, inputs: int, outputs: int, rows: int, plain: bool
+) -> None:
+    """The rank exceeds a side of the layer, or plain LoRA's B has seen fewer rows than the rank."""
+    a, b = random(8, inputs).float() / 3, random(outputs, 8, seed=1).float() / 3 * (not plain)
+    target, optimizer = random(outputs, inputs, seed=2).float(), RULES[rule](groups_of(a, b), lr=0.05)
+    a, b = optimizer.param_groups[0]["params"]
+    errors = [(target - b @ a).norm().item()]
+    for step in range(20):
+        x, before = random(rows, inputs, seed=9 + step).float(), (b @ a).detach()
+        a.grad = b.grad = None
+        ((b @ a - target) @ x.mT).square().mean().backward()
+        optimizer.step()
+        assert torch.linalg.matrix_norm((b @ a).detach() - before, 2) < 12 * 0.05
+        errors.append((target - b @ a).norm().item())
+    assert errors[-1] < errors[0]
+
+
 # --- the algebra -----------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +422,12 @@ def test_what_cannot_be_stepped_in_pairs_is_refused_by_name() -> None:
         PoLoRA(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="LoRAMuon: lr is -1; it must be a finite number, at least 0"):
         LoRAMuon(param_groups(model), lr=-1)
+    with pytest.raises(ValueError, match="ScaledSGD: momentum is 1.0; averages need numbers of at least 0 and below 1"):
+        ScaledSGD(param_groups(model), lr=0.1, momentum=1.0)
+    with pytest.raises(ValueError, match=r"PoLoRA: betas is \(0.9, 1.5\); averages need"):
+        PoLoRA(param_groups(model), lr=0.1, betas=(0.9, 1.5))
+    with pytest.raises(ValueError, match="LoRATSD: iterations is -1; it must be a finite number, at least 0"):
+        LoRATSD(param_groups(model), lr=0.1, iterations=-1)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_A["default"].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"q_proj trains one factor only \(lora_A is frozen\)"):
@@ -455,6 +483,15 @@ def test_a_gradient_that_is_not_finite_in_a_head_changes_nothing_either() -> Non
     with pytest.raises(FloatingPointError, match="PoLoRA: the gradient of score is not finite"):
         optimizer.step()
     assert torch.equal(a, before)
+
+
+def test_the_check_of_gradients_copies_none_and_takes_a_sum_that_overflows_for_finite() -> None:
+    a, b, head = (nn.Parameter(random(*shape).float()) for shape in ((2, 5), (4, 2), (1000, 1000)))
+    optimizer = PoLoRA([{"params": [a, b], "layout": "rows"}, {"params": [head]}], lr=0.1)
+    head.grad = torch.full_like(head, 1e38)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer._check_finite([], [])
+    assert max(event.cpu_memory_usage for event in profile.events()) < head.numel()
 
 
 @pytest.mark.parametrize("rank", [1, 2])

@@ -1,7 +1,7 @@
 """Small linear algebra of pairs of factors, on the Gram matrices of many layers at once.
 
 Shapes: N matrices, r rows (or columns), n their length. Matrices of r x r are in float64, where the device has it.
-Nothing here waits for the device, and a function takes few operations, whatever N is: a GPU is slow at starting them.
+Only `pseudo_root` waits for the device. A function takes few operations, whatever N is: a GPU is slow at starting them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lora_ga.linalg.low_rank import wide
 RAISE, SETTLE = (3.4445, -4.7750, 2.0315), (1.875, -1.25, 0.375)
 STEPS = (RAISE,) * 5 + (SETTLE,) * 5
 ROUNDS, SQUARINGS = 4, 3
+DEAD = 1e-4  # directions with less than this share of the largest eigenvalue count as absent
 LEAST = 1e-36  # a matrix whose squares sum up to less counts as zero
 
 
@@ -75,6 +76,28 @@ def inverse_root(gram_Nrr: Tensor, damping: float | Tensor = 0.0) -> Tensor:
     lower, _ = torch.linalg.cholesky_ex(gram_Nrr / size + torch.where(alive, share, 1.0) * eye)
     inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
     return inverse * (alive * size.rsqrt())
+
+
+def pseudo_root(gram_Nrr: Tensor) -> Tensor:
+    """W with WᵀW = S⁺, the pseudo-inverse of S without directions whose eigenvalues are below `DEAD` of the largest.
+
+    Factors lack directions where the rank exceeds a side of the layer, and in plain LoRA's B after steps on fewer rows
+    than the rank. There S⁻¹ would make steps without bound out of rounding errors.
+
+    Args:
+        gram_Nrr: S.
+
+    Returns:
+        W, that of `inverse_root` unless a direction may be absent.
+    """
+    root = inverse_root(gram_Nrr)
+    doubtful = root.square().sum(dim=(-2, -1), keepdim=True) * trace(gram_Nrr) > gram_Nrr.shape[-1] / DEAD
+    if not bool(doubtful.any()):
+        return root
+    values, vectors = torch.linalg.eigh(gram_Nrr)
+    kept = values > DEAD * values[..., -1:]
+    inverse = torch.where(kept, values, 1.0).rsqrt() * kept
+    return torch.where(doubtful, inverse[..., None] * vectors.mT, root)
 
 
 def top_eigenvalue(gram_Nrr: Tensor) -> Tensor:

@@ -233,6 +233,7 @@ class PairOptimizer(Optimizer, abc.ABC):
         for name, value in {"lr": lr, "weight_decay": weight_decay, "other_lr": other_lr}.items():
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{type(self).__name__}: {name} is {value!r}; it must be a finite number, at least 0.")
+        _check_options(type(self).__name__, options)
         groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
         if not any(group.get("layout") for group in groups):
             name = type(self).__name__
@@ -324,11 +325,11 @@ class PairOptimizer(Optimizer, abc.ABC):
             for parameter in pair
         ]
         others = [pair for group in self.param_groups if not group["layout"] for pair in _named(group, 1)]
-        # A sum is not finite if a term is not; one transfer for all.
         tensors = [side for both in gradients for side in both]
         tensors += [parameter.grad for _, (parameter,) in others if parameter.grad is not None]
-        sums = [(tensor if tensor.device.type == "mps" else tensor.double()).sum() for tensor in tensors]
-        if not sums or bool(torch.stack([total.to(sums[0]) for total in sums]).isfinite().all()):
+        # The largest entry is not finite if any is not; without copies, and with one transfer for all.
+        largest = [torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors if tensor.numel()]
+        if not largest or bool(torch.stack([each.to(largest[0]) for each in largest]).isfinite().all()):
             return
         named += [(name, parameter) for name, (parameter,) in others]
         wrong = [name for name, each in named if each.grad is not None and not bool(each.grad.isfinite().all())]
@@ -395,6 +396,20 @@ class PairOptimizer(Optimizer, abc.ABC):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
+
+def _check_options(rule: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of a rule that are out of their range.
+
+    Raises:
+        ValueError: One is.
+    """
+    for name, value in options.items():
+        for each in value if name == "betas" else (value,):
+            if name in {"momentum", "betas"} and not 0 <= each < 1:
+                raise ValueError(f"{rule}: {name} is {value!r}; averages need numbers of at least 0 and below 1.")
+            if name in {"eps", "damping", "iterations"} and not 0 <= each < math.inf:
+                raise ValueError(f"{rule}: {name} is {value!r}; it must be a finite number, at least 0.")
 
 
 def _named(group: Mapping[str, Any], size: int) -> Iterator[tuple[str, tuple[nn.Parameter, ...]]]:

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ga.optim.algebra import gram, inverse_root, orthonormal_product, sign_factor, top_eigenvalue, trace
+from lora_ga.optim.algebra import (
+    gram,
+    inverse_root,
+    orthonormal_product,
+    pseudo_root,
+    sign_factor,
+    top_eigenvalue,
+    trace,
+)
 from lora_ga.optim.pairs import PairOptimizer, Pairs, State, adam
 
 
@@ -296,18 +304,16 @@ def relative(curvature: Tensor, damping: float) -> Tensor:
 
 
 def roots(a_NrI: Tensor, b_NOr: Tensor, constant: float = 0.0) -> tuple[Tensor, Tensor]:
-    """W_A and W_B with `W_A (AAᵀ + constant I) W_Aᵀ = I`, likewise of BᵀB; zero where A or B is zero."""
-    both = with_constant(torch.cat([gram(a_NrI), gram(b_NOr.mT)]), constant).to(a_NrI.dtype)
-    root_A, root_B = both.chunk(2)
+    """W_A and W_B with `W_AᵀW_A = (AAᵀ + constant I)⁻¹`, likewise of BᵀB; without a constant the pseudo-inverse."""
+    grams = torch.cat([gram(a_NrI), gram(b_NOr.mT)])
+    both = with_constant(grams, constant) if constant else pseudo_root(grams)
+    root_A, root_B = both.to(a_NrI.dtype).chunk(2)
     return root_A, root_B
 
 
 def with_constant(gram_Nrr: Tensor, constant: float | Tensor) -> Tensor:
     """W with `W (S + constant I) Wᵀ = I`; zero where S is zero."""
-    size = trace(gram_Nrr) / gram_Nrr.shape[-1]
-    return (
-        inverse_root(gram_Nrr, constant / size) if isinstance(constant, Tensor) or constant else inverse_root(gram_Nrr)
-    )
+    return inverse_root(gram_Nrr, constant / (trace(gram_Nrr) / gram_Nrr.shape[-1]))
 
 
 def msign(a_NrI: Tensor, b_NOr: Tensor) -> tuple[Tensor, Tensor]:
