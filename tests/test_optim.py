@@ -20,6 +20,7 @@ import lora_ga
 import processes
 from cases import LAYERS
 from lora_ga import LoraGAConfig
+from lora_ga.experiments.methods.steps import LoRAPro
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries
 from lora_ga.layers.targets import find_targets
@@ -38,6 +39,7 @@ RULES: dict[str, Callable[..., PairOptimizer]] = {
     "LoRATSD, no look-ahead": functools.partial(LoRATSD, nesterov=False),
     "LoRAMuon": LoRAMuon,
     "PoLoRA": PoLoRA,
+    "LoRAPro": LoRAPro,
 }
 
 
@@ -183,6 +185,32 @@ def polora(damping: float = 1e-4) -> Formula:
     return formula
 
 
+def lora_pro(scaling: float = 1.7) -> Formula:
+    """The paper's algorithm with its scaling s; the loss is one of s·BA, and the rate one of the whole weight."""
+    held = [torch.zeros(OUTPUTS, INPUTS).double()] * 2
+
+    def adjusted(a: Tensor, b: Tensor, by_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The changes g_A, g_B of least distance to LoRA's gradients with s(B g_A + g_B A) closest to the weight's."""
+        by_a, by_b = scaling * b.mT @ by_weight, scaling * by_weight @ a.mT
+        inverse_a, inverse_b = torch.linalg.inv(a @ a.mT), torch.linalg.inv(b.mT @ b)
+        eye = torch.eye(RANK).double()
+        sylvester = torch.kron(b.mT @ b, eye) + torch.kron(eye, a @ a.mT)  # of the rows of X, one after another
+        wanted = -inverse_b @ by_a @ a.mT / scaling**2
+        x = torch.linalg.solve(sylvester, wanted.flatten()).view(RANK, RANK)
+        projector = torch.eye(OUTPUTS).double() - b @ inverse_b @ b.mT
+        return inverse_b @ by_a / scaling**2 + x @ a, projector @ by_b @ inverse_a / scaling**2 - b @ x
+
+    def formula(a: Tensor, b: Tensor, g: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        g_a, g_b = adjusted(a, b, g / scaling)
+        equivalent = scaling * (b @ g_a + g_b @ a)
+        held[:] = 0.9 * held[0] + 0.1 * equivalent, 0.999 * held[1] + 0.001 * equivalent**2
+        adam = held[0] / (1 - 0.9 ** (step + 1)) / ((held[1] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8 / scaling)
+        g_a, g_b = adjusted(a, b, adam)
+        return -LR * scaling * g_a, -LR * scaling * g_b
+
+    return formula
+
+
 FORMULAS: dict[str, tuple[Callable[[], Formula], float]] = {
     "ScaledSGD": (scaled_sgd, 1e-9),
     "ScaledAdamW": (scaled_adamw, 1e-9),
@@ -190,6 +218,7 @@ FORMULAS: dict[str, tuple[Callable[[], Formula], float]] = {
     "LoRATSD, no look-ahead": (functools.partial(lora_tsd, 1, nesterov=False), 1e-8),
     "LoRAMuon": (lora_muon, 1e-8),
     "PoLoRA": (polora, 2e-3),  # of the bound of `spectral_norm`
+    "LoRAPro": (lora_pro, 1e-9),
 }
 
 
@@ -206,7 +235,7 @@ def test_a_rule_takes_the_steps_of_its_formula(rule: str) -> None:
         assert (got - wanted).norm() <= tolerance * (wanted - before).norm()
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "ScaledAdamW"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in {"ScaledAdamW", "LoRAPro"}])
 def test_the_path_of_the_product_does_not_depend_on_how_it_is_factored(rule: str) -> None:
     """Of PoLoRA: on how the factors are rotated."""
     a, b, mix = random(RANK, INPUTS), random(OUTPUTS, RANK, seed=1), random(RANK, RANK, seed=2)

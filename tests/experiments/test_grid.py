@@ -233,7 +233,7 @@ def test_an_unknown_start_or_rule_is_refused_with_the_known_ones() -> None:
         load_method("steps").optimizer([], start_inputs(rule="best"))
 
 
-@pytest.mark.parametrize("rule", ["adamw", "sgd", "tsd", "muon", "scaled_sgd", "scaled_adamw"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "tsd", "muon", "scaled_sgd", "scaled_adamw", "lora_pro"])
 def test_every_rule_of_steps_trains_the_toy(toy: Path, rule: str) -> None:
     cell = replace(cell_of(load_suite(str(toy)), "classes", "steps", 1e-2, 0), options={"rule": rule})
     record = run_cell(cell, PLACE)

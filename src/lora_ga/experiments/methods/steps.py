@@ -6,12 +6,54 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_ga.experiments.methods.base import BuildInputs, Method, adamw, one_rate
 from lora_ga.experiments.methods.starts import STARTS
-from lora_ga.optim import LoRAMuon, LoRATSD, PoLoRA, ScaledAdamW, ScaledSGD, param_groups
+from lora_ga.optim import LoRAMuon, LoRATSD, PairOptimizer, PoLoRA, ScaledAdamW, ScaledSGD, param_groups
+from lora_ga.optim.pairs import Pairs, State, adam
+from lora_ga.optim.rules import roots
 
 Groups = list[dict[str, Any]]
+
+
+class LoRAPro(PairOptimizer):
+    """LoRA-Pro with Adam, only for comparison: its state is as large as the weights. Of linear layers.
+
+    Z. Wang, J. Liang, R. He, Z. Wang, T. Tan, "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", 2024 (arXiv
+    2407.18242), theorems 2.1 and 2.2 and the algorithm with AdamW. Of a gradient G of the product B A the changes are
+
+        g_A = (BᵀB)⁻¹BᵀG + X A,   g_B = (I − P_B) G Aᵀ(AAᵀ)⁻¹ − B X,   BᵀB X + X AAᵀ = −(BᵀB)⁻¹BᵀG Aᵀ
+
+    for which B g_A + g_B A is closest to G. Adam's averages are those of this matrix, and its direction takes the place
+    of G in the same formula. The rate is one of entries of the product: the paper's is s times this. With B = 0 the
+    first step is one of B alone, as in the published code.
+    """
+
+    def __init__(self, params: Groups, lr: float) -> None:
+        super().__init__(params, lr)
+
+    def rule(self, pairs: Pairs, state: State, group: Mapping[str, Any], step: int) -> tuple[Tensor, Tensor]:
+        """ΔA and ΔB (see `PairOptimizer.rule`)."""
+        a, b = self._closest(pairs, pairs.grad_a, pairs.grad_b)
+        equivalent = pairs.B @ a + b @ pairs.A
+        first, second = state.setdefault("moments", (torch.zeros_like(equivalent), torch.zeros_like(equivalent)))
+        direction = adam(first, second, equivalent, step, (0.9, 0.999), 1e-8)
+        a, b = self._closest(pairs, pairs.B.mT @ direction, direction @ pairs.A.mT)
+        values_A, vectors_A = torch.linalg.eigh(pairs.A @ pairs.A.mT)
+        values_B, vectors_B = torch.linalg.eigh(pairs.B.mT @ pairs.B)
+        sums = (values_B[..., :, None] + values_A[..., None, :]).clamp_min(torch.finfo(values_A.dtype).tiny)
+        x = vectors_B @ (vectors_B.mT @ (-a @ pairs.A.mT) @ vectors_A / sums) @ vectors_A.mT
+        return -group["lr"] * (a + x @ pairs.A), -group["lr"] * (b - pairs.B @ x)
+
+    @staticmethod
+    def _closest(pairs: Pairs, by_A: Tensor, by_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The changes with X = 0, from BᵀG and G Aᵀ."""
+        root_A, root_B = roots(pairs.A, pairs.B)
+        a, b = root_B.mT @ (root_B @ by_A), by_B @ root_A.mT @ root_A
+        return a, b - pairs.B @ (root_B.mT @ (root_B @ (pairs.B.mT @ b)))
+
+
 # The rules of pairs; the options are those of the classes' defaults, except for the number of msigns of LoRATSD.
 PAIRS: Mapping[str, Callable[[Groups, BuildInputs], Any]] = {
     "tsd": lambda groups, inputs: LoRATSD(groups, inputs.rate, iterations=inputs.options["iterations"]),
@@ -19,6 +61,7 @@ PAIRS: Mapping[str, Callable[[Groups, BuildInputs], Any]] = {
     "polora": lambda groups, inputs: PoLoRA(groups, inputs.rate),
     "scaled_sgd": lambda groups, inputs: ScaledSGD(groups, inputs.rate),
     "scaled_adamw": lambda groups, inputs: ScaledAdamW(groups, inputs.rate),
+    "lora_pro": lambda groups, inputs: LoRAPro(groups, inputs.rate),
 }
 RULES: Mapping[str, Callable[[Groups, BuildInputs], Any]] = {
     "adamw": adamw,
