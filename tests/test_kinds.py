@@ -290,6 +290,7 @@ def test_experts_with_another_active_adapter_are_refused() -> None:
         find_targets(model)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_the_base_offset_is_refused_for_grouped_convolutions() -> None:
     model = get_peft_model(seeded(Convolutions)(), LoraConfig(r=4, target_modules=["grouped"]))
     with pytest.raises(ValueError, match='grouped: offset="base" cannot change a grouped convolution, whose adapter'):
