@@ -511,11 +511,16 @@ def test_estimates_of_a_model_without_experts_are_what_they_were() -> None:
 
 def test_a_rank_too_large_for_all_layers_is_one_line_with_the_largest_that_fits() -> None:
     message = (
-        r"14 of 14 layers cannot be aligned:\n  .*q_proj, .*k_proj, .*v_proj and 11 more: rank 17 is more than half of "
-        r"a layer's smaller side. The largest rank that fits all is 8 \(.*k_proj is 16 x 32\)\nUse a rank of at most 8"
+        r" layers cannot be aligned: rank 17 is more than half of a layer's smaller side\. "
+        r"The largest rank that fits all is 8 \(.*k_proj is 16 x 32\)\.$"
     )
-    with pytest.raises(ValueError, match=message + r"\.$"):
-        lora_ga.estimate_gradients(adapted(llama(), r=17), causal())
+    for count, targets in ((14, "all-linear"), (2, ["k_proj"])):
+        with pytest.raises(ValueError, match=f"^{count} of {count}" + message):
+            lora_ga.estimate_gradients(adapted(llama(), targets, r=17), causal())
+    with pytest.raises(
+        ValueError, match=r"4 of 6 layers .*:\n  .*k_proj, .*v_proj, .* and 1 more: rank 9 .* is 8 \(.*\n"
+    ):
+        lora_ga.estimate_gradients(adapted(llama(), ["q_proj", "k_proj", "v_proj"], r=9), causal())
 
 
 # --- what an estimate says -------------------------------------------------------------------------------------------

@@ -102,9 +102,15 @@ def test_weights_with_signs_give_that_combination_of_gradients() -> None:
 
 
 def test_estimates_of_other_models_or_settings_do_not_merge(estimate: GradientEstimate) -> None:
-    model = adapted(llama())
+    model, narrow = adapted(llama()), adapted(llama(intermediate_size=40))
     cases = {
+        r"1 and 2 are of different models: .*down_proj is \d+ x \d+ in one, \d+ x 40": lora_ga.estimate_gradients(
+            narrow, causal(), estimate.config
+        ),
         r"1 and 2 differ: config\.seed is 5 in one, 0 in the other": lora_ga.estimate_gradients(model, causal()),
+        r"1 and 2 are of different models: only one of them has model\.layers\.1": lora_ga.estimate_gradients(
+            adapted(llama(num_hidden_layers=1)), causal(), estimate.config
+        ),
         "1 and 2 differ: fingerprint is": dataclasses.replace(estimate, fingerprint="0" * 16),
         r"differ in their layers: model\.layers\.0\.mlp\.down_proj": dataclasses.replace(
             estimate, layers={n: e for n, e in estimate.items() if n != "model.layers.0.mlp.down_proj"}

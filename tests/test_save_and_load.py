@@ -284,7 +284,9 @@ def test_the_folder_alone_loads_the_base_too_and_names_the_classes(
     model.save_pretrained(tmp_path / "adapter")
     names = {0: "a", 1: "b", 2: "c", 3: "d"}
     (tmp_path / "adapter" / "labels.json").write_text(json.dumps(names))
-    alone = lora_ga.load(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of names that Transformers has renamed and PEFT uses
+        alone = lora_ga.load(tmp_path / "adapter")
     ids = {"input_ids": tokens()}
     assert torch.equal(logits(alone, ids), logits(model.eval(), ids))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -294,6 +296,11 @@ def test_the_folder_alone_loads_the_base_too_and_names_the_classes(
     assert torch.equal(logits(lora_ga.load(tmp_path / "adapter"), ids), logits(model, ids))
     save_file(tensors, file, {"format": "pt"})
     file.with_suffix(".bin").unlink()
+    of_run = lora_ga.load(tmp_path)  # the folder of a run holds the folder of its adapter
+    assert torch.equal(logits(of_run, ids), logits(model, ids))
+    for given in ((tmp_path / "base",), (bert(), tmp_path / "base")):
+        with pytest.raises(FileNotFoundError, match=r"base: there is no adapter .* It holds a whole model"):
+            lora_ga.load(*given)
     bert().bert.save_pretrained(tmp_path / "base")  # without a head
     caplog.clear()
     with caplog.at_level("WARNING"), warnings.catch_warnings():

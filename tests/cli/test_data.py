@@ -16,6 +16,7 @@ from safetensors.torch import load_file as load_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from lora_ga.cli import conversations, data, tasks
+from lora_ga.cli.columns import MOST_BYTES, columns_in, columns_of, with_found_columns
 from lora_ga.cli.data import (
     Labels,
     RowEncoder,
@@ -75,8 +76,13 @@ def test_unknown_missing_damaged_and_empty_files_are_refused(tmp_path: Path) -> 
     with pytest.raises(FileNotFoundError, match=r"a.csv: there is no such data file"):
         load_file(tmp_path / "a.csv")
     (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": ')
-    with pytest.raises(ValueError, match=r"torn.jsonl: could not be read as jsonl \("):
+    with pytest.raises(
+        ValueError, match=r"torn.jsonl: could not be read as jsonl \(line 2: .*each line must be one JSON object"
+    ):
         load_file(tmp_path / "torn.jsonl")
+    (tmp_path / "latin.csv").write_bytes("text,label\ncafé,a\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.csv: could not be read as csv \(it is not in UTF-8, as byte 14 shows"):
+        load_file(tmp_path / "latin.csv")
     (tmp_path / "nothing.jsonl").touch()
     with pytest.raises(ValueError, match=r"nothing.jsonl: holds no rows"):
         load_file(tmp_path / "nothing.jsonl")
@@ -112,6 +118,32 @@ def test_hub_data_that_cannot_be_loaded_is_refused_with_the_reason(monkeypatch: 
 def test_a_missing_column_is_refused_and_the_existing_ones_are_listed() -> None:
     with pytest.raises(ValueError, match=r"f.csv: there is no column 'txt' \(--text_column\); its columns are text, y"):
         check_columns(rows(text=["a"], y=[1]), {"text_column": "txt"}, "f.csv")
+    missing = (
+        r"no column 'txt' \(--text_column\) and no column 'label' \(--label_column\); its columns are text, y\. Name"
+    )
+    with pytest.raises(ValueError, match=missing):
+        check_columns(rows(text=["a"], y=[1]), {"text_column": "txt", "label_column": "label"}, "f.csv")
+    with pytest.raises(
+        ValueError, match="its columns are question, answer.* answers by --prompt_column and --target_c"
+    ):
+        check_columns(rows(question=["a"], answer=["b"]), {"text_column": "text"}, "f.csv")
+
+
+def test_the_columns_of_a_file_are_seen_without_reading_it_whole(tmp_path: Path) -> None:
+    for suffix in (".csv", ".tsv", ".jsonl"):
+        WRITERS[suffix](datasets.Dataset.from_list(ROWS), tmp_path / f"f{suffix}")
+        assert columns_in(tmp_path / f"f{suffix}") == ["text", "label"]
+    (tmp_path / "more.jsonl").write_text('{"text": "a"}\n\n{"text": "b", "label": 1}\n')
+    assert columns_in(tmp_path / "more.jsonl") == ["text", "label"]  # a row may lack a column
+    (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n[1]\n')
+    (tmp_path / "f.json").write_text("[]")
+    (tmp_path / "large.jsonl").write_text('{"text": "a"}\n' + " " * MOST_BYTES)
+    assert (
+        columns_in(tmp_path / "torn.jsonl")
+        is columns_in(tmp_path / "large.jsonl")
+        is columns_in(tmp_path / "f.json")
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,7 +273,7 @@ def test_prompts_and_targets_of_seq2seq_become_inputs_and_labels(t5: Path) -> No
 )
 def test_columns_of_another_task_are_refused(task: str, given: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tasks.columns_of(task, options(**given))
+        columns_of(task, options(**given))
 
 
 def test_the_length_is_at_most_what_the_model_reads(llama: Path, tmp_path: Path) -> None:
@@ -321,7 +353,7 @@ def encode(model: Path, row: dict[str, Any], length: int = 64, **given: Any) -> 
     """Encodes one row into tokens and labels."""
     options = DataOptions(train_file="f.jsonl", **given)
     rows = datasets.Dataset.from_list([row])
-    columns = tasks.columns_of("causal-lm", options)
+    columns = columns_of("causal-lm", options)
     return conversations.encode(rows, columns, load_tokenizer(str(model)), options, length, "f")[0]
 
 
@@ -540,7 +572,12 @@ def test_rows_without_a_conversation_are_refused(
 
 
 def test_without_a_chat_template_one_may_be_given_and_messages_are_found_by_themselves(
-    llama: Path, chat_llama: Path, chats: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+    llama: Path,
+    chat_llama: Path,
+    chats: Path,
+    tmp_path: Path,
+    error_of: Callable[[list[object]], str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     argv = [
         "train",
@@ -561,14 +598,19 @@ def test_without_a_chat_template_one_may_be_given_and_messages_are_found_by_them
         assert main([*argv, "--chat_template", str(tmp_path / "chat.jinja")]) == 0
     assert [str(each.message) for each in caught if issubclass(each.category, FutureWarning)] == []
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == template
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"lora-ga: loading {llama} and the data ...\n")
+    assert f"adapter --chat-template {tmp_path / 'run' / 'adapter' / 'chat_template.jinja'}\n" in shown.out
     assert "messages_column: messages" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_prompts_and_completions_are_found_by_their_names() -> None:
-    found = conversations.with_found_columns("causal-lm", options(), ["prompt", "completion"])
+    found = with_found_columns("causal-lm", options(), ["prompt", "completion"])
     assert (found.prompt_column, found.target_column) == ("prompt", "completion")
     for columns in (["text", "messages"], ["other"]):
-        assert conversations.with_found_columns("causal-lm", options(), columns) == options()
+        assert with_found_columns("causal-lm", options(), columns) == options()
+    assert with_found_columns("seq2seq", options(), ["text", "prompt", "completion"]) == found
+    assert with_found_columns("seq-cls", options(), ["prompt", "completion"]) == options()
 
 
 def test_without_trl_the_extra_is_named_and_plain_text_still_works(
@@ -584,6 +626,6 @@ def test_without_trl_the_extra_is_named_and_plain_text_still_works(
         f"--output_dir={tmp_path / 'run'}",
     ]
     shown = error_of([*argv, "--prompt_column=prompt", "--target_column=target"])
-    assert 'pip install "lora-ga[trl]"' in shown
+    assert 'Run pip install -e ".[trl]" in a checkout of LoRA-GA (it is not on PyPI yet)' in shown
     assert not (tmp_path / "run").exists()
     assert main([*argv, "--max_steps=1", "--rank=2"]) == 0

@@ -160,8 +160,10 @@ def estimate_files(folder: Path, count: int = 3, seed: int = 0) -> list[str]:
 def test_merged_files_give_the_estimate_of_all_their_batches(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "all.safetensors"
-    assert main(["merge", *estimate_files(tmp_path), "-o", str(out)]) == 0
+    out, files = tmp_path / "all.safetensors", estimate_files(tmp_path)
+    (tmp_path / "run").mkdir()
+    files[0] = str(Path(files[0]).rename(tmp_path / "run" / "estimate.safetensors").parent)  # the folder of a run
+    assert main(["merge", *files, "-o", str(out)]) == 0
     assert "from 9 batches with 396 labels in 3 files" in capsys.readouterr().out
     merged, whole = GradientEstimate.load(out), lora_ga.estimate_gradients(adapted(llama()), causal(9))
     assert (merged.batches, merged.weight) == (whole.batches, whole.weight)

@@ -218,7 +218,7 @@ def test_the_names_of_many_runs_are_shown_literally(folders: list[str], capsys: 
         ([], "0 runs given, at least 1 is needed"),
         (["lora", "lora-ga/../lora"], "lora-ga/../lora: given twice (first as lora)"),
         (["lora", "gone"], "gone: this folder does not exist"),
-        (["lora", "unfinished"], "unfinished: unfinished run, there is no run.json"),
+        (["lora", "unfinished"], "unfinished: unfinished run, or none: there is no run.json"),
         (["lora", "damaged"], "damaged/run.json: damaged, it is not JSON"),
         (["lora", "--output", "page.txt"], "page.txt: ends in .txt, but what is written is .html"),
         (["lora", "--png", "picture"], "picture: ends in nothing, but what is written is .png"),

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,22 @@ def test_an_interrupted_command_exits_with_130(
     monkeypatch.setattr(command.importlib, "import_module", lambda name: Interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "\nlora-ga train: interrupted\n"
+
+
+def test_a_warning_is_shown_without_the_place_in_the_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Warned:
+        @staticmethod
+        def main(argv: list[str]) -> int:
+            print(warnings.formatwarning("few rows", UserWarning, "code.py", 7))
+            return 0
+
+    monkeypatch.setattr(command.importlib, "import_module", lambda name: Warned)
+    formatted = warnings.formatwarning
+    assert main(["train"]) == 0
+    assert capsys.readouterr().out == "warning: few rows\n\n"
+    assert warnings.formatwarning is formatted
 
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
@@ -178,7 +195,7 @@ def test_without_the_extra_a_command_names_it_in_one_line(command: str) -> None:
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == (
         f"lora-ga {command}: error: needs datasets, rich, matplotlib, pyyaml, filelock, jinja2, which are not "
-        'installed. Run pip install "lora-ga[cli]", or in a checkout pip install -e ".[cli]".\n'
+        'installed. Run pip install -e ".[cli]" in a checkout of LoRA-GA (it is not on PyPI yet).\n'
     )
 
 
@@ -252,6 +269,7 @@ WRONG = [
     ["train", "--lr", "1e-3"],
     ["train", "--model", "./none", "--task", "seq-cls", "--train_file", "rows.csv", "--output_dir", "out"],
     ["estimate", "--model", "m", "--task", "seq-cls", "--train_file", "rows.csv", "--output", "out.safetensors"],
+    ["train", "--model", "m", "--task", "seq-cls", "--train_file", "there.csv", "--output_dir", "out"],
     ["compare", "runs/none"],
     ["inspect", "runs/none"],
     ["report", "no-suite"],
@@ -260,6 +278,7 @@ WRONG = [
 
 
 def test_wrong_options_and_missing_files_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "there.csv").write_text("review,kind\na,b\n")
     code = (
         f"import sys; from lora_ga.cli.main import main; print([main(argv) for argv in {WRONG!r}]);"
         "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)))"
@@ -270,3 +289,4 @@ def test_wrong_options_and_missing_files_are_refused_before_torch_is_imported(tm
     assert len(messages) == len(WRONG)
     assert "--lr: there is no such option. Here --lr is --learning_rate." in messages[len(COMMANDS)]
     assert "--model ./none: there is no folder ./none." in messages[len(COMMANDS) + 1]
+    assert "there is no column 'text' (--text_column) and no column 'label'" in messages[len(COMMANDS) + 3]

@@ -148,8 +148,7 @@ def test_the_config_file_holds_every_option(llama: Path, prompts: Path, tmp_path
 
 def test_the_estimate_of_an_earlier_run_gives_the_same_adapter(llama: Path, prompts: Path, tmp_path: Path) -> None:
     run(llama, prompts, tmp_path / "first", task="causal-lm")
-    file = tmp_path / "first" / "estimate.safetensors"
-    run(llama, prompts, tmp_path / "second", task="causal-lm", estimate_file=file)
+    run(llama, prompts, tmp_path / "second", task="causal-lm", estimate_file=tmp_path / "first")
     for name in ("adapter/adapter_model.safetensors", "estimate.safetensors"):
         assert_same_tensors(tmp_path / "first" / name, tmp_path / "second" / name)
 

@@ -178,7 +178,7 @@ def test_a_missing_client_of_the_judge_is_refused_with_the_extra_to_install(
     tasks: dict[str, Task], sources: Sources, judge_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'client of the judge is not installed: pip install "lora-ga\[eval\]"'):
+    with pytest.raises(ValueError, match=r'client of the judge is not installed. Run pip install -e "\.\[eval\]"'):
         check(tasks["chat"], sources)
     assert check(tasks["chat"], replace(sources, use_hub=False))
 
@@ -317,7 +317,7 @@ def test_an_invalid_evaluation_is_refused_before_anything_runs(
 
 @pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")
 def test_a_missing_harness_is_refused_with_the_extra_to_install(tasks: dict[str, Task], sources: Sources) -> None:
-    with pytest.raises(ValueError, match=r'not installed: pip install "lora-ga\[eval\]"'):
+    with pytest.raises(ValueError, match=r'not installed. Run pip install -e "\.\[eval\]"'):
         check(tasks["math"], sources)
     assert any("3 rows" in found for found in check(tasks["math"], replace(sources, use_hub=False)))
 

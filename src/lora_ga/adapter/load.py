@@ -15,7 +15,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -54,6 +54,9 @@ AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
+
+# The folder of the adapter in the folder of a run of `lora-ga train`.
+RUN_ADAPTER = "adapter"
 
 
 def load(
@@ -114,13 +117,16 @@ def _load_new(base: Any, path: str | Path, adapter_name: str, *, is_trainable: b
         raise TypeError("The base has LoRA layers, but no peft_config. Give the original base model.")
     if any(module in SHIFTED_BASES for module in base.modules()):
         raise ValueError('The base was changed by offset="base"; load the original base model again.')
+    _check_is_adapter(path)
     check_names(Path(path), base)
     check_layers(base, Path(path))
     sidecar, names = read_sidecar(path), read_labels(Path(path))
     compiled = compiled_names(base)
     renamed: dict[str, Any] = {"key_mapping": compiled} if compiled else {}
     advice = "Give the base model it was trained on, or put a complete copy of the adapter back."
-    with damaged(path, advice=advice) if Path(path).is_dir() else contextlib.nullcontext():
+    with damaged(path, advice=advice) if Path(path).is_dir() else contextlib.nullcontext(), warnings.catch_warnings():
+        # PEFT 0.21 uses a name that Transformers 5.24 has renamed.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
             check_base(base, sidecar[1]["fingerprint"], path)
         model = PeftModel.from_pretrained(base, str(path), adapter_name, is_trainable=is_trainable, **renamed)
@@ -151,14 +157,36 @@ def _base_and_folder(base: Any, path: str | Path | None) -> tuple[Any, str | Pat
         TypeError: The adapter is missing, or the base is a name or another object.
     """
     if isinstance(base, str | Path) and path is None:
-        return _base_of(base), base
+        folder = _adapter_folder(base)
+        return _base_of(folder), folder
     if path is None:
         raise TypeError("load(base) lacks the adapter: give load(base, folder), or the folder alone.")
     if isinstance(base, str | Path):
         raise TypeError(f"load({base!r}, {path!r}): the base is a name. Give the model itself, or the folder alone.")
     if not isinstance(base, nn.Module):
         raise TypeError(f"A {type(base).__name__} is no model. Of a pipeline give the unet or the transformer.")
-    return base, path
+    return base, _adapter_folder(path)
+
+
+def _adapter_folder(path: str | Path) -> str | Path:
+    """The folder of the adapter in the folder of a run of `lora-ga train`; another path as it is."""
+    folder, inner = Path(path), Path(path) / RUN_ADAPTER
+    is_run = not (folder / CONFIG_NAME).is_file() and (inner / CONFIG_NAME).is_file()
+    return inner if is_run else path
+
+
+def _check_is_adapter(path: str | Path) -> None:
+    """Refuse a local folder without an adapter.
+
+    Raises:
+        FileNotFoundError: It has none.
+    """
+    if Path(path).is_dir() and not (Path(path) / CONFIG_NAME).is_file():
+        full = " It holds a whole model, for Transformers' from_pretrained." * (Path(path) / "config.json").is_file()
+        raise FileNotFoundError(
+            f"{path}: there is no adapter (no {CONFIG_NAME}).{full} Give the folder that save_pretrained wrote, "
+            "or that of a run of `lora-ga train`."
+        )
 
 
 def _base_of(folder: str | Path) -> Any:
@@ -173,6 +201,7 @@ def _base_of(folder: str | Path) -> Any:
     """
     if not Path(folder).is_dir():
         read_sidecar(folder)  # refuses a name that the hub does not give
+    _check_is_adapter(folder)
     with damaged(folder):
         config = PeftConfig.from_pretrained(str(folder))
     name, kind = config.base_model_name_or_path, AUTO_CLASSES.get(config.task_type)

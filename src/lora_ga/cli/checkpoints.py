@@ -76,6 +76,28 @@ def check_same_options(saved: Mapping[str, Any], now: Mapping[str, Any], file: P
         )
 
 
+def estimate_of(path: Path) -> Path:
+    """The estimate file of a path: the path itself, or the estimate of a run's folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: There is no such file, or the folder holds no estimate.
+    """
+    if path.is_dir():
+        if not (path / ESTIMATE).is_file():
+            raise FileNotFoundError(
+                f"{path}: this folder holds no {ESTIMATE}. Give the folder of a LoRA-GA run, or an estimate file."
+            )
+        return path / ESTIMATE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file. Give the folder of a run, or an estimate that `lora-ga estimate` wrote."
+        )
+    return path
+
+
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
     """The complete checkpoints of a run: step → folder."""
     return {

@@ -1,9 +1,7 @@
 """Conversations, and prompts with their answers: checks and tokenises them for TRL's SFTTrainer."""
 
-import importlib.util
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import takewhile
 from typing import Any
@@ -11,52 +9,13 @@ from typing import Any
 from datasets import Dataset
 from jinja2 import TemplateError
 
-from lora_ga.cli.data import check_present
+from lora_ga.cli.columns import check_names
 from lora_ga.cli.options import DataOptions
 from lora_ga.cli.terminal import warn
 
 IGNORED = -100  # the label of a token that carries no loss
 # Option → TRL's name of the column.
 NAMES = {"prompt_column": "prompt", "target_column": "completion", "messages_column": "messages"}
-
-
-def uses_trl(task: str, options: DataOptions) -> bool:
-    """Whether TRL's trainer trains on the data. Plain text and the other tasks do not need TRL."""
-    return task == "causal-lm" and (options.prompt_column is not None or options.messages_column is not None)
-
-
-def with_found_columns(task: str, options: DataOptions, columns: Sequence[str]) -> DataOptions:
-    """The data options, with TRL's names of columns where the user names none and the data has no text column.
-
-    Args:
-        task: The task.
-        options: The data options.
-        columns: The columns of the training data.
-
-    Returns:
-        The options: as given, or with `messages_column`, or with `prompt_column` and `target_column`.
-    """
-    if task != "causal-lm" or uses_trl(task, options) or options.text_column in columns:
-        return options
-    if "messages" in columns:
-        return replace(options, messages_column="messages")
-    if {"prompt", "completion"} <= set(columns):
-        return replace(options, prompt_column="prompt", target_column="completion")
-    return options
-
-
-def check_trl() -> None:
-    """Refuses data that needs TRL if TRL is not installed.
-
-    Raises:
-        ValueError: It is not installed.
-    """
-    if importlib.util.find_spec("trl") is None:
-        raise ValueError(
-            "--messages_column and --prompt_column in causal-lm need TRL, which is not installed: "
-            'pip install "lora-ga[trl]", or in a checkout pip install -e ".[trl]". Plain text (--text_column) does '
-            "not need it."
-        )
 
 
 def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> None:
@@ -70,7 +29,7 @@ def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> Non
     Raises:
         ValueError: A column cannot be used.
     """
-    check_present(rows, columns, source)
+    check_names(columns, rows.column_names, source)
     for option, column in columns.items():
         for number, value in enumerate(rows[column]):
             conversational = isinstance(value, list) and all(isinstance(one, dict) and "role" in one for one in value)
@@ -170,7 +129,7 @@ def chat_template(row: Mapping[str, Any], tokenizer: Any, options: DataOptions, 
     except ImportError as error:
         raise ValueError(
             f"--assistant_only_loss needs TRL 1.9 or newer, but TRL {version('trl')} is installed. Run: "
-            'pip install --upgrade "lora-ga[trl]"'
+            'pip install --upgrade "trl>=1.9"'
         ) from error
 
     template = None

@@ -2,6 +2,8 @@
 
 import csv
 import itertools
+import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch.utils.data import DataLoader
 
+from lora_ga.cli.columns import check_names
 from lora_ga.cli.options import DataOptions, EstimateOptions, check_data_file
 from lora_ga.cli.settings import library_config
 from lora_ga.cli.terminal import warn
@@ -47,14 +50,35 @@ def load_file(path: Path) -> Dataset:
     """
     check_data_file(path)
     kind, settings = FILE_TYPES[path.suffix]
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it logs what it then raises
     try:
         rows = load_dataset(kind, data_files={"rows": str(path)}, split="rows", **settings)
     except (DatasetGenerationError, ValueError) as error:
         reason = error.__cause__ or error
         if "corresponds to no data" in str(reason):
             raise ValueError(f"{path}: holds no rows. Give a file with at least one example.") from error
-        raise ValueError(f"{path}: could not be read as {path.suffix[1:]} ({reason}).") from error
+        raise ValueError(f"{path}: could not be read as {path.suffix[1:]} ({why_damaged(path) or reason}).") from error
+    finally:
+        logger.setLevel(level)
     return rows
+
+
+def why_damaged(path: Path) -> str | None:
+    """Why a text file cannot be read, with the line of JSON lines; None if that is not known here."""
+    if path.suffix == ".parquet":
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        return f"it is not in UTF-8, as byte {error.start} shows; save it in that encoding"
+    for number, line in enumerate(text.splitlines() if path.suffix == ".jsonl" else (), start=1):
+        try:
+            json.loads(line or "null")
+        except ValueError as error:
+            return f"line {number}: {error}; each line must be one JSON object"
+    return None
 
 
 def load_hub(name: str, config: str | None, split: str) -> Dataset:
@@ -78,24 +102,6 @@ def load_hub(name: str, config: str | None, split: str) -> Dataset:
     return rows
 
 
-def check_present(rows: Dataset, columns: Mapping[str, str], source: str) -> None:
-    """Refuses columns that do not exist.
-
-    Args:
-        rows: The data.
-        columns: Option name → column name.
-        source: Where the rows come from, for the message.
-
-    Raises:
-        ValueError: A column is missing. The message lists those that exist.
-    """
-    for option, column in columns.items():
-        if column not in rows.column_names:
-            raise ValueError(
-                f"{source}: there is no column {column!r} (--{option}); its columns are {', '.join(rows.column_names)}."
-            )
-
-
 def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> None:
     """Refuses columns that do not exist, or whose values the task cannot use.
 
@@ -107,7 +113,7 @@ def check_columns(rows: Dataset, columns: Mapping[str, str], source: str) -> Non
     Raises:
         ValueError: A column is missing or does not hold text (labels: integers or text).
     """
-    check_present(rows, columns, source)
+    check_names(columns, rows.column_names, source)
     for option, column in columns.items():
         kind = rows.features[column]
         dtype = "int64" if isinstance(kind, ClassLabel) else getattr(kind, "dtype", type(kind).__name__)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lora_ga.cli.columns import check_files
 from lora_ga.cli.options import (
     DataOptions,
     EstimateOptions,
@@ -17,6 +18,7 @@ from lora_ga.cli.options import (
     require,
 )
 from lora_ga.cli.parsing import config_parser, parse_with_config
+from lora_ga.cli.terminal import loading
 
 
 @dataclass
@@ -94,6 +96,8 @@ def main(argv: list[str]) -> int:
     model, data, target, options, output = parse_with_config(parser, argv)
     file = check_new_file(output.output)
     check_inputs(model, data)
+    check_files(model.task, data)
+    loading(f"{model.model} and the data")
     estimate = run_estimate(model, data, target, options, output)
     estimate.save(file)
     limits = sorted(limit for limit in estimate.limit(target.rank).values() if not math.isnan(limit))
@@ -123,7 +127,7 @@ def run_estimate(
     from lora_ga.cli.options import AdapterOptions
     from lora_ga.cli.settings import library_config
 
-    data = tasks.with_found_columns(model, data)
+    data = tasks.named_columns(model, data)
     base, prepared, collate = tasks.prepare_model(model, tasks.prepare_data(model, data))
     adapted = add_adapter(base, target, AdapterOptions(), tasks.TASK_CLASSES[model.task].peft_type).to(device())
     batches = EstimateBatches(prepared.train, collate, options, data.batch_size, model.seed, output.part)

@@ -118,17 +118,22 @@ def show_written(adapter: Path, out: Path, errors: dict[str, float]) -> None:
 
     written = json.loads((out / "adapter_config.json").read_text())
     rank = written["lora_parameters"]["rank"] if "lora_parameters" in written else written["r"]
-    rows = [[name, f"{error:.2e}"] for name, error in errors.items()]
+    rows = [[name, percent(error)] for name, error in errors.items()]
     terminal().print(as_rich(Table(["layer", "relative error of its change"], rows)))
     worst = max(errors, key=lambda name: errors[name])
     middle = median(errors.values())
-    print(f"{out}: rank {rank}; median error {middle:.2e}, worst {errors[worst]:.2e} ({worst})")
+    print(f"{out}: rank {rank}; median error {percent(middle)}, worst {percent(errors[worst])} ({worst})")
     if middle > NOTABLE_ERROR:
         full = json.loads((adapter / "adapter_config.json").read_text())["r"]
         print(
-            f"That is the part of each layer's trained change that rank {rank} cannot hold, {middle:.0%} in the median "
-            f"layer. Evaluate the result before you use it. The adapter as it is, of rank {full}, loses nothing."
+            f"That is the part of each layer's trained change that rank {rank} cannot hold, {percent(middle)} in the "
+            f"median layer. Evaluate the result before you use it. The adapter as it is, of rank {full}, loses nothing."
         )
+
+
+def percent(error: float) -> str:
+    """A relative error as a percentage: rounding errors as powers of ten."""
+    return f"{error:.1%}" if error >= 0.001 else f"{100 * error:.0e}%" if error else "0%"
 
 
 def prepare(adapter: Path, options: ExportOptions, name: str) -> int:
@@ -181,11 +186,14 @@ def merge(adapter: Path, out: Path, options: ExportOptions) -> None:
     Raises:
         ValueError: The output is not empty, the base model cannot be loaded, or the adapter does not fit it.
     """
-    from lora_ga.export.merge import merge_adapter
+    from lora_ga.cli.terminal import loading
     from lora_ga.files import check_empty
 
     check_empty(out)
+    loading(f"{adapter} and its base model")
     name, base = load_base(adapter, options)
+    from lora_ga.export.merge import merge_adapter
+
     tokenizer = find_tokenizer([str(adapter), name])
     if tokenizer is not None and base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id  # a classifier cannot read a padded batch without it

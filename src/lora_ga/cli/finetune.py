@@ -21,6 +21,7 @@ from lora_ga.adapter.model_card import CARD
 from lora_ga.adapter.rate import LEAST_STEPS, TRIAL, note_default_rate
 from lora_ga.cli import checkpoints, tasks
 from lora_ga.cli.callbacks import LossAndTimeLogger, OptimizerGuard, diverged_at, logged_seconds
+from lora_ga.cli.columns import columns_of
 from lora_ga.cli.data import EstimateBatches
 from lora_ga.cli.models import add_adapter, train_in_float32
 from lora_ga.cli.options import LEARNING_RATES, Job
@@ -60,8 +61,8 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
     """
     began = time.monotonic()
     check_environment(job)
-    job = replace(job, data=tasks.with_found_columns(job.model, job.data))
-    tasks.columns_of(job.model.task, job.data)  # checks that TRL is installed before it is imported
+    job = replace(job, data=tasks.named_columns(job.model, job.data))
+    columns_of(job.model.task, job.data)  # checks that TRL is installed before it is imported
     folder, method = Path(job.training.output_dir), job.training.method
     settings = training_arguments(job, folder)
     base, data, collate = tasks.prepare_model(
@@ -232,7 +233,7 @@ def start_model(
     if job.training.learning_rate != "auto":
         note_short_run(config, steps, rate_before_search(job))
     if job.training.estimate_file is not None:
-        batches: Any = lora_ga.GradientEstimate.load(job.training.estimate_file)
+        batches: Any = lora_ga.GradientEstimate.load(checkpoints.estimate_of(Path(job.training.estimate_file)))
     else:
         config = note_fewer_batches(config, steps * job.training.gradient_accumulation_steps)
         options = replace(job.estimate, estimate_batches=config.max_batches)
@@ -267,6 +268,7 @@ def search_rate(job: Job, model: Any, examples: Dataset, collate: Any, device: t
     if steps < LEAST_STEPS:
         rate = rate_before_search(job)
         LOGGER.info(note_default_rate(steps, rate))
+        note_short_run(library_config(job.adapter), steps, rate)
         return rate
     options = replace(job.estimate, estimate_batches=TRIAL * accumulated, estimate_batch_size=None)
     batches = EstimateBatches(examples, collate, options, job.data.batch_size, job.model.seed)

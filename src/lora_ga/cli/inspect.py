@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.text import Text
 
-from lora_ga.cli.checkpoints import ESTIMATE
+from lora_ga.cli.checkpoints import estimate_of
 from lora_ga.cli.parsing import config_parser, parse_with_config
 from lora_ga.cli.terminal import as_rich, check_output, terminal, write_output
 from lora_ga.experiments.tables.table import BLANK, Table
@@ -111,28 +111,6 @@ def main(argv: list[str]) -> int:
     if plot:
         console.print(Text(f"Written: {plot.resolve()}"), soft_wrap=True)
     return 0
-
-
-def estimate_of(path: Path) -> Path:
-    """The estimate file of a path: the path itself, or the estimate of a run's folder.
-
-    Returns:
-        The file.
-
-    Raises:
-        FileNotFoundError: There is no such file, or the folder holds no estimate.
-    """
-    if path.is_dir():
-        if not (path / ESTIMATE).is_file():
-            raise FileNotFoundError(
-                f"{path}: this folder holds no {ESTIMATE}. Give the folder of a LoRA-GA run, or an estimate file."
-            )
-        return path / ESTIMATE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file. Give the folder of a run, or an estimate that `lora-ga estimate` wrote."
-        )
-    return path
 
 
 def ordered(estimate: Mapping[str, Any], shares: Shares, by: str) -> list[str]:

@@ -75,11 +75,15 @@ def _call(command: str, argv: list[str]) -> int:
         return _refuse(
             f"lora-ga {command}",
             f"needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-            'Run pip install "lora-ga[cli]", or in a checkout pip install -e ".[cli]".',
+            'Run pip install -e ".[cli]" in a checkout of LoRA-GA (it is not on PyPI yet).',
         )
     debug = os.environ.get("LORA_GA_DEBUG", "") not in {"", "0"}
     # PEFT 0.21 and TRL 1.16 use names that Transformers 5.23 and 5.24 have renamed.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    formatted = warnings.formatwarning
+    if not debug:
+        # Without the place in the code, which is none of the user's.
+        warnings.formatwarning = lambda message, category, *rest, **named: f"warning: {message}\n"  # type: ignore[assignment]
     try:
         return importlib.import_module(f"lora_ga.cli.{command}").main(argv)
     except (ValueError, OSError) as error:
@@ -91,6 +95,8 @@ def _call(command: str, argv: list[str]) -> int:
             raise
         print(f"\nlora-ga {command}: interrupted{'.' * bool(error.args)}", *error.args, file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = formatted
 
 
 def _refuse(prog: str, message: str) -> int:

@@ -1,5 +1,8 @@
 """`lora-ga merge`: adds up estimates made on different data or machines."""
 
+from pathlib import Path
+
+from lora_ga.cli.checkpoints import estimate_of
 from lora_ga.cli.estimate import check_new_file
 from lora_ga.cli.parsing import OptionParser
 
@@ -25,15 +28,17 @@ def main(argv: list[str]) -> int:
         ValueError: There are fewer than two files, a file is damaged, or the estimates do not add up.
     """
     parser = OptionParser((), prog="lora-ga merge", description=EXAMPLE)
-    parser.add_argument("estimates", nargs="*", metavar="ESTIMATE", help="two or more .safetensors files")
+    parser.add_argument(
+        "estimates", nargs="*", metavar="ESTIMATE", help="two or more estimates: files, or folders of runs"
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="file to write; it must not exist (required)")
     _, namespace = parser.parse(argv)
-    files = namespace.estimates
-    if len(files) < 2:
-        raise ValueError(f"{len(files)} estimate files given, but it must be two or more.")
+    if len(namespace.estimates) < 2:
+        raise ValueError(f"{len(namespace.estimates)} estimate files given, but it must be two or more.")
     if not namespace.output:
         raise ValueError("--output is required. Give the file to write, ending in .safetensors.")
     target = check_new_file(namespace.output)
+    files = [estimate_of(Path(name)) for name in namespace.estimates]
     from lora_ga import GradientEstimate  # slow to import, so after the checks above
 
     estimates = [GradientEstimate.load(file) for file in files]

@@ -256,7 +256,7 @@ class TrainingOptions:
         "lora-ga", "lora-ga starts the adapter from the gradient, lora starts it as PEFT does, full trains every weight"
     )
     estimate_file: str | None = option(
-        None, "lora-ga: an estimate of `lora-ga estimate` or of another run, instead of a new one"
+        None, "lora-ga: an estimate file, or the folder of another run, instead of a new estimate"
     )
     learning_rate: float | Literal["auto"] | None = option(
         None,

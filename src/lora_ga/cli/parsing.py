@@ -67,7 +67,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Shows the default after each help text, keeps paragraphs, and shows one spelling of each option."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "") or not action.option_strings:
+        if action.default in (None, "", []) or not action.option_strings:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(action.default)})"
@@ -76,7 +76,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        shown = [name for name in action.option_strings if "-" not in name[2:]] or action.option_strings[:1]
+        names = list(dict.fromkeys(action.option_strings))
+        shown = [name for name in names if "-" not in name[2:]] or names[:1]
         if action.nargs == 0:
             return ", ".join(shown)
         return f"{', '.join(shown)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"

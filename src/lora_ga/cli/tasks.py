@@ -15,12 +15,12 @@ import transformers
 from datasets import Dataset
 
 from lora_ga.cli import conversations
+from lora_ga.cli.columns import check_names, columns_of, uses_trl, with_found_columns
 from lora_ga.cli.data import (
     Encoding,
     Labels,
     RowEncoder,
     check_columns,
-    check_present,
     encode_rows,
     load_file,
     load_hub,
@@ -76,52 +76,20 @@ class PreparedData:
     source: str
 
 
-def columns_of(task: str, options: DataOptions) -> dict[str, str]:
-    """Finds the columns that the task reads.
-
-    Args:
-        task: The name of the task.
-        options: The data options.
-
-    Returns:
-        Option name → column.
-
-    Raises:
-        ValueError: A column is given that the task does not read, or one is missing that it needs.
-    """
-    names = ["text_column", "text_pair_column", "label_column"]
-    if task != "seq-cls":
-        if options.text_pair_column is not None:
-            raise ValueError(f"--text_pair_column belongs to --task seq-cls, but the task is {task}. Leave it out.")
-        names = ["text_column"] if options.prompt_column is None else ["prompt_column", "target_column"]
-    elif options.prompt_column is not None:
-        raise ValueError("--prompt_column and --target_column do not belong to --task seq-cls. Leave them out.")
-    if options.messages_column is not None and task != "causal-lm":
-        raise ValueError(f"--messages_column belongs to --task causal-lm, but the task is {task}. Leave it out.")
-    if conversations.uses_trl(task, options):
-        conversations.check_trl()
-        names = ["messages_column", "prompt_column", "target_column"]
-    elif options.assistant_only_loss or options.chat_template is not None:
-        name = "assistant_only_loss" if options.assistant_only_loss else "chat_template"
-        raise ValueError(f"--{name} belongs to conversations in causal-lm (--messages_column). Leave it out.")
-    if task == "seq2seq" and options.prompt_column is None:
-        raise ValueError("--task seq2seq needs --prompt_column and --target_column, the source and the target text.")
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
 def encoding(task: str) -> Encoding:
     """The function that makes examples of rows, for the data that TRL does not handle."""
     return {"seq-cls": RowEncoder.classes, "seq2seq": RowEncoder.pairs, "causal-lm": RowEncoder.plain_text}[task]
 
 
-def with_found_columns(model: ModelOptions, data: DataOptions) -> DataOptions:
+def named_columns(model: ModelOptions, data: DataOptions) -> DataOptions:
     """The data options, with the columns of conversations or prompts that the training data shows by their names."""
     columns = _load_rows(data, data.train_file, data.train_split)[1].column_names
-    found = conversations.with_found_columns(model.task, data, columns)
+    found = with_found_columns(model.task, data, columns)
     if found != data:
         names = "messages_column" if found.messages_column else "prompt_column prompt and --target_column completion"
         value = " messages" if found.messages_column else ""
-        note(f"the data has no column {data.text_column!r}: taking --{names}{value}")
+        lacks = f"the data has no column {data.text_column!r}: " if model.task == "causal-lm" else ""
+        note(f"{lacks}taking --{names}{value}")
     return found
 
 
@@ -151,9 +119,9 @@ def prepare_data(
     sources = {"train": _load_rows(data, data.train_file, data.train_split)}
     if eval_file is not None or eval_split is not None:
         sources["evaluation"] = _load_rows(data, eval_file, eval_split)
-    conversational = conversations.uses_trl(model.task, data)
+    conversational = uses_trl(model.task, data)
     for part, (source, rows) in sources.items():
-        check_present(rows, wanted, source)
+        check_names(wanted, rows.column_names, source)
         kept = usable_rows(rows, wanted, source, data.on_bad_row)
         (conversations.check_columns if conversational else check_columns)(kept, wanted, source)
         sources[part] = source, kept
@@ -211,7 +179,7 @@ def prepare_model(
 
 def trainer_classes(task: str, data: DataOptions) -> tuple[Any, Any, dict[str, Any]]:
     """The trainer's class, the class of its arguments, and arguments that no option sets."""
-    if conversations.uses_trl(task, data):
+    if uses_trl(task, data):
         import trl
 
         # The data is already tokenised and cut, and gradient checkpointing already enabled if it is wanted.

@@ -46,6 +46,11 @@ def note(message: str) -> None:
     print(f"note: {message}", file=sys.stderr)
 
 
+def loading(what: str) -> None:
+    """Prints a line on stderr before a wait: importing torch and Transformers takes seconds, reading a model more."""
+    print(f"lora-ga: loading {what} ...", file=sys.stderr, flush=True)
+
+
 def terminal() -> Console:
     """Returns a console on stdout. Output that is not to a terminal is 160 columns wide, so that tables fit."""
     console = Console()

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_ga.cli import checkpoints
+from lora_ga.cli.columns import check_files
 from lora_ga.cli.options import Job, check_data_file, check_inputs
 from lora_ga.cli.parsing import OptionParser, config_parser, parse_with_config
+from lora_ga.cli.terminal import loading
 
 USAGE = "lora-ga train --model MODEL --task TASK (--train_file FILE | --dataset NAME) --output_dir FOLDER [options]"
 
@@ -60,7 +62,10 @@ def parse(argv: list[str]) -> tuple[Job, Path | None]:
     check_inputs(job.model, job.data)
     if job.training.eval_file is not None:
         check_data_file(Path(job.training.eval_file))
+    check_files(job.model.task, job.data, job.training.eval_file)
     if not job.training.resume:
+        if job.training.estimate_file is not None:
+            checkpoints.estimate_of(Path(job.training.estimate_file))
         checkpoints.check_output_dir(folder)
         return job, None
     saved = checkpoints.find_config(folder)
@@ -80,6 +85,7 @@ def main(argv: list[str]) -> int:
         KeyboardInterrupt: The training was interrupted; the message says how it goes on.
     """
     job, checkpoint = parse(argv)
+    loading(f"{job.model.model} and the data")
     from lora_ga.cli.finetune import finetune
     from lora_ga.experiments.records.runs import RECORD
 
@@ -153,6 +159,8 @@ def next_steps(record: dict[str, Any], result: Path) -> list[tuple[str, str]]:
             name = re.sub(r"[^\w.-]+", "-", record["name"])
             how = ["vllm", "serve", record["model"], "--enable-lora", "--max-lora-rank", str(verdict.rank)]
             how += ["--lora-modules", f"{name}={folder}"]
+            if record["config"].get("chat_template"):  # the base model's tokenizer has another, or none
+                how += ["--chat-template", str(result / "chat_template.jinja")]
         steps.append(("Serve it", shlex.join(how)))
     else:
         run = result.parent

@@ -233,18 +233,22 @@ def _listed(reasons: Mapping[str, str], targets: Mapping[str, Target]) -> str:
         groups.setdefault("rank" if _too_large(targets[name], reason) else reason, []).append(name)
     lines = []
     for reason, names in groups.items():
-        if len(names) <= MOST_LISTED:
+        if len(names) == 1 or (len(names) <= MOST_LISTED and reason != "rank"):
             lines += [f"  {name}: {reasons[name]}" for name in names]
             continue
-        what = reason
-        if reason == "rank":
-            smallest = min((targets[name] for name in names), key=lambda target: target.largest_rank)
-            what = (
-                f"rank {smallest.rank} is more than half of a layer's smaller side. The largest rank that fits all is "
-                f"{smallest.largest_rank} ({smallest.name} is {smallest.outputs} x {smallest.inputs})"
-            )
-        lines.append(f"  {', '.join(names[:3])} and {len(names) - 3} more: {what}")
+        what = _largest_that_fits([targets[name] for name in names]) if reason == "rank" else reason
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"  {', '.join(names[:3])}{more}: {what}")
     return "\n".join(lines)
+
+
+def _largest_that_fits(targets: Sequence[Target]) -> str:
+    """The text for layers whose rank is too large: the largest rank that fits all of them."""
+    smallest = min(targets, key=lambda target: target.largest_rank)
+    return (
+        f"rank {smallest.rank} is more than half of a layer's smaller side. The largest rank that fits all is "
+        f"{smallest.largest_rank} ({smallest.name} is {smallest.outputs} x {smallest.inputs})"
+    )
 
 
 def report_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on_missing: str) -> None:
@@ -262,9 +266,9 @@ def report_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on
         return
     count = f"{len(reasons)} of {len(targets)} layers cannot be aligned:\n{_listed(reasons, targets)}\n"
     if len(reasons) == len(targets):
-        small = [target.largest_rank for name, target in targets.items() if _too_large(target, reasons[name])]
-        if len(small) == len(targets) and min(small) > 0:
-            raise ValueError(count + f"Use a rank of at most {min(small)}.")
+        small = [target for name, target in targets.items() if _too_large(target, reasons[name])]
+        if len(small) == len(targets) and min(target.largest_rank for target in small) > 0:
+            raise ValueError(f"{len(small)} of {len(targets)} layers cannot be aligned: {_largest_that_fits(small)}.")
         raise ValueError(count + "No layer is left. Check target_modules, the batches and the loss.")
     if on_missing == "error":
         raise ValueError(

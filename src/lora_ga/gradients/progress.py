@@ -147,7 +147,7 @@ def note_fewer_batches(config: LoraGAConfig, training_batches: int | None) -> Lo
     chosen = config.resolved(training_batches)
     if chosen.max_batches != config.resolved().max_batches:
         LOGGER.info(
-            f"LoRA-GA: training reads {training_batches} batches, so the estimate reads {chosen.max_batches} and not "
-            f"{BATCHES}; max_batches (--estimate_batches) sets another number"
+            f"LoRA-GA: training reads {training_batches} batches, so the estimate reads at most {chosen.max_batches} "
+            f"and not {BATCHES}; max_batches (--estimate_batches) sets another number"
         )
     return chosen

@@ -223,6 +223,16 @@ class GradientEstimate(Mapping[str, LowRank]):
             total.update(f"{name} {self[name].norm!r} {self[name].S.double().tolist()!r}".encode())
         return (total.hexdigest()[:16],)
 
+    def _other_model(self, other: GradientEstimate) -> str:
+        """The first layer that one of two estimates lacks, or has in another shape; empty if there is none."""
+        for name in sorted({*self, *self.missing} ^ {*other, *other.missing}):
+            return f"only one of them has {name}"
+        for name in sorted({*self} & {*other}):
+            (mine, theirs) = (f"{len(each[name].U)} x {len(each[name].V)}" for each in (self, other))
+            if mine != theirs:
+                return f"{name} is {mine} in one, {theirs} in the other"
+        return ""
+
     def _check_same_kind(self, other: GradientEstimate, index: int) -> None:
         """Refuse the `index`-th estimate of a sum if it has another model, other settings or other layers.
 
@@ -230,6 +240,8 @@ class GradientEstimate(Mapping[str, LowRank]):
             ValueError: It has, with the first differences.
         """
         pair = f"Estimates 1 and {index}"
+        if self.fingerprint != other.fingerprint and (found := self._other_model(other)):
+            raise ValueError(f"{pair} are of different models: {found}. Only estimates of one model add up.")
         mine, theirs = ({"fingerprint": each.fingerprint, "config": each.config.to_dict()} for each in (self, other))
         if found := differences(mine, theirs):
             raise ValueError(f"{pair} differ: {found}. Only estimates of one model made with one configuration add up.")

@@ -140,8 +140,8 @@ def check(task: Task, sources: Sources) -> list[str]:
     if sources.use_hub:
         if importlib.util.find_spec("lm_eval") is None:
             raise ValueError(
-                'evaluation: lm-evaluation-harness is not installed: pip install "lora-ga[eval]", or in a checkout '
-                'pip install -e ".[eval]".'
+                'evaluation: lm-evaluation-harness is not installed. Run pip install -e ".[eval]" in a checkout of '
+                "LoRA-GA (it is not on PyPI yet)."
             )
         if TESTS[test][3] and os.environ.get(ALLOW) != "1":
             raise ValueError(

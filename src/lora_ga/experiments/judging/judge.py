@@ -97,8 +97,8 @@ def check(task: Task, sources: Sources) -> list[str]:
         )
     if sources.use_hub and importlib.util.find_spec("openai") is None:
         raise ValueError(
-            'evaluation: the client of the judge is not installed: pip install "lora-ga[eval]", or in a checkout '
-            'pip install -e ".[eval]".'
+            'evaluation: the client of the judge is not installed. Run pip install -e ".[eval]" in a checkout of '
+            "LoRA-GA (it is not on PyPI yet)."
         )
     return [f"MT-Bench ({len(questions)} questions, {len(references)} references, judge {task.evaluation['model']})"]
 

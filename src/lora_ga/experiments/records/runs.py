@@ -121,7 +121,7 @@ def load_run(folder: Path) -> Run:
     path = folder / RECORD
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder}: unfinished run, there is no {RECORD} in it (it is written when training ends). "
+            f"{folder}: unfinished run, or none: there is no {RECORD} in it (it is written when training ends). "
             "Wait until the run ends, continue it with `lora-ga train ... --resume`, or leave this folder out."
         )
     try:
