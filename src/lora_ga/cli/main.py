@@ -83,7 +83,7 @@ def _call(command: str, argv: list[str]) -> int:
     formatted = warnings.formatwarning
     if not debug:
         # Without the place in the code, which is none of the user's.
-        warnings.formatwarning = lambda message, category, *rest, **named: f"warning: {message}\n"  # type: ignore[assignment]
+        warnings.formatwarning = lambda message, category, *rest, **named: f"warning: {message}\n"
     try:
         return importlib.import_module(f"lora_ga.cli.{command}").main(argv)
     except (ValueError, OSError) as error:
