@@ -598,9 +598,9 @@ def test_without_a_chat_template_one_may_be_given_and_messages_are_found_by_them
         assert main([*argv, "--chat_template", str(tmp_path / "chat.jinja")]) == 0
     assert [str(each.message) for each in caught if issubclass(each.category, FutureWarning)] == []
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == template
-    shown = capsys.readouterr()
-    assert shown.err.startswith(f"lora-ga: loading {llama} and the data ...\n")
-    assert f"adapter --chat-template {tmp_path / 'run' / 'adapter' / 'chat_template.jinja'}\n" in shown.out
+    out, err = capsys.readouterr()
+    assert err.startswith(f"lora-ga: loading {llama} and the data ...\n")
+    assert f"adapter --chat-template {tmp_path / 'run' / 'adapter' / 'chat_template.jinja'}\n" in out
     assert "messages_column: messages" in (tmp_path / "run" / "config.yaml").read_text()
 
 
