@@ -59,7 +59,7 @@ def lines() -> dict[tuple[str, str], Runs]:
     """(Task, method) → learning rate → record, of the runs of seed 0 that finished, for at least three rates."""
     found: dict[tuple[str, str], dict[float, Mapping[str, Any]]] = {}
     for run in Store(STORE).records().values():
-        if run["seed"] == 0 and run["status"] == "done":
+        if run["seed"] == 0 and run["status"] == "done" and run["suite"] != "steps":  # rates of other optimizers
             label = run["label"] if run["suite"] != "ablation" else f"{run['label']} (ablation)"
             found.setdefault((run["task"], label), {})[run["learning_rate"]] = run
     return {line: runs for line, runs in sorted(found.items()) if len(runs) >= 3}

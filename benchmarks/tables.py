@@ -505,6 +505,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         why_table,
         found_rates_table,
         unswept_table,
+        functools.partial(suite_methods, "steps", "stories260k"),
     ),
     "docs/serving.md": (readers_table,),
     "docs/scale.md": (exchange_table, accuracy_table, larger_models_table),

@@ -129,13 +129,18 @@ def notices(suite: Suite, found: Mapping[str, Sequence[Result]]) -> list[str]:
 
 def started_tasks(found: Sequence[Result]) -> list[str]:
     """The tasks for which at least one cell has run."""
-    return list(dict.fromkeys(each.task for each in found if each.runs or each.search or each.failures))
+    return list(dict.fromkeys(each.task for each in found if has_started(each)))
+
+
+def has_started(each: Result) -> bool:
+    """Whether a cell of a line has run. The tables leave other lines out; a notice lists their cells."""
+    return bool(each.runs or each.search or each.failures)
 
 
 def _protocol_sections(suite: Suite, protocol: str, found: Sequence[Result]) -> list[Section]:
     """The sections of one protocol: an overview if several tasks have started, and a section for each of them."""
     sections = []
-    started = started_tasks(found)
+    started, found = started_tasks(found), [each for each in found if has_started(each)]
     if len(started) > 1:
         sections.append(Section(HEADINGS[protocol], [overview_table(suite, started, found), OVERVIEW_CAPTION]))
     for task in suite.tasks:

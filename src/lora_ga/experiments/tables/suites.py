@@ -21,12 +21,13 @@ def best_label(found: Sequence[Result], metric: str) -> str | None:
 
 
 def overview_table(suite: Suite, tasks: Sequence[str], found: Sequence[Result]) -> Table:
-    """One row for each variant, one column for each task: the reported metric and the learning rate."""
+    """One row for each variant of the results, one column for each task: the reported metric and the learning rate."""
     by_task = {(each.task, each.label): each for each in found}
     metrics = {task: suite.tasks[task].metric for task in tasks}
     best = {task: best_label([each for each in found if each.task == task], metric) for task, metric in metrics.items()}
     rows, bold = [], set()
-    for number, label in enumerate(suite.methods):
+    labels = {each.label for each in found}
+    for number, label in enumerate(label for label in suite.methods if label in labels):
         row = [label]
         for column, (task, metric) in enumerate(metrics.items(), 1):
             each = by_task.get((task, label))
