@@ -65,7 +65,6 @@ def test_every_kind_marked_as_run_has_a_case_that_runs_it(kind: kinds.Kind) -> N
         for row, kind in {"nn.Conv2d": Convolutions, "nn.Conv1d": Waves}.items()
     ],
 )
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_the_gradients_of_a_convolutions_groups_give_autograds_gradient_of_b(kind: type[nn.Module]) -> None:
     """A reads all channels in PEFT, so each group's product is a dense convolution. The gradient of B is s · G Aᵀ."""
     torch.manual_seed(7)
@@ -290,14 +289,12 @@ def test_experts_with_another_active_adapter_are_refused() -> None:
         find_targets(model)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_the_base_offset_is_refused_for_grouped_convolutions() -> None:
     model = get_peft_model(seeded(Convolutions)(), LoraConfig(r=4, target_modules=["grouped"]))
     with pytest.raises(ValueError, match='grouped: offset="base" cannot change a grouped convolution, whose adapter'):
         lora_ga.initialize(model, pictures(), LoraGAConfig(offset="base"))
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_the_base_offset_is_refused_where_the_adapter_pads_otherwise() -> None:
     base = seeded(Waves)()
     base.wide = nn.Conv1d(3, 16, 9, stride=2, padding=1, padding_mode="circular")

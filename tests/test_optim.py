@@ -413,7 +413,6 @@ def gradient(factor: Factor) -> Tensor:
     return factor.trainable.grad
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_part_of_a_layer_takes_its_own_step(kind: str) -> None:
     case = LAYERS[kind]
