@@ -208,6 +208,11 @@ def spectra(**values: list[float]) -> GradientEstimate:
 KNOWN = spectra(a=[9, 8, 5, 4, 3, 2, 1, 1], b=[7, 7, 6, 6, 1, 1, 1, 1])
 
 
+def test_the_limit_needs_two_directions_for_each_rank() -> None:
+    assert KNOWN["a"].limit(4) == pytest.approx(1)
+    assert math.isnan(KNOWN["a"].limit(5))
+
+
 def test_ranks_go_to_the_largest_energies_under_the_budget() -> None:
     """The first two directions are rank 1. Then b's 36 + 36 come before a's 25 + 16, and a's 9 + 4 before b's 1 + 1."""
     found = [allocate_ranks(KNOWN, 28 * ranks).ranks for ranks in range(2, 7)]

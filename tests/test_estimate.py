@@ -10,6 +10,7 @@ import logging
 import math
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,6 +326,10 @@ def test_layers_without_a_gradient_are_an_error_or_by_choice_a_warning(
         estimate = lora_ga.estimate_gradients(adapted(make()), data(), LoraGAConfig(on_missing="lora"), loss_fn=loss_fn)
     assert f"{len(estimate.missing)} of {len(estimate) + len(estimate.missing)}" == count
     assert all(reason in why for why in estimate.missing.values())
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        lora_ga.apply_estimate(adapted(make()), estimate, LoraGAConfig(on_missing="lora"))
+    assert not any("experts" in str(each.message) for each in shown)
 
 
 def test_a_loss_that_uses_no_layer_is_always_an_error() -> None:

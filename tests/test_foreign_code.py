@@ -34,6 +34,7 @@ OTHER_OBJECTS = {
     "cli/callbacks.py": {"control"},
     "cli/export.py": {"base"},
     "cli/finetune.py": {"settings", "trainer"},
+    "cli/main.py": {"warnings"},  # for the time of the command
     "cli/models.py": {"tokenizer", "model", "parameter"},
     "cli/tasks.py": {"tokenizer"},
     # A function of our own.

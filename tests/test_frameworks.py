@@ -331,7 +331,7 @@ def test_a_refused_call_does_not_change_the_base_model() -> None:
         call_as_ms_swift(model, dtype="int8")
     with pytest.raises(ValueError, match=r"LoraGAConfig.scale is 'huge'"):
         call_as_ms_swift(model, scale="huge")
-    with pytest.raises(ValueError, match="rank 20 needs 40 gradient directions"):
+    with pytest.raises(ValueError, match="rank 20 is more than half of .* The largest rank that fits all is 16"):
         call_as_ms_swift(model, lora=LoraConfig(r=20, target_modules=["q_proj"]))
     assert not any("lora" in name for name, _ in model.named_modules())
     assert all(p.requires_grad for p in model.parameters())

@@ -149,7 +149,7 @@ def test_4_bit_layers_that_cannot_get_the_structure_are_left_unchanged() -> None
     case = Case(nf4, needs="bitsandbytes")
     case.check_installed()
     model = adapted(nf4(), ["q_proj"], r=64)
-    with pytest.raises(ValueError, match="Use a rank of at most 32"):
+    with pytest.raises(ValueError, match="The largest rank that fits all is 32"):
         give_structure(model, CONFIG, "default")
     assert not factors(model)
 

@@ -17,7 +17,7 @@ from transformers import BertModel, Trainer, TrainingArguments
 import lora_ga
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.alignment import factors_of
-from lora_ga.gradients.isolation import isolated, replaced
+from lora_ga.gradients.isolation import compute_device, isolated, replaced
 from lora_ga.layers.factors import Factor
 from toys import adapted, bert, causal, llama
 
@@ -322,3 +322,9 @@ def test_a_replaced_method_is_afterwards_what_it_was() -> None:
         with replaced(module, "forward", torch.sin):
             assert module.forward is torch.sin
         assert module.__dict__.get("forward") is own
+
+
+def test_a_layer_computes_where_its_tensors_with_values_are() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight = nn.Parameter(torch.empty(2, 2, device="meta"))
+    assert compute_device(layer) == torch.device("cpu")
