@@ -21,6 +21,7 @@ from bench_quantised import dequantised, saved_bytes
 from cases import ADAPTERS, LAYERS, Case, Convolutions, Waves, mixtral, nf4, pictures, seeded, wide_llama
 from lora_ga import LoraGAConfig
 from lora_ga.layers import kinds
+from lora_ga.layers.convolution import _padding_by_side
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, base_weights, kind_of
 from lora_ga.layers.linear import WeightLayout
@@ -287,6 +288,14 @@ def test_experts_with_another_active_adapter_are_refused() -> None:
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"experts.* is a parameter adapted by other active adapters too \(other\)"):
         find_targets(model)
+
+
+def test_the_padding_same_has_one_more_on_the_right_of_an_even_kernel() -> None:
+    base = nn.Conv2d(2, 1, (3, 4), padding="same", bias=False)
+    image = torch.randn(1, 2, 5, 6)
+    assert _padding_by_side(base) == [1, 2, 1, 1]
+    padded = nn.functional.pad(image, _padding_by_side(base))
+    torch.testing.assert_close(nn.functional.conv2d(padded, base.weight), base(image))
 
 
 def test_the_base_offset_is_refused_for_grouped_convolutions() -> None:
