@@ -29,6 +29,8 @@ MOST_TOKENS_ADDED = 4096
 
 # The step that torch.compile(module) puts into the paths of everything inside the module.
 COMPILED = "_orig_mod"
+# The folder of the adapter in the folder of a run of `lora-ga train`.
+ADAPTER = "adapter"
 # Beside the adapter of a classifier: the id of each class → its name.
 LABELS = "labels.json"
 

@@ -37,7 +37,7 @@ from lora_ga.adapter.structure import (
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped, whole
-from lora_ga.files import damaged, read_labels
+from lora_ga.files import ADAPTER, damaged, read_labels
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, layout_of, weight_of
 from lora_ga.layers.targets import PREFIX, SHIFTED_BASES, layer_name, peft_model_in, peft_models_in
@@ -54,9 +54,6 @@ AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
-
-# The folder of the adapter in the folder of a run of `lora-ga train`.
-RUN_ADAPTER = "adapter"
 
 
 def load(
@@ -170,7 +167,7 @@ def _base_and_folder(base: Any, path: str | Path | None) -> tuple[Any, str | Pat
 
 def _adapter_folder(path: str | Path) -> str | Path:
     """The folder of the adapter in the folder of a run of `lora-ga train`; another path as it is."""
-    folder, inner = Path(path), Path(path) / RUN_ADAPTER
+    folder, inner = Path(path), Path(path) / ADAPTER
     is_run = not (folder / CONFIG_NAME).is_file() and (inner / CONFIG_NAME).is_file()
     return inner if is_run else path
 

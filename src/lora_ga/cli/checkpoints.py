@@ -11,7 +11,6 @@ from lora_ga.files import parse_json, write_atomically
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-ADAPTER = "adapter"
 MODEL = "model"
 ESTIMATE = "estimate.safetensors"
 STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from lora_ga.cli.checkpoints import ADAPTER
 from lora_ga.cli.options import at_least, option, require
 from lora_ga.cli.parsing import OptionParser
+from lora_ga.files import ADAPTER
 from lora_ga.version import dtype_setting
 
 USAGE = "lora-ga export ADAPTER (--output FOLDER (--rank K | --merge) | --for PROGRAM [--output FOLDER]) [options]"

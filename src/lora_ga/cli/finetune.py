@@ -28,7 +28,7 @@ from lora_ga.cli.options import LEARNING_RATES, Job
 from lora_ga.cli.record import model_card, run_record, usage
 from lora_ga.cli.settings import library_config
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
-from lora_ga.files import LABELS, new_folder, write_atomically
+from lora_ga.files import ADAPTER, LABELS, new_folder, write_atomically
 from lora_ga.gradients.progress import LOGGER, note_fewer_batches, note_short_run
 from lora_ga.version import is_before
 
@@ -106,7 +106,7 @@ def write_result(model: Any, data: tasks.PreparedData, record: dict[str, Any], f
     Returns:
         The folder of the weights.
     """
-    result = folder / (checkpoints.MODEL if record["method"] == "full" else checkpoints.ADAPTER)
+    result = folder / (checkpoints.MODEL if record["method"] == "full" else ADAPTER)
     shutil.rmtree(result, ignore_errors=True)  # of a run that ended before its record was written
     with new_folder(result) as made:
         model.save_pretrained(made)
