@@ -5,9 +5,9 @@
     python benchmarks/bench_gpu.py --models "width 768" MiniLM             # some models; the record keeps the others
     python benchmarks/bench_gpu.py --toy   # the same script on any machine, with small models and no record
 
-r = 8, all linear layers, batches of four sequences. The models, with random weights where nothing else is said: a
-Llama-2-7B shape (bfloat16, 64 sequences of 1024 tokens, gradient checkpointing), a Llama of width 768 with 12 layers
-(float32, 64 sequences of 512 tokens), and the pretrained MiniLM with two classes (float32, 64 sequences of 128 tokens).
+r = 8, all linear layers, batches of four sequences. The models have random weights: a Llama-2-7B shape (bfloat16, 64
+sequences of 1024 tokens, gradient checkpointing), a Llama of width 768 with 12 layers (float32, 64 sequences of 512
+tokens), and a MiniLM shape with two classes (BERT of width 384 with 6 layers, float32, 64 sequences of 128 tokens).
 Before the timing, each estimate runs once in CUDA's synchronisation debug mode: there, any synchronisation of the host
 with the device raises an error while a block is added.
 """
@@ -29,9 +29,8 @@ from peft import EvaConfig, get_peft_model, initialize_lora_eva_weights
 from peft import LoraGAConfig as PeftLoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-import bench_alignment
 import record
 from lora_ga.linalg.streaming import Streaming
 from record import Batches, adapter, frozen_pass, lora_steps, ours
@@ -50,6 +49,7 @@ WIDTH_768 = SEVEN_B | {
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
 }
+MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
 
 
 class Model(NamedTuple):
@@ -74,10 +74,17 @@ def seven_b(toy: bool, device: torch.device) -> LlamaForCausalLM:
     return model
 
 
+def minilm(toy: bool, device: torch.device) -> BertForSequenceClassification:
+    """A MiniLM shape with two classes."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return BertForSequenceClassification(BertConfig(**(TOY if toy else MINILM))).eval()
+
+
 MODELS = {
     "Llama-2-7B shape": Model(seven_b, 1024),
     "width 768": Model(functools.partial(llama, WIDTH_768, torch.float32), 512),
-    "MiniLM": Model(lambda toy, device: bench_alignment.minilm().to(device), 128, classes=2),
+    "MiniLM": Model(minilm, 128, classes=2),
 }
 
 
