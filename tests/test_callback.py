@@ -188,8 +188,10 @@ def test_layers_without_a_gradient_remain_plain_lora(tmp_path: Path) -> None:
         train_dataset=tokenised(),
         callbacks=[lora_callback],
     )
-    with pytest.warns(UserWarning, match=r"3 of 6 layers cannot be aligned(.|\n)*They start as plain LoRA"):
+    with pytest.warns(UserWarning, match=r"3 of 6 layers cannot be aligned(.|\n)*They start as plain LoRA") as caught:
         trainer.train()
+    places = {each.filename for each in caught if "cannot be aligned" in str(each.message)}
+    assert places == {__file__}  # the line of train(), not one of the trainer
     layers = model.base_model.model.model.layers
     assert torch.equal(layers[1].mlp.up_proj.lora_A["default"].start, drawn)
     assert not bool(layers[1].mlp.up_proj.lora_B["default"].start.any())

@@ -247,6 +247,17 @@ def test_data_without_a_batch_is_refused(data: Any) -> None:
         lora_ga.estimate_gradients(adapted(llama()), data)
 
 
+@pytest.mark.parametrize("function", [lora_ga.estimate_gradients, lora_ga.initialize])
+def test_every_warning_shows_the_line_of_the_user(function: Any) -> None:
+    data = causal(2, rows=1, length=3)
+    data[1]["labels"][:] = -100
+    model = adapted(llama())
+    with pytest.warns(UserWarning, match="Fewer gradient directions") as caught:
+        function(model, data)
+    assert {str(each.message)[:6] for each in caught} == {"1 of 2", "Fewer "}
+    assert {each.filename for each in caught} == {__file__}
+
+
 def test_a_batch_without_labels_raises_an_error_with_its_number() -> None:
     data = [*causal(1), {"input_ids": causal(1)[0]["input_ids"]}]
     with pytest.raises(ValueError, match="batch 2: The model returned no loss for a batch of input_ids"):

@@ -10,7 +10,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -19,12 +19,25 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 import lora_ga
-from lora_ga import LoraGAConfig
+from lora_ga import LoraGAConfig, compat
 from lora_ga.adapter.alignment import factors_of
 from lora_ga.adapter.structure import copy_structure
 from lora_ga.config import CHOICES
 from lora_ga.layers.factors import FACTORS, Delta, Factor
-from toys import FAMILIES, adapted, autograd_gradients, bert, causal, classified, llama, logits, t5, train, translated
+from toys import (
+    FAMILIES,
+    adapted,
+    autograd_gradients,
+    bert,
+    causal,
+    classified,
+    llama,
+    logits,
+    lora_settings,
+    t5,
+    train,
+    translated,
+)
 
 DENSE = LoraGAConfig(estimator="dense", max_batches=None)
 
@@ -394,6 +407,33 @@ def test_a_model_without_lora_layers_is_refused() -> None:
     prefix = get_peft_model(llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="has no LoRA layers; LoRA-GA needs one made by LoraConfig"):
         lora_ga.initialize(prefix, causal())
+
+
+THEIRS = r"config is a peft\.LoraConfig, but it must be a lora_ga\.LoraGAConfig\. Use config=lora_ga\.LoraGAConfig"
+ESTIMATE = r"estimate is a str, but it must be a lora_ga\.GradientEstimate: .*GradientEstimate\.load\(file\)"
+
+
+def test_arguments_of_another_type_are_refused_with_what_was_found_and_what_is_allowed() -> None:
+    model, theirs, file = adapted(llama()), cast("Any", LoraConfig()), cast("Any", "estimate.safetensors")
+    estimate = lora_ga.estimate_gradients(model, causal())
+    refusals: list[tuple[str, Callable[[], Any]]] = [
+        (
+            r"config is a dict, .*Use config=lora_ga\.LoraGAConfig\(\*\*config\)",
+            lambda: lora_ga.initialize(model, causal(), cast("Any", {"seed": 1})),
+        ),
+        (THEIRS, lambda: lora_ga.estimate_gradients(model, causal(), theirs)),
+        (THEIRS, lambda: lora_ga.apply_estimate(model, estimate, theirs)),
+        (THEIRS, lambda: lora_ga.get_lora_ga_model(llama(), lora_settings(), causal(), theirs)),
+        (THEIRS, lambda: lora_ga.LoraGACallback(theirs)),
+        (THEIRS, lambda: compat.preprocess_loraga(llama(), theirs, lambda: None, config=theirs)),
+        (r"data is a name, 'estimate\.safetensors'.*GradientEstimate\.load", lambda: lora_ga.initialize(model, file)),
+        (ESTIMATE, lambda: lora_ga.apply_estimate(model, file)),
+        (ESTIMATE, lambda: lora_ga.allocate_ranks(file, 100)),
+    ]
+    for message, call in refusals:
+        with pytest.raises(TypeError, match=message):
+            call()
+    assert_unchanged(model)
 
 
 def test_an_adapter_that_does_not_exist_is_refused() -> None:

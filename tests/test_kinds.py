@@ -118,6 +118,7 @@ def test_experts_without_a_token_start_as_plain_lora_with_one_warning_that_count
         estimate = lora_ga.initialize(unused_expert, causal())
     texts = [str(warning.message) for warning in caught if "experts" in str(warning.message)]
     assert len(texts) == 1
+    assert {warning.filename for warning in caught} == {__file__}
     assert texts[0].startswith("4 of 16 experts (or groups) got no gradient, for example model.layers.0.mlp.experts")
     assert torch.equal(logits(unused_expert, causal(1)[0]), expected)
     for name, target in targets.items():

@@ -218,6 +218,26 @@ def test_a_batch_that_the_model_does_not_take_is_named_with_what_it_takes(batch:
         lora_ga.estimate_gradients(model, [batch])
 
 
+IDS = tokens(2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        ({"input_ids": IDS.tolist(), "labels": IDS.tolist()}, "input_ids is a list, not a tensor"),
+        ({"input_ids": IDS, "labels": IDS.numpy()}, "labels is a ndarray, not a tensor"),
+        ({"input_ids": IDS[0], "labels": IDS[0]}, r"input_ids is a tensor of shape \(12,\), one row"),
+        ([{"input_ids": IDS[0], "labels": IDS[0]}] * 2, "value 1 is a dict, not a tensor"),
+        (["a text", "another"], "value 1 is a str, not a tensor"),
+    ],
+)
+def test_rows_that_are_not_collated_are_named_with_the_batch_and_the_way_to_collate_them(
+    batch: Any, found: str
+) -> None:
+    with pytest.raises(ValueError, match=rf'batch 2: {found}.*DataCollatorWithPadding.*return_tensors="pt"'):
+        lora_ga.estimate_gradients(adapted(llama()), [*causal(1), batch])
+
+
 def test_a_type_error_from_within_the_model_stays_what_it_is() -> None:
     def broken(loss: Any, logits: Any) -> Any:
         raise TypeError("from within")

@@ -157,6 +157,26 @@ class LoraGAConfig:
         return dataclasses.asdict(self)
 
     @classmethod
+    def check(cls, found: object, name: str = "config") -> None:
+        """Refuse another object in the place of these settings, as `peft.LoraGAConfig` or a dictionary.
+
+        Args:
+            found: What was given.
+            name: The argument that it was given as.
+
+        Raises:
+            TypeError: It is no `LoraGAConfig` of this library.
+        """
+        if isinstance(found, cls):
+            return
+        kind = type(found)
+        home = "" if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}."
+        advice = "lora_ga.LoraGAConfig(**config)" if isinstance(found, Mapping) else "lora_ga.LoraGAConfig(...)"
+        raise TypeError(
+            f"{name} is a {home}{kind.__qualname__}, but it must be a lora_ga.LoraGAConfig. Use {name}={advice}."
+        )
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraGAConfig:
         """Settings from plain values; those that are not given have their defaults.
 

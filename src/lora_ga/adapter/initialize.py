@@ -47,7 +47,7 @@ def initialize(
         The estimate that was applied.
 
     Raises:
-        TypeError: There are no LoRA layers, or the model is wrapped by FSDP 1.
+        TypeError: There are no LoRA layers, the model is wrapped by FSDP 1, or `data` or `config` is of another type.
         RuntimeError: Another process failed, or can no longer be reached.
         ValueError: What `estimate_gradients` and `apply_estimate` refuse. The model is then unchanged.
     """

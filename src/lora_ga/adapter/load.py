@@ -43,6 +43,7 @@ from lora_ga.layers.kinds import entries, layout_of, weight_of
 from lora_ga.layers.targets import PREFIX, SHIFTED_BASES, layer_name, peft_model_in, peft_models_in
 from lora_ga.layers.tied import tied_heads
 from lora_ga.version import dtype_setting, is_before
+from lora_ga.warn import warn
 
 # The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
 SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -236,7 +237,7 @@ def load_base(load: Callable[..., Any], folder: Path) -> Any:
         logger.removeFilter(_no_report)
     if lost := sorted(set(info["missing_keys"]) - held):
         some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        warnings.warn(f"Neither the base model nor the adapter has {some}: random weights.", UserWarning, stacklevel=4)
+        warn(f"Neither the base model nor the adapter has {some}: random weights.")
     return model
 
 
@@ -468,11 +469,7 @@ def _prepare_plain_training(model: nn.Module, path: Path, adapter_name: str) -> 
                 f"but the optimizer state beside it has other shapes ({min(shapes - trained)}): it belongs to "
                 "LoRA-GA's structure. Put the sidecar back, or remove optimizer.pt to train as plain LoRA."
             )
-    warnings.warn(
-        f"{path} has no {FILE}: it trains on as plain LoRA, every row of its full rank.",
-        UserWarning,
-        stacklevel=4,
-    )
+    warn(f"{path} has no {FILE}: it trains on as plain LoRA, every row of its full rank.")
     _check_first_steps(model, adapter_name)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import base_weights, entries, kind_of, weight_of
 from lora_ga.layers.targets import PREFIX, Target, find_targets, peft_model_in
+from lora_ga.warn import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +94,9 @@ def make_plan(
         _check_base_can_change(network, aligned, adapter_name)
     _warn_parts_without_gradient(estimate, aligned, already_warned)
     if model.peft_config[adapter_name].inference_mode:
-        warnings.warn(
+        warn(
             f"Adapter {adapter_name!r} was made for inference (LoraConfig.inference_mode is True), so none of its "
-            f"parameters trains. Call model.set_adapter({adapter_name!r}), or make it with inference_mode=False.",
-            UserWarning,
-            stacklevel=4,
+            f"parameters trains. Call model.set_adapter({adapter_name!r}), or make it with inference_mode=False."
         )
     starts = {name: _start(target, estimate, config, adapter_name) for name, target in aligned.items()}
     plain = {name: target for name, target in targets.items() if name in reasons}

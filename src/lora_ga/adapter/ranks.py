@@ -102,10 +102,12 @@ def allocate_ranks(
         The ranks; `LoraConfig(**allocation.lora_settings(), target_modules=...)` makes their adapter.
 
     Raises:
+        TypeError: `estimate` is no `GradientEstimate`.
         ValueError: The budget is below one rank for every layer, or above all ranks; a rank needs more directions than
             the estimate keeps; a setting is not allowed; the estimate has layers of several parts, or is of another
             model.
     """
+    GradientEstimate.check(estimate)
     layers = {name: layer for name, layer in estimate.items() if layer.norm > 0}
     _check_layers(layers)
     largest = {name: min(layer.U.shape[0], layer.V.shape[0]) // 2 for name, layer in layers.items()}

@@ -21,7 +21,6 @@ import dataclasses
 import json
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from lora_ga.gradients.loss import LossFunction, refuse_infinite_loss, unlabelle
 from lora_ga.gradients.progress import LOGGER
 from lora_ga.gradients.reader import ALL_IGNORED, MOST_UNLABELLED
 from lora_ga.layers.targets import peft_model_in
+from lora_ga.warn import warn
 
 TRIAL, FEWEST = 8, 4  # steps of a trial, and the fewest with which it says anything
 WARMUP = 3  # steps over which the rate of a trial rises
@@ -218,11 +218,9 @@ def _find_edge(search: Search, trials: _Trials) -> None:
         while exponent < HIGHEST and stable(exponent + 1):
             exponent += 1
         if exponent == HIGHEST:
-            warnings.warn(
+            warn(
                 f"No learning rate up to {max(search.stable):g} raises the loss in the first steps, so the rate that "
-                "is found is a guess. Check that the adapter takes part in the loss, or set the rate yourself.",
-                UserWarning,
-                stacklevel=3,
+                "is found is a guess. Check that the adapter takes part in the loss, or set the rate yourself."
             )
             return
     else:

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import math
 import stat
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from lora_ga.layers.factors import Shifted
 from lora_ga.layers.targets import PREFIX, layer_name
 from lora_ga.layers.tied import tied_heads
 from lora_ga.version import __version__
+from lora_ga.warn import warn
 
 FILE = "lora_ga.safetensors"
 NAMED = ("scaling", "plain")  # the parts of its record that have an entry for each layer
@@ -122,11 +122,9 @@ def save_sidecar(model: nn.Module | None, adapter_name: str, folder: Path, *, sa
     else:
         is_other = False
     if alignment is None or not factors or is_other:
-        warnings.warn(
+        warn(
             f"{folder}: no {FILE} was written, because the adapter in this folder is not the aligned one. Loaded "
-            "again, it trains as plain LoRA.",
-            UserWarning,
-            stacklevel=2,
+            "again, it trains as plain LoRA."
         )
         return
     tensors: dict[str, Tensor] = {}

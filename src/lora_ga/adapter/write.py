@@ -49,7 +49,8 @@ def apply_estimate(
         process_group: As in `estimate_gradients`: all its processes call this, and get the same start.
 
     Raises:
-        TypeError: There are no LoRA layers, or the model is wrapped by FSDP 1.
+        TypeError: There are no LoRA layers, the model is wrapped by FSDP 1, or `estimate` or `config` is of another
+            type.
         RuntimeError: Another process failed, or can no longer be reached.
         ValueError: The adapter cannot be aligned; the estimate belongs to another model or holds too few directions;
             layers are missing from it (see `on_missing`); `offset="base"` on weights that cannot be changed; the
@@ -77,10 +78,14 @@ def write_starts(
         already_warned: Layers, experts and groups that the estimate has warned about, to be left out of warnings.
 
     Raises:
+        TypeError: As `apply_estimate`.
         ValueError: As `apply_estimate`.
     """
-    together, held, plan, config = processes(process_group), DeferredError(), None, config.resolved()
+    together, held, plan = processes(process_group), DeferredError(), None
     with held:
+        LoraGAConfig.check(config)
+        GradientEstimate.check(estimate)
+        config = config.resolved()
         check_together(unwrapped(wrapped), together.size)
         plan = make_plan(unwrapped(wrapped), estimate, config, adapter_name, already_warned)
         _check_wrapper(wrapped, plan)

@@ -5,11 +5,11 @@ Every function takes what `Processes.gather` or `exchange` returned, so all proc
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_ga.files import differences
+from lora_ga.warn import warn
 
 
 def check_same(records: Sequence[Mapping[str, Any]]) -> None:
@@ -55,12 +55,10 @@ def warn_same_data(digests: Sequence[str]) -> None:
     """
     known = [digest for digest in digests if digest]
     if len(known) > 1 and len(set(known)) == 1:
-        warnings.warn(
+        warn(
             f"All {len(known)} processes begin with the same batch: each seems to read all of the data instead of a "
             "share, so they repeat the work of one process. Give each its share (accelerator.prepare, or a "
-            "DistributedSampler).",
-            UserWarning,
-            stacklevel=4,
+            "DistributedSampler)."
         )
 
 
@@ -72,9 +70,7 @@ def warn_idle(batches: Sequence[int]) -> None:
     """
     idle = [str(rank) for rank, count in enumerate(batches) if count == 0]
     if idle and len(idle) < len(batches):
-        warnings.warn(
+        warn(
             f"{len(idle)} of {len(batches)} processes had no batch (the first is process {idle[0]}); the estimate is "
-            f"made from the {sum(batches)} batches of the others.",
-            UserWarning,
-            stacklevel=3,
+            f"made from the {sum(batches)} batches of the others."
         )

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from lora_ga.adapter.save import FILE as SIDECAR
 from lora_ga.files import Companions, check_empty, damaged, new_folder, no_companions, parse_json, write_safetensors
+from lora_ga.warn import warn
 
 # The factors of linear and convolution layers, and of embeddings: letter → the dimension of the rank.
 FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<letter>[AB])(?P<weight>\.weight)?")
@@ -229,11 +229,9 @@ def _check_tensors(
         )
     cosines = [_cosine(tensors_0[a], tensors[a]) for a, _ in pairs.values()]
     if median(cosines) < UNRELATED:
-        warnings.warn(
+        warn(
             f"{first} and {last} may not be of one run: the cosine between their A is {median(cosines):.2f} (median "
-            "over layers). If the initial adapter is another run's, the result is wrong.",
-            UserWarning,
-            stacklevel=3,
+            "over layers). If the initial adapter is another run's, the result is wrong."
         )
 
 

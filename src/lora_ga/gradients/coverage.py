@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_ga.gradients.checkpoint import Progress
 from lora_ga.layers.targets import Target, layer_name
 from lora_ga.linalg.low_rank import LowRank
+from lora_ga.warn import warn
 
 # How the reason begins of a layer in a block whose output the model does not use at all.
 BEYOND = "is beyond the last block that the loss uses of "
@@ -97,11 +97,9 @@ def warn_unused_blocks(reasons: Mapping[str, str]) -> None:
     """
     if reasons:
         towers = ", ".join(dict.fromkeys(reason.removeprefix(BEYOND) for reason in reasons.values()))
-        warnings.warn(
+        warn(
             f"The loss does not use the last blocks of {towers}; their {len(reasons)} layers start as plain LoRA, as "
-            f"{next(iter(reasons))}. They get no gradient in training either: leave them out of target_modules.",
-            UserWarning,
-            stacklevel=4,
+            f"{next(iter(reasons))}. They get no gradient in training either: leave them out of target_modules."
         )
 
 
@@ -126,13 +124,11 @@ def warn_few_directions(layers: Mapping[str, LowRank], targets: Mapping[str, Tar
             for name, count in ((name, found[name]) for name in named)
         ]
         listed += [f"  and {len(found) - len(named)} more"] if len(found) > len(named) else []
-        warnings.warn(
+        warn(
             f"Fewer gradient directions than the start uses, in {len(found)} of {len(layers)} layers:\n"
             + "\n".join(listed)
             + "\nThe other directions are arbitrary; the layers train all the same. Use more or larger batches, or a "
-            "smaller rank. Just below a head with few classes there may be no more directions.",
-            UserWarning,
-            stacklevel=4,
+            "smaller rank. Just below a head with few classes there may be no more directions."
         )
 
 
@@ -144,12 +140,10 @@ def warn_probed(probed: Sequence[str], layers: int) -> None:
         layers: The number of all layers.
     """
     more = f" and {len(probed) - 3} more" if len(probed) > 3 else ""
-    warnings.warn(
+    warn(
         f"{len(probed)} of {layers} layers ran without being called, as under fused kernels that read their weights: "
         f"{', '.join(probed[:3])}{more}. Their gradients were found with a probe adapter, in two more passes over "
-        'the batches. If these are all layers, LoraGAConfig(estimator="probe") saves the first pass.',
-        UserWarning,
-        stacklevel=4,
+        'the batches. If these are all layers, LoraGAConfig(estimator="probe") saves the first pass.'
     )
 
 
@@ -209,11 +203,9 @@ def warn_parts(empty: int, parts: int, first: str) -> None:
         parts: The number of all parts.
         first: The name of one of them.
     """
-    warnings.warn(
+    warn(
         f"{empty} of {parts} experts (or groups) got no gradient, for example {first}: no token reached them. They "
-        "start as plain LoRA. Use more batches to reach them.",
-        UserWarning,
-        stacklevel=4,
+        "start as plain LoRA. Use more batches to reach them."
     )
 
 
@@ -274,4 +266,4 @@ def report_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on
         raise ValueError(
             count + 'Leave them out of target_modules, or set on_missing="lora" to start them as plain LoRA.'
         )
-    warnings.warn(count + "They start as plain LoRA.", UserWarning, stacklevel=3)
+    warn(count + "They start as plain LoRA.")

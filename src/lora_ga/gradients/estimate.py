@@ -62,7 +62,7 @@ def estimate_gradients(
         The estimate, of the gradient of the mean loss.
 
     Raises:
-        TypeError: There are no LoRA layers, or the model is wrapped by FSDP 1.
+        TypeError: There are no LoRA layers, the model is wrapped by FSDP 1, or `data` or `config` is of another type.
         RuntimeError: Another process failed, or can no longer be reached.
         ValueError: There are several models with adapters; the adapter cannot be aligned; there are no batches, or none
             with a label; a batch has no loss, or a loss or gradient that is not finite; layers without a gradient (see
@@ -70,6 +70,11 @@ def estimate_gradients(
             processes differ in model, adapter or settings.
         OSError: The checkpoint cannot be written; the one before is intact.
     """
+    if isinstance(data, str | Path):
+        raise TypeError(
+            f"data is a name, {str(data)!r}, but it must be batches. An estimate in a file is given to lora_ga."
+            "initialize as lora_ga.GradientEstimate.load(file)."
+        )
     setup, recorder = prepare(model, config, adapter_name, process_group, checkpoint, every)
     report = Report(setup, data)
     passes = BatchPass(setup.network, loss_fn, report.passed)

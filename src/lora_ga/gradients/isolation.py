@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from lora_ga.gradients.noise import drops, rates
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import packs, unpack
 from lora_ga.layers.targets import peft_model_in
+from lora_ga.warn import warn
 
 LARGEST_COUNTER = 2**20  # numbers in a buffer of whole numbers that a pass may change
 SUMS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -191,12 +191,10 @@ class CalledModules:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             module = found[0][1]
             kind = f"{type(module).__name__}, weight {type(getattr(module, 'weight', None)).__name__}"
-            warnings.warn(
+            warn(
                 f"{len(found)} layers pass no gradient to their input: {names}{more} ({kind}). The layers before them "
                 "lack this part of their gradient, here and in training. Of torchao's quantisations use one that "
-                "quantises weights only (Int8WeightOnlyConfig), not one with dynamic activations.",
-                UserWarning,
-                stacklevel=5,
+                "quantises weights only (Int8WeightOnlyConfig), not one with dynamic activations."
             )
 
     def warn_without_gradient(self, network: nn.Module) -> None:
@@ -210,12 +208,10 @@ class CalledModules:
         outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
         if outer:
             more = f" and {len(outer) - 3} more" if len(outer) > 3 else ""
-            warnings.warn(
+            warn(
                 f"No gradient passes through {', '.join(outer[:3])}{more}: in evaluation mode the model runs this "
                 "under torch.no_grad. If the loss depends on it, the gradients of the layers before it lack this part. "
-                "Use LoraGAConfig(training_mode=True).",
-                UserWarning,
-                stacklevel=5,
+                "Use LoraGAConfig(training_mode=True)."
             )
 
     @torch.no_grad()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from lora_ga.gradients.probe import Probes, ReadBatches, read_uncalled, uncalled
 from lora_ga.gradients.reader import ALL_IGNORED, NO_BATCH, SKIPPED, BatchReader
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.setup import Setup
+from lora_ga.warn import warn
 
 
 def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes: BatchPass) -> bool:
@@ -104,11 +104,9 @@ def report_unlabelled(setup: Setup, reader: BatchReader) -> None:
     if left_out and not used:
         raise ValueError(f"None of the {left_out} batches has a label. {ALL_IGNORED}")
     if left_out:
-        warnings.warn(
+        warn(
             f"{left_out} of {left_out + used} batches have no label (every label is -100), so they have no loss. The "
-            "estimate leaves them out.",
-            UserWarning,
-            stacklevel=3,
+            "estimate leaves them out."
         )
 
 

@@ -89,12 +89,18 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
     try:
         output = model(*args, **kwargs)
-    except TypeError as error:
-        if (signature := _refusing_signature(model, args, kwargs)) is None:
+    except Exception as error:
+        if isinstance(error, TypeError) and (signature := _refusing_signature(model, args, kwargs)) is not None:
+            raise BatchError(
+                f"The model takes no batch of {_described(batch)}: its arguments are {signature}. Make batches of "
+                "these, or pass a loss_fn(model, batch) that calls the model and returns the loss"
+            ) from error
+        if (uncollated := _uncollated(batch)) is None:
             raise
         raise BatchError(
-            f"The model takes no batch of {_described(batch)}: its arguments are {signature}. Make batches of these, "
-            "or pass a loss_fn(model, batch) that calls the model and returns the loss"
+            f"{uncollated}, and the model could not compute with it ({type(error).__name__}: {error}). A batch holds "
+            "tensors, whose first dimension is that of the rows: a DataLoader with the collator of your trainer makes "
+            'them of rows (transformers.DataCollatorWithPadding), a tokenizer of texts with return_tensors="pt"'
         ) from error
     loss = _loss_in(output)
     if loss is None:
@@ -133,6 +139,18 @@ def _refusing_signature(model: nn.Module, args: Sequence[Any], kwargs: Mapping[s
 def _described(batch: Any) -> str:
     """What a batch consists of, for messages."""
     return ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"{len(batch)} positional values"
+
+
+def _uncollated(batch: Any) -> str | None:
+    """What in a batch is no tensor with rows, but the plain values of rows; None if there is no such thing."""
+    for name, value in batch.items() if isinstance(batch, Mapping) else enumerate(batch, start=1):
+        called = name if isinstance(batch, Mapping) else f"value {name}"
+        if isinstance(value, Tensor):
+            if name == "input_ids" and value.dim() < 2:
+                return f"{called} is a tensor of shape {tuple(value.shape)}, one row"
+        elif isinstance(value, (list, tuple, Mapping, str)) or hasattr(value, "__array__"):
+            return f"{called} is a {type(value).__name__}, not a tensor"
+    return None
 
 
 def _kind(output: Any) -> str:

@@ -13,7 +13,6 @@ import inspect
 import math
 import random
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from lora_ga.warn import warn
 
 # Names of rates: dropout, attention_dropout, drop_prob, drop_path, layerdrop, and the noise on embeddings of NEFTune
 # ("NEFTune: Noisy Embeddings Improve Instruction Finetuning", Jain et al., 2023), which is not a share of 1.
@@ -196,13 +197,11 @@ class NoiseOff(TorchFunctionMode):
         if not self.drawn:
             return
         listed, more = list(self.drawn)[:3], len(self.drawn) - 3
-        warnings.warn(
+        warn(
             f"Random numbers were drawn in the passes of the estimate, by {', '.join(listed)}"
             f"{f' and {more} more' if more > 0 else ''}. If they are part of the loss (samples, noise to be removed), "
             "this is as in training. If they are dropout of the model's own kind, the gradient contains its noise: "
-            "set its rate to 0 for the estimate, or use LoraGAConfig(training_mode=False).",
-            UserWarning,
-            stacklevel=3,
+            "set its rate to 0 for the estimate, or use LoraGAConfig(training_mode=False)."
         )
 
     def _note(self, func: Any, args: Any) -> None:

@@ -75,9 +75,11 @@ def recording(
         The recording; its `estimate` is for after the block.
 
     Raises:
+        TypeError: `config` is no `LoraGAConfig`.
         ValueError: The adapter cannot be aligned, a gradient is not finite, or `estimator="probe"` has no `repeat`.
         RuntimeError: Another process failed, or can no longer be reached.
     """
+    LoraGAConfig.check(config)
     if config.estimator == "probe" and repeat is None:
         raise ValueError(
             'estimator="probe" needs `repeat`, a function that makes the passes again. Pass one, or use '

@@ -126,6 +126,22 @@ class GradientEstimate(Mapping[str, LowRank]):
         write_tensors(path, FILE_KIND, tensors, about)
 
     @classmethod
+    def check(cls, found: object) -> None:
+        """Refuse another object in the place of an estimate, as the name of its file.
+
+        Args:
+            found: What was given as `estimate`.
+
+        Raises:
+            TypeError: It is no estimate.
+        """
+        if not isinstance(found, cls):
+            raise TypeError(
+                f"estimate is a {type(found).__name__}, but it must be a lora_ga.GradientEstimate: what "
+                "lora_ga.estimate_gradients returns, or lora_ga.GradientEstimate.load(file)."
+            )
+
+    @classmethod
     def load(cls, path: str | Path) -> GradientEstimate:
         """Read an estimate, on the CPU. Nothing in the file is unpickled.
 

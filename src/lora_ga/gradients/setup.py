@@ -115,12 +115,15 @@ def prepare(
         What the estimate works on, and the recorder, which starts where the checkpoint stands.
 
     Raises:
+        TypeError: `config` is no `LoraGAConfig`.
         ValueError: The adapter cannot be aligned, gradients are off, or the checkpoint does not fit or is damaged.
     """
-    together, held, config = processes(process_group), DeferredError(), config.resolved()
+    together, held = processes(process_group), DeferredError()
     found: tuple[Setup, Recorder] | None = None
     identity: dict[str, Any] = {}
     with held:
+        LoraGAConfig.check(config)
+        config = config.resolved()
         setup = _setup(unwrapped(model), config, adapter_name, together)
         ranks = {name: target.rank for name, target in setup.fitting.items()}
         identity = {"fingerprint": fingerprint(setup.model), "config": config.to_dict(), "ranks": ranks}

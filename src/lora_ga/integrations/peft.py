@@ -79,14 +79,20 @@ def settings_of(lora_config: LoraConfig, config: Settings) -> Settings:
         `config` with PEFT's direction, scale and γ.
 
     Raises:
+        TypeError: `config` or the `lora_ga_config` is of another type.
         ValueError: There is no `lora_ga_config`.
     """
+    Settings.check(config)
     theirs = getattr(lora_config, "lora_ga_config", None)  # PEFT 0.18's own class has no such field
     if theirs is None:
         raise ValueError(
             "LoraConfig.lora_ga_config is None, but it holds the direction, the scale and gamma. Use "
             f'LoraConfig(init_lora_weights="{INIT}", lora_ga_config=LoraGAConfig()), with both classes from '
             "lora_ga.compat."
+        )
+    if not all(hasattr(theirs, name) for name in ("direction", "scale", "stable_gamma")):
+        raise TypeError(
+            f"LoraConfig.lora_ga_config is a {type(theirs).__name__}; it must be a LoraGAConfig from lora_ga.compat."
         )
     scale = SCALES.get(theirs.scale, theirs.scale)
     return dataclasses.replace(config, direction=theirs.direction, scale=scale, stable_gamma=theirs.stable_gamma)
@@ -119,6 +125,7 @@ def preprocess_loraga(
         The estimate. `get_peft_model` finds it without being given it.
 
     Raises:
+        TypeError: `config` or the `lora_ga_config` is of another type.
         ValueError: There is no `lora_ga_config`, the adapter cannot be aligned, `train_step` gives layers no gradient,
             or the cached estimate belongs to another model.
     """

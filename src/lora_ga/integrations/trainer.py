@@ -87,10 +87,11 @@ class LoraGACallback(TrainerCallback):
                 call of `train` that of the first. None: the arguments' rate.
 
         Raises:
-            TypeError: The trainer's model has no LoRA layers.
+            TypeError: The trainer's model has no LoRA layers, or `config` is no `LoraGAConfig`.
             ValueError: The settings have `offset="base"`, `learning_rate` is a number, or the trainer is one that
                 `attach` refuses.
         """
+        LoraGAConfig.check(config)
         if learning_rate not in (None, "auto"):
             raise ValueError(
                 f'learning_rate={learning_rate!r}: it must be "auto" or None. Give a number to the trainer: '

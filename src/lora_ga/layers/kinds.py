@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from lora_ga.layers.convolution import CONVOLUTION
 from lora_ga.layers.embedding import EMBEDDING, FactorTable
 from lora_ga.layers.experts import EXPERTS
 from lora_ga.layers.linear import LINEAR, TRANSPOSED, WeightLayout
+from lora_ga.warn import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +153,7 @@ def weight_of(entry: Any) -> Tensor:
 @functools.cache
 def warn_never_run(kind: Kind) -> None:
     """Warn once that no test has run a kind of layer."""
-    warnings.warn(
+    warn(
         f"{kind.layer.rpartition('.')[2]} is a kind of layer that LoRA-GA supports but has never been run on. Compare "
-        "a few gradients with autograd's before you trust the start, and report what you find.",
-        UserWarning,
-        stacklevel=4,
+        "a few gradients with autograd's before you trust the start, and report what you find."
     )

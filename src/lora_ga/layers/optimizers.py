@@ -9,7 +9,6 @@ of training is then that of offset="base".
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lora_ga.warn import warn
 
 if TYPE_CHECKING:
     from lora_ga.layers.factors import Delta
@@ -124,13 +125,11 @@ def _check_movement(optimizer: Optimizer) -> None:
     _seen_moving.add(optimizer)
     if factors and not any(bool(factor.trainable.any()) for factor in factors):
         name = type(optimizer).__name__
-        warnings.warn(
+        warn(
             f"The first step of {name} has changed no parameter of the adapter, though their gradients are not zero. "
             f"{name} may compute with the values of its parameters: by default LoRA-GA trains the changes of A and B, "
             'which are zero at the start. Use LoraGAConfig(offset="base"), whose parameters are A and B, or another '
-            "optimizer.",
-            UserWarning,
-            stacklevel=4,
+            "optimizer."
         )
 
 
