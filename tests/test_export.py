@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -477,6 +478,14 @@ def test_a_rank_above_the_largest_allowed_one_is_reported(tmp_path: Path) -> Non
     assert "rank 1024: the largest --max-lora-rank is 512; give --rank" in check_reader(tmp_path / "a", "vllm").fixable
 
 
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    """A run's adapter of rank 8 that every program reads right."""
+    lora = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj"], base_model_name_or_path="base")
+    get_peft_model(llama(), lora).save_pretrained(tmp_path / "my run" / "adapter")
+    return tmp_path / "my run" / "adapter"
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "use_dora: DoRA is not supported"),
     (
@@ -494,6 +503,37 @@ def test_adapters_that_no_rewriting_can_fix_are_refused(lora: dict[str, Any], me
     with pytest.raises(ValueError, match=f"vllm does not accept it, whatever its rank. {message}"):
         write_for(tmp_path / "a", tmp_path / "b", "vllm")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "task", "advice"),
+    [
+        ("vllm", "SEQ_CLS", "`vllm serve FOLDER --runner pooling`"),
+        ("vllm", "SEQ_2_SEQ_LM", "use it from Python, by lora_ga.load"),
+        ("sglang", "SEQ_2_SEQ_LM", "use it from Python, by lora_ga.load"),
+    ],
+)
+def test_adapters_for_a_task_that_a_program_does_not_serve_are_refused_with_another_way(
+    program: str, task: str, advice: str, served: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = served / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": task}))
+    assert main(["export", str(served), "--for", program]) == 2
+    shown = capsys.readouterr().out
+    assert f"in the way: {task}: " in shown
+    assert advice in shown
+    assert (f"Merge it: lora-ga export {shlex.quote(str(served))} --merge " in shown) == (task == "SEQ_CLS")
+
+
+def test_a_chat_template_beside_the_adapter_is_in_the_command_that_serves_it(
+    served: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (served / "chat_template.jinja").write_text("{{ messages }}")
+    for program in ("vllm", "sglang", "llama.cpp"):
+        assert main(["export", str(served), "--for", program]) == 0
+        template = shlex.quote(str(served / "chat_template.jinja"))
+        shown = capsys.readouterr().out
+        assert shown.endswith(f" --chat-template {template}\n") == (program != "llama.cpp")
 
 
 def test_biases_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors.torch import load_file as load_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
@@ -29,7 +30,7 @@ from lora_ga.cli.data import (
     why_bad,
 )
 from lora_ga.cli.main import main
-from lora_ga.cli.models import load_tokenizer
+from lora_ga.cli.models import load_pretrained, load_tokenizer
 from lora_ga.cli.options import DATA_SUFFIXES, DataOptions, ModelOptions
 
 from .conftest import VOCABULARY, text, write_rows
@@ -302,6 +303,24 @@ def test_a_tokenizer_without_padding_and_end_tokens_is_refused(llama: Path, tmp_
 def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--model .*none: AutoTokenizer could not load it"):
         load_tokenizer(str(tmp_path / "none"))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_with_the_folder_that_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unreachable:
+        @staticmethod
+        def from_pretrained(model: str) -> None:
+            raise OSError("several\nlines") from LocalEntryNotFoundError("nothing in the cache")
+
+    (tmp_path / "models" / "minilm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the whole text is compared)
+        load_pretrained(Unreachable, "models/minlm")
+    assert str(refused.value) == (
+        "--model models/minlm: there is no folder models/minlm. Did you mean models/minilm? As a name on the hub it is "
+        "not among the models fetched before, and the hub was not reached (no connection)."
+    )
 
 
 # --- conversations, and prompts with targets -------------------------------------------------------------------------

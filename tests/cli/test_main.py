@@ -272,6 +272,7 @@ WRONG = [
     ["train", "--model", "m", "--task", "seq-cls", "--train_file", "there.csv", "--output_dir", "out"],
     ["compare", "runs/none"],
     ["inspect", "runs/none"],
+    ["train", "--model", "me/m", "--task", "seq-cls", "--train_file", "there.csv", "--output_dir", "out"],
     ["report", "no-suite"],
     ["export", "runs/none", "--output", "out", "--merge"],
 ]
@@ -279,11 +280,15 @@ WRONG = [
 
 def test_wrong_options_and_missing_files_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "there.csv").write_text("review,kind\na,b\n")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
     code = (
         f"import sys; from lora_ga.cli.main import main; print([main(argv) for argv in {WRONG!r}]);"
         "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
     assert run.stdout.splitlines() == [str([2] * len(WRONG)), "[]"]
     messages = run.stderr.splitlines()
     assert len(messages) == len(WRONG)

@@ -312,7 +312,7 @@ def test_the_end_of_a_run_says_what_took_the_time_and_gives_commands_that_work(
         if words[0] == "lora-ga":
             assert main(words[1:]) == 0
     if task == "causal-lm" and method != "full":
-        served = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"lora-ga={folder / 'adapter'}"]
+        served = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"my-run={folder / 'adapter'}"]
         assert commands[-1] == ["vllm", "serve", str(request.getfixturevalue(model)), *served]
 
 
@@ -410,7 +410,11 @@ def test_an_output_folder_that_is_not_empty_is_refused(
         ({"train_file": "none.jsonl"}, "none.jsonl: there is no such data file."),
         ({"train_file": "none.doc"}, "none.doc: a data file ends in .jsonl, .json, .csv, .tsv, .parquet"),
         ({"model": "/none"}, "--model /none: there is no folder /none."),
-        ({"model": "none"}, "--model none: AutoConfig could not load it"),
+        (
+            {"model": "no/ne"},
+            "--model no/ne: there is no folder no/ne. As a name on the hub it is not among the models fetched before, "
+            "and the hub was not reached (HF_HUB_OFFLINE is set).",
+        ),
         (
             {"target_modules": "nothing"},
             "--target_modules nothing: the model has no layer of this name. It has word_embeddings (1 Embedding), "
@@ -433,7 +437,9 @@ def test_an_impossible_request_is_refused_and_nothing_is_written(
     labelled_texts: Path,
     tmp_path: Path,
     error_of: Callable[[list[object]], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert message in error_of(command(bert, labelled_texts, tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
 

@@ -1,6 +1,7 @@
 """`lora-ga export`: turns a trained adapter into a smaller one, a full model, or one that another program reads."""
 
 import json
+import shlex
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -162,7 +163,11 @@ def prepare(adapter: Path, options: ExportOptions, name: str) -> int:
     for reason in (*verdict.refused, *verdict.fixable):
         print(f"in the way: {reason}")
     if verdict.refused or verdict.fixable:
-        cure = "" if verdict.refused else f" Write one that is: lora-ga export {adapter} --for {name} --output FOLDER"
+        command, cure = f"lora-ga export {shlex.quote(str(adapter))}", ""
+        if not verdict.refused:
+            cure = f" Write one that is: {command} --for {name} --output FOLDER"
+        elif "merge the adapter" in " ".join(verdict.refused):
+            cure = f" Merge it: {command} --merge --output FOLDER"
         print(f"{adapter}: not read right by {name} as it is.{cure}")
         return 2
     print(f"{adapter}: nothing is in the way. Use it with: {verdict.advice}")

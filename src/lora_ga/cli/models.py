@@ -2,14 +2,16 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_ga.cli.data import Labels
-from lora_ga.cli.options import AdapterOptions, ModelOptions, TargetOptions
+from lora_ga.cli.options import AdapterOptions, ModelOptions, TargetOptions, not_reached
 from lora_ga.version import dtype_setting
 
 DEFAULT_LENGTH = 512
@@ -35,6 +37,8 @@ def load_pretrained(loader: Any, model: str, **settings: Any) -> Any:
     try:
         return loader.from_pretrained(model, **settings)
     except (OSError, ValueError, KeyError) as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError) and not Path(model).exists():
+            raise ValueError(not_reached(model, "no connection")) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
             f"--model {model}: {loader.__name__} could not load it ({reason}). "

@@ -5,6 +5,7 @@ The parser shows the help text of each field and its default. This module import
 
 import re
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -77,25 +78,51 @@ def check_data_file(path: Path) -> None:
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: there is no such data file. Check the path, or give a hub data set by --dataset."
+            f"{path}: there is no such data file.{did_you_mean(path)} Check the path, or give a hub data set by "
+            "--dataset."
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: holds no rows. Give a file with at least one example.")
 
 
+def did_you_mean(path: str | Path) -> str:
+    """A question after a path that does not exist: the path that is most like it. Empty if there is none."""
+    found = Path()
+    for part in Path(path).parts:
+        there = [part] if (found / part).exists() else [each.name for each in found.iterdir()] if found.is_dir() else []
+        if not (like := get_close_matches(part, there, n=1)):
+            return ""
+        found /= like[0]
+    return f" Did you mean {found}?"
+
+
+def not_reached(model: str, why: str) -> str:
+    """The message for a name that is neither a local folder nor a model that was fetched from the hub before."""
+    return (
+        f"--model {model}: there is no folder {model}.{did_you_mean(model)} As a name on the hub it is not among the "
+        f"models fetched before, and the hub was not reached ({why})."
+    )
+
+
 def check_model_folder(model: str) -> None:
     """Refuses a name that can only be a local folder, if there is no such folder, and a folder without a model.
 
-    Names on the hub are NAME and OWNER/NAME.
+    Names on the hub are NAME and OWNER/NAME. With the hub switched off, only those that were fetched before are.
 
     Raises:
         FileNotFoundError: There is no such folder, or no model in it.
     """
     folder = Path(model)
-    if not folder.exists() and not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model):
-        raise FileNotFoundError(
-            f"--model {model}: there is no folder {model}. Check the path, or give the name of a model on the hub."
-        )
+    if not folder.exists():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model):
+            raise FileNotFoundError(
+                f"--model {model}: there is no folder {model}.{did_you_mean(model)} Check the path, or give the name "
+                "of a model on the hub."
+            )
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+            raise FileNotFoundError(not_reached(model, "HF_HUB_OFFLINE is set"))
     if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(
             f"--model {model}: this folder holds no model (no config.json). Give the folder that save_pretrained wrote."

@@ -1,6 +1,5 @@
 """`lora-ga train`: reads and checks the options, then fine-tunes."""
 
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -154,14 +153,10 @@ def next_steps(record: dict[str, Any], result: Path) -> list[tuple[str, str]]:
 
         verdict = check_reader(result, "vllm")
         if verdict.refused or verdict.fixable:
-            how = ["lora-ga", "export", folder, "--for", "vllm", "--output", str(result.parent / "served")]
+            how = shlex.join(["lora-ga", "export", folder, "--for", "vllm", "--output", str(result.parent / "served")])
         else:
-            name = re.sub(r"[^\w.-]+", "-", record["name"])
-            how = ["vllm", "serve", record["model"], "--enable-lora", "--max-lora-rank", str(verdict.rank)]
-            how += ["--lora-modules", f"{name}={folder}"]
-            if record["config"].get("chat_template"):  # the base model's tokenizer has another, or none
-                how += ["--chat-template", str(result / "chat_template.jinja")]
-        steps.append(("Serve it", shlex.join(how)))
+            how = verdict.advice
+        steps.append(("Serve it", how))
     else:
         run = result.parent
         page = str(run / "compare.html")  # the default may be there already, of another comparison

@@ -4,6 +4,8 @@ Each program has its rule for the factor of a layer's product B A. The rules are
 
 - vLLM 0.33.0, `vllm/lora/peft_helper.py`, `vllm/config/lora.py`: PEFT's rule since 0.32. Up to 0.31 one factor for all
   layers, α/r or with rsLoRA α/√r. `--max-lora-rank` is one of a list of values, and an adapter may have a lower rank.
+  Classifiers: https://github.com/vllm-project/vllm/pull/53555 and `docs/models/pooling_models/classify.md`;
+  encoder-decoders: the table of `docs/features/README.md`.
 - SGLang 0.5.23, `sglang/srt/lora/lora.py`, `lora_config.py`, `mem_pool.py`: α/r, whatever `use_rslora` and the patterns
   say, and r as the rank of every layer.
 - llama.cpp as in llama-cpp-python 0.3.36, `convert_lora_to_gguf.py`, `src/llama-adapter.h`: the converter keeps α
@@ -23,15 +25,17 @@ from pathlib import Path
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from lora_ga.adapter.alignment import scaling_of
 from lora_ga.export.compress import resize_adapter, resized
 from lora_ga.export.saved_adapter import read_adapter
-from lora_ga.files import Companions, check_empty, new_folder, no_companions, write_safetensors
+from lora_ga.files import ADAPTER, Companions, check_empty, new_folder, no_companions, write_safetensors
 from lora_ga.layers.targets import PREFIX
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MLX_WEIGHTS = "adapters.safetensors"
+ENCODER_DECODER = "adapters of encoder-decoders are not supported; use it from Python, by lora_ga.load"
 FACTOR_A = (".lora_A.weight", ".lora_embedding_A")
 # The field of PEFT's configuration → what these readers do not support. PEFT's field `bias` is a word, not a switch.
 REFUSED = {
@@ -56,7 +60,8 @@ class Reader:
             model, `{name}` a name for it and `{rank}` the rank to start the program with.
         one_rank: Whether every layer has to have the rank r of the configuration.
         ranks: The ranks for which the program can be started; empty if any is.
-        whole_modules: The modules trained in full that it reads.
+        template: What `advice` ends with if there is a chat template beside the adapter: `{template}` is its file.
+        tasks: PEFT's name of a task → why the program does not read adapters for it.
     """
 
     factor: Callable[[LoraConfig, int], float] | None
@@ -64,10 +69,11 @@ class Reader:
     advice: str
     one_rank: bool = False
     ranks: tuple[int, ...] = ()
-    whole_modules: tuple[str, ...] = ()
+    template: str = ""
+    tasks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def usage(self, adapter: str | Path, base: str | None, rank: int | None = None) -> str:
-        """The command of `advice`, to be pasted into a shell.
+        """The command of `advice`, to be pasted into a shell. The adapter is named after its folder or its run.
 
         Args:
             adapter: The adapter's folder.
@@ -77,9 +83,13 @@ class Reader:
         Returns:
             The command.
         """
-        name = re.sub(r"[^\w.-]+", "-", Path(adapter).name)
-        words = {"adapter": str(adapter), "base": base or "BASE", "name": name}
-        return self.advice.format(rank=rank, **{word: shlex.quote(text) for word, text in words.items()})
+        folder = Path(adapter)
+        run = folder.resolve().parent if folder.name == ADAPTER else folder
+        template = folder / CHAT_TEMPLATE_FILE  # the base model's tokenizer may have another, or none
+        words = {"adapter": str(adapter), "base": base or "BASE", "template": str(template)}
+        words["name"] = re.sub(r"[^\w.-]+", "-", run.name)
+        command = self.advice + (self.template if template.is_file() else "")
+        return command.format(rank=rank, **{word: shlex.quote(text) for word, text in words.items()})
 
 
 READERS: Mapping[str, Reader] = {
@@ -88,7 +98,13 @@ READERS: Mapping[str, Reader] = {
         "vLLM before 0.32 scales every layer by r and lora_alpha alone; newer ones read patterns as PEFT does",
         "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={adapter}",
         ranks=VLLM_RANKS,
-        whole_modules=("classifier", "score"),
+        template=" --chat-template {template}",
+        tasks={
+            "SEQ_CLS": "vLLM 0.33 and newer read a classifier's adapter on a base model with a head of as many classes "
+            "alone, and older ones refuse it; merge the adapter, and serve the merged model with `vllm serve FOLDER "
+            "--runner pooling`",
+            "SEQ_2_SEQ_LM": ENCODER_DECODER,
+        },
     ),
     "sglang": Reader(
         lambda config, rank: config.lora_alpha / config.r,
@@ -96,6 +112,8 @@ READERS: Mapping[str, Reader] = {
         "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} --lora-paths "
         "{name}={adapter}",
         one_rank=True,
+        template=" --chat-template {template}",
+        tasks={"SEQ_2_SEQ_LM": ENCODER_DECODER},
     ),
     "llama.cpp": Reader(
         lambda config, rank: config.lora_alpha / rank if config.lora_alpha else 1.0,
@@ -106,6 +124,7 @@ READERS: Mapping[str, Reader] = {
         None,
         "mlx-lm does not read PEFT's files, it has its own",
         "mlx_lm.generate --model {base} --adapter-path {adapter}",
+        tasks={"SEQ_2_SEQ_LM": ENCODER_DECODER},
     ),
 }
 
@@ -143,9 +162,9 @@ def check_reader(path: str | Path, name: str) -> Verdict:
     """
     reader = reader_named(name)
     config, tensors = read_adapter(Path(path))
-    whole = set(config.modules_to_save or ()) - set(reader.whole_modules)
-    found = {field: getattr(config, field, None) for field in REFUSED} | {"modules_to_save": whole}
-    refused = [f"{field}: {reason}" for field, reason in REFUSED.items() if found[field]]
+    refused = [f"{field}: {reason}" for field, reason in REFUSED.items() if getattr(config, field, None)]
+    if config.task_type in reader.tasks:
+        refused = [f"{config.task_type}: {reader.tasks[config.task_type]}"]
     if config.bias != "none":
         refused.append(f'bias="{config.bias}": adapter biases are not supported; merge the adapter')
     ranks = {
