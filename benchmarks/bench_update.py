@@ -1,6 +1,7 @@
 """What does the streaming update of one layer cost, part by part, and how does it grow with tokens, width and rank?
 
-    python benchmarks/bench_update.py      # a minute, in one thread; draws results/growth.png
+    python benchmarks/bench_update.py           # a minute, in one thread; draws results/growth.png
+    python benchmarks/bench_update.py --draw    # draws the picture again, from the record
 
 Square layers in float32, blocks of random numbers, process time. Each number is the median of eight runs after a first
 one. `bench_estimation.py` measures the whole estimate.
@@ -8,7 +9,9 @@ one. `bench_estimation.py` measures the whole estimate.
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,23 +45,31 @@ def accumulated(tokens: int, width: int, rank: int) -> tuple[float, int]:
 
 
 def growth() -> dict[str, Any]:
-    """Measure a warm block's time and the state over tokens, width and rank; fit exponents and draw growth.png."""
+    """Measure a warm block's time and the state over tokens, width and rank, and fit exponents."""
     centre = {"tokens": 2048, "width": 1024, "rank": 16}
     axes_of = {"tokens": [1024, 2048, 4096, 8192], "width": [512, 1024, 2048, 4096], "rank": [8, 16, 32, 64]}
     result: dict[str, Any] = {}
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    for axis, (name, values) in zip(axes, axes_of.items(), strict=True):
+    for name, values in axes_of.items():
         points = [accumulated(**(centre | {name: value})) for value in values]
         milliseconds, megabytes = [1e3 * time for time, _ in points], [size / 2**20 for _, size in points]
         slopes = [float(np.polyfit(np.log(values), np.log(y), 1)[0]) for y in (milliseconds, megabytes)]
         result[name] = {"values": values, "ms": milliseconds, "MB": megabytes, "exponents": slopes}
-        axis.loglog(values, milliseconds, "o-", label=f"time in ms, exponent {slopes[0]:.2f}")
-        axis.loglog(values, megabytes, "s-", label=f"state in MB, exponent {slopes[1]:.2f}")
-        axis.set_xlabel(name)
-        axis.legend(fontsize=7)
         print(f"growth with {name:6}: time ^{slopes[0]:.2f}, state ^{slopes[1]:.2f}", flush=True)
-    figure.savefig(record.RESULTS / "growth.png", dpi=110)
     return result
+
+
+def draw(found: dict[str, Any]) -> None:
+    """Draw growth.png from what `growth` returns."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained", sharey=True)
+    for axis, (name, each) in zip(axes, found.items(), strict=True):
+        time_slope, state_slope = each["exponents"]
+        axis.loglog(each["values"], each["ms"], "o-", label=f"time in ms, exponent {time_slope:.2f}")
+        axis.loglog(each["values"], each["MB"], "s-", label=f"state in MB, exponent {abs(state_slope):.2f}")
+        axis.set_xticks(each["values"], [str(value) for value in each["values"]])
+        axis.minorticks_off()
+        axis.set_xlabel(name)
+        axis.legend(fontsize=9, loc="center")
+    figure.savefig(record.RESULTS / "growth.png", dpi=110)
 
 
 def parts(*, tokens: int, width: int = 1024) -> dict[str, float]:
@@ -107,6 +118,11 @@ def parts(*, tokens: int, width: int = 1024) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    if "--draw" in sys.argv:
+        draw(json.loads((record.RESULTS / "update.json").read_text())["growth"])
+        sys.exit()
     torch.set_num_threads(1)
     costs = {str(tokens): parts(tokens=tokens) for tokens in (2048, 512)}
-    record.finish("update", {"width": 1024, "rank": RANK, "ms": costs, "growth": growth()})
+    grown = growth()
+    draw(grown)
+    record.finish("update", {"width": 1024, "rank": RANK, "ms": costs, "growth": grown})
