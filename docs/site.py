@@ -19,6 +19,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 
+# Code inside a line; that of a block has a tag before it. Code of at most SHORT characters stays on one line.
+CODE = re.compile(r"(?<!</span>)<code>(?P<text>[^<]+)</code>")
+SHORT = 24
+# Longer code: its options, which may not be broken after a hyphen, and the other places where it may be broken.
+PLACE = re.compile(r"--[\w-]+|(?<=[/_(,=:])(?=[a-zA-Z])|(?<=\.)(?=[a-zA-Z]{4})")
 # A cell of a table that begins with a number, bold or not.
 NUMBER = re.compile(r"<td(?P<style> style=\"[^\"]*\")?>(?=(<strong>)?[−-]?\d[^<]{0,40}<)")
 
@@ -70,5 +75,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Marks the cells of tables that begin with a number, for site.css."""
-    return NUMBER.sub(r'<td class="number"\g<style>>', html)
+    """Marks what has to stay on one line, for site.css, and where a long name in code may be broken."""
+
+    def marked(found: re.Match[str]) -> str:
+        return f'<span class="short">{found[0]}</span>' if found[0] else "<wbr>"
+
+    def code(found: re.Match[str]) -> str:
+        text = found["text"]
+        return f'<code class="short">{text}</code>' if len(text) <= SHORT else f"<code>{PLACE.sub(marked, text)}</code>"
+
+    return CODE.sub(code, NUMBER.sub(r'<td class="number"\g<style>>', html))
