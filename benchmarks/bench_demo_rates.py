@@ -42,7 +42,7 @@ def main() -> None:
         for method, settings in GRID.items():
             for index, changes in enumerate(settings):
                 run = Path(scratch) / f"{method}-{index}"
-                demo.train(method, demo.minilm(), data, run, **changes, save_steps=10**6)
+                demo.train(method, demo.minilm(), data, run, **changes, estimate_batches=32, save_steps=10**6)
                 written = json.loads((run / "run.json").read_text())
                 cells.append({"method": method, **changes, "metrics": written["metrics"]})
     print(f"{'method':8} {'rate':>7} {'gamma':>6} {'loss':>7} {'accuracy':>9}")

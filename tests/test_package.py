@@ -334,11 +334,15 @@ def test_the_search_notices_what_it_looks_for(line: str) -> None:
 
 
 def test_the_demonstration_says_what_is_gained_at_a_usual_rate_and_at_the_best_rates() -> None:
-    assert demo.what_the_rates_say(json.loads(demo.RATES.read_text())["cells"]) == (
-        "The sweep of learning rates on held-out training rows, one seed: at 0.0003, a usual rate of LoRA, LoRA-GA is "
-        "ahead by 0.169 (accuracy 0.698 against 0.529). At the best rate of each LoRA-GA gains nothing (accuracy 0.706 "
-        "against 0.727)."
+    cells = json.loads(demo.RATES.read_text())["cells"]
+    assert demo.what_is_gained({"lora-ga": 0.6, "lora": 0.5}, cells, rows=384) == (
+        "LoRA-GA against LoRA at the rate 0.0003, which is usual for LoRA: accuracy 0.600 against 0.500, LoRA-GA is "
+        "ahead by 0.100. An earlier sweep with a larger start (γ = 256), on held-out training rows: at the same rate "
+        "accuracy 0.698 against 0.529, LoRA-GA is ahead by 0.169; at the best rates (0.001 and 0.002) accuracy 0.706 "
+        "against 0.727, no difference beyond chance. One seed each."
     )
+    assert demo.compared(0.55, 0.5, rows=384) == "accuracy 0.550 against 0.500, no difference beyond chance"
+    assert demo.compared(0.4, 0.5, rows=384) == "accuracy 0.400 against 0.500, LoRA-GA is behind by 0.100"
 
 
 @pytest.fixture(scope="module")
