@@ -9,6 +9,7 @@ import pytest
 
 from lora_ga.experiments.comparison.curves import mean_and_error, mean_curve, smooth, steps_to
 from lora_ga.experiments.comparison.runs import compare_runs, group_runs
+from lora_ga.experiments.pages.runs import comparison_document
 from lora_ga.experiments.tables.runs import (
     cost_table,
     differences_table,
@@ -159,3 +160,11 @@ def test_the_cost_of_the_estimate_is_blank_for_a_run_without_one(tmp_path: Path)
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", method="lora-ga", seconds=seconds)]
     table = cost_table(compare_runs(runs))
     assert [row[1:] for row in table.rows] == [["–", "60", "61", "12,345", "cpu"], ["3", "60", "63", "12,345", "cpu"]]
+
+
+def test_a_metric_has_a_picture_if_it_was_measured_more_than_once(tmp_path: Path) -> None:
+    once = [{"step": 40, "eval_loss": 2.5}]
+    for evaluations, titles in ((once, set()), ([{"step": 20, "eval_loss": 3.0}, *once], {"Evaluation"})):
+        run = make_run(tmp_path / str(len(evaluations)), eval=evaluations)
+        sections = comparison_document(compare_runs([run])).sections
+        assert {section.title for section in sections} & {"Evaluation"} == titles

@@ -37,7 +37,8 @@ def comparison_document(comparison: Comparison) -> Document:
     if any(run.curve for run in runs):
         training = Picture(training_figure(comparison), training_caption(comparison))
         sections.append(Section("Training", [training]))
-    if metrics := list(dict.fromkeys(metric for run in runs for metric in run.evals)):
+    # A picture of one point would say less than the table.
+    if metrics := list(dict.fromkeys(name for run in runs for name, values in run.evals.items() if len(values) > 1)):
         captions = {metric: f"{metric} at the evaluations during training, not smoothed." for metric in metrics}
         pictures = [Picture(evaluation_figure(comparison, metric), captions[metric]) for metric in metrics]
         sections.append(Section("Evaluation", pictures))
