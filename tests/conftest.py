@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from importlib import metadata
 from pathlib import Path
@@ -78,6 +79,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.user_properties.append(("support", marker.args))
         if config.getoption("--quick") and item.get_closest_marker("slow") is not None:
             item.add_marker(pytest.mark.skip(reason=SLOW))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave out the half million objects of the imported libraries.
+
+    Transformers and Accelerate call it several times in each training, and it looks at all objects each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -169,15 +169,7 @@ def test_of_many_layers_that_were_probed_three_are_named() -> None:
         warn_probed(["a", "b", "c", "d", "e"], 9)
 
 
-@pytest.fixture
-def few_objects() -> Iterator[None]:
-    """Let the garbage collector, which looks at all objects each time it is called, look at new ones alone."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def test_a_model_whose_layers_are_all_called_gives_no_warning_and_keeps_no_batch(few_objects: None) -> None:
+def test_a_model_whose_layers_are_all_called_gives_no_warning_and_keeps_no_batch() -> None:
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
@@ -201,7 +193,7 @@ def test_a_model_whose_layers_are_all_called_gives_no_warning_and_keeps_no_batch
     assert alive == [1, 1, 1, 1]
 
 
-def test_layers_that_a_loss_does_not_use_cost_one_pass_and_keep_at_most_two_batches(few_objects: None) -> None:
+def test_layers_that_a_loss_does_not_use_cost_one_pass_and_keep_at_most_two_batches() -> None:
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
