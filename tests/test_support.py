@@ -6,7 +6,7 @@ import importlib
 import json
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -132,21 +132,52 @@ def test_the_estimated_gradient_equals_autograds(case: Case) -> None:
             assert abs(found.norm() / truth.norm() - 1) < max(1e-4, 1 - case.cosine) * 5, key
 
 
-@rows("start")
-def test_outputs_at_the_start_equal_those_of_the_base_bit_for_bit(case: Case) -> None:
+class Trained(NamedTuple):
+    """A model after its start and a training step.
+
+    Attributes:
+        model: The model.
+        base: The outputs of its base.
+        start: Its outputs at the start.
+        starts: For every factor whether its start has a nonzero entry.
+        losses: The loss of a batch before and after the step on it.
+        outputs: Its outputs after the step.
+        folder: Where it is saved.
+    """
+
+    model: PeftModel
+    base: Tensor
+    start: Tensor
+    starts: list[bool]
+    losses: tuple[float, float]
+    outputs: Tensor
+    folder: Path
+
+
+def train(case: Case, folder: Path) -> Trained:
     model = fresh(case)
     with model.disable_adapter():
-        before = output(case, model)
+        base = output(case, model)
     lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
-    assert torch.equal(output(case, model), before)
-    assert all(nonzero_starts(model))
+    start = output(case, model)
+    starts = [bool(module.start.any()) for module in model.modules() if isinstance(module, Factor)]
+    losses = one_step(case, model)
+    outputs = output(case, model)
+    model.save_pretrained(folder)
+    return Trained(model, base, start, starts, losses, outputs, folder)
 
 
-def nonzero_starts(model: PeftModel) -> list[bool]:
-    """Return for every factor whether its start has a nonzero entry."""
-    found = [bool(module.start.any()) for module in model.modules() if isinstance(module, Factor)]
-    assert found
-    return found
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Trained]:
+    """The trained model of a case: made once, for all tests of a row that leave it as it is."""
+    made: dict[int, Trained] = {}
+
+    def of(case: Case) -> Trained:
+        if id(case) not in made:
+            made[id(case)] = train(case, tmp_path_factory.mktemp("adapter"))
+        return made[id(case)]
+
+    return of
 
 
 def one_step(case: Case, model: PeftModel) -> tuple[float, float]:
@@ -161,37 +192,42 @@ def one_step(case: Case, model: PeftModel) -> tuple[float, float]:
         return before.item(), loss_of(case, model, batch).item()
 
 
+@rows("start")
+def test_outputs_at_the_start_equal_those_of_the_base_bit_for_bit(
+    case: Case, trained: Callable[[Case], Trained]
+) -> None:
+    found = trained(case)
+    assert torch.equal(found.start, found.base)
+    assert found.starts
+    assert all(found.starts)
+
+
 @rows("step")
-def test_one_training_step_lowers_the_loss(case: Case) -> None:
-    model = fresh(case)
-    lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
-    before, after = one_step(case, model)
+def test_one_training_step_lowers_the_loss(case: Case, trained: Callable[[Case], Trained]) -> None:
+    before, after = trained(case).losses
     assert after < before
 
 
 @rows("reload")
-def test_stock_peft_loads_the_saved_adapter_on_the_original_base(case: Case, tmp_path: Path) -> None:
-    model = fresh(case)
-    lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
-    one_step(case, model)
-    trained = output(case, model)
-    model.save_pretrained(tmp_path)
-    stock = PeftModel.from_pretrained(case.make(), tmp_path).eval()
-    torch.testing.assert_close(output(case, stock), trained, rtol=0, atol=case.reload_error)
+def test_stock_peft_loads_the_saved_adapter_on_the_original_base(
+    case: Case, trained: Callable[[Case], Trained]
+) -> None:
+    found = trained(case)
+    stock = PeftModel.from_pretrained(case.make(), found.folder).eval()
+    torch.testing.assert_close(output(case, stock), found.outputs, rtol=0, atol=case.reload_error)
     with stock.disable_adapter():
-        assert not torch.equal(output(case, stock), trained)
+        assert not torch.equal(output(case, stock), found.outputs)
 
 
 @rows("resume")
-def test_training_resumes_from_a_saved_adapter_in_the_same_structure(case: Case, tmp_path: Path) -> None:
-    model = fresh(case)
-    lora_ga.initialize(model, case.batches(), loss_fn=case.loss_fn)
-    one_step(case, model)
-    model.save_pretrained(tmp_path)
-    again = lora_ga.load(case.make(), tmp_path, is_trainable=True).eval()
-    trained = [parameter.shape for parameter in model.parameters() if parameter.requires_grad]
-    assert [parameter.shape for parameter in again.parameters() if parameter.requires_grad] == trained
-    torch.testing.assert_close(output(case, again), output(case, model), rtol=0, atol=case.reload_error)
+def test_training_resumes_from_a_saved_adapter_in_the_same_structure(
+    case: Case, trained: Callable[[Case], Trained]
+) -> None:
+    found = trained(case)
+    again = lora_ga.load(case.make(), found.folder, is_trainable=True).eval()
+    shapes = [parameter.shape for parameter in found.model.parameters() if parameter.requires_grad]
+    assert [parameter.shape for parameter in again.parameters() if parameter.requires_grad] == shapes
+    torch.testing.assert_close(output(case, again), output(case, found.model), rtol=0, atol=case.reload_error)
 
 
 @rows('offset="base"', only=lambda case: case.base_offset)
