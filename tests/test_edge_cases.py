@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +328,17 @@ def test_no_sidecar_is_written_for_an_adapter_of_another_model(saved: Path, tmp_
     with pytest.warns(UserWarning, match=r"no lora_ga\.safetensors was written, because the adapter"):
         other.save_pretrained(tmp_path)
     assert not (tmp_path / FILE).exists()
+
+
+def test_an_adapter_whose_values_are_not_finite_is_saved_as_it_is(tmp_path: Path) -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal())
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+        parameter.data.fill_(math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / FILE).exists()
 
 
 def test_an_adapter_added_with_an_aligned_configuration_is_aligned_and_has_its_own_sidecar(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -278,6 +279,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"checkpoint-2"}
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_no_checkpoint_is_written_after_a_gradient_that_is_not_finite(
+    llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = iter([1.0, math.nan])
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_, **__: torch.tensor(next(norms)))
+    argv = command(llama, prompts, tmp_path / "run", task="causal-lm", save_steps=1, max_steps=4, logging_steps=5)
+    message = error_of(argv)
+    assert "the norm of the gradient is nan at step 2, so training has stopped and no result was written." in message
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"checkpoint-1"}
 
 
 @pytest.mark.parametrize("method", ["lora-ga", "full"])

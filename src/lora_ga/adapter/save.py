@@ -168,7 +168,8 @@ def _is_saved(weights: Path, factors: Factors) -> bool:
         start = b.start
         same_shape = saved.dim() == 2 and saved.shape[1] == 2 * start.shape[1]
         return same_shape and torch.equal(b.halves(saved)[0], start.to(saved))
-    return saved.shape == b.joined().shape and torch.equal(saved, b.joined().detach().to(saved))
+    held = b.joined().detach().to(saved)
+    return saved.shape == held.shape and torch.allclose(saved, held, rtol=0, atol=0, equal_nan=True)
 
 
 def read_sidecar(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

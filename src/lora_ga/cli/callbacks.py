@@ -9,6 +9,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lora_ga.adapter.load import check_optimizer_state
 
+# What a log entry says of a step → its name in messages.
+MEASURED = {"loss": "training loss", "grad_norm": "norm of the gradient"}
+
 
 def logged_seconds(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The seconds that estimate and training took up to the end of a history that `LossAndTimeLogger` wrote.
@@ -24,8 +27,9 @@ def logged_seconds(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def diverged_at(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The first log entry whose loss is not finite; None without one."""
-    return next((entry for entry in history if not math.isfinite(entry.get("loss", 0.0))), None)
+    """The first log entry whose loss or gradient is not finite; None without one."""
+    # A step's loss is that before its update: a gradient that is not finite is seen in the loss one step later.
+    return next((entry for entry in history if not all(math.isfinite(entry.get(key, 0.0)) for key in MEASURED)), None)
 
 
 class LossAndTimeLogger(TrainerCallback):
@@ -33,7 +37,7 @@ class LossAndTimeLogger(TrainerCallback):
 
     A resumed trainer has lost the losses since the last log entry. With an entry at each checkpoint the loss curve of a
     resumed run is that of a run without interruption. The seconds let a resumed run report the time of both parts.
-    A loss that is not finite ends the training, and no checkpoint of it is written.
+    A loss or gradient that is not finite ends the training, and no checkpoint of it is written.
     """
 
     def __init__(self, estimate_seconds: float) -> None:

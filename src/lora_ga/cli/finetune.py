@@ -20,7 +20,7 @@ import lora_ga
 from lora_ga.adapter.model_card import CARD
 from lora_ga.adapter.rate import LEAST_STEPS, TRIAL, note_default_rate
 from lora_ga.cli import checkpoints, tasks
-from lora_ga.cli.callbacks import LossAndTimeLogger, OptimizerGuard, diverged_at, logged_seconds
+from lora_ga.cli.callbacks import MEASURED, LossAndTimeLogger, OptimizerGuard, diverged_at, logged_seconds
 from lora_ga.cli.columns import columns_of
 from lora_ga.cli.data import EstimateBatches
 from lora_ga.cli.models import add_adapter, train_in_float32
@@ -295,7 +295,7 @@ def train(trainer: Any, checkpoint: Path | None) -> None:
 
 
 def check_finite(history: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Refuses the result of a run whose loss was not finite.
+    """Refuses the result of a run whose loss or gradient was not finite.
 
     Raises:
         ValueError: It was not; the message names the last checkpoint, which was written before.
@@ -305,9 +305,10 @@ def check_finite(history: Sequence[Mapping[str, Any]], folder: Path) -> None:
         return
     good = checkpoints.complete_checkpoints(folder)
     kept = f"The last good checkpoint is {good[max(good)]}. " if good else "There is no checkpoint (--save_steps). "
+    found = next(f"{name} is {entry[key]}" for key, name in MEASURED.items() if not math.isfinite(entry.get(key, 0.0)))
     raise ValueError(
-        f"the training loss is {entry['loss']} at step {entry['step']}, so training has stopped and no result was "
-        f"written. {kept}Start again in another folder with a smaller --learning_rate."
+        f"the {found} at step {entry['step']}, so training has stopped and no result was written. {kept}Start again in "
+        "another folder with a smaller --learning_rate."
     )
 
 
