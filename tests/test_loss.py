@@ -227,7 +227,7 @@ IDS = tokens(2)
         ({"input_ids": IDS.tolist(), "labels": IDS.tolist()}, "input_ids is a list, not a tensor"),
         ({"input_ids": IDS, "labels": IDS.numpy()}, "labels is a ndarray, not a tensor"),
         ({"input_ids": IDS[0], "labels": IDS[0]}, r"input_ids is a tensor of shape \(12,\), one row"),
-        ([{"input_ids": IDS[0], "labels": IDS[0]}] * 2, "value 1 is a dict, not a tensor"),
+        ([{"input_ids": IDS[0], "labels": IDS[0]}] * 20, "value 1 is a dict, not a tensor"),
         (["a text", "another"], "value 1 is a str, not a tensor"),
     ],
 )

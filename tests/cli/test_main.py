@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,34 @@ else:
 def test_the_library_and_its_callback_work_without_the_extra(tmp_path: Path) -> None:
     run = run_without(set(EXTRA) - ALWAYS_THERE, LIBRARY + TRAINER, str(tmp_path))
     assert run.returncode == 0, run.stderr
+
+
+MODEL = ["--model", "m", "--task", "seq-cls"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["inspect", "runs/tikets"], "runs/tickets"),
+        (["export", "runz/tickets", "--merge", "--output", "out"], "runs/tickets"),
+        (["estimate", *MODEL, "--train_file", "row.csv", "--output", "out.safetensors"], "rows.csv"),
+        (["inspect", "runs/other"], None),
+    ],
+)
+def test_a_mistyped_path_is_answered_by_the_one_that_is_like_it(
+    argv: list[object],
+    meant: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error_of: Callable[[list[object]], str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/tickets", "m"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "rows.csv").touch()
+    message = error_of(argv)
+    assert f" Did you mean {meant}? " in message if meant else "Did you mean" not in message
 
 
 # --- what is refused before torch is imported ------------------------------------------------------------------------

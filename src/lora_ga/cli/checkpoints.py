@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from lora_ga.cli.options import did_you_mean
 from lora_ga.files import parse_json, write_atomically
 
 CONFIG = "config.yaml"
@@ -92,7 +93,8 @@ def estimate_of(path: Path) -> Path:
         return path / ESTIMATE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file. Give the folder of a run, or an estimate that `lora-ga estimate` wrote."
+            f"{path}: no such file.{did_you_mean(path)} Give the folder of a run, or an estimate that `lora-ga "
+            "estimate` wrote."
         )
     return path
 

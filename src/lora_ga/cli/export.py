@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from lora_ga.cli.options import at_least, option, require
+from lora_ga.cli.options import at_least, did_you_mean, option, require
 from lora_ga.cli.parsing import OptionParser
 from lora_ga.files import ADAPTER
 from lora_ga.version import dtype_setting
@@ -86,8 +86,8 @@ def main(argv: list[str]) -> int:
     adapter, out = adapter_of(Path(positional.adapter)), Path(options.output)
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(
-            f"{adapter}: there is no adapter (no adapter_config.json). Give the folder that save_pretrained wrote, "
-            "or that of a run of `lora-ga train`."
+            f"{adapter}: there is no adapter (no adapter_config.json).{did_you_mean(adapter)} Give the folder that "
+            "save_pretrained wrote, or that of a run of `lora-ga train`."
         )
     if positional.reader is not None:
         return prepare(adapter, options, positional.reader)

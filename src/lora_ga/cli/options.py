@@ -88,9 +88,11 @@ def check_data_file(path: Path) -> None:
 def did_you_mean(path: str | Path) -> str:
     """A question after a path that does not exist: the path that is most like it. Empty if there is none."""
     found = Path()
+    if Path(path).exists():
+        return ""
     for part in Path(path).parts:
         there = [part] if (found / part).exists() else [each.name for each in found.iterdir()] if found.is_dir() else []
-        if not (like := get_close_matches(part, there, n=1)):
+        if not (like := get_close_matches(part, there, n=1, cutoff=0.75)):
             return ""
         found /= like[0]
     return f" Did you mean {found}?"

@@ -90,12 +90,14 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     try:
         output = model(*args, **kwargs)
     except Exception as error:
-        if isinstance(error, TypeError) and (signature := _refusing_signature(model, args, kwargs)) is not None:
+        uncollated = _uncollated(batch)
+        signature = _refusing_signature(model, args, kwargs) if isinstance(error, TypeError) else None
+        if signature is not None and (uncollated is None or kwargs):
             raise BatchError(
                 f"The model takes no batch of {_described(batch)}: its arguments are {signature}. Make batches of "
                 "these, or pass a loss_fn(model, batch) that calls the model and returns the loss"
             ) from error
-        if (uncollated := _uncollated(batch)) is None:
+        if uncollated is None:
             raise
         raise BatchError(
             f"{uncollated}, and the model could not compute with it ({type(error).__name__}: {error}). A batch holds "
