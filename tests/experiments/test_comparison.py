@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lora_ga.experiments.comparison.curves import mean_and_error, mean_curve, smooth, steps_to
 from lora_ga.experiments.comparison.runs import compare_runs, group_runs
+from lora_ga.experiments.pages.drawing import add_legend, legend_entry, line_style, new_figure
 from lora_ga.experiments.pages.runs import comparison_document
 from lora_ga.experiments.tables.runs import (
     cost_table,
@@ -168,3 +170,11 @@ def test_a_metric_has_a_picture_if_it_was_measured_more_than_once(tmp_path: Path
         run = make_run(tmp_path / str(len(evaluations)), eval=evaluations)
         sections = comparison_document(compare_runs([run])).sections
         assert {section.title for section in sections} & {"Evaluation"} == titles
+
+
+def test_a_legend_is_no_wider_than_its_figure() -> None:
+    figure, _ = new_figure("wide", "optimiser step", "loss", height=3.4)
+    labels = ["lora AdamW", "lora-ga AdamW", "lora-ga PoLoRA", "lora-ga TSD", "random PoLoRA", "full AdamW"]
+    add_legend(figure, [legend_entry(label, **line_style(place)) for place, label in enumerate(labels)])
+    (legend,) = figure.legends
+    assert legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width <= figure.bbox.width

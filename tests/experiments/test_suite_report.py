@@ -139,6 +139,7 @@ def test_the_report_of_an_incomplete_grid_states_what_is_missing(suite: Suite, u
         r"Not complete: at least \d+ cells have not run: .*text/full \(4\), text/lora \(1\)", document.notices[0]
     )
     assert document.notices[1] == "Not started: classes."
+    assert "more lines" not in document.notices[0]
     text = readme_files(document)[README_NAME].decode()
     assert "| lora | 0.00316 | **2** | 1 of 2 |" in text
     assert "| full |" not in text

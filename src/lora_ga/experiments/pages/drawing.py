@@ -70,8 +70,12 @@ def legend_entry(label: str, **style: Any) -> Line2D:
 def add_legend(figure: Figure, entries: list[Line2D]) -> None:
     """Puts the legend above the axes, in as many columns as fit."""
     longest = max((len(str(entry.get_label())) for entry in entries), default=0)
-    columns = max(1, min(5, 112 // (longest + 7)))
-    figure.legend(handles=entries, loc="outside upper left", ncols=columns, handlelength=2.4)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(max(1, min(5, 112 // (longest + 7))), 0, -1):
+        legend = figure.legend(handles=entries, loc="outside upper left", ncols=columns, handlelength=2.4)
+        if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def render(figure: Figure, form: Literal["png", "svg"]) -> bytes:

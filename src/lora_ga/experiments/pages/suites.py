@@ -39,6 +39,7 @@ HEADINGS = {
 OVERVIEW_CAPTION = (
     "Reported split, mean ± standard error over the seeds; in brackets the learning rate. Bold: the best mean."
 )
+NAMED = 12  # lines of the tables that a notice names at most
 UNSWEPT_CAPTION = "Every method at the same learning rates, which no run has chosen: mean ± standard error over seeds."
 
 
@@ -114,9 +115,11 @@ def notices(suite: Suite, found: Mapping[str, Sequence[Result]]) -> list[str]:
         started = started_tasks(some)
         incomplete = [each for each in some if each.missing and each.task in started]
         if incomplete:
-            lines = ", ".join(f"{each.task}/{each.label} ({each.missing})" for each in incomplete)
+            lines = [f"{each.task}/{each.label} ({each.missing})" for each in incomplete]
+            if len(lines) > NAMED:
+                lines[NAMED:] = [f"and {len(lines) - NAMED} more lines"]
             count = sum(each.missing for each in incomplete)
-            texts.append(f"Not complete{of}: at least {count} cells have not run: {lines}.")
+            texts.append(f"Not complete{of}: at least {count} cells have not run: {', '.join(lines)}.")
         not_started = [task for task in suite.tasks if task not in started]
         if not_started:
             texts.append(f"Not started{of}: {', '.join(not_started)}.")
