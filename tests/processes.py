@@ -8,6 +8,7 @@ the CPU as an accelerator.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import runpy
 import sys
@@ -59,10 +60,16 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
+def _call(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function. The garbage collector leaves out what the server has imported, as in conftest.py."""
+    gc.freeze()
+    function(*arguments)
+
+
 def start(function: Callable[..., None], *arguments: Any) -> Any:
     """Start `function(*arguments)` in a new process, which is forked from the server."""
     start_server()
-    process = mp.get_context("forkserver").Process(target=function, args=arguments)
+    process = mp.get_context("forkserver").Process(target=_call, args=(function, *arguments))
     process.start()
     return process
 
