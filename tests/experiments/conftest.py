@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
+import importlib.metadata
 import json
 import sys
 import threading
@@ -79,6 +81,15 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "toy.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
     return folder / "toy.yaml"
+
+
+VERSION = functools.cache(importlib.metadata.version)
+
+
+@pytest.fixture(autouse=True)
+def versions_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the hundreds of records names the versions of the libraries, and a look-up reads a file."""
+    monkeypatch.setattr(importlib.metadata, "version", VERSION)
 
 
 @pytest.fixture
