@@ -120,8 +120,9 @@ def reloaded_by_stock_peft(folder: Path, run: Path, data: Path) -> str:
     )
 
 
-def compared(ours: float, plain: float, rows: int) -> str:
-    """LoRA-GA's accuracy and LoRA's on as many rows, and whether they differ by more than two standard errors."""
+def compared(accuracy: dict[str, float], rows: int) -> str:
+    """The accuracy of LoRA-GA and of LoRA on as many rows, and whether they differ by more than two standard errors."""
+    ours, plain = (accuracy[method] for method in METHODS)
     error = math.sqrt((ours * (1 - ours) + plain * (1 - plain)) / rows)
     found = "no difference beyond chance"
     if abs(ours - plain) > 2 * error:
@@ -151,14 +152,13 @@ def what_is_gained(runs: dict[str, float], cells: list[dict[str, Any]], rows: in
     }
     best = {method: min(found, key=lambda rate: float(found[rate]["eval_loss"])) for method, found in swept.items()}
     usual, tuned = (
-        compared(*(swept[method][rates[method]]["eval_accuracy"] for method in METHODS), rows)
+        compared({method: swept[method][rates[method]]["eval_accuracy"] for method in METHODS}, rows)
         for rates in (dict.fromkeys(METHODS, RATE), best)
     )
     return (
-        f"LoRA-GA against LoRA at the rate {RATE:g}, which is usual for LoRA: "
-        f"{compared(*(runs[method] for method in METHODS), rows)}. An earlier sweep with a larger start (γ = {GAMMA}), "
-        f"on held-out training rows: at the same rate {usual}; at the best rates ({best['lora-ga']:g} and "
-        f"{best['lora']:g}) {tuned}. One seed each."
+        f"LoRA-GA against LoRA at the rate {RATE:g}, which is usual for LoRA: {compared(runs, rows)}. An earlier sweep "
+        f"with a larger start (γ = {GAMMA}), on held-out training rows: at the same rate {usual}; at the best rates "
+        f"({best['lora-ga']:g} and {best['lora']:g}) {tuned}. One seed each."
     )
 
 
