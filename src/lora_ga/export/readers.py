@@ -100,9 +100,9 @@ READERS: Mapping[str, Reader] = {
         ranks=VLLM_RANKS,
         template=" --chat-template {template}",
         tasks={
-            "SEQ_CLS": "vLLM 0.33 and newer read a classifier's adapter on a base model with a head of as many classes "
-            "alone, and older ones refuse it; merge the adapter, and serve the merged model with `vllm serve FOLDER "
-            "--runner pooling`",
+            "SEQ_CLS": "vLLM 0.33 reads a classifier's adapter on a base model with as many classes alone, and "
+            "older versions refuse it; merge the adapter, and serve the merged model with `vllm serve FOLDER --runner "
+            "pooling`",
             "SEQ_2_SEQ_LM": ENCODER_DECODER,
         },
     ),
