@@ -62,6 +62,8 @@ def require(options: object, *names: str, config: bool = True) -> None:
 
 # The kinds of data files.
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+# A model has the first, an adapter the second.
+MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def check_data_file(path: Path) -> None:
@@ -123,9 +125,10 @@ def check_model_folder(model: str) -> None:
             )
         from huggingface_hub import constants, try_to_load_from_cache
 
-        if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        fetched = any(isinstance(try_to_load_from_cache(model, name), str) for name in MODEL_FILES)
+        if constants.HF_HUB_OFFLINE and not fetched:
             raise FileNotFoundError(not_reached(model, "HF_HUB_OFFLINE is set"))
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if folder.is_dir() and not any((folder / name).is_file() for name in MODEL_FILES):
         raise FileNotFoundError(
             f"--model {model}: this folder holds no model (no config.json). Give the folder that save_pretrained wrote."
         )
