@@ -267,6 +267,18 @@ def unswept_table() -> str:
     return "\n".join(lines)
 
 
+def smollm2_table() -> str:
+    """The loss of SmolLM2 on held-out answers after a short run at rates that nobody has swept, in Markdown."""
+    runs = load("smollm2")["runs"]
+    methods = list(dict.fromkeys(method for at_rate in runs.values() for method in at_rate))
+    lines = ["| loss | " + " | ".join(f"at {rate}" for rate in runs) + " |", "|---" * (1 + len(runs)) + "|"]
+    for method in methods:
+        found = (at_rate.get(method, {}).get("metrics") for at_rate in runs.values())
+        cells = [BLANK if metrics is None else f"{metrics['report']['loss']:.3f}" for metrics in found]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def suite_overview(name: str) -> str:
     """The methods of a suite on its tasks, each at its best learning rate, in Markdown."""
     suite, found = load_suite(name), published_results(name)
@@ -312,9 +324,6 @@ def rate_choice_cell(result: Result | None, metric: str, chooser: str) -> str:
 def published_results(name: str) -> list[Result]:
     """The results of a suite from the published records."""
     return results(load_suite(name), Store(ROOT / "recipes" / "results" / "store").records())
-
-
-# Page → its tables, in their order on the page.
 
 
 def readers_table() -> str:
@@ -492,6 +501,7 @@ def survivors_table() -> str:
     return "\n".join(lines)
 
 
+# Page → its tables, in their order on the page.
 PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
     "README.md": (difference_table, results_table, rates_table),
     "docs/guide.md": (quantised_table, qlora_table),
@@ -507,6 +517,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         found_rates_table,
         unswept_table,
         functools.partial(suite_methods, "steps", "stories260k"),
+        smollm2_table,
     ),
     "docs/serving.md": (readers_table,),
     "docs/scale.md": (exchange_table, accuracy_table, larger_models_table),
