@@ -17,7 +17,7 @@ from lora_ga.linalg.accumulator import Accumulator, Size, sum_dtype
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import LowRank, estimated_norm, generator, merge, merge_factors, probes, truncated_svd
 from lora_ga.linalg.streaming import Streaming
-from lora_ga.linalg.subspace import direction_change, orthonormal, power_step, truncate
+from lora_ga.linalg.subspace import STRIDE, direction_change, orthonormal, power_step, truncate
 
 
 def with_known_spectrum(
@@ -291,8 +291,8 @@ def test_streaming_finds_the_same_directions_in_gradients_of_any_size() -> None:
 
 
 def test_the_first_block_finds_directions_that_a_look_at_some_of_its_tokens_misses() -> None:
-    x, g = (torch.randn(160, size, generator=generator(0, "block")).double() for size in (INPUTS, OUTPUTS))
-    x[::4], g[::4] = x[0], g[0]  # the tokens of `first_directions`
+    x, g = (torch.randn(1024, size, generator=generator(0, "block")).double() for size in (INPUTS, OUTPUTS))
+    x[::STRIDE], g[::STRIDE] = x[0], g[0]  # the tokens of `first_directions`
     factors = filled(Streaming, [(x, g, 1.0)]).factors(["layer"])["layer"]
     assert factors is not None
     torch.testing.assert_close(factors.S, torch.linalg.svdvals(g.mT @ x)[:10])

@@ -29,7 +29,7 @@ from lora_ga.linalg.accumulator import Size
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import LowRank, gaussian
 from lora_ga.linalg.streaming import FRESH, STACKED, Streaming
-from lora_ga.linalg.subspace import first_directions
+from lora_ga.linalg.subspace import STRIDE, first_directions
 from toys import VOCABULARY, adapted, causal, classified, llama
 
 
@@ -331,7 +331,7 @@ def slow(dtype: torch.dtype = torch.float64) -> Tensor:
 
 def test_the_first_block_starts_from_directions_that_have_seen_its_tokens() -> None:
     """One power iteration amplifies a direction by σ²: random directions alone hold Q/I of each leading one."""
-    ((x, g),), v = blocks(slow(), 1, tokens=1024), rotation(INPUTS, OUTPUTS, 2)[:, :8]
+    ((x, g),), v = blocks(slow(), 1, tokens=256 * STRIDE), rotation(INPUTS, OUTPUTS, 2)[:, :8]
     omega = gaussian(INPUTS, 20, 0, "test").double()
     start = first_directions(x, g, omega)
     seen = (torch.linalg.qr(start).Q.mT @ v).square().sum(dim=0)

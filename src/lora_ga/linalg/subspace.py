@@ -11,8 +11,8 @@ from torch import Tensor
 from lora_ga.linalg.accumulator import Inputs, UnitRows
 from lora_ga.linalg.low_rank import wide
 
-# `first_directions` reads one token in so many, if enough tokens are left.
-STRIDE = 4
+# `first_directions` reads one token in so many, and more if fewer than four for each direction would be left.
+STRIDE = 8
 # Columns of Q below this share of their length before are rounding noise, and are replaced by zeros.
 SPURIOUS = 1e-2
 # Columns of Y of whose length less than this share is independent of the columns before them are left out, in float32:
@@ -94,8 +94,9 @@ def first_directions(x_TI: Inputs, g_TO: Tensor, omega_IQ: Tensor) -> Tensor:
     Returns:
         (I, Q), nearly orthonormal. Directions that those tokens do not have are random.
     """
-    if isinstance(x_TI, Tensor) and len(x_TI) >= 2 * STRIDE * omega_IQ.shape[1]:
-        x_TI, g_TO = x_TI[::STRIDE], g_TO[::STRIDE]
+    stride = min(STRIDE, len(x_TI) // (4 * omega_IQ.shape[1]))
+    if isinstance(x_TI, Tensor) and stride > 1:
+        x_TI, g_TO = x_TI[::stride], g_TO[::stride]
     p_IQ = power_step(None, x_TI, g_TO, 1.0, omega_IQ)
     return torch.where(p_IQ.norm(dim=0) > 0, p_IQ, omega_IQ)
 
