@@ -499,7 +499,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("lora", "message"), REFUSED)
 def test_adapters_that_no_rewriting_can_fix_are_refused(lora: dict[str, Any], message: str, tmp_path: Path) -> None:
     saved(tmp_path / "a", **lora)
-    assert message in check_reader(tmp_path / "a", "vllm").refused[0]
+    verdict = check_reader(tmp_path / "a", "vllm")
+    assert message in verdict.refused[0]
+    assert verdict.mergeable
     with pytest.raises(ValueError, match=f"vllm does not accept it, whatever its rank. {message}"):
         write_for(tmp_path / "a", tmp_path / "b", "vllm")
     assert not (tmp_path / "b").exists()

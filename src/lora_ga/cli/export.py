@@ -166,7 +166,7 @@ def prepare(adapter: Path, options: ExportOptions, name: str) -> int:
         command, cure = f"lora-ga export {shlex.quote(str(adapter))}", ""
         if not verdict.refused:
             cure = f" Write one that is: {command} --for {name} --output FOLDER"
-        elif "merge the adapter" in " ".join(verdict.refused):
+        elif verdict.mergeable:
             cure = f" Merge it: {command} --merge --output FOLDER"
         print(f"{adapter}: not read right by {name} as it is.{cure}")
         return 2

@@ -136,12 +136,14 @@ class Verdict:
     Attributes:
         refused: Reasons against it that writing the adapter in another form does not remove.
         fixable: Reasons against it that `write_for` removes.
+        mergeable: Whether merging the adapter removes the refusals.
         rank: The smallest allowed rank that holds the adapter; None if the adapter's rank is above all of them.
         advice: How to start the program.
     """
 
     refused: tuple[str, ...]
     fixable: tuple[str, ...]
+    mergeable: bool
     rank: int | None
     advice: str
 
@@ -178,6 +180,7 @@ def check_reader(path: str | Path, name: str) -> Verdict:
     return Verdict(
         tuple(refused),
         tuple(_mendable(config, ranks, reader)),
+        bool(refused) and reader.tasks.get(config.task_type) != ENCODER_DECODER,
         rank,
         reader.usage(path, config.base_model_name_or_path, rank),
     )
