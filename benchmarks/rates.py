@@ -29,7 +29,7 @@ import torch
 
 import record
 from lora_ga import find_rate
-from lora_ga.adapter.rate import Search
+from lora_ga.adapter.rate import Group, Search
 from lora_ga.cli.rate import RateOptions, rate_of_lora_ga
 from lora_ga.experiments.methods import load_method
 from lora_ga.experiments.records.store import Store
@@ -188,7 +188,8 @@ def search(cell: Cell) -> dict[str, Any]:
         file = Path(folder) / "rate.json"
         find_rate(model, prepared.train_batches, cell.settings.steps, optimizer=optimizer, checkpoint=file)
         measured = json.loads(file.read_text())
-    return {name: measured[name] for name in ("agreement", "stable", "passes")} | {"steps": cell.settings.steps}
+    groups = [{name: group[name] for name in ("agreement", "stable", "passes")} for group in measured["groups"]]
+    return {"groups": groups, "steps": cell.settings.steps}
 
 
 def full_run(cell: Cell) -> dict[str, Any]:
@@ -213,12 +214,14 @@ def judged(measured: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
     Returns:
         With the measurements; a run at another rate is left out.
     """
-    stable = {float(rate): bool(stable) for rate, stable in measured["stable"].items()}
-    rate = Search("", agreement=measured["agreement"], stable=stable).rate(measured["steps"])
+    groups = [Group("", **group) for group in measured["groups"]]
+    for group in groups:
+        group.stable = {float(rate): bool(stable) for rate, stable in group.stable.items()}
+    rate = Search(groups, len(groups)).rate(measured["steps"])
     best = min(runs, key=lambda each: loss(runs[each]))
-    row = {key: measured[key] for key in ("agreement", "passes", "stable", "steps")} | {
+    row = {key: measured[key] for key in ("groups", "steps")} | {
         "rate": rate,
-        "cost": measured["passes"] / measured["steps"],
+        "cost": sum(group.passes for group in groups) / measured["steps"],
         "nearest": regret(runs, rate),
         "between": loss_between(runs, rate) - loss(runs[best]),
         "swept best": best,

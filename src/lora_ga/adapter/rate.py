@@ -10,6 +10,8 @@ The rule. Adam moves every parameter by about the learning rate λ, in the direc
   2018).
 - The length: the best constant rate of N noisy steps is in proportion to 1/√N (A. Defazio and others, "Optimal linear
   decay learning rate schedules and further refinements", 2023).
+- The groups: edge and agreement of eight batches are noisy. A longer run can afford to measure both on several groups
+  of eight batches; the rate is the geometric mean over the groups.
 
 benchmarks/rates.py compares the rule with sweeps; docs/evidence.md has the result.
 """
@@ -58,13 +60,14 @@ FIRST, LOWEST, HIGHEST = -4, -12, -1  # exponents of √10: the first rate tried
 # with LoRA, rsLoRA and LoRA-GA): 0.5 to 0.8 are nearly as good. The minimum of a parabola is at half of its edge.
 FACTOR, REFERENCE = 0.6, 200
 LEAST_AGREEMENT = 1e-3  # an estimate from eight batches may be 0 or below
-LEAST_STEPS = 50  # a search costs about 25 steps; before a shorter run it does not pay
-SCHEMA = 1
+LEAST_STEPS = 50  # a group costs about 25 steps; before a shorter run it does not pay
+STEPS_OF_GROUP, MOST_GROUPS = 200, 5  # one group for so many steps of the run, and at most so many groups
+SCHEMA = 2
 
 
 @dataclasses.dataclass
-class Search:
-    """What has been measured.
+class Group:
+    """What has been measured on the batches of one group.
 
     Attributes:
         identity: Digest of the adapter's values and of the batches.
@@ -72,7 +75,6 @@ class Search:
         agreement: a; None before it is known.
         stable: Rate → whether the trial at it was stable.
         passes: Training steps that were computed.
-        file: Where to write it; None: nowhere.
     """
 
     identity: str
@@ -80,14 +82,40 @@ class Search:
     agreement: float | None = None
     stable: dict[float, bool] = dataclasses.field(default_factory=dict)
     passes: int = 0
+
+    @property
+    def edge(self) -> float:
+        """Between the highest stable rate and the lowest one that is not; the highest tried if all are stable."""
+        good = max(rate for rate, stable in self.stable.items() if stable)
+        return math.sqrt(good * min((rate for rate, stable in self.stable.items() if not stable), default=good))
+
+    @property
+    def product(self) -> float:
+        """edge·√a."""
+        assert self.agreement is not None
+        return self.edge * math.sqrt(min(1.0, max(self.agreement, LEAST_AGREEMENT)))
+
+
+@dataclasses.dataclass
+class Search:
+    """What has been measured.
+
+    Attributes:
+        groups: The groups of this search. After them those of a longer run, if the file has some.
+        count: How many of them this search uses.
+        file: Where to write them; None: nowhere.
+    """
+
+    groups: list[Group]
+    count: int
     file: Path | None = None
 
     @classmethod
-    def begin(cls, identity: str, file: Path | None) -> Search:
-        """A new search, or the one that a file holds.
+    def begin(cls, identities: Sequence[str], file: Path | None) -> Search:
+        """A new search, or one that goes on from what a file holds.
 
         Args:
-            identity: The identity of a new search.
+            identities: The identities of its groups.
             file: The file, which need not exist; None without one.
 
         Returns:
@@ -96,39 +124,42 @@ class Search:
         Raises:
             ValueError: The file is damaged, or of another adapter or other batches.
         """
-        if file is None or not file.exists():
-            return cls(identity, file=file)
-        with damaged(file, advice="Remove it to search again."):
-            found = parse_json(file.read_text(encoding="utf-8"))
-            if found.pop("schema") != SCHEMA:
-                raise ValueError("it has another version")
-            search = cls(**found, file=file)
-            search.stable = {float(rate): bool(stable) for rate, stable in search.stable.items()}
-        if search.identity != identity:
+        known: list[Group] = []
+        if file is not None and file.exists():
+            with damaged(file, advice="Remove it to search again."):
+                found = parse_json(file.read_text(encoding="utf-8"))
+                if found["schema"] != SCHEMA:
+                    raise ValueError("it has another version")
+                known = [Group(**values) for values in found["groups"]]
+                for group in known:
+                    group.stable = {float(rate): bool(stable) for rate, stable in group.stable.items()}
+        if any(group.identity != identity for group, identity in zip(known, identities, strict=False)):
             raise ValueError(
                 f"{file}: belongs to the search for another adapter, or on other batches. Give each search a file of "
                 "its own, or remove this one to search again."
             )
-        return search
+        return cls(known + [Group(identity) for identity in identities[len(known) :]], len(identities), file)
 
     def save(self) -> None:
         """Write what has been measured, if there is a file."""
         if self.file is not None:
-            values = {"schema": SCHEMA, **vars(self)}
-            del values["file"]
-            write_atomically(self.file, json.dumps(values).encode())
+            begun = [vars(group) for group in self.groups if group.agreement is not None]
+            write_atomically(self.file, json.dumps({"schema": SCHEMA, "groups": begun}).encode())
+
+    @property
+    def used(self) -> list[Group]:
+        """The groups that this search uses."""
+        return self.groups[: self.count]
 
     def rate(self, steps: int) -> float:
         """The rate for a run, by the rule at the top of this file, to two digits."""
-        assert self.agreement is not None
-        agreed = math.sqrt(min(1.0, max(self.agreement, LEAST_AGREEMENT)))
-        return float(f"{FACTOR * self.edge * agreed * min(1.0, math.sqrt(REFERENCE / steps)):.2g}")
+        product = statistics.geometric_mean(group.product for group in self.used)
+        return float(f"{FACTOR * product * min(1.0, math.sqrt(REFERENCE / steps)):.2g}")
 
-    @property
-    def edge(self) -> float:
-        """Between the highest stable rate and the lowest one that is not; the highest tried if all are stable."""
-        good = max(rate for rate, stable in self.stable.items() if stable)
-        return math.sqrt(good * min((rate for rate, stable in self.stable.items() if not stable), default=good))
+
+def steps_of_groups(steps: int) -> int:
+    """The number of optimizer steps whose batches the search for a run reads: those of all its groups."""
+    return TRIAL * min(MOST_GROUPS, max(1, steps // STEPS_OF_GROUP))
 
 
 def find_rate(
@@ -141,11 +172,12 @@ def find_rate(
     optimizer: Callable[[float], Optimizer] | None = None,
     checkpoint: str | Path | None = None,
 ) -> float:
-    """Find a peak learning rate for training an adapter with AdamW, from trials that cost about 25 training steps.
+    """Find a peak learning rate for training an adapter with AdamW, from trials that cost about an eighth of the run.
 
-    Eight batches show how far their gradients agree, and trials of at most eight steps show from which rate on the loss
-    rises. The module's docstring has the rule; docs/evidence.md has its regret against a sweep. It holds for a warm-up
-    and a decay of the rate to zero.
+    Eight batches show how far their gradients agree, and trials of at most eight steps on them show from which rate on
+    the loss rises. This costs about 25 training steps. It is done once for each 200 steps of the run, on other batches,
+    at least once and at most five times, and the result is the geometric mean. The module's docstring has the rule;
+    docs/evidence.md has its regret against a sweep. It holds for a warm-up and a decay of the rate to zero.
 
     Everything is as before afterwards, also after an error or an interruption: weights, `.grad`, buffers, modes, the
     global random generators and those of a `DataLoader`. Only an iterator has been read.
@@ -154,7 +186,7 @@ def find_rate(
         model: A model with a trainable LoRA adapter, ready to train (after `lora_ga.initialize`, if it is to start with
             LoRA-GA), or a network that contains one.
         data: Batches of the training data, as `lora_ga.initialize` takes them, of the size that training will use. The
-            first 8·`gradient_accumulation_steps` with a label are read.
+            first 8·`gradient_accumulation_steps` with a label are read, for each 200 steps. Fewer are enough.
         steps: Optimizer steps of the run.
         gradient_accumulation_steps: Batches in one optimizer step.
         loss_fn: `(model, batch) → loss` or `→ (loss, weight)`; by default `model(**batch).loss`.
@@ -174,20 +206,29 @@ def find_rate(
     network = unwrapped(model)
     _check(network, steps, gradient_accumulation_steps)
     with _as_before(network, data):
-        batches = _batches_of_steps(network, data, gradient_accumulation_steps, loss_fn)
-        trials = _Trials(network, batches, loss_fn, optimizer)
-        search = Search.begin(trials.identity(), None if checkpoint is None else Path(checkpoint))
-        if search.agreement is None:
-            search.losses, search.agreement = trials.at_start()
-            search.passes += len(batches)
-            search.save()
-        _find_edge(search, trials)
+        batches = _batches_of_steps(network, data, steps_of_groups(steps), gradient_accumulation_steps, loss_fn)
+        parts = [batches[at : at + TRIAL] for at in range(0, len(batches), TRIAL)]
+        trials = [_Trials(network, part, loss_fn, optimizer) for part in parts if len(part) >= FEWEST]
+        search = Search.begin([each.identity() for each in trials], None if checkpoint is None else Path(checkpoint))
+        first = FIRST
+        for group, each in zip(search.used, trials, strict=True):
+            if group.agreement is None:
+                group.losses, group.agreement = each.at_start()
+                group.passes += len(each.batches)
+                search.save()
+            first = _find_edge(group, each, first, search.save)
     rate = search.rate(steps)
+    edges, agreements = ([f"{value:.2g}" for value in values] for values in _measured(search))
     LOGGER.info(
-        f"LoRA-GA: learning rate {rate:g} for {steps} steps, found in {search.passes} steps (the loss rises from "
-        f"{search.edge:.2g} on; agreement of gradients {search.agreement:.2g})"
+        f"LoRA-GA: learning rate {rate:g} for {steps} steps, found in {sum(each.passes for each in search.used)} steps "
+        f"(the loss rises from {', '.join(edges)} on; agreement of gradients {', '.join(agreements)})"
     )
     return rate
+
+
+def _measured(search: Search) -> tuple[list[float], list[float]]:
+    """The edge and the agreement of each group."""
+    return [group.edge for group in search.used], [group.agreement or 0.0 for group in search.used]
 
 
 def note_default_rate(steps: int, rate: float) -> str:
@@ -198,8 +239,17 @@ def note_default_rate(steps: int, rate: float) -> str:
     )
 
 
-def _find_edge(search: Search, trials: _Trials) -> None:
+def _find_edge(group: Group, trials: _Trials, first: int, save: Callable[[], None]) -> int:
     """Try rates half a decade apart until a stable and an unstable one are neighbours, and then the one between them.
+
+    Args:
+        group: What has been measured on the batches of the trials.
+        trials: The trials.
+        first: The exponent of √10 of the rate to try first.
+        save: Writes what has been measured; called after each trial.
+
+    Returns:
+        The exponent of √10 of the highest stable rate of those half a decade apart.
 
     Raises:
         ValueError: No rate is stable.
@@ -207,22 +257,22 @@ def _find_edge(search: Search, trials: _Trials) -> None:
 
     def stable(exponent: float) -> bool:
         rate = float(f"{10 ** (exponent / 2):.3g}")
-        if rate not in search.stable:
-            search.stable[rate], passes = trials.stable(rate, search.losses)
-            search.passes += passes
-            search.save()
-        return search.stable[rate]
+        if rate not in group.stable:
+            group.stable[rate], passes = trials.stable(rate, group.losses)
+            group.passes += passes
+            save()
+        return group.stable[rate]
 
-    exponent = FIRST
+    exponent = first
     if stable(exponent):
         while exponent < HIGHEST and stable(exponent + 1):
             exponent += 1
         if exponent == HIGHEST:
             warn(
-                f"No learning rate up to {max(search.stable):g} raises the loss in the first steps, so the rate that "
+                f"No learning rate up to {max(group.stable):g} raises the loss in the first steps, so the rate that "
                 "is found is a guess. Check that the adapter takes part in the loss, or set the rate yourself."
             )
-            return
+            return exponent
     else:
         while not stable(exponent := exponent - 1):
             if exponent == LOWEST:
@@ -231,6 +281,7 @@ def _find_edge(search: Search, trials: _Trials) -> None:
                     "Check the data and the loss, or compute in float32 or bfloat16."
                 )
     stable(exponent + 0.5)
+    return exponent
 
 
 class _Trials:
@@ -356,9 +407,9 @@ def _check(network: nn.Module, steps: int, accumulation: int) -> None:
 
 
 def _batches_of_steps(
-    network: nn.Module, data: Iterable[Any], accumulation: int, loss_fn: LossFunction | None
+    network: nn.Module, data: Iterable[Any], most: int, accumulation: int, loss_fn: LossFunction | None
 ) -> list[list[Any]]:
-    """The batches of up to `TRIAL` steps. Those without a label are left out.
+    """The batches of up to `most` steps. Those without a label are left out.
 
     Returns:
         For each step its batches.
@@ -373,7 +424,7 @@ def _batches_of_steps(
             left_out += 1
         else:
             found.append(batch)
-        if len(found) == TRIAL * accumulation or (left_out == MOST_UNLABELLED and not found):
+        if len(found) == most * accumulation or (left_out == MOST_UNLABELLED and not found):
             break
     if left_out and not found:
         raise ValueError(f"None of the {left_out} batches has a label. {ALL_IGNORED}")
