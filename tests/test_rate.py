@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import lora_ga
 from lora_ga.adapter import rate as rates
-from lora_ga.adapter.rate import Search, find_rate
+from lora_ga.adapter.rate import Group, Search, find_rate
 from lora_ga.cli.main import main
 from lora_ga.cli.rate import RateOptions, rate_of_lora_ga
 from toys import adapted, bert, classified, llama
@@ -118,7 +119,7 @@ def test_an_interrupted_search_leaves_no_trace_and_goes_on_from_what_was_measure
         return trial(self, rate, losses)
 
     def in_the_middle(self: Any, place: int, **more: Any) -> float:
-        if place == 2 and file.exists() and json.loads(file.read_text())["stable"]:
+        if place == 2 and file.exists() and json.loads(file.read_text())["groups"][0]["stable"]:
             raise KeyboardInterrupt
         return loss(self, place, **more)
 
@@ -127,7 +128,7 @@ def test_an_interrupted_search_leaves_no_trace_and_goes_on_from_what_was_measure
         find_rate(model, loader, STEPS, checkpoint=file)
     assert_equal(everything(model, optimizer, loader), before)
     found = json.loads(file.read_text())
-    assert list(found["stable"]) == ["0.01"]
+    assert list(found["groups"][0]["stable"]) == ["0.01"]
 
     monkeypatch.setattr(rates._Trials, "_loss", loss)
     monkeypatch.setattr(rates._Trials, "at_start", lambda self: pytest.fail("measured again"))
@@ -165,9 +166,47 @@ def test_the_agreement_is_the_mean_product_of_signs_on_two_batches_and_the_rate_
     products = [a @ b / len(a) for i, a in enumerate(signs) for b in signs[:i]]
     assert agreement == pytest.approx(float(torch.stack(products).mean()), rel=1e-4)
     assert len(losses) == len(batches)
-    search = Search("", agreement=0.25, stable={0.01: True, 0.04: False})
-    assert (search.edge, search.rate(200), search.rate(800)) == pytest.approx((0.02, 0.006, 0.003))
+    group = Group("", agreement=0.25, stable={0.01: True, 0.04: False})
+    search = Search([group], 1)
+    assert (group.edge, search.rate(200), search.rate(800)) == pytest.approx((0.02, 0.006, 0.003))
     assert search.rate(50) == search.rate(200)
+
+
+def test_the_rate_of_several_groups_is_their_geometric_mean_and_those_of_a_longer_run_do_not_count() -> None:
+    groups = [Group("", agreement=a, stable={0.01: True, 0.04: False}) for a in (0.25, 0.01, 1.0)]
+    assert Search(groups, 2).rate(200) == pytest.approx(0.6 * 0.02 * math.sqrt(0.5 * 0.1), rel=0.02)
+    assert Search(groups, 1).rate(200) == 0.006
+
+
+def test_a_longer_run_is_searched_on_more_groups_and_uses_again_what_a_shorter_one_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = lora_ga_start()
+    batches, file = classified(27), tmp_path / "rate.json"
+    measured: list[int] = []
+    at_start = rates._Trials.at_start
+
+    def counted(self: Any) -> tuple[list[float], float]:
+        measured.append(len(self.batches))
+        return at_start(self)
+
+    monkeypatch.setattr(rates._Trials, "at_start", counted)
+    short = find_rate(model, batches, 399, checkpoint=file)
+    assert measured == [8]
+    find_rate(model, batches, 800, checkpoint=file)
+    assert measured == [8, 8, 8]  # the last three batches are too few for a group
+    groups = [Group(**group) for group in json.loads(file.read_text())["groups"]]
+    assert len({group.agreement for group in groups}) == 3
+    assert find_rate(model, batches, 399, checkpoint=file) == short
+    assert len(json.loads(file.read_text())["groups"]) == 3
+    others = [*batches[:8], *classified(40)[30:38], *batches[16:]]
+    with pytest.raises(ValueError, match=r"rate.json: belongs to the search for another adapter, or on other batches"):
+        find_rate(model, others, 800, checkpoint=file)
+
+
+@pytest.mark.parametrize(("steps", "read"), [(50, 8), (399, 8), (400, 16), (999, 32), (1000, 40), (10**6, 40)])
+def test_the_number_of_batches_that_a_search_reads(steps: int, read: int) -> None:
+    assert rates.steps_of_groups(steps) == read
 
 
 def test_accumulated_batches_count_as_one_step() -> None:

@@ -294,8 +294,8 @@ class TrainingOptions:
         None,
         "peak learning rate (default: "
         + ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
-        + "). The best rate depends on model and method: sweep it for each of them. auto looks for one in about 25 "
-        "steps before training (not for full)",
+        + "). The best rate depends on model and method: sweep it for each of them. auto looks for one before "
+        "training, in about 25 steps for each 200, at most 125 (not for full)",
     )
     epochs: float = option(1.0, "passes over the training data")
     max_steps: int | None = option(None, "optimizer steps, instead of --epochs")
