@@ -517,6 +517,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         found_rates_table,
         unswept_table,
         functools.partial(suite_methods, "steps", "stories260k"),
+        functools.partial(suite_methods, "steps", "babyllama105"),
         smollm2_table,
     ),
     "docs/serving.md": (readers_table,),
