@@ -29,7 +29,7 @@ from lora_ga.linalg.accumulator import Size
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import LowRank, gaussian
 from lora_ga.linalg.streaming import FRESH, STACKED, Streaming
-from lora_ga.linalg.subspace import STRIDE, first_directions
+from lora_ga.linalg.subspace import STRIDE, first_directions, power_step
 from toys import VOCABULARY, adapted, causal, classified, llama
 
 
@@ -339,6 +339,13 @@ def test_the_first_block_starts_from_directions_that_have_seen_its_tokens() -> N
     assert unseen.max() < 0.4
     assert seen.min() > 0.9
     torch.testing.assert_close(start.mT @ start, torch.eye(20, dtype=start.dtype), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("tokens", "stride"), [(40, 1), (79, 1), (80, 2), (119, 2), (120, 3), (320, 8), (999, 8)])
+def test_the_first_look_reads_at_most_every_eighth_token_and_four_for_each_direction(tokens: int, stride: int) -> None:
+    omega = gaussian(INPUTS, 10, 0, "test").double()
+    x, g = (gaussian(tokens, size, 0, "tokens").double() for size in (INPUTS, OUTPUTS))
+    assert torch.equal(first_directions(x, g, omega), power_step(None, x[::stride], g[::stride], 1.0, omega))
 
 
 def test_one_block_alone_is_close_to_the_dense_estimate_without_power_steps() -> None:

@@ -263,6 +263,9 @@ def test_a_loss_that_is_finite_at_no_rate_is_refused_and_one_that_no_rate_raises
         find_rate(model, batches, STEPS, loss_fn=breaks)
     with pytest.warns(UserWarning, match=r"No learning rate up to 0.316 raises the loss"):
         find_rate(model, batches, STEPS, loss_fn=barely)
+    with pytest.warns(UserWarning, match=r"No learning rate up to 0.316 raises the loss"):
+        rate = find_rate(model, classified(16), 2 * STEPS, loss_fn=barely)  # two groups
+    assert 0 < rate < 0.6 * 0.316 / math.sqrt(2) + 0.001
 
 
 def test_a_model_without_trained_parameters_or_without_an_adapter_is_refused() -> None:
