@@ -389,6 +389,21 @@ def test_auto_takes_the_default_in_a_short_run(
     assert "6 steps are too few to look for a learning rate" in caplog.text
 
 
+def test_auto_reads_batches_for_all_groups_of_a_longer_run(
+    bert: Path,
+    labelled_texts: Path,
+    tmp_path: Path,
+    error_of: Callable[[list[object]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def counted(model: Any, batches: Any, steps: int, **options: Any) -> float:
+        raise ValueError(f"{len(list(batches))} batches for {steps} steps")
+
+    monkeypatch.setattr(lora_ga, "find_rate", counted)
+    options = {"learning_rate": "auto", "max_steps": 400, "batch_size": 1, "gradient_accumulation_steps": 2}
+    assert "32 batches for 400 steps" in error_of(command(bert, labelled_texts, tmp_path / "run", **options))
+
+
 @pytest.mark.parametrize(
     ("options", "steps"),
     [({"max_steps": 7}, 7), ({"epochs": 2.0}, 10), ({"epochs": 0.5, "gradient_accumulation_steps": 2}, 2)],

@@ -101,8 +101,8 @@ class Search:
     """What has been measured.
 
     Attributes:
-        groups: The groups of this search. After them those of a longer run, if the file has some.
-        count: How many of them this search uses.
+        groups: The groups of this search, and after them any more that the file has, from the search for a longer run.
+        count: The number of groups of this search.
         file: Where to write them; None: nowhere.
     """
 
@@ -148,13 +148,22 @@ class Search:
 
     @property
     def used(self) -> list[Group]:
-        """The groups that this search uses."""
+        """The groups of this search."""
         return self.groups[: self.count]
 
     def rate(self, steps: int) -> float:
         """The rate for a run, by the rule at the top of this file, to two digits."""
         product = statistics.geometric_mean(group.product for group in self.used)
         return float(f"{FACTOR * product * min(1.0, math.sqrt(REFERENCE / steps)):.2g}")
+
+    def summary(self) -> str:
+        """What was measured, for a message."""
+        edges = ", ".join(f"{group.edge:.2g}" for group in self.used)
+        agreements = ", ".join(f"{group.agreement:.2g}" for group in self.used)
+        return (
+            f"found in {sum(group.passes for group in self.used)} steps (the loss rises from {edges} on; agreement of "
+            f"gradients {agreements})"
+        )
 
 
 def steps_of_groups(steps: int) -> int:
@@ -186,7 +195,8 @@ def find_rate(
         model: A model with a trainable LoRA adapter, ready to train (after `lora_ga.initialize`, if it is to start with
             LoRA-GA), or a network that contains one.
         data: Batches of the training data, as `lora_ga.initialize` takes them, of the size that training will use. The
-            first 8·`gradient_accumulation_steps` with a label are read, for each 200 steps. Fewer are enough.
+            first 8·`gradient_accumulation_steps` with a label are read for each group; fewer groups if there are fewer
+            batches.
         steps: Optimizer steps of the run.
         gradient_accumulation_steps: Batches in one optimizer step.
         loss_fn: `(model, batch) → loss` or `→ (loss, weight)`; by default `model(**batch).loss`.
@@ -218,17 +228,8 @@ def find_rate(
                 search.save()
             first = _find_edge(group, each, first, search.save)
     rate = search.rate(steps)
-    edges, agreements = ([f"{value:.2g}" for value in values] for values in _measured(search))
-    LOGGER.info(
-        f"LoRA-GA: learning rate {rate:g} for {steps} steps, found in {sum(each.passes for each in search.used)} steps "
-        f"(the loss rises from {', '.join(edges)} on; agreement of gradients {', '.join(agreements)})"
-    )
+    LOGGER.info(f"LoRA-GA: learning rate {rate:g} for {steps} steps, {search.summary()}")
     return rate
-
-
-def _measured(search: Search) -> tuple[list[float], list[float]]:
-    """The edge and the agreement of each group."""
-    return [group.edge for group in search.used], [group.agreement or 0.0 for group in search.used]
 
 
 def note_default_rate(steps: int, rate: float) -> str:

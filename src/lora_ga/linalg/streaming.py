@@ -36,7 +36,7 @@ from lora_ga.linalg.subspace import (
 )
 
 # The number of random columns added to the warm start of each block, to find directions that only appear late. With the
-# default `oversample` and a rank divisible by 8, products have a multiple of 16 columns, for which kernels are fastest.
+# default `oversample` and a rank divisible by 8, Y and Z have a multiple of 16 columns, which suits kernels.
 FRESH = 16
 # The number of layers truncated at once: enough to keep a device busy, few enough that their float64 copies stay small.
 STACKED = 32
