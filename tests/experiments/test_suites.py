@@ -181,10 +181,14 @@ def test_if_all_rates_diverge_smaller_ones_are_tried() -> None:
     assert run_sweep([-6, -5], lambda p: None if p > -8 else (float(p),)) == ([-6, -5, -7, -8, -9], -8)
 
 
+FIRST_LOSS = 100.0
+
+
 def done(cell: Cell, loss: float, accuracy: float = 0.5) -> dict[str, Any]:
     tune = {"loss": loss, "accuracy": accuracy}
     # The reported split ranks the runs the other way round, because no choice may depend on it.
-    return {"status": "done", "metrics": {"tune": tune, "report": {"loss": -loss, "accuracy": -accuracy}}}
+    metrics = {"tune": tune, "report": {"loss": -loss, "accuracy": -accuracy}}
+    return {"status": "done", "metrics": metrics, "curves": {"training": [FIRST_LOSS, loss]}}
 
 
 @pytest.fixture
@@ -200,6 +204,17 @@ def run_all(suite: Suite, lines: list[tuple[str, str]], result: Callable[[Cell],
             assert cell.digest() not in records
             records[cell.digest()] = result(cell)
     return records
+
+
+def test_the_search_does_not_end_among_rates_at_which_the_loss_has_risen(suite: Suite) -> None:
+    # The first rates are all too high: 0.00316 has worse neighbours on both sides, and is no better than no training.
+    risen = {0.001: 2.0, 0.00316: 1.2, 0.01: 1.5}
+
+    def result(cell: Cell) -> dict[str, Any]:
+        return done(cell, FIRST_LOSS * risen.get(cell.learning_rate, 0.5 + abs(cell.learning_rate - 0.000316)))
+
+    records = run_all(suite, [("text", "lora")], result)
+    assert best_rate(suite, "text", "lora", records) == 0.000316
 
 
 def test_the_best_rate_is_picked_on_the_tuning_split_with_seed_0_and_gets_all_seeds(suite: Suite) -> None:

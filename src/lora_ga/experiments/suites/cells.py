@@ -18,6 +18,9 @@ from lora_ga.experiments.methods import non_default_options
 from lora_ga.experiments.suites.spec import Settings, Suite, Task
 
 MOST_RATES = 9  # four decades; a larger grid would not help
+# A run that ends with so many times the loss of its first batch has diverged too, if slowly. If all first rates are too
+# high, the best of them can have worse neighbours on both sides, and the search would end there.
+WORSE = 1.1
 SMALLER_IS_BETTER = {"loss"}
 Score = tuple[float, ...]
 Records = Mapping[str, Mapping[str, Any]]
@@ -117,7 +120,7 @@ class Sweep:
     """The state of a search for the best rate.
 
     Attributes:
-        scores: Exponent → score, larger is better; None where the run diverged or failed.
+        scores: Exponent → score, larger is better; None where the run has none (see `score`).
         needed: Exponents to run next; empty when the search is over.
         best: The best exponent so far.
     """
@@ -139,7 +142,7 @@ def sweep(
 
     Args:
         first: The first exponents.
-        look: Exponent → whether it has run, and its score (None if it diverged).
+        look: Exponent → whether it has run, and its score (None if it has none).
         quarter_decades: Whether the points half a step beside the best are searched at the end.
 
     Returns:
@@ -166,10 +169,20 @@ def sweep(
 
 
 def score(record: Mapping[str, Any], metric: str) -> Score | None:
-    """The score of a run on the tuning split, larger is better; the loss decides between equal metrics."""
+    """The score of a run on the tuning split, larger is better; the loss decides between equal metrics.
+
+    Args:
+        record: The record of the run.
+        metric: The metric that chooses.
+
+    Returns:
+        The score; None for a run that failed, diverged, or ended well above the loss of its first batch.
+    """
     if record["status"] != "done":
         return None
     tune = record["metrics"]["tune"]
+    if tune["loss"] > WORSE * record["curves"]["training"][0]:
+        return None
     return (-tune[metric] if metric in SMALLER_IS_BETTER else tune[metric], -tune["loss"])
 
 
