@@ -1,4 +1,4 @@
-"""What does a training step cost with the optimizers of `lora_ga.optim`, beside one with AdamW?
+"""What does a training step cost with the optimizers of `lora_ga.experiments.optim`, beside one with AdamW?
 
     python benchmarks/bench_optim.py                    # four minutes, in one thread
     python benchmarks/bench_optim.py --device cuda      # on a GPU; writes results/optim_cuda.json
@@ -78,7 +78,7 @@ def ratios(length: int, device: str) -> dict[str, Any]:
     for name, found in runs.items():
         over = statistics.median(own / other for (own, _), (other, _) in zip(found, runs["AdamW"], strict=True))
         share = statistics.median(part / whole for whole, part in found)
-        result[name] = {"step over AdamW's": over, "optimizer's share": share, "seconds": found}
+        result[name] = {"over AdamW": over, "share of the optimizer": share, "seconds": found}
         print(f"{length:3} tokens, {name:12} {over:6.3f} of a step with AdamW; itself {share:.1%} of it", flush=True)
     return result
 

@@ -33,7 +33,7 @@ import demo
 import lora_ga
 import tables
 from lora_ga.cli.main import main
-from lora_ga.optim import PoLoRA
+from lora_ga.experiments.optim import PoLoRA
 from lora_ga.version import MINIMUM, check_versions, dtype_setting
 from toys import adapted, causal, llama, logits
 
@@ -192,12 +192,18 @@ def test_the_guides_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     model = adapted(llama())
     names = {"lora_ga": lora_ga, "PeftModel": PeftModel, "model": model, "base": llama(), "dataloader": causal()}
     names["config"] = lora_ga.LoraGAConfig()
-    start, loading, stepping = blocks("docs/guide.md")
+    start, loading = blocks("docs/guide.md")
     exec(start, names)
     assert (tmp_path / "estimate.safetensors").exists()
     model.save_pretrained("adapter")
     for line in loading.splitlines():
         exec(line, names | {"base": llama()})
+
+
+def test_the_example_of_an_optimizer_of_the_product_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"model": adapted(llama())}
+    (stepping,) = blocks("docs/experiments.md")
     arguments = TrainingArguments("run", max_steps=2, report_to=[], use_cpu=True)
     rows = [{key: value[0] for key, value in batch.items()} for batch in causal()]
     names["Trainer"] = functools.partial(Trainer, args=arguments, train_dataset=rows)

@@ -32,8 +32,8 @@ import bench_alignment
 import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.adapter.structure import give_structure
+from lora_ga.experiments.optim import PoLoRA, param_groups
 from lora_ga.layers.factors import Factor
-from lora_ga.optim import PoLoRA, param_groups
 from toys import adapted, causal, data_folder, fused_llama, llama, logits
 
 STEPS = 20

@@ -1,4 +1,4 @@
-"""Any start with any rule: those of `starts.py`, with AdamW, SGD or a rule of `lora_ga.optim` for pairs of factors."""
+"""Any start with any rule: those of `starts.py`, with AdamW, SGD or a rule for pairs of factors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lora_ga.experiments.methods.base import BuildInputs, Method, adamw, one_rate
 from lora_ga.experiments.methods.starts import STARTS
-from lora_ga.optim import LoRAMuon, LoRATSD, PairOptimizer, PoLoRA, ScaledAdamW, ScaledSGD, param_groups
-from lora_ga.optim.pairs import Pairs, State, adam
-from lora_ga.optim.rules import roots
+from lora_ga.experiments.optim import LoRAMuon, LoRATSD, PairOptimizer, PoLoRA, ScaledAdamW, ScaledSGD, param_groups
+from lora_ga.experiments.optim.pairs import Pairs, State, adam
+from lora_ga.experiments.optim.rules import roots
 
 Groups = list[dict[str, Any]]
 

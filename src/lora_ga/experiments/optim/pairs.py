@@ -239,7 +239,7 @@ class PairOptimizer(Optimizer, abc.ABC):
             name = type(self).__name__
             raise ValueError(
                 f"{name} steps A and B in pairs, and was given no pairs. Use "
-                f"{name}(lora_ga.optim.param_groups(model), lr=...)."
+                f"{name}(lora_ga.experiments.optim.param_groups(model), lr=...)."
             )
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "other_lr": other_lr, **options})
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ga.optim.algebra import (
+from lora_ga.experiments.optim.algebra import (
     gram,
     inverse_root,
     orthonormal_product,
@@ -21,7 +21,7 @@ from lora_ga.optim.algebra import (
     top_eigenvalue,
     trace,
 )
-from lora_ga.optim.pairs import PairOptimizer, Pairs, State, adam
+from lora_ga.experiments.optim.pairs import PairOptimizer, Pairs, State, adam
 
 
 class ScaledSGD(PairOptimizer):

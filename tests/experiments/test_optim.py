@@ -21,12 +21,12 @@ import processes
 from cases import LAYERS
 from lora_ga import LoraGAConfig
 from lora_ga.experiments.methods.steps import LoRAPro
+from lora_ga.experiments.optim import LoRAMuon, LoRATSD, PairOptimizer, PoLoRA, ScaledAdamW, ScaledSGD, param_groups
+from lora_ga.experiments.optim.algebra import gram, inverse_root, orthonormal_product, sign_factor, top_eigenvalue
+from lora_ga.experiments.optim.rules import msign
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries
 from lora_ga.layers.targets import find_targets
-from lora_ga.optim import LoRAMuon, LoRATSD, PairOptimizer, PoLoRA, ScaledAdamW, ScaledSGD, param_groups
-from lora_ga.optim.algebra import gram, inverse_root, orthonormal_product, sign_factor, top_eigenvalue
-from lora_ga.optim.rules import msign
 from toys import adapted, bert, causal, classified, llama
 from trainers import TARGETS, callback, settings, tokenised
 from workers import stepped_by_pairs
@@ -446,7 +446,7 @@ def test_the_magnitudes_of_dora_get_adamw_and_its_factors_the_rule(caplog: pytes
 
 def test_what_cannot_be_stepped_in_pairs_is_refused_by_name() -> None:
     model = adapted(llama(num_hidden_layers=1), ["q_proj"])
-    with pytest.raises(ValueError, match=r"PoLoRA steps A and B in pairs.*lora_ga.optim.param_groups\(model\)"):
+    with pytest.raises(ValueError, match=r"PoLoRA steps A and B in pairs.*experiments.optim.param_groups\(model\)"):
         PoLoRA(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="LoRAMuon: lr is -1; it must be a finite number, at least 0"):
         LoRAMuon(param_groups(model), lr=-1)
@@ -472,7 +472,7 @@ def test_what_cannot_be_stepped_in_pairs_is_refused_by_name() -> None:
 def test_factors_that_are_spread_over_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(llama(num_hidden_layers=1), ["q_proj"])
     optimizer = PoLoRA(param_groups(model), lr=0.1)
-    monkeypatch.setattr("lora_ga.optim.pairs.sharded", lambda parameter: True)
+    monkeypatch.setattr("lora_ga.experiments.optim.pairs.sharded", lambda parameter: True)
     with pytest.raises(ValueError, match=r"q_proj has factors that are spread over processes .*use torch.optim.AdamW"):
         param_groups(model)
     with pytest.raises(ValueError, match="PoLoRA was made for pairs of factors, but now holds factors that are spread"):
