@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 import bench_alignment
 import lora_ga
 import record
-from lora_ga import optim
+from lora_ga.experiments import optim
 
 ROWS, LENGTHS, ROUNDS = 16, (64, 128), 15
 OPTIMIZERS = (optim.ScaledSGD, optim.ScaledAdamW, optim.LoRATSD, optim.LoRAMuon, optim.PoLoRA)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_ga.experiments.comparison.curves import mean_and_error
-from lora_ga.experiments.comparison.suites import Result, plain_lora, results
+from lora_ga.experiments.comparison.suites import Result, plain_lora, results, steps_to_loss
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.cells import score
 from lora_ga.experiments.suites.spec import load_suite
-from lora_ga.experiments.tables.suites import method_table, overview_table
+from lora_ga.experiments.tables.suites import method_table, overview_table, steps_cells
 from lora_ga.experiments.tables.table import BLANK, markdown_lines
 
 ROOT = Path(__file__).parent.parent
@@ -264,6 +264,40 @@ def unswept_table() -> str:
     lines = ["| loss | LoRA-GA, found rate | LoRA at 2e-4 | LoRA, best of its sweep |", "|---|---|---|---|"]
     for task, row in load("rates")["unswept"].items():
         lines.append(f"| {task} | {row['lora-ga']:.3f} | {row['lora']:.3f} | {row['lora, best']:.3f} |")
+    return "\n".join(lines)
+
+
+def steps_table(tasks: Sequence[str]) -> str:
+    """The lines of the suite `steps` that are complete on some tasks, beside LoRA with AdamW, in Markdown.
+
+    The difference from LoRA is in standard errors of the difference of both means; above 0 is better.
+    """
+    found = {(each.task, each.label): each for each in published_results("steps") if not each.missing and each.runs}
+    heads = [f"{task}, loss ↓ (rate) | better than LoRA by | steps ÷ LoRA's" for task in tasks]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|---|---|" * len(tasks)]
+    for label in load_suite("steps").methods:
+        if all((task, label) in found for task in tasks):
+            cells = [cell for task in tasks for cell in steps_row(found[task, label], found[task, "lora AdamW"])]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def steps_row(result: Result, plain: Result) -> list[str]:
+    """The loss of a line, by how many standard errors it is better than plain LoRA, and its steps to LoRA's loss."""
+    (mean, error), (other, its) = (mean_and_error(each.values("loss")) for each in (result, plain))
+    better_by = BLANK if result is plain else f"{(other - mean) / math.hypot(error, its):+.1f} s.e."
+    return [f"{mean:.3f} ± {error:.3f} ({result.rate:g})", better_by, steps_cells(steps_to_loss(result, plain))[1]]
+
+
+def optim_table() -> str:
+    """The time of a training step with the optimizers of the product, over that with AdamW, in Markdown."""
+    costs = load("optim")["tokens"]
+    heads = [f"{length} tokens: ÷ AdamW's | the optimizer's share" for length in costs]
+    lines = ["| a training step of MiniLM with | " + " | ".join(heads) + " |", "|---|" + "---|---|" * len(costs)]
+    for name in next(iter(costs.values())):
+        found = [each[name] for each in costs.values()]
+        cells = [f"{each['over AdamW']:.2f} | {each['share of the optimizer']:.1%}" for each in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -516,8 +550,8 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         why_table,
         found_rates_table,
         unswept_table,
-        functools.partial(suite_methods, "steps", "stories260k"),
-        functools.partial(suite_methods, "steps", "babyllama105"),
+        functools.partial(steps_table, ("stories260k", "babyllama105")),
+        optim_table,
         smollm2_table,
     ),
     "docs/serving.md": (readers_table,),
