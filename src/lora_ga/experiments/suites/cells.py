@@ -181,7 +181,8 @@ def score(record: Mapping[str, Any], metric: str) -> Score | None:
     if record["status"] != "done":
         return None
     tune = record["metrics"]["tune"]
-    if tune["loss"] > WORSE * record["curves"]["training"][0]:
+    training = record["curves"]["training"]
+    if training and tune["loss"] > WORSE * training[0]:
         return None
     return (-tune[metric] if metric in SMALLER_IS_BETTER else tune[metric], -tune["loss"])
 
