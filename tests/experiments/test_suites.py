@@ -20,6 +20,7 @@ from lora_ga.experiments.suites.cells import (
     cell_of,
     missing,
     rate_at,
+    score,
     sweep,
     sweep_of,
 )
@@ -215,6 +216,16 @@ def test_the_search_does_not_end_among_rates_at_which_the_loss_has_risen(suite: 
 
     records = run_all(suite, [("text", "lora")], result)
     assert best_rate(suite, "text", "lora", records) == 0.000316
+
+
+@pytest.mark.parametrize(
+    ("metric", "rise", "counts"), [("loss", 1.09, True), ("loss", 1.11, False), ("accuracy", 2.0, True)]
+)
+def test_a_run_whose_loss_has_risen_by_a_tenth_has_no_score_if_the_loss_chooses(
+    suite: Suite, metric: str, rise: float, counts: bool
+) -> None:
+    record = done(cell_of(suite, "text", "lora", 0.001, 0), rise * FIRST_LOSS)
+    assert (score(record, metric) is not None) == counts
 
 
 def test_the_best_rate_is_picked_on_the_tuning_split_with_seed_0_and_gets_all_seeds(suite: Suite) -> None:

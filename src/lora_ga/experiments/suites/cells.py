@@ -18,8 +18,8 @@ from lora_ga.experiments.methods import non_default_options
 from lora_ga.experiments.suites.spec import Settings, Suite, Task
 
 MOST_RATES = 9  # four decades; a larger grid would not help
-# A run that ends with so many times the loss of its first batch has diverged too, if slowly. If all first rates are too
-# high, the best of them can have worse neighbours on both sides, and the search would end there.
+# A run that ends with more than so many times the loss of its first batch has diverged too, if slowly. If all first
+# rates are too high, the best of them can have worse neighbours on both sides, and the search would end there.
 WORSE = 1.1
 SMALLER_IS_BETTER = {"loss"}
 Score = tuple[float, ...]
@@ -176,13 +176,14 @@ def score(record: Mapping[str, Any], metric: str) -> Score | None:
         metric: The metric that chooses.
 
     Returns:
-        The score; None for a run that failed, diverged, or ended well above the loss of its first batch.
+        The score; None for a run that failed or diverged. If the loss chooses, also for one that ended well above the
+        loss of its first batch; a classifier that is too sure of itself can have a high loss and a high accuracy.
     """
     if record["status"] != "done":
         return None
     tune = record["metrics"]["tune"]
     training = record["curves"]["training"]
-    if training and tune["loss"] > WORSE * training[0]:
+    if metric == "loss" and training and tune["loss"] > WORSE * training[0]:
         return None
     return (-tune[metric] if metric in SMALLER_IS_BETTER else tune[metric], -tune["loss"])
 
