@@ -87,6 +87,21 @@ def test_times_on_another_device_are_left_out(suite: Suite, undrawn: None) -> No
     assert "each in one process. Peak memory" in text_of(suite, begun)
 
 
+def test_times_of_a_stack_are_not_mixed_with_those_of_runs_alone(suite: Suite, undrawn: None) -> None:
+    def stacked(cell: Cell) -> dict[str, Any]:
+        record = record_of(cell)
+        if cell.method == "full":
+            return record
+        return record | {"stack": 8, "seconds": dict.fromkeys(record["seconds"], 99.0)}
+
+    text = text_of(suite, complete(suite, stacked))
+    assert "8 runs at once, which have equal shares of their times and one peak memory" in text
+    assert "one peak memory; runs on other devices are left out" in text
+    assert re.search(r"\| 99(\.0+)? \| 99(\.0+)? \|", text)
+    assert not re.search(r"\| full \| 2(\.0+)? \| 8", text)
+    assert "at once" not in text_of(suite, complete(suite))
+
+
 def test_a_line_shows_mean_and_standard_error_of_the_reported_split_at_the_best_rate(
     suite: Suite, undrawn: None
 ) -> None:

@@ -46,10 +46,11 @@ class ReproduceOptions:
         metadata={"help": "lines to run: method, task or the two joined by /, with * for anything (default: all)"},
     )
     workers: int = option(1, "processes, each with one thread")
+    stack: int = option(1, "runs of one task that a process trains at once over one base model; for a GPU")
     device: str = option("cpu", "where to compute: cpu, cuda, cuda:1")
 
     def __post_init__(self) -> None:
-        at_least(self, workers=1)
+        at_least(self, workers=1, stack=1)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,7 +91,9 @@ def main(argv: Sequence[str]) -> int:
 
     place = Place(sources, options.device, commit(), str(store.unjudged()))
     with store.locked():
-        records = run_grid(suite, lines, store, place, workers=options.workers, retry=other.retry, on_record=tell)
+        records = run_grid(
+            suite, lines, store, place, workers=options.workers, stack=options.stack, retry=other.retry, on_record=tell
+        )
     return show_results(suite, lines, records)
 
 

@@ -21,7 +21,9 @@ from lora_ga.experiments.pages.document import Document, Picture, Section, html_
 from lora_ga.experiments.pages.suite_figures import figure_groups, series_figure, task_figure
 from lora_ga.experiments.suites.spec import Suite
 from lora_ga.experiments.tables.suites import (
+    AT_ONCE,
     cost_table,
+    device_of,
     method_table,
     overview_table,
     records_table,
@@ -189,11 +191,13 @@ def _steps_text(plain: str) -> str:
 def _cost_text(found: Sequence[Result]) -> str:
     """Explains the table of costs, and names the device on which they were measured."""
     usual = usual_device(found)
-    where = "" if usual is None else f", on {usual}"
-    if len({run["device"] for each in found for run in each.runs.values()}) > 1:
+    where = "each in one process" + ("" if usual is None else f", on {usual}")
+    if usual is not None and usual.endswith(AT_ONCE):
+        where = f"on {usual}, which have equal shares of their times and one peak memory"
+    if len({device_of(run) for each in found for run in each.runs.values()}) > 1:
         where += "; runs on other devices are left out"
     return (
-        f"Means over the runs at the rate above, each in one process{where}. Peak memory is the largest of these runs: "
+        f"Means over the runs at the rate above, {where}. Peak memory is the largest of these runs: "
         "on a CPU the memory of the process, on a GPU the memory allocated there."
     )
 

@@ -22,6 +22,7 @@ MOST_RATES = 9  # four decades; a larger grid would not help
 # rates are too high, the best of them can have worse neighbours on both sides, and the search would end there.
 WORSE = 1.1
 SMALLER_IS_BETTER = {"loss"}
+STACKED_KINDS = ("text", "classes", "instruct")  # a sequence-to-sequence model makes inputs of its labels
 Score = tuple[float, ...]
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -225,3 +226,23 @@ def missing(suite: Suite, lines: Sequence[tuple[str, str]], records: Records) ->
     """The cells of these lines that have not run, each once; none when the suite is complete."""
     cells = (cell for task, label in lines for cell in wanted(suite, task, label, records))
     return list({cell.digest(): cell for cell in cells if cell.digest() not in records}.values())
+
+
+def stack_key(cell: Cell) -> str:
+    """The same text for all cells that may share a stack (see `stack.py`), whatever their methods.
+
+    Returns:
+        The text; that of its own digest for a cell that must run alone.
+    """
+    if cell.task.kind not in STACKED_KINDS or cell.settings.gradient_accumulation_steps > 1:
+        return cell.digest()
+    identity = cell.identity()
+    return json.dumps([identity["task"], identity["settings"]], sort_keys=True)
+
+
+def stacks(cells: Sequence[Cell], size: int) -> list[list[Cell]]:
+    """Divides cells into stacks of at most `size`, in the order of their first cells; 1: every cell runs alone."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(stack_key(cell) if size > 1 else cell.digest(), []).append(cell)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]

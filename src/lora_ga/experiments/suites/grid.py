@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites import trained
-from lora_ga.experiments.suites.cells import Cell, missing
+from lora_ga.experiments.suites.cells import Cell, missing, stacks
 from lora_ga.experiments.suites.spec import Suite
 
 Record = dict[str, Any]
@@ -43,6 +43,7 @@ def run_grid(
     place: Any,
     *,
     workers: int = 1,
+    stack: int = 1,
     retry: bool = False,
     on_record: Callable[[Record, int], None] = lambda record, left: None,
 ) -> dict[str, Record]:
@@ -54,6 +55,7 @@ def run_grid(
         store: The store, locked.
         place: The device and the sources for the cells.
         workers: Number of processes, each with one thread; with 0 the cells run in this process.
+        stack: Number of cells that a process trains at once, where it can (see `stack.py`).
         retry: Run cells that failed before once more. Cells whose trained model is saved, as their evaluation failed,
             are always run once more.
         on_record: Called with each new record and the number of cells that are still missing.
@@ -71,34 +73,38 @@ def run_grid(
     try:
         while True:
             todo = [cell for cell in missing(suite, lines, known) if cell.digest() not in running]
-            begun = todo[: max(1, workers) - len(running)]
-            for cell in begun:
-                running[cell.digest()] = cell
-                runs.start(cell, place)
+            begun = stacks(todo, stack)[: max(1, workers) - len(runs)]
+            for cells in begun:
+                running |= {cell.digest(): cell for cell in cells}
+                runs.start(cells, place)
             if not running:
                 return records | known
+            left = len(todo) - sum(map(len, begun))
             for record in runs.finished():
                 cell = running.pop(record["digest"])
                 store.add(record)
                 if record["status"] != "failed":
                     trained.discard(store.unjudged(record["digest"]))
                 known[cell.digest()] = record
-                on_record(record, len(todo) - len(begun) + len(running))
+                on_record(record, left + len(running))
     finally:
         runs.close()
 
 
 class InProcess:
-    """Runs cells in this process, one after another; the counterpart of `WorkerPool`."""
+    """Runs cells in this process, one stack after another; the counterpart of `WorkerPool`."""
 
     def __init__(self) -> None:
         self.ready: list[Record] = []
 
-    def start(self, cell: Cell, place: Any) -> None:
-        """Runs the cell."""
-        from lora_ga.experiments.suites.run import run_cell
+    def __len__(self) -> int:
+        return 0
 
-        self.ready.append(run_cell(cell, place))
+    def start(self, cells: Sequence[Cell], place: Any) -> None:
+        """Runs the cells."""
+        from lora_ga.experiments.suites.run_stack import run_stack
+
+        self.ready += run_stack(cells, place)
 
     def finished(self) -> list[Record]:
         """The records since the last call."""
@@ -110,27 +116,32 @@ class InProcess:
 
 
 class WorkerPool:
-    """Runs each cell in a new process, so that its peak memory is measured alone and a crash ends only this cell.
+    """Runs each stack in a new process, so that its peak memory is measured alone and a crash ends only its cells.
 
     The processes are forked from a server process that has imported the libraries.
     """
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["lora_ga.experiments.suites.run", "peft"])
-        self.running: dict[Any, tuple[Any, Cell, Any]] = {}
+        self.context.set_forkserver_preload(["lora_ga.experiments.suites.run_stack", "peft"])
+        self.running: dict[Any, tuple[Any, Sequence[Cell], Any]] = {}
 
-    def start(self, cell: Cell, place: Any) -> None:
-        """Starts a process for the cell."""
+    def __len__(self) -> int:
+        """The number of processes."""
+        return len(self.running)
+
+    def start(self, cells: Sequence[Cell], place: Any) -> None:
+        """Starts a process for the cells."""
         receiver, sender = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=_child, args=(sender, cell, place))
+        process = self.context.Process(target=_child, args=(sender, cells, place))
         process.start()
         sender.close()
-        self.running[receiver] = (process, cell, place)
+        self.running[receiver] = (process, cells, place)
 
     def finished(self) -> list[Record]:
         """The records of the cells that have ended; waits for at least one."""
-        return [_received(receiver, *self.running.pop(receiver)) for receiver in wait(list(self.running))]
+        received = [_received(receiver, *self.running.pop(receiver)) for receiver in wait(list(self.running))]
+        return [record for records in received for record in records]
 
     def close(self) -> None:
         """Kills the processes that still run."""
@@ -138,8 +149,8 @@ class WorkerPool:
             process.kill()
 
 
-def _received(receiver: Any, process: Any, cell: Cell, place: Any) -> Record:
-    """The record that a process has sent; if it has sent none, a record of how the process ended."""
+def _received(receiver: Any, process: Any, cells: Sequence[Cell], place: Any) -> list[Record]:
+    """The records that a process has sent; if it has sent none, records of how the process ended."""
     try:
         return receiver.recv()
     except EOFError:
@@ -149,17 +160,18 @@ def _received(receiver: Any, process: Any, cell: Cell, place: Any) -> Record:
         code = process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         empty: dict[str, list[Any]] = {"training": [], "report": []}
-        return about(cell, place) | {"status": "failed", "reason": f"its process {how}", "curves": empty, "seconds": {}}
+        failed = {"status": "failed", "reason": f"its process {how}", "curves": empty, "seconds": {}}
+        return [about(cell, place) | failed for cell in cells]
     finally:
         receiver.close()
         process.join()
 
 
-def _child(sender: Connection, cell: Cell, place: Any) -> None:
-    """Runs one cell with one thread. The process ends when its parent does."""
+def _child(sender: Connection, cells: Sequence[Cell], place: Any) -> None:
+    """Runs the cells of one stack with one thread. The process ends when its parent does."""
     import torch
 
-    from lora_ga.experiments.suites.run import run_cell
+    from lora_ga.experiments.suites.run_stack import run_stack
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets the signal, too, and ends this process
     parent = multiprocessing.parent_process()
@@ -171,7 +183,7 @@ def _child(sender: Connection, cell: Cell, place: Any) -> None:
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    sender.send(run_cell(cell, place))
+    sender.send(run_stack(cells, place))
 
 
 def expected_seconds(suite: Suite, cells: Sequence[Cell], records: Mapping[str, Record]) -> float:

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lora_ga.experiments.methods import complete, load_method
-from lora_ga.experiments.methods.base import BuildInputs
+from lora_ga.experiments.methods.base import BuildInputs, Method
 from lora_ga.experiments.suites import trained
 from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources
@@ -79,7 +79,7 @@ def peak_memory(device: str) -> float:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Leave out the library's messages in the block: a suite says one line for each cell."""
     level = LOGGER.level
     LOGGER.setLevel(logging.WARNING)
@@ -100,20 +100,41 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         The record; its status is "done", "diverged" or "failed".
     """
     began, curves = time.perf_counter(), Curves()
+    record = recorded(cell, place, curves, lambda: result(cell, place, curves))
+    seconds = record["seconds"]  # with a total already if another run trained the model
+    record["seconds"] = seconds | {"total": round(seconds.get("total", 0.0) + time.perf_counter() - began, 3)}
+    return record
+
+
+def recorded(cell: Cell, place: Place, curves: Curves, found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The record of a cell, without its total time.
+
+    Args:
+        cell: The cell.
+        place: The device and the sources.
+        curves: What the training has recorded so far.
+        found: Returns what the run found. An error that it raises is put into the record.
+
+    Returns:
+        The record.
+    """
     record = about(cell, place)
     try:
-        with _quiet():
-            found = result(cell, place, curves, began)
+        with quiet():
+            outcome = found()
     except DivergedError as error:
-        found = {"status": "diverged", "reason": str(error)}
+        outcome = {"status": "diverged", "reason": str(error)}
     except Exception as error:  # the other cells go on
         lines = traceback.format_exception(error)
-        found = {"status": "failed", "reason": f"{type(error).__name__}: {error}", "traceback": "".join(lines)[-4000:]}
+        outcome = {
+            "status": "failed",
+            "reason": f"{type(error).__name__}: {error}",
+            "traceback": "".join(lines)[-4000:],
+        }
     training = [loss if math.isfinite(loss) else None for loss in curves.training]
-    record |= found | {"curves": {"training": training, "report": curves.report}}
+    record |= outcome | {"curves": {"training": training, "report": curves.report}}
     record["peak_memory_mib"] = max(record.get("peak_memory_mib", 0.0), peak_memory(place.device))
-    seconds = record.get("seconds", {})  # with a total already if another run trained the model
-    record["seconds"] = seconds | {"total": round(seconds.get("total", 0.0) + time.perf_counter() - began, 3)}
+    record.setdefault("seconds", {})
     return record
 
 
@@ -134,44 +155,106 @@ def build_inputs(cell: Cell, prepared: PreparedTask, device: str = "cpu") -> Bui
     )
 
 
-def result(cell: Cell, place: Place, curves: Curves, began: float) -> dict[str, Any]:
-    """Builds, trains, measures and evaluates; a model that is saved already is not trained again."""
-    method, now = load_method(cell.method), about(cell, place)
-    if place.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(place.device)
-    prepared = prepare(cell, place.sources)
+@dataclass
+class Run:
+    """A cell whose model is built.
+
+    Attributes:
+        cell: The cell.
+        prepared: The base model and the data.
+        method: The method.
+        inputs: What the method built the model from.
+        model: The model to train.
+        curves: Filled by the training.
+        folder: Where the trained model is saved until it has been evaluated; None: it is not saved.
+        base: `trained.fingerprints` of the base model before the method changed it, if the model is to be saved.
+        seconds: What took how long, for the record.
+    """
+
+    cell: Cell
+    prepared: PreparedTask
+    method: Method
+    inputs: BuildInputs
+    model: Any
+    curves: Curves
+    folder: Path | None
+    base: dict[int, str]
+    seconds: dict[str, float]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a run before has trained this model already and saved it."""
+        return self.folder is not None and trained.is_saved(self.folder)
+
+
+def build(cell: Cell, place: Place, curves: Curves, prepared: PreparedTask | None = None) -> Run:
+    """Loads a cell's task, unless it is given with another seed, and builds the cell's model."""
+    began, method = time.perf_counter(), load_method(cell.method)
+    prepared = prepare(cell, place.sources) if prepared is None else prepared.for_seed(cell.seed)
     prepared.base.to(place.device)
     inputs = build_inputs(cell, prepared, place.device)
-    folder = None if prepared.evaluate is None else place.unjudged_folder(cell)
-    saved = folder if folder is not None and trained.is_saved(folder) else None
-    base = trained.fingerprints(prepared.base) if folder is not None and saved is None else {}
+    run = Run(
+        cell=cell,
+        prepared=prepared,
+        method=method,
+        inputs=inputs,
+        model=None,
+        curves=curves,
+        folder=None if prepared.evaluate is None else place.unjudged_folder(cell),
+        base={},
+        seconds={},
+    )
+    if run.folder is not None and not run.is_trained:
+        run.base = trained.fingerprints(prepared.base)
     torch.manual_seed(cell.seed)
     loaded = time.perf_counter()
-    model = method.build(inputs)
+    run.model = method.build(inputs)
+    run.seconds = {"load": round(loaded - began, 3), "start": round(time.perf_counter() - loaded, 3)}
+    return run
+
+
+def result(cell: Cell, place: Place, curves: Curves) -> dict[str, Any]:
+    """Builds, trains, measures and evaluates; a model that is saved already is not trained again."""
+    if place.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(place.device)
+    run = build(cell, place, curves)
+    if run.is_trained:
+        return evaluated(run, place, _restored(run, place))
     started = time.perf_counter()
-    if saved is not None:
-        keep_in_float32(model)
-        found = trained.restore(saved, model) | {"judged": {name: now[name] for name in ORIGIN}}
-        curves.training, curves.report = found["curves"]["training"], found["curves"]["report"]
-    else:
-        torch.manual_seed(cell.seed)  # the same dropout for all methods, whatever their initialisation has drawn
-        train(prepared, method, model, inputs, cell.settings, place.device, curves)
-        finished = time.perf_counter()
-        found = _measured(prepared, model, place, curves)
-        found["seconds"] = {
-            "load": round(loaded - began, 3),
-            "start": round(started - loaded, 3),
-            "train": round(finished - started, 3),
-            "evaluate": round(time.perf_counter() - finished, 3),
-        }
-        if folder is not None:
-            trained.save(folder, model, base, _facts(cell, place, curves, found, began))
-    if prepared.evaluate is not None:
+    torch.manual_seed(cell.seed)  # the same dropout for all methods, whatever their initialisation has drawn
+    train(run.prepared, run.method, run.model, run.inputs, cell.settings, place.device, curves)
+    run.seconds["train"] = round(time.perf_counter() - started, 3)
+    return finish(run, place)
+
+
+def finish(run: Run, place: Place) -> dict[str, Any]:
+    """Measures a trained model, saves it if its evaluation may fail, and evaluates it."""
+    measuring = time.perf_counter()
+    found = _measured(run.prepared, run.model, place, run.curves)
+    found["seconds"] = run.seconds | {"evaluate": round(time.perf_counter() - measuring, 3)}
+    if run.folder is not None:
+        trained.save(run.folder, run.model, run.base, _facts(run.cell, place, run.curves, found))
+    return evaluated(run, place, found)
+
+
+def evaluated(run: Run, place: Place, found: dict[str, Any]) -> dict[str, Any]:
+    """Adds what the task's own evaluation finds of the trained model."""
+    if run.prepared.evaluate is not None:
         judging = time.perf_counter()
-        model.eval()
-        with autocast(model, place.device):
-            found["metrics"]["report"] |= prepared.evaluate(model)
+        run.model.eval()
+        with autocast(run.model, place.device):
+            found["metrics"]["report"] |= run.prepared.evaluate(run.model)
         found["seconds"]["evaluate"] = round(found["seconds"]["evaluate"] + time.perf_counter() - judging, 3)
+    return found
+
+
+def _restored(run: Run, place: Place) -> dict[str, Any]:
+    """Loads the tensors that were saved after the training, and what the record says of it."""
+    assert run.folder is not None, "checked by the caller"
+    keep_in_float32(run.model)
+    now = about(run.cell, place)
+    found = trained.restore(run.folder, run.model) | {"judged": {name: now[name] for name in ORIGIN}}
+    run.curves.training, run.curves.report = found["curves"]["training"], found["curves"]["report"]
     return found
 
 
@@ -185,9 +268,9 @@ def _measured(prepared: PreparedTask, model: Any, place: Place, curves: Curves) 
     }
 
 
-def _facts(cell: Cell, place: Place, curves: Curves, found: dict[str, Any], began: float) -> dict[str, Any]:
+def _facts(cell: Cell, place: Place, curves: Curves, found: dict[str, Any]) -> dict[str, Any]:
     """What is saved with a trained model, for the record of a run that only evaluates it."""
-    total = {"total": round(time.perf_counter() - began, 3)}
+    total = {"total": round(sum(found["seconds"].values()), 3)}
     return {
         **{name: value for name, value in about(cell, place).items() if name in ORIGIN},
         **found,

@@ -134,6 +134,67 @@ def check_loss(losses: Sequence[float]) -> None:
         raise DivergedError(f"the training loss is {recent:.4g} at step {len(losses)}, it began at {losses[0]:.4g}")
 
 
+class Loop:
+    """What a training loop does for one run beside the forward and the backward pass."""
+
+    def __init__(
+        self,
+        prepared: PreparedTask,
+        method: Method,
+        model: Any,
+        inputs: BuildInputs,
+        settings: Settings,
+        device: str,
+        curves: Curves,
+    ) -> None:
+        """Makes the optimizer and the schedule, and evaluates the model if its curve is wanted.
+
+        Args:
+            prepared: The data and the loss.
+            method: Gives the parameter groups, the optimizer, and a function to call after each step.
+            model: The model that the method built.
+            inputs: What the method built it from.
+            settings: The settings of the run.
+            device: A torch device.
+            curves: Filled during training, so that a run that diverges leaves its first losses.
+        """
+        self.prepared, self.method, self.model, self.curves = prepared, method, model, curves
+        self.settings, self.device = settings, device
+        self.optimizer = method.optimizer(parameter_groups(method, model, inputs, settings.head_rate), inputs)
+        warmup = round(settings.warmup * settings.steps)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, settings.steps)
+        model.train()
+        if settings.eval_steps < settings.steps:  # otherwise only the end is evaluated
+            self._evaluate(0)
+
+    def batch(self) -> Batch:
+        """The next training batch, on the device."""
+        return to_device(self.device, next(self.prepared.train_batches))
+
+    def note(self, loss: float) -> None:
+        """Records the loss of a step.
+
+        Raises:
+            DivergedError: The run has diverged.
+        """
+        self.curves.training.append(round(loss, 5))
+        check_loss(self.curves.training)
+
+    def update(self, step: int) -> None:
+        """Takes the optimizer's step with the number `step`, from 1."""
+        self.optimizer.step()
+        self.method.after_step(self.model, step)
+        self.schedule.step()
+
+    def evaluate_if_due(self, step: int) -> None:
+        """Evaluates the model on the report split, every `eval_steps` and at the end."""
+        if step % self.settings.eval_steps == 0 or step == self.settings.steps:
+            self._evaluate(step)
+
+    def _evaluate(self, step: int) -> None:
+        self.curves.report.append({"step": step, **measured(self.prepared, self.model, "report", self.device)})
+
+
 def train(
     prepared: PreparedTask,
     method: Method,
@@ -143,30 +204,11 @@ def train(
     device: str,
     curves: Curves,
 ) -> None:
-    """Trains a model.
-
-    Args:
-        prepared: The data and the loss.
-        method: Gives the parameter groups, and a function to call after each step.
-        model: The model that the method built.
-        inputs: What the method built it from.
-        settings: The settings of the run.
-        device: A torch device.
-        curves: Filled during training, so that a run that diverges leaves its first losses.
-    """
+    """Trains a model; see `Loop` for the arguments."""
     keep_in_float32(model)
-    optimizer = method.optimizer(parameter_groups(method, model, inputs, settings.head_rate), inputs)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * settings.steps), settings.steps)
-    model.train()
-    if settings.eval_steps < settings.steps:  # otherwise only the end is evaluated
-        curves.report.append({"step": 0, **measured(prepared, model, "report", device)})
+    loop = Loop(prepared, method, model, inputs, settings, device, curves)
     for step in range(1, settings.steps + 1):
-        batch = to_device(device, next(prepared.train_batches))
-        curves.training.append(round(accumulate_gradients(prepared, model, batch, settings, device), 5))
-        check_loss(curves.training)
-        optimizer.step()
-        method.after_step(model, step)
-        schedule.step()
-        optimizer.zero_grad()
-        if step % settings.eval_steps == 0 or step == settings.steps:
-            curves.report.append({"step": step, **measured(prepared, model, "report", device)})
+        loop.note(accumulate_gradients(prepared, model, loop.batch(), settings, device))
+        loop.update(step)
+        loop.optimizer.zero_grad()
+        loop.evaluate_if_due(step)

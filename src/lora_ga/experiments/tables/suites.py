@@ -12,6 +12,8 @@ from lora_ga.experiments.suites.cells import SMALLER_IS_BETTER
 from lora_ga.experiments.suites.spec import Suite
 from lora_ga.experiments.tables.table import BLANK, Table, format_values
 
+AT_ONCE = "runs at once"
+
 
 def best_label(found: Sequence[Result], metric: str) -> str | None:
     """The label with the best mean of a metric; None while nothing has run."""
@@ -113,9 +115,14 @@ def steps_cells(found: StepsToLoss | None) -> list[str]:
     return [f"never in {len(found.steps) - len(found.reached)} of {len(found.steps)} seeds", BLANK]
 
 
+def device_of(run: Record) -> str:
+    """The device of a run; for a run of a stack, whose times and memory are shared, also the size of the stack."""
+    return run["device"] + (f", {run['stack']} {AT_ONCE}" if "stack" in run else "")
+
+
 def usual_device(found: Sequence[Result]) -> str | None:
-    """The device of most runs at the best rates; None while there are no runs."""
-    devices = Counter(run["device"] for each in found for run in each.runs.values())
+    """The device of most runs at the best rates, see `device_of`; None while there are no runs."""
+    devices = Counter(device_of(run) for each in found for run in each.runs.values())
     return devices.most_common(1)[0][0] if devices else None
 
 
@@ -124,7 +131,7 @@ def cost_table(found: Sequence[Result]) -> Table:
     rows = []
     usual = usual_device(found)
     for whole in found:
-        each = replace(whole, runs={seed: run for seed, run in whole.runs.items() if run["device"] == usual})
+        each = replace(whole, runs={seed: run for seed, run in whole.runs.items() if device_of(run) == usual})
         runs = list(each.runs.values())
         seconds = [format_values(each.seconds(part), 3) for part in ("start", "train", "total")]
         share = f"{sum(each.seconds('start')) / sum(each.seconds('train')):.1%}" if runs else BLANK

@@ -146,10 +146,9 @@ def epoch_batches(lengths: Sequence[int], rows: int, order: torch.Generator) -> 
 def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     """Loads the model and the rows, and splits the tuning rows off."""
     task, settings = cell.task, cell.settings
-    torch.manual_seed(cell.seed)  # the new head
     folder = sources.model(task.model)
-    base = load_model("AutoModelForSequenceClassification", folder, settings, num_labels=task.labels)
-    taken = ["input_ids", "attention_mask", *(["token_type_ids"] if base.config.model_type == "bert" else [])]
+    model_type = transformers.AutoConfig.from_pretrained(folder).model_type
+    taken = ["input_ids", "attention_mask", *(["token_type_ids"] if model_type == "bert" else [])]
     collator = ClassificationCollator(folder, taken, settings.length)
     rows = select_columns(sources.rows(task.files["train"]), task.columns, task.files["train"])
     shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
@@ -157,28 +156,35 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     report = select_columns(sources.rows(task.files["validation"]), task.columns, task.files["validation"])
     kept = torch.randperm(len(report), generator=torch.Generator().manual_seed(0))[: settings.report_rows].tolist()
     examples = collator.encode(train)
-    order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
-
-    def train_batches() -> Iterator[Batch]:
-        while True:
-            for turn in epoch_batches(
-                [len(example["input_ids"]) for example in examples], settings.effective_batch_size, order
-            ):
-                yield collator.batch([examples[i] for i in turn])
 
     def measured(some: Sequence[Row]) -> list[Batch]:
         encoded = sorted(collator.encode(some), key=lambda example: len(example["input_ids"]))  # less padding
         return [collator.batch(encoded[i : i + EVAL_BATCH_SIZE]) for i in range(0, len(encoded), EVAL_BATCH_SIZE)]
 
-    chosen = torch.randperm(len(examples), generator=apart)[: settings.samples]
-    return PreparedTask(
-        base=base,
-        task_type="SEQ_CLS",
-        train_batches=train_batches(),
-        start_batches=[
-            collator.batch([examples[i] for i in part.tolist()]) for part in chosen.split(settings.effective_batch_size)
-        ],
-        splits={"tune": measured(tune), "report": measured([report[i] for i in kept])},
-        loss=loss,
-        measure=measure,
-    )
+    splits = {"tune": measured(tune), "report": measured([report[i] for i in kept])}
+
+    def seeded(seed: int) -> PreparedTask:
+        order, apart = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
+
+        def train_batches() -> Iterator[Batch]:
+            while True:
+                for turn in epoch_batches(
+                    [len(example["input_ids"]) for example in examples], settings.effective_batch_size, order
+                ):
+                    yield collator.batch([examples[i] for i in turn])
+
+        chosen = torch.randperm(len(examples), generator=apart)[: settings.samples]
+        parts = chosen.split(settings.effective_batch_size)
+        torch.manual_seed(seed)  # the new head
+        return PreparedTask(
+            base=load_model("AutoModelForSequenceClassification", folder, settings, num_labels=task.labels),
+            task_type="SEQ_CLS",
+            train_batches=train_batches(),
+            start_batches=[collator.batch([examples[i] for i in part.tolist()]) for part in parts],
+            splits=splits,
+            loss=loss,
+            measure=measure,
+            for_seed=seeded,
+        )
+
+    return seeded(cell.seed)

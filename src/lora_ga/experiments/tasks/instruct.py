@@ -185,24 +185,32 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     collator = InstructCollator(tokenizer, task, settings.length)
     tune, report, train = split_examples(cell, sources, collator)
-    order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
-
-    def train_batches() -> Iterator[Batch]:
-        while True:
-            for turn in epoch_batches([len(ids) for ids, _ in train], settings.effective_batch_size, order):
-                yield collator.batch([train[i] for i in turn])
 
     def measured(some: Sequence[tuple[list[int], int]]) -> list[Batch]:
         return [collator.batch(some[i : i + EVAL_BATCH_SIZE]) for i in range(0, len(some), EVAL_BATCH_SIZE)]
 
-    chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
-    return PreparedTask(
-        base=load_model("AutoModelForCausalLM", folder, settings),
-        task_type="CAUSAL_LM",
-        train_batches=train_batches(),
-        start_batches=[collator.batch([train[i] for i in part.tolist()]) for part in chosen.split(settings.batch_size)],
-        splits={"tune": measured(tune), "report": measured(report)},
-        loss=loss,
-        measure=measure,
-        evaluate=evaluate.evaluation(task, sources, tokenizer, cell.seed),
-    )
+    splits = {"tune": measured(tune), "report": measured(report)}
+
+    def seeded(seed: int) -> PreparedTask:
+        order, apart = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
+
+        def train_batches() -> Iterator[Batch]:
+            while True:
+                for turn in epoch_batches([len(ids) for ids, _ in train], settings.effective_batch_size, order):
+                    yield collator.batch([train[i] for i in turn])
+
+        chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
+        parts = chosen.split(settings.batch_size)
+        return PreparedTask(
+            base=load_model("AutoModelForCausalLM", folder, settings),
+            task_type="CAUSAL_LM",
+            train_batches=train_batches(),
+            start_batches=[collator.batch([train[i] for i in part.tolist()]) for part in parts],
+            splits=splits,
+            loss=loss,
+            measure=measure,
+            for_seed=seeded,
+            evaluate=evaluate.evaluation(task, sources, tokenizer, seed),
+        )
+
+    return seeded(cell.seed)

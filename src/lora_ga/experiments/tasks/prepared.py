@@ -30,6 +30,7 @@ class PreparedTask:
         splits: "tune" and "report" → batches.
         loss: The task's loss of logits and a batch, without terms that a method adds.
         measure: Pairs of logits and batch of a whole split → its metrics.
+        for_seed: Another seed → the same task with it, without reading the data again.
         evaluate: The trained model → more metrics to report; None if the metrics of the splits are all.
     """
 
@@ -40,6 +41,7 @@ class PreparedTask:
     splits: Mapping[str, Sequence[Batch]]
     loss: Callable[[Tensor, Batch], Tensor]
     measure: Callable[[Iterable[tuple[Tensor, Batch]]], dict[str, float]]
+    for_seed: Callable[[int], PreparedTask]
     evaluate: Callable[[Any], dict[str, float]] | None = None
 
     def targets(self) -> list[str]:

@@ -116,26 +116,32 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     report = select_columns(sources.rows(task.files["validation"]), task.columns, task.files["validation"])
     kept = torch.randperm(len(report), generator=torch.Generator().manual_seed(0))[: settings.report_rows].tolist()
     lengths = [len(collator.text(row)) for row in train]
-    order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
-
-    def train_batches() -> Iterator[Batch]:
-        while True:
-            for turn in epoch_batches(lengths, settings.effective_batch_size, order):
-                yield collator.batch([train[i] for i in turn])
 
     def measured(some: Sequence[Row]) -> list[Batch]:
         ordered = sorted(some, key=lambda row: len(collator.text(row)))  # less padding
         return [collator.batch(ordered[i : i + EVAL_BATCH_SIZE]) for i in range(0, len(ordered), EVAL_BATCH_SIZE)]
 
-    chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
-    return PreparedTask(
-        base=load_model("AutoModelForSeq2SeqLM", folder, settings),
-        task_type="SEQ_2_SEQ_LM",
-        train_batches=train_batches(),
-        start_batches=[
-            collator.batch([train[i] for i in part.tolist()]) for part in chosen.split(settings.effective_batch_size)
-        ],
-        splits={"tune": measured(tune), "report": measured([report[i] for i in kept])},
-        loss=loss,
-        measure=measure,
-    )
+    splits = {"tune": measured(tune), "report": measured([report[i] for i in kept])}
+
+    def seeded(seed: int) -> PreparedTask:
+        order, apart = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
+
+        def train_batches() -> Iterator[Batch]:
+            while True:
+                for turn in epoch_batches(lengths, settings.effective_batch_size, order):
+                    yield collator.batch([train[i] for i in turn])
+
+        chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
+        parts = chosen.split(settings.effective_batch_size)
+        return PreparedTask(
+            base=load_model("AutoModelForSeq2SeqLM", folder, settings),
+            task_type="SEQ_2_SEQ_LM",
+            train_batches=train_batches(),
+            start_batches=[collator.batch([train[i] for i in part.tolist()]) for part in parts],
+            splits=splits,
+            loss=loss,
+            measure=measure,
+            for_seed=seeded,
+        )
+
+    return seeded(cell.seed)

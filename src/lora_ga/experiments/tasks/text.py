@@ -76,22 +76,28 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     text = sources.find(cell.task.files["text"]).read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     train, tune, report = ids.tensor_split([int(len(ids) * share) for share in SHARES])
-    order, apart = torch.Generator().manual_seed(cell.seed), torch.Generator().manual_seed(1000 + cell.seed)
-
-    def train_batches() -> Iterator[Batch]:
-        while True:
-            yield drawn(train, settings.effective_batch_size, settings.length, order)
-
     sizes = [len(part) for part in torch.arange(settings.samples).split(settings.effective_batch_size)]
-    return PreparedTask(
-        base=load_model("AutoModelForCausalLM", folder, settings),
-        task_type="CAUSAL_LM",
-        train_batches=train_batches(),
-        start_batches=[drawn(train, size, settings.length, apart) for size in sizes],
-        splits={
-            "tune": even(tune, settings.tune_rows, settings.length),
-            "report": even(report, settings.report_rows, settings.length),
-        },
-        loss=loss,
-        measure=measure,
-    )
+    splits = {
+        "tune": even(tune, settings.tune_rows, settings.length),
+        "report": even(report, settings.report_rows, settings.length),
+    }
+
+    def seeded(seed: int) -> PreparedTask:
+        order, apart = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
+
+        def train_batches() -> Iterator[Batch]:
+            while True:
+                yield drawn(train, settings.effective_batch_size, settings.length, order)
+
+        return PreparedTask(
+            base=load_model("AutoModelForCausalLM", folder, settings),
+            task_type="CAUSAL_LM",
+            train_batches=train_batches(),
+            start_batches=[drawn(train, size, settings.length, apart) for size in sizes],
+            splits=splits,
+            loss=loss,
+            measure=measure,
+            for_seed=seeded,
+        )
+
+    return seeded(cell.seed)

@@ -1,0 +1,86 @@
+"""How many runs of a suite does a device train in a minute: each in a process of its own, and several in a stack?
+
+    python benchmarks/bench_grid.py                                   # six minutes on two cores
+    python benchmarks/bench_grid.py --device cuda --task sst2 --runs 32 --workers 16 --stack 16
+                                                                      # on a GPU; writes results/grid_cuda.json
+
+The runs are LoRA and LoRA-GA on one task of the published suites, with several rates and seeds. They go through
+`lora-ga reproduce`'s grid, once with `--workers` processes that train one run each, and once with `--stack` runs in one
+process. Both begin with the libraries loaded, and their losses are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import record
+from lora_ga.experiments.suites.cells import Cell, cell_of, stacks
+from lora_ga.experiments.suites.grid import WorkerPool, commit
+from lora_ga.experiments.suites.run import Place
+from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.spec import load_suite
+
+SUITES = {"stories260k": "stories-shakespeare", "babyllama105": "stories-shakespeare"}  # of other tasks: glue-minilm
+METHODS, RATES = ("lora", "lora-ga reach=0.35"), (0.001, 0.000316)
+Records = dict[str, dict[str, Any]]
+
+
+def cells_of(task: str, runs: int) -> list[Cell]:
+    """The first `runs` cells: for each seed every method at every rate."""
+    suite = load_suite(SUITES.get(task, "glue-minilm"))
+    return [
+        cell_of(suite, task, label, rate, seed)
+        for seed in range(-(-runs // (len(METHODS) * len(RATES))))
+        for label in METHODS
+        for rate in RATES
+    ][:runs]
+
+
+def timed(pieces: Sequence[Sequence[Cell]], workers: int, place: Place) -> tuple[float, Records]:
+    """Runs every piece in a process of its own, `workers` at a time; returns the seconds and the records."""
+    pool, left, found = WorkerPool(), list(pieces), {}
+    began = time.perf_counter()
+    while left or len(pool):
+        while left and len(pool) < workers:
+            pool.start(left.pop(0), place)
+        found |= {each["digest"]: each for each in pool.finished()}
+    seconds = time.perf_counter() - began
+    failed = [each["reason"] for each in found.values() if each["status"] != "done"]
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs did not end well: {failed[0]}")
+    return seconds, found
+
+
+def main() -> None:
+    """Measures both ways, and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda")
+    parser.add_argument("--task", default="stories260k", help="a task of stories-shakespeare or glue-minilm")
+    parser.add_argument("--runs", type=int, default=8, help="the number of runs")
+    parser.add_argument("--workers", type=int, default=2, help="processes that train one run each")
+    parser.add_argument("--stack", type=int, default=4, help="runs of a stack")
+    parser.add_argument("--stacks", type=int, default=2, help="processes that train one stack each")
+    options = parser.parse_args()
+    place, cells = Place(Sources.from_environment(), options.device, commit()), cells_of(options.task, options.runs)
+    timed([[cells[0]]], 1, place)  # the first process also starts the server and reads the files
+    alone, single = timed(stacks(cells, 1), options.workers, place)
+    together, stacked = timed(stacks(cells, options.stack), options.stacks, place)
+    apart = [
+        abs(single[key]["metrics"]["tune"]["loss"] - each["metrics"]["tune"]["loss"]) for key, each in stacked.items()
+    ]
+    found = {
+        **{name: getattr(options, name) for name in ("task", "runs", "workers", "stack", "stacks")},
+        "runs a minute, one in a process": 60 * len(cells) / alone,
+        "runs a minute, in stacks": 60 * len(cells) / together,
+        "in stacks over one in a process": alone / together,
+        "largest difference of the tuning loss": max(apart),
+    }
+    where = {"device": next(iter(stacked.values()))["device"]} if options.device != "cpu" else {}
+    record.finish("grid" if options.device == "cpu" else "grid_cuda", found | where)
+
+
+if __name__ == "__main__":
+    main()
