@@ -124,7 +124,9 @@ def write_data(folder: Path) -> None:
     solved = [{"question": f"{text} ?", "answer": f"{text} #### 2"} for text in PAIRS]
     write(folder / "data/gsm8k/train.jsonl", solved)
     write(folder / "data/gsm8k/test.jsonl", solved[:3])
-    write(folder / "data/mbpp/mbpp.jsonl", [{"text": text, "code": text} for text in PAIRS])
+    tests = {"test_setup_code": "", "test_list": ["assert one() == 1", "assert one() > 0"]}
+    programs = [{"text": text, "code": f"{text}\r\n{text}", **tests} for text in PAIRS]
+    write(folder / "data/mbpp/mbpp.jsonl", (programs * 974)[:974])
     bench = folder / "data/mt_bench"
     turns = ["the cat ?", "the dog ?"]
     write(

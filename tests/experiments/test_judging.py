@@ -28,7 +28,8 @@ from lora_ga.experiments.suites.run import Place, build_inputs, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Task, load_suite
 from lora_ga.experiments.suites.training import Curves, keep_in_float32, train
-from lora_ga.experiments.tasks import check, prepare
+from lora_ga.experiments.tasks import check, instruct, prepare
+from toys import data_folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
@@ -76,7 +77,49 @@ def test_a_program_counts_only_if_it_passes_the_tests(
 ) -> None:
     monkeypatch.setattr(by_harness, "SECONDS", 2.0)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    assert by_harness.passes(DOC, [program]) == {"humaneval": passed}
+    assert by_harness.completed(DOC, [program]) == {"humaneval": passed}
+
+
+@pytest.mark.parametrize(
+    ("answer", "passed"),
+    [
+        ("def last(x):\r\n    return x[-1]", 1.0),
+        ("Here:\n```python\ndef last(x):\n    return max(x, key=SIZES.get)\n```", 1.0),
+        ("def last(x):\n    return x[1]", 0.0),  # only the second assertion fails
+        ("def first(x):\n    return x[-1]", 0.0),
+        ("def last(x):\n    while True: pass", 0.0),
+    ],
+)
+def test_an_mbpp_program_counts_only_if_it_passes_every_assertion(
+    answer: str, passed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_harness, "SECONDS", 2.0)
+    doc = {
+        "text": "Write a function that returns the last number.",
+        "test_setup_code": "SIZES = {1: 1, 2: 2, 3: 3}",
+        "test_list": ["assert last([1, 2]) == 2", "assert last([1, 2, 3]) == 3"],
+    }
+    assert by_harness.asserted(doc, [answer]) == {"mbpp": passed}
+
+
+def test_mbpp_is_asked_as_it_was_trained_with_its_tests(sources: Sources, tmp_path: Path) -> None:
+    task = load_suite(str(toy_suite("smollm2", tmp_path, ["lora"]))).tasks["mbpp"]
+    doc = by_harness.rows_of(task, sources)[0]
+    asked = by_harness.prompt_of(task, doc)
+    assert "\nThe code must pass these tests:\nassert one() == 1\nassert one() > 0<|im_end|>" in asked
+    raw = sources.rows(task.files["report"])[0]
+    row = instruct.CLEANERS[task.clean]({meaning: raw[column] for meaning, column in task.columns.items()})
+    assert row is not None
+    assert task.input.format(**row) == asked
+    assert "\r" not in row["answer"]
+    with pytest.raises(ValueError, match="mbpp runs programs; it needs by: harness"):
+        check(replace(task, evaluation={**task.evaluation, "by": "greedy"}), sources)
+
+
+def test_the_references_of_mbpp_pass_their_own_assertions() -> None:
+    rows = Sources(data=str(data_folder())).rows("data:data/mbpp/mbpp.jsonl#11-50")
+    assert rows[0]["task_id"] == 11
+    assert [by_harness.asserted(row, [row["code"]])["mbpp"] for row in rows] == [1.0] * 40
 
 
 @pytest.fixture

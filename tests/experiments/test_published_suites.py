@@ -31,6 +31,7 @@ RUN = {
     "llama2-chat": (["lora", "lora-ga γ=16"], "mt_bench"),
     "llama2-code": (["lora", "lora-ga γ=16"], "humaneval"),
     "llama2-math": (["full", "lora", "lora-ga γ=16"], "gsm8k"),
+    "reach": (["reach=0.5", "reach=1"], "loss"),
     "smollm2": (["lora", "lora-ga reach=0.35"], "gsm8k"),
     "steps": (["lora AdamW", "lora-ga PoLoRA", "GoRA's B AdamW"], "loss"),
     "stories-shakespeare": (["lora", "lora-ga γ=16"], "loss"),

@@ -14,7 +14,7 @@ from experiments.hub import VOCABULARY, toy_suite
 from lora_ga.experiments.methods import METHODS
 from lora_ga.experiments.suites.cells import Cell, cell_of
 from lora_ga.experiments.suites.run import Place, run_cell
-from lora_ga.experiments.suites.sources import Sources
+from lora_ga.experiments.suites.sources import Sources, whole_file
 from lora_ga.experiments.suites.spec import Suite, load_suite
 from lora_ga.experiments.suites.training import accumulate_gradients, autocast, micro_batches
 from lora_ga.experiments.tasks import check, prepare, seq2seq
@@ -197,3 +197,20 @@ def test_the_digest_depends_on_the_input_but_not_on_what_is_only_checked_or_comp
     alike = replace(seq2seq_cell, task=replace(seq2seq_cell.task, **changes))
     assert alike.digest() == seq2seq_cell.digest()
     assert replace(seq2seq_cell, task=replace(seq2seq_cell.task, input="{text}")).digest() != seq2seq_cell.digest()
+
+
+def test_a_reference_may_stand_for_some_rows_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"number": {number}}}\n' for number in range(1, 8)))
+    sources = Sources(data=str(tmp_path))
+    assert sources.rows("data:rows.jsonl#3-5") == [{"number": number} for number in (3, 4, 5)]
+    assert sources.rows(f"{file}#7-7") == [{"number": 7}]
+    assert sources.rows("data:rows.jsonl#1-7") == sources.rows("data:rows.jsonl")
+    for part in ("0-3", "5-4", "3-8"):
+        first, last = part.split("-")
+        with pytest.raises(
+            ValueError, match=f"#{part}: wants the rows {first} to {last}, but there are the rows 1 to 7"
+        ):
+            sources.rows(f"data:rows.jsonl#{part}")
+    assert whole_file("data:rows.jsonl#3-5") == whole_file("data:rows.jsonl") == "data:rows.jsonl"
+    assert whole_file("hub:name:train[1:3]") == "hub:name:train[1:3]"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_ga.cli.options import option
 from lora_ga.cli.parsing import OptionParser
+from lora_ga.experiments.suites.sources import whole_file
 from lora_ga.experiments.suites.spec import available, load_suite
 
 USAGE = "lora-ga fetch [SUITE[/TASK] ...] [options]"
@@ -107,5 +108,5 @@ def references(names: Sequence[str]) -> list[str]:
         if task and task not in tasks:
             raise ValueError(f"{name}: the suite has no such task; it has {', '.join(tasks)}.")
         for each in [tasks[task]] if task else tasks.values():
-            found += [each.model, *each.files.values()]
+            found += [each.model, *map(whole_file, each.files.values())]
     return found

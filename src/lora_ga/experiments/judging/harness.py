@@ -1,6 +1,6 @@
-"""GSM8K and HumanEval by lm-evaluation-harness, with local rows and with the prompt of the training.
+"""GSM8K, HumanEval and MBPP by lm-evaluation-harness, with local rows and with the prompt of the training.
 
-The harness generates the answers and computes the metric. The two tasks are defined here, because the harness's
+The harness generates the answers and computes the metric. The tasks are defined here, because the harness's
 definitions read from the hub and use another prompt. The harness gets the model object, so that full fine-tuning and
 every adapter are evaluated by the same code.
 """
@@ -44,12 +44,29 @@ def code_of(text: str) -> str:
     return found[1] if found else text
 
 
-def passes(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 if the program passes the task's tests; it runs in a separate process with an empty environment."""
+def lines_of(value: Any) -> Any:
+    """A column as text for a template: a list becomes lines, and every line ends in the same way."""
+    text = "\n".join(value) if isinstance(value, list) else value
+    return text.replace("\r\n", "\n") if isinstance(text, str) else text
+
+
+def completed(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 if the model's completion of a function passes HumanEval's tests."""
     code = code_of(results[0])
     whole = code if f"def {doc['entry_point']}" in code else doc["prompt"] + code
     # The answer may need the imports of the prompt, such as "from typing import List".
     program = f"{doc['prompt'].split('def ')[0]}\n{whole}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+    return {"humaneval": float(runs(program))}
+
+
+def asserted(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 if the model's program passes all of MBPP's assertions."""
+    parts = (doc["test_setup_code"], code_of(results[0]), doc["test_list"])
+    return {"mbpp": float(runs("\n".join(map(lines_of, parts))))}
+
+
+def runs(program: str) -> bool:
+    """Whether a program ends without an error; it runs in a separate process with an empty environment."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
@@ -62,14 +79,15 @@ def passes(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
                 env={"PATH": os.defpath},
             )
         except subprocess.TimeoutExpired:
-            return {"humaneval": 0.0}
-    return {"humaneval": float(done.returncode == 0)}
+            return False
+    return done.returncode == 0
 
 
 # Test → the columns of its rows, the column with the question, the metric, whether programs are run.
 TESTS: dict[str, tuple[Sequence[str], str, Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]], bool]] = {
     "gsm8k": (("question", "answer"), "question", right_number, False),
-    "humaneval": (("prompt", "test", "entry_point"), "prompt", passes, True),
+    "humaneval": (("prompt", "test", "entry_point"), "prompt", completed, True),
+    "mbpp": (("text", "test_list", "test_setup_code"), "text", asserted, True),
 }
 
 
@@ -117,9 +135,19 @@ def rows_of(task: Task, sources: Sources) -> list[dict[str, Any]]:
 
 
 def prompt_of(task: Task, row: Mapping[str, Any]) -> str:
-    """The prompt of a row of a test, made as in the training."""
-    place = next(meaning for meaning in task.columns if f"{{{meaning}}}" in task.input)
-    return task.input.format(**{place: row[TESTS[task.evaluation["test"]][1]]})
+    """The prompt of a row of a test, made as in the training.
+
+    Args:
+        task: The task. The first of its columns that the template names is the question; the test has the others under
+            their own names.
+        row: The row.
+
+    Returns:
+        The prompt.
+    """
+    question, *others = (meaning for meaning in task.columns if f"{{{meaning}}}" in task.input)
+    values = {question: row[TESTS[task.evaluation["test"]][1]], **{each: row[task.columns[each]] for each in others}}
+    return task.input.format(**{meaning: lines_of(value) for meaning, value in values.items()})
 
 
 def check(task: Task, sources: Sources) -> list[str]:

@@ -1,4 +1,7 @@
-"""References to models and files: `data:PATH`, `package:PATH`, `gguf:PACKAGE/FILE`, `hub:NAME`, or a local path."""
+"""References to models and files: `data:PATH`, `package:PATH`, `gguf:PACKAGE/FILE`, `hub:NAME`, or a local path.
+
+`#11-510` at the end of a reference to a file of rows stands for the rows 11 to 510, counted from 1.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import gzip
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +20,7 @@ from lora_ga.experiments.suites.origins import install_line
 
 VARIABLE = "LORA_GA_DATA"
 HUB = "hub"
+PART = re.compile(r"(.+)#(\d+)-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,16 @@ class Sources:
             The rows.
 
         Raises:
-            ValueError: It is not there, cannot be read, or the hub cannot be reached.
+            ValueError: It is not there, cannot be read, has too few rows, or the hub cannot be reached.
         """
+        if part := PART.fullmatch(reference):
+            rows, first, last = self.rows(part[1]), int(part[2]), int(part[3])
+            if not 1 <= first <= last <= len(rows):
+                raise ValueError(
+                    f"{reference}: wants the rows {first} to {last}, but there are the rows 1 to {len(rows)}. Correct "
+                    "the numbers, or give the file that they are of."
+                )
+            return rows[first - 1 : last]
         if reference.startswith(f"{HUB}:"):
             return self._hub_rows(reference)
         path = self.find(reference)
@@ -131,6 +144,12 @@ class Sources:
             f"Without access to the hub, bring a copy (`hf download {name}{kind} --local-dir {folder}/{name}`) "
             f"and give --hub {folder}."
         )
+
+
+def whole_file(reference: str) -> str:
+    """The reference without the rows that it may name."""
+    part = PART.fullmatch(reference)
+    return part[1] if part else reference
 
 
 def _name(reference: str) -> str:

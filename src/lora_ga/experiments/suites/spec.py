@@ -94,7 +94,7 @@ class Task:
         model: A reference to the model: `data:PATH` in the data folder, `package:PATH` in an installed package,
             `gguf:PACKAGE/FILE` for a GGUF file in an installed package, a local folder, or `hub:NAME`.
         files: The use of a file ("train", for example) → a reference of the same form; a data set of the hub is
-            `hub:NAME:SPLIT` or `hub:NAME:CONFIGURATION:SPLIT`.
+            `hub:NAME:SPLIT` or `hub:NAME:CONFIGURATION:SPLIT`. `#11-510` at the end stands for these rows of it.
         columns: The meaning of a column → its name in the file.
         metric: The reported metric.
         also: More metrics of the report that are shown beside it.

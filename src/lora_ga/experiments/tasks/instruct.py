@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from lora_ga.experiments import judging as evaluate
+from lora_ga.experiments.judging.harness import lines_of
 from lora_ga.experiments.methods.base import Batch
 from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources, select_columns
@@ -54,11 +55,17 @@ def no_refusals(row: Row) -> Row | None:
     return None if "sorry" in said or "as an ai" in said else row
 
 
+def lines(row: Row) -> Row | None:
+    """Lists become lines, and every line ends in the same way."""
+    return {name: lines_of(value) for name, value in row.items()}
+
+
 CLEANERS: dict[str, Callable[[Row], Row | None]] = {
     "": as_it_is,
     "grade_school": grade_school,
     "first_code_block": first_code_block,
     "no_refusals": no_refusals,
+    "lines": lines,
 }
 
 
