@@ -208,9 +208,8 @@ def test_a_reference_may_stand_for_some_rows_of_a_file(tmp_path: Path) -> None:
     assert sources.rows("data:rows.jsonl#1-7") == sources.rows("data:rows.jsonl")
     for part in ("0-3", "5-4", "3-8"):
         first, last = part.split("-")
-        with pytest.raises(
-            ValueError, match=f"#{part}: wants the rows {first} to {last}, but there are the rows 1 to 7"
-        ):
+        message = f"#{part}: wants the rows {first} to {last}, but there are the rows 1 to 7"
+        with pytest.raises(ValueError, match=message):
             sources.rows(f"data:rows.jsonl#{part}")
     assert whole_file("data:rows.jsonl#3-5") == whole_file("data:rows.jsonl") == "data:rows.jsonl"
     assert whole_file("hub:name:train[1:3]") == "hub:name:train[1:3]"
