@@ -216,6 +216,11 @@ def _norm(model: Any) -> None:
     next(p for name, p in model.named_parameters() if "norm" in name).requires_grad_()
 
 
+def _shared(model: Any) -> None:
+    first, second = [m for m in model.modules() if hasattr(m, "lora_A")][::2]
+    second.lora_A = first.lora_A
+
+
 def _frozen(model: Any) -> None:
     next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
 
@@ -228,6 +233,7 @@ def _frozen(model: Any) -> None:
         (lambda: _broken(_bias), "dropout or a bias"),
         (lambda: _broken(_norm), "it trains .*norm"),
         (lambda: _broken(_frozen), "frozen or shared"),
+        (lambda: _broken(_shared), "frozen or shared"),
         (lambda: aligned(1, rank_pattern={"q_proj": 3}), "another rank"),
     ],
 )
