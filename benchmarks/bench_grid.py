@@ -8,8 +8,8 @@ The runs are LoRA and LoRA-GA on one task of the published suites, with several 
 `lora-ga reproduce`'s grid, once with `--workers` processes that train one run each, and once with `--stack` runs in one
 process. Both begin with the libraries loaded, and their losses are compared.
 
-What a small model gains on a GPU is bounded by the operations that the host starts. They are counted on any device: those
-of one training step of MiniLM, for each run, alone and in a stack of 16.
+What a small model gains on a GPU is bounded by the operations that the host starts. They are counted on any device, of
+one training step of MiniLM: for each run, alone and in a stack of 16.
 """
 
 from __future__ import annotations
