@@ -174,8 +174,24 @@ def test_the_agreement_is_the_mean_product_of_signs_on_two_batches_and_the_rate_
 
 def test_the_rate_of_several_groups_is_their_geometric_mean_and_those_of_a_longer_run_do_not_count() -> None:
     groups = [Group("", agreement=a, stable={0.01: True, 0.04: False}) for a in (0.25, 0.01, 1.0)]
-    assert Search(groups, 2).rate(200) == pytest.approx(0.6 * 0.02 * math.sqrt(0.5 * 0.1), rel=0.02)
+    least = math.sqrt(0.05)  # 0.01 counts as 0.05
+    assert Search(groups, 2).rate(200) == pytest.approx(0.6 * 0.02 * math.sqrt(0.5 * least), rel=0.02)
     assert Search(groups, 1).rate(200) == 0.006
+
+
+@pytest.mark.parametrize("agreement", [-0.1, 0.0, 0.008, 0.019, 0.05])
+def test_a_small_agreement_counts_as_a_twentieth_and_below_a_fiftieth_a_warning_says_so(
+    agreement: float, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    at_start = rates._Trials.at_start
+    monkeypatch.setattr(rates._Trials, "at_start", lambda self: (at_start(self)[0], agreement))
+    model, batches = lora_ga_start()
+    found = find_rate(model, batches, STEPS)
+    monkeypatch.setattr(rates._Trials, "at_start", lambda self: (at_start(self)[0], 0.05))
+    assert find_rate(model, batches, STEPS) == found
+    said = [str(each.message) for each in recwarn if "hardly agree" in str(each.message)]
+    assert len(said) == (agreement < 0.02)
+    assert all(f"agreement {agreement:.2g}, and" in each and f"try {2 * found:.2g}" in each for each in said)
 
 
 def test_a_longer_run_is_searched_on_more_groups_and_uses_again_what_a_shorter_one_measured(
