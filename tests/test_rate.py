@@ -194,6 +194,24 @@ def test_a_small_agreement_counts_as_a_twentieth_and_below_a_fiftieth_a_warning_
     assert all(f"agreement {agreement:.2g}, and" in each and f"try {2 * found:.2g}" in each for each in said)
 
 
+def test_the_finest_trial_is_made_only_within_its_share_of_the_run(tmp_path: Path) -> None:
+    model, batches = lora_ga_start()
+    found = {}
+    for steps in (10**6, 50):
+        file = tmp_path / f"{steps}.json"
+        find_rate(model, batches[:8], steps, checkpoint=file)
+        (found[steps],) = (Group(**group) for group in json.loads(file.read_text())["groups"])
+    fine, coarse = found[10**6], found[50]
+    assert len(fine.stable) == len(coarse.stable) + 1
+    assert fine.passes > coarse.passes
+    least = -(-(coarse.passes + 8) * 100 // 15)  # steps of which the whole search is just 0.15
+    for steps in (least - 1, least):
+        file = tmp_path / f"{steps}.json"
+        find_rate(model, batches[:8], steps, checkpoint=file)
+        (group,) = (Group(**group) for group in json.loads(file.read_text())["groups"])
+        assert group.stable == (fine if steps == least else coarse).stable
+
+
 def test_a_longer_run_is_searched_on_more_groups_and_uses_again_what_a_shorter_one_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

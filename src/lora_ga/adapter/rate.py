@@ -66,6 +66,7 @@ LEAST_AGREEMENT = 0.05
 UNSURE = 0.02  # below this a warning says that the rate is a guess
 LEAST_STEPS = 50  # a group costs about 25 steps; before a shorter run it does not pay
 STEPS_OF_GROUP, MOST_GROUPS = 200, 5  # one group for so many steps of the run, and at most so many groups
+SHARE = 0.15  # of the run's steps: the last, finest trial of a group is left out if the search would cost more with it
 SCHEMA = 2
 
 
@@ -231,6 +232,9 @@ def find_rate(
                 group.passes += len(each.batches)
                 search.save()
             first = _find_edge(group, each, first, search.save)
+            passes = len(each.batches) + sum(part.passes for part in search.used)
+            if first < HIGHEST and passes <= SHARE * steps:
+                _try_rate(group, each, first + 0.5, search.save)
     rate = search.rate(steps)
     agreement = statistics.median(group.agreement or 0.0 for group in search.used)
     if agreement < UNSURE:
@@ -252,7 +256,7 @@ def note_default_rate(steps: int, rate: float) -> str:
 
 
 def _find_edge(group: Group, trials: _Trials, first: int, save: Callable[[], None]) -> int:
-    """Try rates half a decade apart until a stable and an unstable one are neighbours, and then the one between them.
+    """Try rates half a decade apart until a stable and an unstable one are neighbours.
 
     Args:
         group: What has been measured on the batches of the trials.
@@ -266,34 +270,33 @@ def _find_edge(group: Group, trials: _Trials, first: int, save: Callable[[], Non
     Raises:
         ValueError: No rate is stable.
     """
-
-    def stable(exponent: float) -> bool:
-        rate = float(f"{10 ** (exponent / 2):.3g}")
-        if rate not in group.stable:
-            group.stable[rate], passes = trials.stable(rate, group.losses)
-            group.passes += passes
-            save()
-        return group.stable[rate]
-
     exponent = first
-    if stable(exponent):
-        while exponent < HIGHEST and stable(exponent + 1):
+    if _try_rate(group, trials, exponent, save):
+        while exponent < HIGHEST and _try_rate(group, trials, exponent + 1, save):
             exponent += 1
         if exponent == HIGHEST:
             warn(
                 f"No learning rate up to {max(group.stable):g} raises the loss in the first steps, so the rate that "
                 "is found is a guess. Check that the adapter takes part in the loss, or set the rate yourself."
             )
-            return exponent
     else:
-        while not stable(exponent := exponent - 1):
+        while not _try_rate(group, trials, exponent := exponent - 1, save):
             if exponent == LOWEST:
                 raise ValueError(
                     "At every learning rate from 1e-6 to 1e-2 the loss rises or is not finite after the first steps. "
                     "Check the data and the loss, or compute in float32 or bfloat16."
                 )
-    stable(exponent + 0.5)
     return exponent
+
+
+def _try_rate(group: Group, trials: _Trials, exponent: float, save: Callable[[], None]) -> bool:
+    """Whether the trial at √10^exponent is stable; it is not made again if its result is known."""
+    rate = float(f"{10 ** (exponent / 2):.3g}")
+    if rate not in group.stable:
+        group.stable[rate], passes = trials.stable(rate, group.losses)
+        group.passes += passes
+        save()
+    return group.stable[rate]
 
 
 class _Trials:
