@@ -6,6 +6,7 @@ import math
 import random
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5Config,
     T5ForSequenceClassification,
     TrainingArguments,
@@ -267,7 +270,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
         found = step(self, *given)
         made.append(found)
         if next(iter(self.state.values()))["step"] == 3:
-            self.param_groups[0]["params"][0].data.fill_(math.nan)
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.fill_(math.nan)  # of one alone, attention on some CPUs makes a finite loss
         return found
 
     monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
@@ -335,6 +339,10 @@ def test_a_base_in_4_bits_trains_resumes_and_merges(
     pytest.importorskip("bitsandbytes", reason="install the extra 'dev' to run this test")
     data = request.getfixturevalue("labelled_texts" if task == "seq-cls" else "prompts")
     folder, labels = request.getfixturevalue(model), Labels(("bad", "good"), {}) if task == "seq-cls" else None
+    if model == "llama":  # bitsandbytes repacks weights on some CPUs, and cannot where a layer is narrower than 64
+        folder = shutil.copytree(folder, tmp_path / "wide")
+        config = LlamaConfig.from_pretrained(folder, hidden_size=64, head_dim=16, intermediate_size=128)
+        LlamaForCausalLM(config).save_pretrained(folder)
     base = load_base(
         ModelOptions(model=str(folder), task=task, load_in_4bit=True),  # type: ignore[arg-type]
         tasks.TASK_CLASSES[task].model_class,
@@ -347,7 +355,7 @@ def test_a_base_in_4_bits_trains_resumes_and_merges(
         "Linear",
     )
     given: dict[str, Any] = {"task": task, "load_in_4bit": True, "save_steps": 3, "logging_steps": 1}
-    record = run(request.getfixturevalue(model), data, tmp_path / "run", **given)
+    record = run(folder, data, tmp_path / "run", **given)
     assert record["curve"][-1]["loss"] < record["curve"][0]["loss"]
     first = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     (tmp_path / "run" / "run.json").unlink()
@@ -356,7 +364,7 @@ def test_a_base_in_4_bits_trains_resumes_and_merges(
     again = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert main(["export", str(tmp_path / "run"), "--merge", f"--output={tmp_path / 'merged'}"]) == 0
-    argv = command(request.getfixturevalue(model), data, tmp_path / "full", method="full", **given)
+    argv = command(folder, data, tmp_path / "full", method="full", **given)
     assert "--load_in_4bit freezes the weights, but --method full trains them" in error_of(argv)
 
 
