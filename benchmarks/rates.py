@@ -1,7 +1,8 @@
 """The learning rate that `find_rate` finds, against the sweeps in the store of runs.
 
     python benchmarks/rates.py stories260k babyllama105 sst2   the tasks on which the rule was set
-    python benchmarks/rates.py cola mrpc                       those on which it was judged
+    python benchmarks/rates.py cola mrpc mnli                  those on which it was judged
+    python benchmarks/rates.py qnli                            judged first, and then used to set one constant
     python benchmarks/rates.py "mrpc/rslora"                   one method alone
     python benchmarks/rates.py                                 judges what is in the record anew
 

@@ -35,7 +35,12 @@ def load(name: str) -> dict[str, Any]:
 
 
 # The tasks on which the rule of `find_rate` was set, and those on which it was judged.
-SET_ON, JUDGED = ("stories260k", "babyllama105", "sst2"), ("cola", "mrpc")
+# Tasks on which the rule of find_rate was set, on which one of its constants was, and on which it was judged.
+RATES = {
+    "set on": ("stories260k", "babyllama105", "sst2"),
+    "least agreement set on": ("qnli",),
+    "judged": ("cola", "mrpc", "mnli"),
+}
 
 
 def difference_table() -> str:
@@ -242,7 +247,7 @@ def found_rates_table() -> str:
         cells = [f"{row[key]:.4f}" if key in row else "not run" for key in keys]
         cells += [f"{found['spread'][name]:.4f}" if name in found["spread"] else BLANK, f"{row['cost']:.3f}"]
         lines.append(f"| {task} | {method} | {row['rate']:.2g} | {row['swept best']:g} | {' | '.join(cells)} |")
-    for title, tasks in (("set on", SET_ON), ("judged", JUDGED)):
+    for title, tasks in RATES.items():
         rows = {name: row for name, row in found["found"].items() if name.partition("/")[0] in tasks}
         cells = [mean_and_most([row[key] for row in rows.values() if key in row], len(rows)) for key in keys]
         pooled = math.sqrt(statistics.fmean(found["spread"][name] ** 2 for name in rows if name in found["spread"]))
