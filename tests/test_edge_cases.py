@@ -230,7 +230,9 @@ def test_below_a_head_of_two_classes_more_batches_may_have_no_more_directions_an
     base = bert(num_labels=2)
     base.bert.pooler.dense.weight.data.mul_(1e-4)  # tanh is linear: each row of g is a multiple of one vector
     model = adapted(base, ["pooler.dense"])
-    message = r"in 1 of 1 layers:\n  .*pooler\.dense: 1 direction, rank 4 uses 8\n.*Just below a head with few classes"
+    # Rounding may count as a second direction; that depends on the CPU.
+    found = r"in 1 of 1 layers:\n  .*pooler\.dense: (1 direction|2 directions), rank 4 uses 8\n"
+    message = found + ".*Just below a head with few classes"
     for count in (1, 8):
         batches = [{**batch, "labels": batch["labels"] % 2} for batch in classified(count)]
         with pytest.warns(UserWarning, match=message):

@@ -20,7 +20,7 @@ OTHER_OBJECTS = {
     "gradients/loop.py": {"recorder", "probes"},
     "gradients/probe.py": {"recorder", "sums", "leaf"},
     "gradients/recording.py": {"recorded"},
-    "experiments/suites/run.py": {"curves"},
+    "experiments/suites/run.py": {"run"},
     "layers/factors.py": {"factor"},
     "linalg/streaming.py": {"stream"},
     # FSDP2's record of where a parameter is, in the one function that checks its layout first.
@@ -39,6 +39,7 @@ OTHER_OBJECTS = {
     "cli/tasks.py": {"tokenizer"},
     # A function of our own.
     "cli/parsing.py": {"read"},
+    "experiments/suites/stack.py": {"parameter", "stacked"},
     "experiments/suites/training.py": {"parameter"},
 }
 SETTERS = {"setattr", "delattr"}

@@ -44,8 +44,9 @@ def letters(template: str | None = CHAT) -> PreTrainedTokenizerFast:
 
 
 def small_llama() -> Any:
-    """A Llama for these letters."""
-    return llama(vocab_size=len(LETTERS), max_position_embeddings=512)
+    """A Llama for these letters. On some CPUs bitsandbytes needs layers of a width of 64."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
+    return llama(vocab_size=len(LETTERS), **sizes)
 
 
 def vit() -> ViTForImageClassification:

@@ -172,9 +172,10 @@ def toy_suite(name: str, folder: Path, labels: Sequence[str], **changes: Any) ->
         task["settings"] = {"head_rate": 0.01} if task["kind"] == "classes" else {}
         if task.get("clean") == "lines":  # its prompts have the tests in them
             task["settings"] = {"length": 80}
+        if "rows" in task.get("evaluation", {}):
+            task["evaluation"]["rows"] = re.sub("#.*", "#11-13", task["evaluation"]["rows"])
         if "tokens" in task.get("evaluation", {}):
             task["evaluation"]["tokens"] = 6
-            task["evaluation"]["rows"] = re.sub("#.*", "#11-13", task["evaluation"]["rows"])
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(suite | {"seeds": 2} | changes, sort_keys=False, allow_unicode=True))
     return path
