@@ -325,6 +325,14 @@ def suite_overview(name: str) -> str:
     return "\n".join(markdown_lines(overview_table(suite, tasks, found)))
 
 
+def reach_table(tasks: Sequence[str]) -> str:
+    """The sizes of LoRA-GA's start, each at its best learning rate, on the tasks that are complete, in Markdown."""
+    found = [each for each in published_results("reach") if each.task in tasks]
+    if lacking := [f"{each.task}/{each.label}" for each in found if each.missing]:
+        raise ValueError(f"not complete: {', '.join(lacking)}")
+    return "\n".join(markdown_lines(overview_table(load_suite("reach"), tasks, found)))
+
+
 def suite_methods(name: str, task: str) -> str:
     """The variants of a suite that have run on one task, compared with plain LoRA, in Markdown."""
     suite = load_suite(name)
@@ -552,6 +560,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         functools.partial(rate_choice_table, "glue-minilm"),
         functools.partial(suite_methods, "glue-minilm", "mrpc"),
         functools.partial(suite_methods, "ablation", "babyllama105"),
+        functools.partial(reach_table, ("stories260k", "babyllama105", "sst2")),
         why_table,
         found_rates_table,
         unswept_table,
