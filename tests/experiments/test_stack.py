@@ -98,6 +98,26 @@ def test_a_cell_that_diverges_leaves_the_others_as_they_are(toy: Path) -> None:
         assert found["curves"]["training"] == pytest.approx(run_cell(cell, PLACE)["curves"]["training"], abs=2e-5)
 
 
+def test_a_cell_that_is_not_finite_from_the_start_leaves_the_others_as_they_are(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(inputs: Any) -> Any:
+        model = load_method("lora").build(inputs)
+        next(p for name, p in model.named_parameters() if "down_proj.lora_B" in name).data.fill_(torch.nan)
+        return model
+
+    real = load_method
+    broken = replace(load_method("pissa"), build=build, options=load_method("lora").options)
+    monkeypatch.setattr(
+        "lora_ga.experiments.suites.run.load_method", lambda name: broken if name == "pissa" else real(name)
+    )
+    monkeypatch.setattr("lora_ga.experiments.suites.run.complete", lambda name, options: {"init_scale": 1.0})
+    records = run_stack(cells_of(toy, "text", ("lora", "pissa", "rslora")), PLACE)
+    assert [record["status"] for record in records] == ["done", "diverged", "done"]
+    assert "the report split's metrics are not finite" in records[1]["reason"]
+    assert records[0]["stack"] == 3
+
+
 def test_a_cell_that_fails_leaves_the_others_as_they_are(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(inputs: Any) -> Any:
         raise RuntimeError("out of luck")

@@ -124,6 +124,7 @@ def train_stack(runs: Mapping[int, Run], base: Any, place: Place) -> dict[int, E
                 except DivergedError as error:
                     diverged[position] = error
 
+    for_each(lambda _, loop: loop.begin())
     torch.manual_seed(first.cell.seed)
     base.train()
     for step in range(1, settings.steps + 1):

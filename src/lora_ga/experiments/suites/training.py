@@ -147,7 +147,7 @@ class Loop:
         device: str,
         curves: Curves,
     ) -> None:
-        """Makes the optimizer and the schedule, and evaluates the model if its curve is wanted.
+        """Makes the optimizer and the schedule.
 
         Args:
             prepared: The data and the loss.
@@ -163,8 +163,11 @@ class Loop:
         self.optimizer = method.optimizer(parameter_groups(method, model, inputs, settings.head_rate), inputs)
         warmup = round(settings.warmup * settings.steps)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, settings.steps)
-        model.train()
-        if settings.eval_steps < settings.steps:  # otherwise only the end is evaluated
+
+    def begin(self) -> None:
+        """Puts the model into training mode, and evaluates it if its curve is wanted."""
+        self.model.train()
+        if self.settings.eval_steps < self.settings.steps:  # otherwise only the end is evaluated
             self._evaluate(0)
 
     def batch(self) -> Batch:
@@ -207,6 +210,7 @@ def train(
     """Trains a model; see `Loop` for the arguments."""
     keep_in_float32(model)
     loop = Loop(prepared, method, model, inputs, settings, device, curves)
+    loop.begin()
     for step in range(1, settings.steps + 1):
         loop.note(accumulate_gradients(prepared, model, loop.batch(), settings, device))
         loop.update(step)
