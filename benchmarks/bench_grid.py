@@ -4,9 +4,9 @@
     python benchmarks/bench_grid.py --device cuda --task sst2 --runs 32 --workers 16 --stack 16
                                                                       # on a GPU; writes results/grid_cuda.json
 
-The runs are LoRA and LoRA-GA on one task of the published suites, with several rates and seeds. They go through
-`lora-ga reproduce`'s grid, once with `--workers` processes that train one run each, and once with `--stack` runs in one
-process. Both begin with the libraries loaded, and their losses are compared.
+The runs are LoRA and LoRA-GA on one task of the published suites, with several rates and seeds. They go through the
+processes of `lora-ga reproduce`: once through `--workers` of them that train one run each, and once through `--stacks`
+of them that train `--stack` runs each. Both begin with the libraries loaded, and their losses are compared.
 
 What a small model gains on a GPU is bounded by the operations that the host starts. They are counted on any device, of
 one training step of MiniLM: for each run, alone and in a stack of 16.

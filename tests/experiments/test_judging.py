@@ -27,7 +27,7 @@ from lora_ga.experiments.suites.grid import run_grid
 from lora_ga.experiments.suites.run import Place, build_inputs, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Task, load_suite
-from lora_ga.experiments.suites.training import Curves, keep_in_float32, train
+from lora_ga.experiments.suites.training import Curves, Loop, keep_in_float32, train
 from lora_ga.experiments.tasks import check, instruct, prepare
 from toys import data_folder
 
@@ -281,7 +281,7 @@ def test_a_saved_model_is_restored_exactly(method: str, chat: Cell, sources: Sou
             keep_in_float32(model)
             assert trained.restore(tmp_path / "saved", model) == {"loss": 1.5}
         else:
-            train(prepared, load_method(method), model, inputs, cell.settings, "cpu", Curves())
+            train(Loop(prepared, load_method(method), model, inputs, cell.settings, "cpu", Curves()))
             trained.save(tmp_path / "saved", model, base, {"loss": 1.5})
         with torch.no_grad():
             logits = model.eval()(**batch).logits

@@ -193,6 +193,8 @@ def find_rate(
     at least once and at most five times, and the result is the geometric mean. The module's docstring has the rule;
     docs/evidence.md has its regret against a sweep. It holds for a warm-up and a decay of the rate to zero.
 
+    A warning says if the gradients hardly agree. Then the rate is a guess, and often too low.
+
     Everything is as before afterwards, also after an error or an interruption: weights, `.grad`, buffers, modes, the
     global random generators and those of a `DataLoader`. Only an iterator has been read.
 

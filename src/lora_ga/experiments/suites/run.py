@@ -28,6 +28,7 @@ from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.training import (
     Curves,
     DivergedError,
+    Loop,
     autocast,
     keep_in_float32,
     measured,
@@ -181,6 +182,11 @@ class Run:
     base: dict[int, str]
     seconds: dict[str, float]
 
+    def loop(self, place: Place) -> Loop:
+        """The training loop of this run."""
+        settings = self.cell.settings
+        return Loop(self.prepared, self.method, self.model, self.inputs, settings, place.device, self.curves)
+
     @property
     def is_trained(self) -> bool:
         """Whether a run before has trained this model already and saved it."""
@@ -222,7 +228,7 @@ def result(cell: Cell, place: Place, curves: Curves) -> dict[str, Any]:
         return evaluated(run, place, _restored(run, place))
     started = time.perf_counter()
     torch.manual_seed(cell.seed)  # the same dropout for all methods, whatever their initialisation has drawn
-    train(run.prepared, run.method, run.model, run.inputs, cell.settings, place.device, curves)
+    train(run.loop(place))
     run.seconds["train"] = round(time.perf_counter() - started, 3)
     return finish(run, place)
 

@@ -110,10 +110,7 @@ def train_stack(runs: Mapping[int, Run], base: Any, place: Place) -> dict[int, E
     for run in runs.values():
         keep_in_float32(run.model)
     stack = Stack(base, [run.model for run in runs.values()])
-    loops = [
-        Loop(run.prepared, run.method, run.model, run.inputs, settings, place.device, run.curves)
-        for run in runs.values()
-    ]
+    loops = [run.loop(place) for run in runs.values()]
     diverged: dict[int, Exception] = {}  # position in the stack → why
 
     def for_each(action: Callable[[int, Loop], None]) -> None:

@@ -147,7 +147,7 @@ class Loop:
         device: str,
         curves: Curves,
     ) -> None:
-        """Makes the optimizer and the schedule.
+        """Keeps what trains in float32, and makes the optimizer and the schedule.
 
         Args:
             prepared: The data and the loss.
@@ -160,6 +160,7 @@ class Loop:
         """
         self.prepared, self.method, self.model, self.curves = prepared, method, model, curves
         self.settings, self.device = settings, device
+        keep_in_float32(model)
         self.optimizer = method.optimizer(parameter_groups(method, model, inputs, settings.head_rate), inputs)
         warmup = round(settings.warmup * settings.steps)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, settings.steps)
@@ -198,21 +199,11 @@ class Loop:
         self.curves.report.append({"step": step, **measured(self.prepared, self.model, "report", self.device)})
 
 
-def train(
-    prepared: PreparedTask,
-    method: Method,
-    model: Any,
-    inputs: BuildInputs,
-    settings: Settings,
-    device: str,
-    curves: Curves,
-) -> None:
-    """Trains a model; see `Loop` for the arguments."""
-    keep_in_float32(model)
-    loop = Loop(prepared, method, model, inputs, settings, device, curves)
+def train(loop: Loop) -> None:
+    """Trains the model of one run."""
     loop.begin()
-    for step in range(1, settings.steps + 1):
-        loop.note(accumulate_gradients(prepared, model, loop.batch(), settings, device))
+    for step in range(1, loop.settings.steps + 1):
+        loop.note(accumulate_gradients(loop.prepared, loop.model, loop.batch(), loop.settings, loop.device))
         loop.update(step)
         loop.optimizer.zero_grad()
         loop.evaluate_if_due(step)

@@ -6,7 +6,7 @@ not change which rows belong to a split. It changes the order of the rows, the h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional
 from lora_ga.experiments.methods.base import Batch
 from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources, select_columns
-from lora_ga.experiments.suites.spec import Task
+from lora_ga.experiments.suites.spec import Settings, Task
 from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
 
 EVAL_BATCH_SIZE = 64  # rows of a batch of the tuning and the reported split
@@ -143,6 +143,39 @@ def epoch_batches(lengths: Sequence[int], rows: int, order: torch.Generator) -> 
     return [whole[i] for i in torch.randperm(len(whole), generator=order).tolist()]
 
 
+def row_batches(
+    rows: Sequence[Any],
+    lengths: Sequence[int],
+    batch_of: Callable[[Sequence[Any]], Batch],
+    settings: Settings,
+    start_batch_size: int,
+    seed: int,
+) -> tuple[Iterator[Batch], list[Batch]]:
+    """The training batches of a run, and those for initialisations that read data.
+
+    Args:
+        rows: The training rows.
+        lengths: The length of every row.
+        batch_of: Makes a batch of some rows.
+        settings: The settings of the run.
+        start_batch_size: The number of rows of a batch for initialisations.
+        seed: Seed of the order. The rows for initialisations are drawn with a separate generator.
+
+    Returns:
+        The endless training batches, and the list of the others.
+    """
+    order, apart = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
+
+    def train_batches() -> Iterator[Batch]:
+        while True:
+            for turn in epoch_batches(lengths, settings.effective_batch_size, order):
+                yield batch_of([rows[i] for i in turn])
+
+    chosen = torch.randperm(len(rows), generator=apart)[: settings.samples]
+    parts = chosen.split(start_batch_size)
+    return train_batches(), [batch_of([rows[i] for i in part.tolist()]) for part in parts]
+
+
 def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     """Loads the model and the rows, and splits the tuning rows off."""
     task, settings = cell.task, cell.settings
@@ -161,26 +194,18 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
         encoded = sorted(collator.encode(some), key=lambda example: len(example["input_ids"]))  # less padding
         return [collator.batch(encoded[i : i + EVAL_BATCH_SIZE]) for i in range(0, len(encoded), EVAL_BATCH_SIZE)]
 
+    lengths = [len(example["input_ids"]) for example in examples]
     splits = {"tune": measured(tune), "report": measured([report[i] for i in kept])}
 
     def seeded(seed: int) -> PreparedTask:
-        order, apart = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
-
-        def train_batches() -> Iterator[Batch]:
-            while True:
-                for turn in epoch_batches(
-                    [len(example["input_ids"]) for example in examples], settings.effective_batch_size, order
-                ):
-                    yield collator.batch([examples[i] for i in turn])
-
-        chosen = torch.randperm(len(examples), generator=apart)[: settings.samples]
-        parts = chosen.split(settings.effective_batch_size)
+        size = settings.effective_batch_size
+        train_batches, start_batches = row_batches(examples, lengths, collator.batch, settings, size, seed)
         torch.manual_seed(seed)  # the new head
         return PreparedTask(
             base=load_model("AutoModelForSequenceClassification", folder, settings, num_labels=task.labels),
             task_type="SEQ_CLS",
-            train_batches=train_batches(),
-            start_batches=[collator.batch([examples[i] for i in part.tolist()]) for part in parts],
+            train_batches=train_batches,
+            start_batches=start_batches,
             splits=splits,
             loss=loss,
             measure=measure,

@@ -8,7 +8,7 @@ gives the other metrics, from answers of the trained model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
 from lora_ga.experiments.tasks import seq2seq
-from lora_ga.experiments.tasks.classes import epoch_batches
+from lora_ga.experiments.tasks.classes import row_batches
 from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
 from lora_ga.experiments.tasks.seq2seq import check_template
 from lora_ga.gradients.loss import IGNORED
@@ -196,23 +196,16 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     def measured(some: Sequence[tuple[list[int], int]]) -> list[Batch]:
         return [collator.batch(some[i : i + EVAL_BATCH_SIZE]) for i in range(0, len(some), EVAL_BATCH_SIZE)]
 
+    lengths = [len(ids) for ids, _ in train]
     splits = {"tune": measured(tune), "report": measured(report)}
 
     def seeded(seed: int) -> PreparedTask:
-        order, apart = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
-
-        def train_batches() -> Iterator[Batch]:
-            while True:
-                for turn in epoch_batches([len(ids) for ids, _ in train], settings.effective_batch_size, order):
-                    yield collator.batch([train[i] for i in turn])
-
-        chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
-        parts = chosen.split(settings.batch_size)
+        train_batches, start_batches = row_batches(train, lengths, collator.batch, settings, settings.batch_size, seed)
         return PreparedTask(
             base=load_model("AutoModelForCausalLM", folder, settings),
             task_type="CAUSAL_LM",
-            train_batches=train_batches(),
-            start_batches=[collator.batch([train[i] for i in part.tolist()]) for part in parts],
+            train_batches=train_batches,
+            start_batches=start_batches,
             splits=splits,
             loss=loss,
             measure=measure,

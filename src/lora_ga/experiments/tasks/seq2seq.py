@@ -6,7 +6,7 @@ is the word's, given the word's earlier tokens. One forward pass shows this, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lora_ga.experiments.methods.base import Batch
 from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.sources import Sources, select_columns
 from lora_ga.experiments.suites.spec import Task
-from lora_ga.experiments.tasks.classes import EVAL_BATCH_SIZE, check_labelled, epoch_batches
+from lora_ga.experiments.tasks.classes import EVAL_BATCH_SIZE, check_labelled, row_batches
 from lora_ga.experiments.tasks.prepared import PreparedTask, check_model, load_model
 from lora_ga.gradients.loss import IGNORED
 
@@ -124,20 +124,13 @@ def prepare(cell: Cell, sources: Sources) -> PreparedTask:
     splits = {"tune": measured(tune), "report": measured([report[i] for i in kept])}
 
     def seeded(seed: int) -> PreparedTask:
-        order, apart = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
-
-        def train_batches() -> Iterator[Batch]:
-            while True:
-                for turn in epoch_batches(lengths, settings.effective_batch_size, order):
-                    yield collator.batch([train[i] for i in turn])
-
-        chosen = torch.randperm(len(train), generator=apart)[: settings.samples]
-        parts = chosen.split(settings.effective_batch_size)
+        size = settings.effective_batch_size
+        train_batches, start_batches = row_batches(train, lengths, collator.batch, settings, size, seed)
         return PreparedTask(
             base=load_model("AutoModelForSeq2SeqLM", folder, settings),
             task_type="SEQ_2_SEQ_LM",
-            train_batches=train_batches(),
-            start_batches=[collator.batch([train[i] for i in part.tolist()]) for part in parts],
+            train_batches=train_batches,
+            start_batches=start_batches,
             splits=splits,
             loss=loss,
             measure=measure,
