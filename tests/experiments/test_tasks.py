@@ -15,9 +15,10 @@ from lora_ga.experiments.methods import METHODS
 from lora_ga.experiments.suites.cells import Cell, cell_of
 from lora_ga.experiments.suites.run import Place, run_cell
 from lora_ga.experiments.suites.sources import Sources, whole_file
-from lora_ga.experiments.suites.spec import Suite, load_suite
+from lora_ga.experiments.suites.spec import Settings, Suite, load_suite
 from lora_ga.experiments.suites.training import accumulate_gradients, autocast, micro_batches
 from lora_ga.experiments.tasks import check, prepare, seq2seq
+from lora_ga.experiments.tasks.classes import epoch_batches, row_batches
 from lora_ga.experiments.tasks.instruct import CLEANERS
 from lora_ga.gradients.loss import IGNORED
 
@@ -213,3 +214,14 @@ def test_a_reference_may_stand_for_some_rows_of_a_file(tmp_path: Path) -> None:
             sources.rows(f"data:rows.jsonl#{part}")
     assert whole_file("data:rows.jsonl#3-5") == whole_file("data:rows.jsonl") == "data:rows.jsonl"
     assert whole_file("hub:name:train[1:3]") == "hub:name:train[1:3]"
+
+
+def test_the_rows_of_a_run_follow_its_seed_and_those_of_the_start_a_generator_of_their_own() -> None:
+    rows, lengths = list(range(20)), [1 + number % 5 for number in range(20)]
+    settings = Settings(batch_size=4, gradient_accumulation_steps=2, samples=6)
+    train, start = row_batches(rows, lengths, lambda some: {"ids": torch.tensor(some)}, settings, 4, seed=3)
+    drawn = torch.randperm(20, generator=torch.Generator().manual_seed(1003))[:6]
+    assert [batch["ids"].tolist() for batch in start] == [drawn[:4].tolist(), drawn[4:].tolist()]
+    order = torch.Generator().manual_seed(3)
+    wanted = [turn for _ in range(3) for turn in epoch_batches(lengths, 8, order)]
+    assert [next(train)["ids"].tolist() for _ in wanted] == wanted
