@@ -1,8 +1,8 @@
 """Run a function of a test in several processes, and collect the results in the order of the ranks.
 
-As a program it runs a script under Accelerate on the CPU, with FSDP or DeepSpeed: python processes.py SCRIPT ARGUMENTS.
-FSDP and DeepSpeed also run on CPUs, over gloo, but Accelerate uses them on accelerators only. Here Accelerate treats
-the CPU as an accelerator.
+As a program it runs a script under Accelerate on the CPU: python processes.py SCRIPT ARGUMENTS. FSDP and DeepSpeed also
+run on CPUs, over gloo, but Accelerate uses them on accelerators only. Without --cpu among the arguments Accelerate
+treats the CPU as an accelerator.
 """
 
 from __future__ import annotations
@@ -116,7 +116,13 @@ def sums(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     sys.argv = sys.argv[1:]
+    if "--cpu" not in sys.argv:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # torch 2.13.0 aborts a process whose interpreter ends while a thread of gloo releases a tensor (pytorch#179291).
+    # With DDP, FSDP and ZeRO-3 these threads outlive the process group. A script that failed has ended already.
+    os._exit(0)

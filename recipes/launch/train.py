@@ -86,6 +86,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         print(json.dumps({"engine": trainer.accelerator.distributed_type, "losses": losses}))
+    trainer.accelerator.end_training()  # destroys the process group, as PyTorch asks scripts to do
 
 
 if __name__ == "__main__":
