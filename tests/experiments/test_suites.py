@@ -228,6 +228,25 @@ def test_a_run_whose_loss_has_risen_by_a_tenth_has_no_score_if_the_loss_chooses(
     assert (score(record, metric) is not None) == counts
 
 
+@pytest.mark.parametrize(
+    ("measured", "counts"),
+    [
+        ({"loss": 0.6832, "accuracy": 0.572, "matthews": 0.0}, False),  # the shares alone have a loss of 0.68275
+        ({"loss": 0.6826, "accuracy": 0.572, "matthews": 0.0}, True),
+        ({"loss": 0.6832, "accuracy": 0.572, "matthews": 0.01}, True),
+        ({"loss": 0.6832, "accuracy": 0.572}, True),  # more than two classes: no Matthews' correlation
+        ({"loss": 0.01, "accuracy": 1.0, "matthews": 0.0}, True),  # all rows of one class
+    ],
+)
+def test_a_classifier_that_has_learned_the_shares_of_its_classes_alone_has_no_score_if_the_loss_chooses(
+    suite: Suite, measured: dict[str, float], counts: bool
+) -> None:
+    record = done(cell_of(suite, "text", "lora", 0.001, 0), FIRST_LOSS)
+    record["metrics"]["tune"] = measured
+    assert (score(record, "loss") is not None) == counts
+    assert score(record, "accuracy") is not None
+
+
 def test_the_best_rate_is_picked_on_the_tuning_split_with_seed_0_and_gets_all_seeds(suite: Suite) -> None:
     asked: list[tuple[float, int]] = []
 

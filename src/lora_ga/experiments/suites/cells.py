@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,15 +179,24 @@ def score(record: Mapping[str, Any], metric: str) -> Score | None:
 
     Returns:
         The score; None for a run that failed or diverged. If the loss chooses, also for one that ended well above the
-        loss of its first batch; a classifier that is too sure of itself can have a high loss and a high accuracy.
+        loss of its first batch, and for one that has learned nothing but the shares of two classes. (A classifier that
+        is too sure of itself can have a high loss and a high accuracy.)
     """
     if record["status"] != "done":
         return None
     tune = record["metrics"]["tune"]
     training = record["curves"]["training"]
-    if metric == "loss" and training and tune["loss"] > WORSE * training[0]:
+    if metric == "loss" and ((training and tune["loss"] > WORSE * training[0]) or _is_constant(tune)):
         return None
     return (-tune[metric] if metric in SMALLER_IS_BETTER else tune[metric], -tune["loss"])
+
+
+def _is_constant(measured: Mapping[str, float]) -> bool:
+    # Whether a classifier of two classes gives one of them for every row, with at least the loss of the classes' shares.
+    # All runs at rates that are too high can end so. Their losses then differ by chance, and one of them has worse
+    # neighbours on both sides.
+    share = measured["accuracy"] if measured.get("matthews") == 0.0 else 0.0
+    return 0.0 < share < 1.0 and measured["loss"] >= -sum(each * math.log(each) for each in (share, 1.0 - share))
 
 
 def sweep_of(suite: Suite, task: str, label: str, records: Records) -> Sweep:
