@@ -49,7 +49,7 @@ def cells_of(task: str, runs: int) -> list[Cell]:
 
 def timed(pieces: Sequence[Sequence[Cell]], workers: int, place: Place) -> tuple[float, Records]:
     """Runs every piece in a process of its own, `workers` at a time; returns the seconds and the records."""
-    pool, left, found = WorkerPool(), list(pieces), {}
+    pool, left, found = WorkerPool(place.device), list(pieces), {}
     began = time.perf_counter()
     while left or len(pool):
         while left and len(pool) < workers:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from lora_ga.gradients.isolation import isolated
 from lora_ga.layers.embedding import EMBEDDING
 from lora_ga.layers.experts import EXPERTS
 from lora_ga.layers.targets import find_targets
-from lora_ga.linalg.accumulator import Size
+from lora_ga.linalg.accumulator import Size, all_finite, refuse_infinite
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import LowRank, gaussian
 from lora_ga.linalg.streaming import FRESH, STACKED, Streaming
@@ -125,6 +126,23 @@ def test_adding_blocks_does_not_wait_for_the_device_and_a_flush_waits_once() -> 
             with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
                 accumulator.flush()
             assert not accumulator._waiting  # so all of the work was done before the value was read
+
+
+def test_values_of_layers_on_two_gpus_are_read_together() -> None:
+    # Reading one of these tensors, which have no values, comes after all that has to bring them to one device.
+    with FakeTensorMode():
+        sums = {f"layer {n}": torch.randn(5, 4, device=f"cuda:{n}") for n in range(2)}
+        accumulator = Streaming({}, 0, 0)
+        for name, each in sums.items():
+            accumulator.streams[name] = SimpleNamespace(before=(each, each, each), held=None, sketch=each)
+        moved = mock.patch("lora_ga.linalg.streaming.direction_change", lambda before, held: before[0].sum())
+        for function in (
+            accumulator.changes,
+            lambda: refuse_infinite(sums),
+            lambda: all_finite([each.sum() for each in sums.values()]),
+        ):
+            with moved, pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
+                function()
 
 
 class Kernels(TorchDispatchMode):

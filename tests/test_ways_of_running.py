@@ -52,9 +52,9 @@ def compiled(folder: Path) -> PeftModel:
 
 
 def offloaded(folder: Path) -> PeftModel:
-    """Load a Llama by `device_map`, with the second of its two layers on disk."""
+    """Load a Llama by `device_map`, with its embeddings and the second of its two layers on disk."""
     llama().save_pretrained(folder / "base")
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     base = AutoModelForCausalLM.from_pretrained(
         folder / "base",
         device_map=places | {"lm_head": "cpu", "model.rotary_emb": "cpu"},

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lora_ga.experiments.methods import METHODS, load_method
 from lora_ga.experiments.methods.base import BuildInputs
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.cells import Cell, cell_of
-from lora_ga.experiments.suites.grid import run_grid
+from lora_ga.experiments.suites.grid import WorkerPool, run_grid
 from lora_ga.experiments.suites.run import Place, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import load_suite
@@ -37,6 +38,18 @@ PLACE = Place(Sources())
 def server() -> None:
     """Starts the server that other tests use too; otherwise the grid would start one with fewer libraries."""
     processes.start_server()
+
+
+@pytest.mark.parametrize(("device", "prepared"), [("cpu", True), ("cuda", False), ("cuda:1", False)])
+def test_processes_for_a_gpu_are_not_forked_from_one_that_has_started_cuda(
+    device: str, prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PEFT imports bitsandbytes, which starts CUDA where it finds a GPU.
+    preloaded: list[str] = []
+    monkeypatch.setattr(ForkServerContext, "set_forkserver_preload", lambda _, names: preloaded.extend(names))
+    WorkerPool(device)
+    assert ("peft" in preloaded) == prepared
+    assert prepared or preloaded == ["torch"]
 
 
 @pytest.mark.parametrize("task", ["text", "classes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from lora_ga.experiments.suites.run import Place, run_cell
 from lora_ga.experiments.suites.run_stack import run_stack
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import load_suite
-from lora_ga.experiments.suites.stack import AloneError, Stack, check_member
+from lora_ga.experiments.suites.stack import AloneError, Stack, check_member, share_memory
 from lora_ga.experiments.tasks import classes
 from toys import causal, llama, tokens
 
@@ -215,11 +216,50 @@ def test_a_batch_of_other_length_does_not_change_a_cells_logits() -> None:
 
 
 def test_frozen_weights_of_the_models_share_the_memory_of_the_base() -> None:
-    base, models = llama(seed=0), [aligned(seed) for seed in (1, 2)]
-    Stack(base, models)
+    base, model = llama(seed=0), aligned(1)
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight[0] += 1
+    share_memory(base, model)
     own = {p.data_ptr() for p in base.parameters()}
-    frozen = [p.data_ptr() for model in models for p in model.parameters() if not p.requires_grad]
-    assert set(frozen) <= own
+    others = [name for name, p in model.named_parameters() if not p.requires_grad and p.data_ptr() not in own]
+    assert others == ["base_model.model.lm_head.weight"]  # which is not equal
+
+
+def test_each_model_of_a_stack_shares_the_base_before_the_next_is_built(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, real = [], running.build
+
+    def build(*arguments: Any) -> Any:
+        for base, model in shared:
+            own = {p.data_ptr() for p in base.parameters()}
+            assert all(p.requires_grad or p.data_ptr() in own for p in model.parameters())
+        run = real(*arguments)
+        shared.append((arguments[-1].base, run.model))
+        return run
+
+    monkeypatch.setattr(running, "build", build)
+    records = run_stack(cells_of(toy, "text", ("lora", "rslora", "lora_ga")), PLACE)
+    assert [record["stack"] for record in records] == [3] * 3
+
+
+def test_the_models_of_a_stack_are_freed_before_other_cells_run_alone(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, real = [], running.build
+
+    def build(*arguments: Any) -> Any:
+        run = real(*arguments)
+        built.append(weakref.ref(run.model))
+        return run
+
+    def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
+        return {"alone": cell.label, "models": [each() for each in built]}
+
+    monkeypatch.setattr(running, "build", build)
+    monkeypatch.setattr(running, "run_cell", run_cell)
+    records = run_stack(cells_of(toy, "text", ("lora", "full", "rslora")), PLACE)
+    assert records[1] == {"alone": "full", "models": [None, None, None]}
 
 
 def _broken(change: Callable[[Any], None]) -> Any:

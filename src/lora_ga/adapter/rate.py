@@ -52,6 +52,7 @@ from lora_ga.gradients.loss import LossFunction, refuse_infinite_loss, unlabelle
 from lora_ga.gradients.progress import LOGGER
 from lora_ga.gradients.reader import ALL_IGNORED, MOST_UNLABELLED
 from lora_ga.layers.targets import peft_model_in
+from lora_ga.linalg.low_rank import read
 from lora_ga.warn import warn
 
 TRIAL, FEWEST = 8, 4  # steps of a trial, and the fewest with which it says anything
@@ -332,13 +333,14 @@ class _Trials:
         Raises:
             ValueError: A loss is not finite, they are not above 0, or no gradient reaches the adapter.
         """
-        losses, sums, counts = [], [torch.zeros_like(each) for each in self.adapter], 0.0
+        losses, sums, nonzero = [], [torch.zeros_like(each) for each in self.adapter], []
         for place in range(len(self.batches)):
             losses.append(self._loss(place, backward=True, at_start=True))
             for total, parameter in zip(sums, self.adapter, strict=True):
                 if parameter.grad is not None:
                     total.add_(parameter.grad.sign())
-                    counts += float(parameter.grad.count_nonzero())
+                    nonzero.append(parameter.grad.count_nonzero().reshape(1))
+        counts = sum(read(nonzero))
         if not counts:
             raise ValueError("No gradient reaches the adapter. Check that it is active and takes part in the loss.")
         if not statistics.fmean(losses) > 0:
@@ -346,7 +348,7 @@ class _Trials:
                 f"The loss at the start is {statistics.fmean(losses):.3g}; a search needs one above 0, since it looks "
                 "for the rate from which on the loss rises by a tenth. Set the learning rate yourself."
             )
-        squares = sum(float(total.double().square().sum()) for total in sums)
+        squares = sum(read([total.double().square().sum().reshape(1) for total in sums]))
         return losses, (squares - counts) / (counts * (len(self.batches) - 1))
 
     def stable(self, rate: float, losses: Sequence[float]) -> tuple[bool, int]:

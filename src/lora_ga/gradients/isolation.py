@@ -423,13 +423,12 @@ def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where batches have to be: the device of the input embeddings, or of the first parameter."""
+    """Where batches have to be: where the input embeddings compute, or the model if it has none."""
     try:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # not a Transformers model, or one for audio or images
         embeddings = None
-    parameter = next((embeddings or model).parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    return compute_device(model if embeddings is None else embeddings)
 
 
 def compute_device(layer: nn.Module) -> torch.device:

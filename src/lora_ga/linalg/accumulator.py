@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lora_ga.linalg.low_rank import LowRank
+from lora_ga.linalg.low_rank import LowRank, read
 
 
 class Size(NamedTuple):
@@ -94,9 +94,11 @@ def all_finite(values: Sequence[Tensor]) -> bool:
     """
     if not values:
         return True
-    return bool(
-        torch.stack([each.detach().reshape(()).to(values[0], non_blocking=True) for each in values]).isfinite().all()
-    )
+    first = values[0]
+    # A copy from a GPU to the CPU that does not wait could be read before it has arrived.
+    waits_not = first.device.type != "cpu"
+    own = [each.detach().reshape(()).to(first, non_blocking=waits_not) for each in values]
+    return bool(torch.stack(own).isfinite().all())
 
 
 def refuse_infinite(sums: Mapping[str, Tensor]) -> None:
@@ -108,9 +110,7 @@ def refuse_infinite(sums: Mapping[str, Tensor]) -> None:
     Raises:
         FloatingPointError: A sum is not finite; the message names the first layer.
     """
-    if not sums:
-        return
-    finite = torch.stack([torch.isfinite(each).all() for each in sums.values()]).tolist()
+    finite = read([torch.isfinite(each).all().reshape(1) for each in sums.values()])
     bad = [name for name, fine in zip(sums, finite, strict=True) if not fine]
     if bad:
         more = f" (and in {len(bad) - 1} more layers)" if len(bad) > 1 else ""

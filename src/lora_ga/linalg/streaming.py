@@ -275,9 +275,7 @@ class Streaming:
                 # An expert without a token has not seen the batch.
                 found[name] = torch.where((stream.sketch == sketch_OP).all(), torch.nan, change)
                 stream.before = None
-        if not found:
-            return {}
-        values = torch.stack(list(found.values())).tolist()
+        values = read([change.reshape(1) for change in found.values()])
         return {name: value for name, value in zip(found, values, strict=True) if not math.isnan(value)}
 
     def factors(self, names: Iterable[str]) -> dict[str, LowRank]:

@@ -192,9 +192,9 @@ def score(record: Mapping[str, Any], metric: str) -> Score | None:
 
 
 def _is_constant(measured: Mapping[str, float]) -> bool:
-    # Whether a classifier of two classes gives one of them for every row, with at least the loss of the classes' shares.
-    # All runs at rates that are too high can end so. Their losses then differ by chance, and one of them has worse
-    # neighbours on both sides.
+    # Whether a classifier of two classes gives one of them for every row, with at least the loss of the shares of the
+    # classes. All runs at rates that are too high can end so. Their losses then differ by chance, and one of them has
+    # worse neighbours on both sides.
     share = measured["accuracy"] if measured.get("matthews") == 0.0 else 0.0
     return 0.0 < share < 1.0 and measured["loss"] >= -sum(each * math.log(each) for each in (share, 1.0 - share))
 

@@ -68,7 +68,7 @@ def run_grid(
     if not retry:  # a saved model only has to be evaluated
         failed = {digest for digest in failed if trained.is_saved(store.unjudged(digest))}
     known = {digest: record for digest, record in records.items() if digest not in failed}
-    runs: InProcess | WorkerPool = WorkerPool() if workers else InProcess()
+    runs: InProcess | WorkerPool = WorkerPool(place.device) if workers else InProcess()
     running: dict[str, Cell] = {}
     try:
         while True:
@@ -118,12 +118,17 @@ class InProcess:
 class WorkerPool:
     """Runs each stack in a new process, so that its peak memory is measured alone and a crash ends only its cells.
 
-    The processes are forked from a server process that has imported the libraries.
+    The processes are forked from a server process that has imported the libraries; for a GPU it has imported torch
+    alone. PEFT imports bitsandbytes, which starts CUDA, and a process that is forked after that cannot use CUDA.
+
+    Args:
+        device: Where the cells run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        libraries = ["lora_ga.experiments.suites.run_stack", "peft"] if device == "cpu" else ["torch"]
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["lora_ga.experiments.suites.run_stack", "peft"])
+        self.context.set_forkserver_preload(libraries)
         self.running: dict[Any, tuple[Any, Sequence[Cell], Any]] = {}
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from lora_ga.experiments.suites.cells import Cell
 from lora_ga.experiments.suites.run import Place, Run, build, finish, quiet, recorded, run_cell
-from lora_ga.experiments.suites.stack import AloneError, Stack, check_member
+from lora_ga.experiments.suites.stack import AloneError, Stack, check_member, share_memory
 from lora_ga.experiments.suites.training import Curves, DivergedError, Loop, autocast, keep_in_float32
 from lora_ga.experiments.tasks import prepare
 
@@ -29,17 +30,25 @@ def run_stack(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
     if len(cells) == 1:
         return [run_cell(cells[0], place)]
     if place.device.startswith("cuda"):
+        torch.cuda.init()  # the next line does not, and fails without it
         torch.cuda.reset_peak_memory_stats(place.device)
+    records = _records(cells, place)
+    gc.collect()  # frees the models before another is built
+    return [run_cell(cell, place) if record is None else record for cell, record in zip(cells, records, strict=True)]
+
+
+def _records(cells: Sequence[Cell], place: Place) -> list[dict[str, Any] | None]:
+    """The records of the cells; None for those that must run alone."""
     curves = [Curves() for _ in cells]
     with quiet():
         members, base = _members(cells, place, curves)
         runs = {number: member for number, member in enumerate(members) if isinstance(member, Run)}
         errors = {number: member for number, member in enumerate(members) if isinstance(member, Exception)}
         errors |= _trained(runs, base, place)
-    records = []
+    records: list[dict[str, Any] | None] = []
     for number, (cell, curve) in enumerate(zip(cells, curves, strict=True)):
         if isinstance(errors.get(number), AloneError):
-            records.append(run_cell(cell, place))
+            records.append(None)
             continue
 
         def outcome(number: int = number) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def run_stack(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
 
 
 def _members(cells: Sequence[Cell], place: Place, curves: Sequence[Curves]) -> tuple[list[Run | Exception], Any]:
-    """Builds the cells' models; the data are read once for all.
+    """Builds the cells' models, which share the base model's frozen weights; the data are read once for all.
 
     Returns:
         For each cell its run, or why it has none: it failed, or must run alone. And the base model.
@@ -65,12 +74,14 @@ def _members(cells: Sequence[Cell], place: Place, curves: Sequence[Curves]) -> t
     members: list[Run | Exception] = []
     try:
         prepared = prepare(cells[0], place.sources)
+        prepared.base.to(place.device)
     except Exception as error:  # a record says so
         return [error] * len(cells), None
     for cell, curve in zip(cells, curves, strict=True):
         try:
             run = build(cell, place, curve, prepared)
             check_member(run.model, run.method, cell.settings.rank)
+            share_memory(prepared.base, run.model)
             members.append(AloneError("it is trained already") if run.is_trained else run)
         except Exception as error:  # the other cells go on
             members.append(error)
@@ -83,7 +94,7 @@ def _trained(runs: Mapping[int, Run], base: Any, place: Place) -> dict[int, Exce
         return {number: AloneError("no other cell is left") for number in runs}
     began = time.perf_counter()
     try:
-        errors = train_stack(runs, base.to(place.device), place)
+        errors = train_stack(runs, base, place)
     except Exception as error:  # the other stacks go on
         return dict.fromkeys(runs, error)
     for run in runs.values():

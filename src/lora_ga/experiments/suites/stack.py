@@ -148,6 +148,15 @@ def stack_parameters(parameters: Sequence[nn.Parameter]) -> Tensor:
     return stacked
 
 
+def share_memory(base: Any, model: Any) -> None:
+    """Makes a cell's model share the memory of the frozen weights that are equal to those of the base model."""
+    own = dict(base.named_parameters())
+    for name, parameter in model.get_base_model().named_parameters():
+        same = own.get(name.replace(".base_layer.", "."))
+        if same is not None and not parameter.requires_grad and torch.equal(parameter, same):
+            parameter.data = same.data
+
+
 class Stack:
     """The models of several cells as one model.
 
@@ -160,7 +169,7 @@ class Stack:
 
         Args:
             base: The base model, as it was loaded. It is frozen and gets hooks.
-            models: The cells' models. Frozen weights that are equal to the base model's share its memory from now on.
+            models: The cells' models.
 
         Raises:
             AloneError: A method has changed the base model in a way that a stack cannot follow.
@@ -176,8 +185,6 @@ class Stack:
             head = {part: stack_parameters(parameters) for part, parameters in members.items()}
             self.leaves += head.values()
             modules[name].register_forward_hook(_replaces(head))
-        for model in models:
-            self._share_memory(model)
 
     @staticmethod
     def _heads(models: Sequence[Any]) -> dict[str, dict[str, list[nn.Parameter]]]:
@@ -189,13 +196,6 @@ class Stack:
                     layer, _, part = name.replace(SAVED_HEAD, "").rpartition(".")
                     heads.setdefault(layer, {}).setdefault(part, []).append(parameter)
         return heads
-
-    def _share_memory(self, model: Any) -> None:
-        own = dict(self.base.named_parameters())
-        for name, parameter in model.get_base_model().named_parameters():
-            same = own.get(name.replace(".base_layer.", "."))
-            if same is not None and not parameter.requires_grad and torch.equal(parameter, same):
-                parameter.data = same.data
 
     def logits(self, batches: Sequence[Batch]) -> list[Tensor]:
         """The logits of every cell's batch, in one forward pass.
