@@ -618,6 +618,24 @@ def test_auto_refuses_the_optimizers_and_schedules_that_it_is_not_made_for(tmp_p
         check_rate_can_be_set(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), 0.0)
 
 
+def test_auto_refuses_too_little_data_before_the_estimate_and_its_advice_works(tmp_path: Path) -> None:
+    changes = {"max_steps": 50, "gradient_accumulation_steps": 100}
+    trainer = transformers_trainer([callback(learning_rate="auto")], tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"a search needs those of 4 steps of 100 batches each.*or smaller batches"):
+        trainer.train()
+    again = transformers_trainer([callback(learning_rate="auto")], tmp_path, max_steps=50, model=trainer.model)
+    with pytest.warns(UserWarning, match="No learning rate up to"):
+        again.train()
+    assert again.args.learning_rate != 2e-2
+
+
+def test_auto_warns_of_a_schedule_that_does_not_decay(tmp_path: Path) -> None:
+    changes = {"max_steps": 50, "lr_scheduler_type": "constant_with_warmup"}
+    trainer = transformers_trainer([callback(learning_rate="auto")], tmp_path, **changes)
+    with pytest.warns(UserWarning, match="lr_scheduler_type is constant_with_warmup. The rate may be too high"):
+        trainer.train()
+
+
 def test_a_rate_is_auto_or_given_to_the_trainer() -> None:
     with pytest.raises(ValueError, match=r'learning_rate=0.001: it must be "auto" or None. Give a number to the'):
         LoraGACallback(learning_rate=1e-3)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -145,11 +146,36 @@ def test_a_checkpoint_of_another_search_or_a_damaged_one_is_refused(tmp_path: Pa
     file = tmp_path / "rate.json"
     model, batches = lora()
     find_rate(model, batches, STEPS, checkpoint=file)
-    with pytest.raises(ValueError, match=r"rate.json: belongs to the search for another adapter"):
+    with pytest.raises(ValueError, match=r"rate.json: belongs to the search for another model, adapter or start"):
         find_rate(model, batches[1:], STEPS, checkpoint=file)
+    with pytest.raises(ValueError, match=r"checkpoint='.*': a folder. Give the path of a file"):
+        find_rate(model, batches, STEPS, checkpoint=tmp_path)
     file.write_text(file.read_text()[:-9])
     with pytest.raises(ValueError, match=r"rate.json: damaged.*Remove it to search again"):
         find_rate(model, batches, STEPS, checkpoint=file)
+
+
+def identity(model: nn.Module) -> str:
+    return rates._Trials(model, [[batch] for batch in classified(4)], None, None).identity()
+
+
+def test_a_search_is_recognised_by_its_model_its_start_its_scaling_and_its_batches() -> None:
+    whole = lora_ga.estimate_gradients(norm_in_front(), classified(2))
+
+    def start(scaling: float = 1.0, **settings: Any) -> Any:
+        model = norm_in_front()
+        lora_ga.apply_estimate(model, whole, lora_ga.LoraGAConfig(**settings))
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scaling["default"] *= scaling
+        return model
+
+    other = start()
+    other.base_model.model.bert.encoder.layer[0].output.dense.weight.data *= 2
+    # The values that train are equal in all of these: the changes of A and B, which are zero.
+    models = [start(), start(stable_gamma=1.0), start(scaling=2.0), other]
+    assert len({identity(model) for model in models}) == len(models)
+    assert identity(start()) == identity(start())
 
 
 def test_the_agreement_is_the_mean_product_of_signs_on_two_batches_and_the_rate_follows_the_rule() -> None:
@@ -234,7 +260,7 @@ def test_a_longer_run_is_searched_on_more_groups_and_uses_again_what_a_shorter_o
     assert find_rate(model, batches, 399, checkpoint=file) == short
     assert len(json.loads(file.read_text())["groups"]) == 3
     others = [*batches[:8], *classified(40)[30:38], *batches[16:]]
-    with pytest.raises(ValueError, match=r"rate.json: belongs to the search for another adapter, or on other batches"):
+    with pytest.raises(ValueError, match=r"rate.json: belongs to the search for another model, adapter or start"):
         find_rate(model, others, 800, checkpoint=file)
 
 
@@ -263,8 +289,17 @@ def unlabelled() -> Iterator[dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 20}, r"steps=20: a search costs about 25 steps .* at least 50"),
+        ({"steps": 20}, r"steps=20: a search costs 20 to 40 steps .* at least 50"),
         ({"steps": 2.0}, r"steps=2.0: it must be an integer of at least 1"),
+        ({"steps": np.int64(20)}, r"steps=np.int64\(20\): a search costs|steps=20: a search costs"),
+        (
+            {"optimizer": lambda rate: torch.optim.SGD([nn.Parameter(torch.ones(1))], rate)},
+            r"makes a SGD, but the rule",
+        ),
+        (
+            {"optimizer": lambda rate: torch.optim.AdamW([nn.Parameter(torch.ones(1))], 0.5)},
+            r"optimizer= gives the learning rates 0.5 at every rate. Give a function from a rate",
+        ),
         ({"data": classified(3)}, r"gives 3 batches with a label, but a search needs those of 4 steps, better"),
         ({"data": classified(7), "gradient_accumulation_steps": 2}, r"those of 4 steps of 2 batches each"),
         ({"data": unlabelled()}, r"None of the 8 batches has a label"),
@@ -280,6 +315,29 @@ def test_bad_input_is_refused_and_the_model_stays(changes: dict[str, Any], messa
     with pytest.raises(ValueError, match=message):
         find_rate(model, **given)
     assert_equal(list(model.state_dict().values()), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": None}, r"data is a NoneType; it must be an iterable of batches"),
+        ({"data": classified(1)[0]}, r"data is a .*; it must be .*One batch alone is given as \[batch\]"),
+        ({"optimizer": torch.optim.AdamW}, r"is no function. Give a function from a rate to an optimizer"),
+        ({"optimizer": 1e-3}, r"optimizer=0.001 is no function. Give a function"),
+        ({"optimizer": lambda rate: None}, r"returned a NoneType. Give a function from a rate to an optimizer"),
+    ],
+)
+def test_input_of_another_kind_is_refused(changes: dict[str, Any], message: str) -> None:
+    model, batches = lora_ga_start()
+    given: dict[str, Any] = {"data": batches, "steps": STEPS} | changes
+    with pytest.raises(TypeError, match=message):
+        find_rate(model, **given)
+
+
+def test_a_search_in_inference_mode_is_refused() -> None:
+    model, batches = lora_ga_start()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"torch.inference_mode\(\) is on"):
+        find_rate(model, batches, STEPS)
 
 
 def test_a_loss_that_is_finite_at_no_rate_is_refused_and_one_that_no_rate_raises_gives_a_warning() -> None:

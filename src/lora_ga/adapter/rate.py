@@ -25,7 +25,8 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ from lora_ga.gradients.isolation import (
 from lora_ga.gradients.loss import LossFunction, refuse_infinite_loss, unlabelled
 from lora_ga.gradients.progress import LOGGER
 from lora_ga.gradients.reader import ALL_IGNORED, MOST_UNLABELLED
+from lora_ga.gradients.setup import refuse_inference_mode
+from lora_ga.layers.optimizers import starts_of
 from lora_ga.layers.targets import peft_model_in
 from lora_ga.linalg.low_rank import read
 from lora_ga.warn import warn
@@ -58,6 +61,8 @@ from lora_ga.warn import warn
 TRIAL, FEWEST = 8, 4  # steps of a trial, and the fewest with which it says anything
 WARMUP = 3  # steps over which the rate of a trial rises
 TOLERATED = 0.1  # a loss that rises by more than this share of the loss at the start shows that the rate is too high
+CONSTANT = ("constant", "constant_with_warmup")  # schedules for which the rule is not made
+OPTIMIZER = "Give a function from a rate to an optimizer: optimizer=lambda rate: torch.optim.AdamW(parameters, rate)."
 FIRST, LOWEST, HIGHEST = -4, -12, -1  # exponents of √10: the first rate tried is 1e-2, the others 1e-6 to 0.316
 # The rate of a run of `REFERENCE` steps is FACTOR · edge · √a. Set on nine lines of runs (two Llamas and SST-2, each
 # with LoRA, rsLoRA and LoRA-GA): 0.5 to 0.8 are nearly as good. The minimum of a parabola is at half of its edge.
@@ -65,10 +70,11 @@ FACTOR, REFERENCE = 0.6, 200
 # A smaller agreement counts as this. Set on QNLI, where 0.003 to 0.008 gave rates of a tenth to a quarter of the best.
 LEAST_AGREEMENT = 0.05
 UNSURE = 0.02  # below this a warning says that the rate is a guess
-LEAST_STEPS = 50  # a group costs about 25 steps; before a shorter run it does not pay
+LEAST_STEPS = 50  # a group costs 20 to 40 steps; before a shorter run it does not pay
 STEPS_OF_GROUP, MOST_GROUPS = 200, 5  # one group for so many steps of the run, and at most so many groups
 SHARE = 0.15  # of the run's steps: the last, finest trial of a group is left out if the search would cost more with it
-SCHEMA = 2
+SAMPLED = 64  # values of each frozen parameter by which a checkpoint recognises the model
+SCHEMA = 3
 
 
 @dataclasses.dataclass
@@ -76,7 +82,7 @@ class Group:
     """What has been measured on the batches of one group.
 
     Attributes:
-        identity: Digest of the adapter's values and of the batches.
+        identity: Digest of the model, the adapter and the batches; see `_Trials.identity`.
         losses: The loss of each trial step's batch at the start.
         agreement: a; None before it is known.
         stable: Rate → whether the trial at it was stable.
@@ -88,6 +94,11 @@ class Group:
     agreement: float | None = None
     stable: dict[float, bool] = dataclasses.field(default_factory=dict)
     passes: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no rate that was tried is unstable."""
+        return all(self.stable.values())
 
     @property
     def edge(self) -> float:
@@ -128,9 +139,11 @@ class Search:
             The search.
 
         Raises:
-            ValueError: The file is damaged, or of another adapter or other batches.
+            ValueError: The file is damaged or a folder, or of another model or adapter, or of other batches.
         """
         known: list[Group] = []
+        if file is not None and file.is_dir():
+            raise ValueError(f"checkpoint={str(file)!r}: a folder. Give the path of a file, which need not exist.")
         if file is not None and file.exists():
             with damaged(file, advice="Remove it to search again."):
                 found = parse_json(file.read_text(encoding="utf-8"))
@@ -141,8 +154,8 @@ class Search:
                     group.stable = {float(rate): bool(stable) for rate, stable in group.stable.items()}
         if any(group.identity != identity for group, identity in zip(known, identities, strict=False)):
             raise ValueError(
-                f"{file}: belongs to the search for another adapter, or on other batches. Give each search a file of "
-                "its own, or remove this one to search again."
+                f"{file}: belongs to the search for another model, adapter or start, or on other batches. Give each "
+                "search a file of its own, or remove this one to search again."
             )
         return cls(known + [Group(identity) for identity in identities[len(known) :]], len(identities), file)
 
@@ -164,7 +177,7 @@ class Search:
 
     def summary(self) -> str:
         """What was measured, for a message."""
-        edges = ", ".join(f"{group.edge:.2g}" for group in self.used)
+        edges = ", ".join(f"{'>' * group.is_open}{group.edge:.2g}" for group in self.used)
         agreements = ", ".join(f"{group.agreement:.2g}" for group in self.used)
         return (
             f"found in {sum(group.passes for group in self.used)} steps (the loss rises from {edges} on; agreement of "
@@ -187,12 +200,13 @@ def find_rate(
     optimizer: Callable[[float], Optimizer] | None = None,
     checkpoint: str | Path | None = None,
 ) -> float:
-    """Find a peak learning rate for training an adapter with AdamW, from trials that cost about an eighth of the run.
+    """Find a peak learning rate for training an adapter with AdamW, from short trials.
 
     Eight batches show how far their gradients agree, and trials of at most eight steps on them show from which rate on
-    the loss rises. This costs about 25 training steps. It is done once for each 200 steps of the run, on other batches,
-    at least once and at most five times, and the result is the geometric mean. The module's docstring has the rule;
-    docs/evidence.md has its regret against a sweep. It holds for a warm-up and a decay of the rate to zero.
+    the loss rises. This costs 20 to 40 training steps. It is done once for each 200 steps of the run, on other batches,
+    at least once and at most five times, and the result is the geometric mean. So the search costs about an eighth of a
+    run of 200 to 1,000 steps, and more than half of one of 50. The module's docstring has the rule, and
+    docs/evidence.md its regret against a sweep. It holds for a warm-up and a decay of the rate to zero.
 
     A warning says if the gradients hardly agree. Then the rate is a guess, and often too low.
 
@@ -208,21 +222,27 @@ def find_rate(
         steps: Optimizer steps of the run.
         gradient_accumulation_steps: Batches in one optimizer step.
         loss_fn: `(model, batch) → loss` or `→ (loss, weight)`; by default `model(**batch).loss`.
-        optimizer: Rate → a new optimizer of the model's parameters, for parameter groups of your own. By default AdamW
-            without weight decay, with this rate for everything that trains. The rule is for Adam and its relatives.
-        checkpoint: A JSON file for what has been measured. If it exists, the search goes on from it.
+        optimizer: Rate → a new optimizer of the Adam family, for parameter groups of your own. By default AdamW
+            without weight decay, with this rate for everything that trains.
+        checkpoint: A JSON file for what has been measured. If it exists, the search goes on from it. It recognises the
+            model, the adapter with its start, and the batches, but neither `loss_fn` nor `optimizer`: give each of them
+            a file of its own.
 
     Returns:
         The rate, to two digits.
 
     Raises:
-        TypeError: There are no LoRA layers.
+        TypeError: There are no LoRA layers; the data is no iterable of batches; `optimizer` is no function from a rate
+            to an optimizer.
         ValueError: There are fewer than 50 steps, fewer than four steps' batches, no label, or nothing that trains; a
-            loss at the start is not finite or not above 0; it rises or is not finite at every rate; there are several
-            processes; the checkpoint is damaged or of another search.
+            loss at the start is not finite or not above 0; it rises or is not finite at every rate; the optimizer is
+            not of the Adam family, or does not depend on the rate; there are several processes;
+            `torch.inference_mode()` is on; the checkpoint is damaged, a folder, or of another search.
     """
     network = unwrapped(model)
-    _check(network, steps, gradient_accumulation_steps)
+    _check(network, data, steps, gradient_accumulation_steps)
+    if optimizer is not None and (not callable(optimizer) or isinstance(optimizer, type)):
+        raise TypeError(f"optimizer={optimizer!r} is no function. {OPTIMIZER}")
     with _as_before(network, data):
         batches = _batches_of_steps(network, data, steps_of_groups(steps), gradient_accumulation_steps, loss_fn)
         parts = [batches[at : at + TRIAL] for at in range(0, len(batches), TRIAL)]
@@ -240,7 +260,12 @@ def find_rate(
                 _try_rate(group, each, first + 0.5, search.save)
     rate = search.rate(steps)
     agreement = statistics.median(group.agreement or 0.0 for group in search.used)
-    if agreement < UNSURE:
+    if any(group.is_open for group in search.used):
+        warn(
+            f"No learning rate up to {max(search.used[0].stable):g} raises the loss in the first steps, so the rate "
+            f"{rate:g} is a guess. Check that the adapter takes part in the loss, or set the rate yourself."
+        )
+    elif agreement < UNSURE:
         warn(
             f"The gradients of the first batches hardly agree (agreement {agreement:.2g}, and {UNSURE:g} or more is "
             f"usual), so the learning rate {rate:g} is a guess, and often too low. If the loss does not fall, try "
@@ -253,8 +278,8 @@ def find_rate(
 def note_default_rate(steps: int, rate: float) -> str:
     """What is said where a run is too short for a search, so that it trains at the default rate."""
     return (
-        f"LoRA-GA: {steps} steps are too few to look for a learning rate (at least {LEAST_STEPS}; a search costs about "
-        f"25), so training uses {rate:g}"
+        f"LoRA-GA: {steps} steps are too few to look for a learning rate (at least {LEAST_STEPS}; a search costs 20 to "
+        f"40), so training uses {rate:g}"
     )
 
 
@@ -277,11 +302,6 @@ def _find_edge(group: Group, trials: _Trials, first: int, save: Callable[[], Non
     if _try_rate(group, trials, exponent, save):
         while exponent < HIGHEST and _try_rate(group, trials, exponent + 1, save):
             exponent += 1
-        if exponent == HIGHEST:
-            warn(
-                f"No learning rate up to {max(group.stable):g} raises the loss in the first steps, so the rate that "
-                "is found is a guess. Check that the adapter takes part in the loss, or set the rate yourself."
-            )
     else:
         while not _try_rate(group, trials, exponent := exponent - 1, save):
             if exponent == LOWEST:
@@ -315,14 +335,51 @@ class _Trials:
         """Train `network` on `batches`, one sequence of them for each step."""
         self.batches, self._pass = batches, BatchPass(network, loss_fn)
         self.parameters = {name: each for name, each in network.named_parameters() if each.requires_grad}
-        layers = [module for module in peft_model_in(network).modules() if isinstance(module, LoraLayer)]
-        held = {id(each) for layer in layers for each in layer.parameters()}
+        self.frozen = {name: each for name, each in network.named_parameters() if not each.requires_grad}
+        self.layers = [module for module in peft_model_in(network).modules() if isinstance(module, LoraLayer)]
+        held = {id(each) for layer in self.layers for each in layer.parameters()}
         self.adapter = [each for each in self.parameters.values() if id(each) in held]
-        self._optimizer = optimizer or (lambda rate: AdamW(self.parameters.values(), rate, weight_decay=0.0))
+        self._given = optimizer
+        self._rates: dict[float, list[float]] = {}  # given rate → those of the optimizer's groups
 
     def identity(self) -> str:
-        """A digest of the start and the batches."""
-        return digest_of((self.parameters, self.batches))
+        """A digest of what trains, A₀ and B₀, the scaling, some values of each frozen parameter, and the batches."""
+        found = starts_of(self.parameters.values())
+        starts = [found[id(each)] for each in self.parameters.values() if id(each) in found]
+        scalings = [layer.scaling for layer in self.layers]
+        some = {
+            name: each.detach().reshape(-1)[:: max(1, each.numel() // SAMPLED)][:SAMPLED]
+            for name, each in self.frozen.items()
+            if not each.is_meta
+        }
+        return digest_of((self.parameters, starts, scalings, some, self.batches))
+
+    def _optimizer(self, rate: float) -> Optimizer:
+        """A new optimizer at a rate.
+
+        Returns:
+            The given function's, or AdamW.
+
+        Raises:
+            TypeError: The given function makes no optimizer.
+            ValueError: It is not of the Adam family, or has the same rates as at another rate.
+        """
+        if self._given is None:
+            return AdamW(self.parameters.values(), rate, weight_decay=0.0)
+        found = self._given(rate)
+        if not isinstance(found, Optimizer):
+            raise TypeError(f"optimizer={self._given!r} returned a {type(found).__name__}. {OPTIMIZER}")
+        if not is_of_adam(found):
+            raise ValueError(
+                f"optimizer= makes a {type(found).__name__}, but the rule is for AdamW and its relatives. Leave the "
+                "optimizer out, or sweep the rate."
+            )
+        own = [float(group["lr"]) for group in found.param_groups]
+        if any(own == known for other, known in self._rates.items() if other != rate):
+            shown = ", ".join(f"{each:g}" for each in own)
+            raise ValueError(f"optimizer= gives the learning rates {shown} at every rate. {OPTIMIZER}")
+        self._rates[rate] = own
+        return found
 
     def at_start(self) -> tuple[list[float], float]:
         """The losses before any step, and the agreement of the adapter's gradients.
@@ -398,20 +455,32 @@ class _Trials:
         return sum(loss * weight for loss, weight in found) / total
 
 
-def _check(network: nn.Module, steps: int, accumulation: int) -> None:
+def is_of_adam(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is of the Adam family, for which the rule is made: its name says so."""
+    return "adam" in type(optimizer).__name__.lower()
+
+
+def _check(network: nn.Module, data: Any, steps: int, accumulation: int) -> None:
     """Refuse what can be refused before a batch is read.
 
     Raises:
+        TypeError: See `find_rate`.
         ValueError: See `find_rate`.
     """
     for name, value in (("steps", steps), ("gradient_accumulation_steps", accumulation)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r}: it must be an integer of at least 1.")
+    if not isinstance(data, Iterable) or isinstance(data, Mapping):
+        raise TypeError(
+            f"data is a {type(data).__name__}; it must be an iterable of batches. One batch alone is given as [batch]; "
+            f"a search needs those of {FEWEST} steps."
+        )
     if steps < LEAST_STEPS:
         raise ValueError(
-            f"steps={steps}: a search costs about 25 steps and needs a run of at least {LEAST_STEPS}. Train longer, or "
+            f"steps={steps}: a search costs 20 to 40 steps and needs a run of at least {LEAST_STEPS}. Train longer, or "
             "set the learning rate yourself: 2e-4 is usual."
         )
+    refuse_inference_mode(network)
     if processes().size > 1:
         raise ValueError(
             "find_rate runs in one process, but there are several. Search in one process, on batches as large as those "
@@ -422,6 +491,37 @@ def _check(network: nn.Module, steps: int, accumulation: int) -> None:
         raise ValueError(
             "No parameter of the model trains. Load the adapter with is_trainable=True, or make it active by "
             "model.set_adapter."
+        )
+
+
+def check_batches(count: int, accumulation: int) -> None:
+    """Refuse data with too few batches for a search.
+
+    Args:
+        count: Batches of the data.
+        accumulation: Batches in one optimizer step.
+
+    Raises:
+        ValueError: They are fewer than those of `FEWEST` steps.
+    """
+    if count // accumulation < FEWEST:
+        of_each = f" of {accumulation} batches each" if accumulation > 1 else ""
+        raise ValueError(
+            f"The data gives {count} batches with a label, but a search needs those of {FEWEST} steps{of_each}, better "
+            f"of {TRIAL}. Give more data or smaller batches, or set the learning rate yourself."
+        )
+
+
+def warn_of_constant(schedule: str) -> None:
+    """Warn if a schedule of the learning rate does not decay, as the rule assumes.
+
+    Args:
+        schedule: Its name in Transformers.
+    """
+    if schedule in CONSTANT:
+        warn(
+            f"The search for a learning rate is made for a schedule that decays to zero, and lr_scheduler_type is "
+            f"{schedule}. The rate may be too high: use linear or cosine, or try half of it too."
         )
 
 
@@ -447,14 +547,9 @@ def _batches_of_steps(
             break
     if left_out and not found:
         raise ValueError(f"None of the {left_out} batches has a label. {ALL_IGNORED}")
-    count = len(found) // accumulation
-    if count < FEWEST:
-        of_each = f" of {accumulation} batches each" if accumulation > 1 else ""
-        raise ValueError(
-            f"The data gives {len(found)} batches with a label, but a search needs those of {FEWEST} steps{of_each}, "
-            f"better of {TRIAL}. Give more data or smaller batches, or set the learning rate yourself."
-        )
-    return [found[place * accumulation : (place + 1) * accumulation] for place in range(count)]
+    check_batches(len(found), accumulation)
+    steps = range(len(found) // accumulation)
+    return [found[place * accumulation : (place + 1) * accumulation] for place in steps]
 
 
 @contextlib.contextmanager

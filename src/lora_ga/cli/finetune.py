@@ -18,7 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 import lora_ga
 from lora_ga.adapter.model_card import CARD
-from lora_ga.adapter.rate import LEAST_STEPS, note_default_rate, steps_of_groups
+from lora_ga.adapter.rate import LEAST_STEPS, note_default_rate, steps_of_groups, warn_of_constant
 from lora_ga.cli import checkpoints, tasks
 from lora_ga.cli.callbacks import MEASURED, LossAndTimeLogger, OptimizerGuard, diverged_at, logged_seconds
 from lora_ga.cli.columns import columns_of
@@ -270,6 +270,7 @@ def search_rate(job: Job, model: Any, examples: Dataset, collate: Any, device: t
         LOGGER.info(note_default_rate(steps, rate))
         note_short_run(library_config(job.adapter), steps, rate)
         return rate
+    warn_of_constant(job.training.lr_scheduler_type)
     options = replace(job.estimate, estimate_batches=steps_of_groups(steps) * accumulated, estimate_batch_size=None)
     batches = EstimateBatches(examples, collate, options, job.data.batch_size, job.model.seed)
     with torch.autocast(device.type, torch.bfloat16, enabled=job.model.dtype == "bfloat16"):

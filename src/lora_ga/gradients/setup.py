@@ -167,12 +167,12 @@ def _setup(network: nn.Module, config: LoraGAConfig, adapter_name: str, together
     unfit = {name: target.unfit for name, target in targets.items() if target.unfit}
     if config.on_missing == "error" or len(unfit) == len(targets):
         report_missing(unfit, targets, config.on_missing)
-    _refuse_inference_mode(network)
+    refuse_inference_mode(network)
     fitting = {name: target for name, target in targets.items() if name not in unfit}
     return Setup(network, model, adapter_name, config, targets, fitting, together, tensor_parallel, None)
 
 
-def _refuse_inference_mode(network: nn.Module) -> None:
+def refuse_inference_mode(network: nn.Module) -> None:
     """Refuse `torch.inference_mode()`, now or when the model was made.
 
     Raises:

@@ -13,13 +13,13 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, has_length
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.initialize import initialize
 from lora_ga.adapter.load import restore_starts
 from lora_ga.adapter.model_card import write_section
-from lora_ga.adapter.rate import LEAST_STEPS, find_rate, note_default_rate
+from lora_ga.adapter.rate import LEAST_STEPS, check_batches, find_rate, note_default_rate, warn_of_constant
 from lora_ga.adapter.save import save_sidecar
 from lora_ga.adapter.structure import give_structure
 from lora_ga.config import LoraGAConfig
@@ -189,6 +189,10 @@ class LoraGACallback(TrainerCallback):
         elif alignment is None or alignment is not self._filled:
             if self.learning_rate == "auto" and state.max_steps >= LEAST_STEPS:
                 check_rate_can_be_set(optimizer, lr_scheduler, args.learning_rate)
+                read: Any = train_dataloader if self.batches is None else self.batches
+                if has_length(read):  # before the estimate, which would be lost
+                    check_batches(len(read), args.gradient_accumulation_steps)
+                warn_of_constant(SchedulerType(args.lr_scheduler_type).value)
             config = self._config_for(args, state)
             self.estimate = self._initialize(trainer, model, train_dataloader, config)
             alignment = alignment_of(model, self.adapter_name)

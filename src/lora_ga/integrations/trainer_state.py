@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
+from lora_ga.adapter.rate import is_of_adam
 from lora_ga.gradients.isolation import random_state_kept
 
 DATA = ("train_dataset", "eval_dataset")  # attributes of a trainer that may hold millions of rows
@@ -168,12 +169,12 @@ def check_rate_can_be_set(optimizer: Any, schedule: Any, rate: float) -> None:
     Raises:
         ValueError: The optimizer is not one of the Adam family, the schedule is no `LambdaLR`, or the rate is 0.
     """
-    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     plan = type(getattr(schedule, "scheduler", schedule)).__name__
-    if "adam" not in kind.lower():
+    if not is_of_adam(optimizer):
         raise ValueError(
-            f'LoraGACallback(learning_rate="auto") is for AdamW and its relatives, but the optimizer is {kind}. Leave '
-            "it out and give the trainer a learning_rate."
+            f'LoraGACallback(learning_rate="auto") is for AdamW and its relatives, but the optimizer is '
+            f"{type(optimizer).__name__}. Leave it out and give the trainer a learning_rate."
         )
     if not rate > 0:
         raise ValueError(
