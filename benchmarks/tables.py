@@ -34,12 +34,11 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-# The tasks on which the rule of `find_rate` was set, and those on which it was judged.
 # Tasks on which the rule of find_rate was set, on which one of its constants was, and on which it was judged.
 RATES = {
-    "set on": ("stories260k", "babyllama105", "sst2"),
-    "least agreement set on": ("qnli",),
-    "judged": ("cola", "mrpc", "mnli"),
+    "mean, tasks used to set the constants": ("stories260k", "babyllama105", "sst2"),
+    "mean, QNLI, used to set the least agreement": ("qnli",),
+    "mean, tasks used only to judge": ("cola", "mrpc", "mnli"),
 }
 
 

@@ -231,7 +231,10 @@ def test_ranks_go_to_the_largest_energies_under_the_budget() -> None:
     [
         (55, {}, r"The budget is 55 parameters, but the 2 layers of the estimate take at least 56 \(rank 1"),
         (337, {}, "and at most 336 .half of the smaller side."),
-        (300, {}, r"a: rank 5 needs 10 gradient directions, but the estimate holds 8.* up to 4 only \(max_rank=4\)\."),
+        (196, {}, r"a: rank 5 needs 10 gradient directions, but the estimate holds 8.* up to 4 only \(max_rank=4\)\."),
+        (300, {}, r"the estimate holds 8. Estimate again with a larger oversample\.$"),  # rank 4 everywhere takes 224
+        (60, {"scaling": 0}, "scaling is 0; it must be above 0"),
+        (60, {"scaling": math.inf}, "scaling is inf; it must be above 0 and finite"),
         (60, {"by": "norm"}, "by is 'norm'; it must be one of spectrum, importance, uniform"),
         (60, {"max_rank": 0}, "max_rank is 0; it must be at least 1"),
         (60, {"by": "importance"}, "give the model of the estimate"),
@@ -239,6 +242,25 @@ def test_ranks_go_to_the_largest_energies_under_the_budget() -> None:
 )
 def test_a_budget_or_a_setting_that_cannot_be_met_is_refused(budget: int, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        allocate_ranks(KNOWN, budget, **options)
+
+
+def test_the_advice_of_a_refused_budget_works() -> None:
+    assert allocate_ranks(KNOWN, 196, max_rank=4).parameters == 196
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "message"),
+    [
+        ("60", {}, "budget is '60'; it must be an integer"),
+        (None, {}, "budget is None; it must be an integer"),
+        (60, {"max_rank": 2.5}, "max_rank is 2.5; it must be an integer, or None"),
+        (60, {"scaling": "2"}, "scaling is '2'; it must be a number"),
+        (60, {"use_rslora": "no"}, "use_rslora is 'no'; it must be True or False"),
+    ],
+)
+def test_a_budget_or_a_setting_of_another_kind_is_refused(budget: Any, options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         allocate_ranks(KNOWN, budget, **options)
 
 

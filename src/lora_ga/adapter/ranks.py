@@ -8,6 +8,7 @@ import heapq
 import math
 import re
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -102,7 +103,7 @@ def allocate_ranks(
         The ranks; `LoraConfig(**allocation.lora_settings(), target_modules=...)` makes their adapter.
 
     Raises:
-        TypeError: `estimate` is no `GradientEstimate`.
+        TypeError: `estimate` is no `GradientEstimate`, or a setting is of another kind.
         ValueError: The budget is below one rank for every layer, or above all ranks; a rank needs more directions than
             the estimate keeps; a setting is not allowed; the estimate has layers of several parts, or is of another
             model.
@@ -110,10 +111,9 @@ def allocate_ranks(
     GradientEstimate.check(estimate)
     layers = {name: layer for name, layer in estimate.items() if layer.norm > 0}
     _check_layers(layers)
+    _check_numbers(budget, max_rank, scaling, use_rslora)
     largest = {name: min(layer.U.shape[0], layer.V.shape[0]) // 2 for name, layer in layers.items()}
     if max_rank is not None:
-        if max_rank < 1:
-            raise ValueError(f"max_rank is {max_rank}; it must be at least 1, or None.")
         largest = {name: min(rank, max_rank) for name, rank in largest.items()}
     costs = {name: layer.U.shape[0] + layer.V.shape[0] for name, layer in layers.items()}
     least, most = sum(costs.values()), sum(costs[name] * largest[name] for name in layers)
@@ -126,6 +126,26 @@ def allocate_ranks(
         raise ValueError(f"by is {by!r}; it must be one of {', '.join(WORTHS)}.")
     ranks = _greedy(layers, costs, largest, budget, WORTHS[by](estimate, model))
     return RankAllocation(ranks, sum(costs[name] * rank for name, rank in ranks.items()), scaling, use_rslora)
+
+
+def _check_numbers(budget: Any, max_rank: Any, scaling: Any, use_rslora: Any) -> None:
+    """Refuse arguments of another kind.
+
+    Raises:
+        TypeError: One of them is.
+        ValueError: max_rank or the scaling is too small.
+    """
+    for name, value in (("budget", budget), ("max_rank", max_rank)):
+        if not isinstance(value, Integral) and not (value is None and name == "max_rank"):
+            raise TypeError(f"{name} is {value!r}; it must be an integer{', or None' * (name == 'max_rank')}.")
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"max_rank is {max_rank}; it must be at least 1, or None.")
+    if not isinstance(use_rslora, bool):
+        raise TypeError(f"use_rslora is {use_rslora!r}; it must be True or False.")
+    if not isinstance(scaling, Real):
+        raise TypeError(f"scaling is {scaling!r}; it must be a number.")
+    if not 0 < scaling < math.inf:
+        raise ValueError(f"scaling is {scaling}; it must be above 0 and finite: α/r, or α/√r with use_rslora.")
 
 
 def _at_most(max_rank: int | None) -> str:
@@ -173,10 +193,11 @@ def _greedy(
             continue
         kept = layers[name].S.numel()
         if 2 * ranks[name] + 2 > kept:
+            fits = sum(costs[each] * min(largest[each], kept // 2) for each in layers) >= budget
+            lower = f", or allow ranks up to {kept // 2} only (max_rank={kept // 2})" if fits else ""
             raise ValueError(
                 f"{name}: rank {ranks[name] + 1} needs {2 * ranks[name] + 2} gradient directions, but the estimate "
-                f"holds {kept}. Estimate again with a larger oversample, or allow ranks up to {kept // 2} only "
-                f"(max_rank={kept // 2})."
+                f"holds {kept}. Estimate again with a larger oversample{lower}."
             )
         ranks[name] += 1
         left -= costs[name]
