@@ -288,9 +288,39 @@ def steps_table(tasks: Sequence[str]) -> str:
 
 def steps_row(result: Result, plain: Result) -> list[str]:
     """The loss of a line, by how many standard errors it is better than plain LoRA, and its steps to LoRA's loss."""
-    (mean, error), (other, its) = (mean_and_error(each.values("loss")) for each in (result, plain))
-    better_by = BLANK if result is plain else f"{(other - mean) / math.hypot(error, its):+.1f} s.e."
-    return [f"{mean:.3f} ± {error:.3f} ({result.rate:g})", better_by, steps_cells(steps_to_loss(result, plain))[1]]
+    mean, error = mean_and_error(result.values("loss"))
+    steps = steps_cells(steps_to_loss(result, plain))[1]
+    return [f"{mean:.3f} ± {error:.3f} ({result.rate:g})", better_by(result, plain, "loss"), steps]
+
+
+def better_by(result: Result, plain: Result, metric: str) -> str:
+    """By how many standard errors of the difference of both means a line is better than plain LoRA."""
+    (mean, error), (other, its) = (mean_and_error(each.values(metric)) for each in (result, plain))
+    sign = -1 if metric == "loss" else 1
+    return BLANK if result is plain else f"{sign * (mean - other) / math.hypot(error, its):+.1f} s.e."
+
+
+def classifier_steps_table(tasks: Sequence[str]) -> str:
+    """The lines of the suite `steps` that are complete on any of some classifiers, in Markdown."""
+    suite = load_suite("steps")
+    found = {(each.task, each.label): each for each in published_results("steps") if not each.missing and each.runs}
+    columns = [(task, metric) for task in tasks for metric in ("loss", suite.tasks[task].metric)]
+    heads = [f"{task}, {metric}{' (rate)' * (metric == 'loss')} | better than LoRA by" for task, metric in columns]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|---|" * len(columns)]
+    for label in suite.methods:
+        results = {task: found[task, label] for task in tasks if (task, label) in found}
+        cells = []
+        for task, metric in columns:
+            if task not in results:
+                cells += [BLANK, BLANK]
+                continue
+            mean, error = mean_and_error(results[task].values(metric))
+            rate = f" ({results[task].rate:g})" * (metric == "loss")
+            plain = found[task, "lora AdamW"]
+            cells += [f"{mean:.3f} ± {error:.3f}{rate}", better_by(results[task], plain, metric)]
+        if results:
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def optim_table() -> str:
@@ -564,6 +594,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         found_rates_table,
         unswept_table,
         functools.partial(steps_table, ("stories260k", "babyllama105")),
+        functools.partial(classifier_steps_table, ("sst2", "cola", "qnli")),
         optim_table,
         smollm2_table,
     ),

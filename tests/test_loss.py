@@ -57,9 +57,13 @@ def test_a_batch_without_labels_is_refused_with_its_keys() -> None:
 def test_a_batch_of_another_type_needs_a_loss_function() -> None:
     with pytest.raises(TypeError, match="A batch is a Tensor; the default loss takes a dict or a tuple"):
         model_loss(llama(), tokens())
-    batch = {"input_ids": tokens(), "labels": tokens()}
-    with pytest.raises(TypeError, match=r"A batch is a str; .* one batch alone is given as \[batch\]"):
-        lora_ga.initialize(adapted(llama()), batch)
+
+
+@pytest.mark.parametrize("data", [None, 8, {"input_ids": tokens(), "labels": tokens()}])
+def test_data_that_is_no_iterable_of_batches_is_refused(data: Any) -> None:
+    kind = type(data).__name__
+    with pytest.raises(TypeError, match=rf"data is a {kind}, but .* one batch alone is given as \[batch\]"):
+        lora_ga.initialize(adapted(llama()), data)
 
 
 def weighed(batch: Any, loss_fn: Any) -> tuple[Any, float]:

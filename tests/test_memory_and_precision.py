@@ -134,7 +134,8 @@ def test_values_of_layers_on_two_gpus_are_read_together() -> None:
         sums = {f"layer {n}": torch.randn(5, 4, device=f"cuda:{n}") for n in range(2)}
         accumulator = Streaming({}, 0, 0)
         for name, each in sums.items():
-            accumulator.streams[name] = SimpleNamespace(before=(each, each, each), held=None, sketch=each)
+            stream: Any = SimpleNamespace(before=(each, each, each), held=None, sketch=each)
+            accumulator.streams[name] = stream
         moved = mock.patch("lora_ga.linalg.streaming.direction_change", lambda before, held: before[0].sum())
         for function in (
             accumulator.changes,

@@ -320,8 +320,8 @@ def test_bad_input_is_refused_and_the_model_stays(changes: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": None}, r"data is a NoneType; it must be an iterable of batches"),
-        ({"data": classified(1)[0]}, r"data is a .*; it must be .*One batch alone is given as \[batch\]"),
+        ({"data": None}, r"data is a NoneType, but it must be an iterable of batches"),
+        ({"data": classified(1)[0]}, r"data is a .*, but it must be .* one batch alone is given as \[batch\]"),
         ({"optimizer": torch.optim.AdamW}, r"is no function. Give a function from a rate to an optimizer"),
         ({"optimizer": 1e-3}, r"optimizer=0.001 is no function. Give a function"),
         ({"optimizer": lambda rate: None}, r"returned a NoneType. Give a function from a rate to an optimizer"),

@@ -228,7 +228,8 @@ def test_frozen_weights_of_the_models_share_the_memory_of_the_base() -> None:
 def test_each_model_of_a_stack_shares_the_base_before_the_next_is_built(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared, real = [], running.build
+    shared: list[tuple[Any, Any]] = []
+    real = running.build
 
     def build(*arguments: Any) -> Any:
         for base, model in shared:
@@ -246,7 +247,8 @@ def test_each_model_of_a_stack_shares_the_base_before_the_next_is_built(
 def test_the_models_of_a_stack_are_freed_before_other_cells_run_alone(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built, real = [], running.build
+    built: list[weakref.ref[Any]] = []
+    real = running.build
 
     def build(*arguments: Any) -> Any:
         run = real(*arguments)

@@ -25,7 +25,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from lora_ga.gradients.isolation import (
 )
 from lora_ga.gradients.loss import LossFunction, refuse_infinite_loss, unlabelled
 from lora_ga.gradients.progress import LOGGER
-from lora_ga.gradients.reader import ALL_IGNORED, MOST_UNLABELLED
+from lora_ga.gradients.reader import ALL_IGNORED, MOST_UNLABELLED, check_data
 from lora_ga.gradients.setup import refuse_inference_mode
 from lora_ga.layers.optimizers import starts_of
 from lora_ga.layers.targets import peft_model_in
@@ -470,11 +470,7 @@ def _check(network: nn.Module, data: Any, steps: int, accumulation: int) -> None
     for name, value in (("steps", steps), ("gradient_accumulation_steps", accumulation)):
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r}: it must be an integer of at least 1.")
-    if not isinstance(data, Iterable) or isinstance(data, Mapping):
-        raise TypeError(
-            f"data is a {type(data).__name__}; it must be an iterable of batches. One batch alone is given as [batch]; "
-            f"a search needs those of {FEWEST} steps."
-        )
+    check_data(data)
     if steps < LEAST_STEPS:
         raise ValueError(
             f"steps={steps}: a search costs 20 to 40 steps and needs a run of at least {LEAST_STEPS}. Train longer, or "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import send_to_device
@@ -19,6 +20,27 @@ ALL_IGNORED = (
     "Every label is -100, the label that the loss leaves out. Check how the labels are made: a prompt that takes the "
     "whole row, rows cut off before the answer, or a template that masks everything."
 )
+
+
+def check_data(data: Any) -> None:
+    """Refuse what is given in the place of batches.
+
+    Args:
+        data: The data.
+
+    Raises:
+        TypeError: It is a name, one batch alone, or cannot be read one batch after the other.
+    """
+    if isinstance(data, str | Path):
+        raise TypeError(
+            f"data is a name, {str(data)!r}, but it must be batches. An estimate in a file is given to lora_ga."
+            "initialize as lora_ga.GradientEstimate.load(file)."
+        )
+    if isinstance(data, Mapping) or (not hasattr(data, "__iter__") and not hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"data is a {type(data).__name__}, but it must be an iterable of batches, so one batch alone is given as "
+            "[batch]."
+        )
 
 
 class BatchReader:
