@@ -15,7 +15,7 @@ from torch import Tensor
 
 import processes
 from lora_ga.cli.main import main
-from lora_ga.cli.reproduce import chosen
+from lora_ga.cli.reproduce import check_device, chosen
 from lora_ga.experiments.methods import METHODS, load_method
 from lora_ga.experiments.methods.base import BuildInputs
 from lora_ga.experiments.records.store import Store
@@ -175,6 +175,53 @@ def test_an_unknown_suite_or_line_is_refused_and_the_known_ones_are_listed(
     monkeypatch.setenv("LORA_GA_DEBUG", "1")
     with pytest.raises(ValueError, match=message):
         main(["reproduce", *(str(toy) if each == "TOY" else each for each in arguments)])
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:0", "cpu:1", "cuda:-1", "meta"])
+def test_a_device_that_is_not_here_is_refused_before_the_store_is_made(
+    toy: Path, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    store = tmp_path / "runs"
+    assert main(["reproduce", str(toy), "--only", "text/lora", "--store", str(store), "--device", device]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"error: --device {device}: torch {torch.__version__} finds no such device on this machine. It fi" in error
+    assert not store.exists()
+
+
+def test_the_devices_that_are_here_are_accepted_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cpu", "cpu:0", "cuda", "cuda:1"):
+        check_device(device)
+    with pytest.raises(ValueError, match=r"--device cuda:2: .* It finds cpu, cuda:0, cuda:1.*\. Give one of these\.$"):
+        check_device("cuda:2")
+
+
+def test_the_command_says_how_many_failed_cells_it_did_not_run_again(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def result(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("out of luck")
+
+    def in_process(*arguments: Any, **settings: Any) -> Any:
+        return run_grid(*arguments, **settings | {"workers": 0})
+
+    monkeypatch.setattr("lora_ga.experiments.suites.run.result", result)
+    monkeypatch.setattr("lora_ga.experiments.suites.grid.run_grid", in_process)
+    # Of the second line the first is a part: its cells count once.
+    lines = ["text/lora_ga", "text/random directions"]
+    command = ["reproduce", str(toy), "--store", str(tmp_path / "runs"), "--only", *lines]
+    assert main(command) == 1
+    assert "--retry" not in capsys.readouterr().out
+    count = len(Store(tmp_path / "runs").records())
+    assert count > 1
+    assert main(command) == 1
+    said = f"{count} cells failed before and were not run again; --retry runs them."
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    assert main([*command, "--retry"]) == 1
+    assert "--retry" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

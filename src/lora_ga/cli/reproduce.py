@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         0 if all cells have run; 1 if a cell failed.
 
     Raises:
-        ValueError: A suite, line or folder does not exist, or the store cannot be used.
+        ValueError: A suite, line, folder or device does not exist, or the store cannot be used.
     """
     parser = OptionParser((ReproduceOptions,), prog="lora-ga reproduce", usage=USAGE, description=DESCRIPTION)
     parser.add_argument("suite", metavar="SUITE", nargs="?", help="the name of a suite, or a .yaml file")
@@ -81,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
     if options.hub and not Path(options.hub).is_dir():
         raise ValueError(f"--hub {options.hub}: there is no such folder.")
+    check_device(options.device)
     sources = replace(Sources.from_environment(), hub=options.hub or None, use_hub=not other.dry_run)
     store = Store(options.store or Path("runs") / suite.name)
     notes = checked(suite, lines, sources)
@@ -90,11 +91,54 @@ def main(argv: Sequence[str]) -> int:
     from lora_ga.experiments.suites.run import Place
 
     place = Place(sources, options.device, commit(), str(store.unjudged()))
+    ran: set[str] = set()
+
+    def note(record: dict[str, Any], left: int) -> None:
+        ran.add(record["digest"])
+        tell(record, left)
+
     with store.locked():
         records = run_grid(
-            suite, lines, store, place, workers=options.workers, stack=options.stack, retry=other.retry, on_record=tell
+            suite, lines, store, place, workers=options.workers, stack=options.stack, retry=other.retry, on_record=note
         )
-    return show_results(suite, lines, records)
+    return show_results(suite, lines, records, ran)
+
+
+def check_device(name: str) -> None:
+    """Refuses a device that torch cannot compute on here. Otherwise each cell would fail on it.
+
+    Args:
+        name: A torch device, as --device gives it.
+
+    Raises:
+        ValueError: There is no such device; the message lists those that there are.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # torch knows no such name
+        found = False
+    else:
+        found = (device.index or 0) < device_count(device.type)
+    if found:
+        return
+    known = [f"{kind}:{number}" for kind in ("cuda", "xpu", "mps") for number in range(device_count(kind))]
+    if known:
+        there = f"It finds {', '.join(['cpu', *known])}. Give one of these."
+    else:
+        there = "It finds only cpu. Leave --device out, or run on a machine with a GPU and a torch built for it."
+    raise ValueError(f"--device {name}: torch {torch.__version__} finds no such device on this machine. {there}")
+
+
+def device_count(kind: str) -> int:
+    """The number of devices of a kind, as "cpu" or "cuda", that torch can compute on here."""
+    import torch
+
+    module: Any = getattr(torch, kind, None)  # torch.cpu, torch.cuda and others; "meta" has none and computes nothing
+    if not hasattr(module, "device_count") or not getattr(module, "is_available", lambda: True)():
+        return 0
+    return int(module.device_count())
 
 
 def chosen(suite: Suite, patterns: Sequence[str]) -> list[tuple[str, str]]:
@@ -203,16 +247,27 @@ def tell(record: dict[str, Any], left: int) -> None:
     print(f"{what}: {found}  ({record['seconds'].get('total', 0):.0f} s; {left} known to be left)", flush=True)
 
 
-def show_results(suite: Suite, lines: Sequence[tuple[str, str]], records: dict[str, Any]) -> int:
-    """Prints the best rate of each line and its mean over the seeds."""
+def show_results(suite: Suite, lines: Sequence[tuple[str, str]], records: dict[str, Any], ran: Collection[str]) -> int:
+    """Prints the best rate of each line and its mean over the seeds, and how many failed cells were not run again.
+
+    Args:
+        suite: The suite.
+        lines: The lines to show.
+        records: All records of the store, by digest.
+        ran: The digests of the cells that this command has run.
+
+    Returns:
+        0; 1 if a cell failed, now or before.
+    """
     from lora_ga.cli.terminal import as_rich, terminal
     from lora_ga.experiments.suites.cells import best_rate, cell_of, sweep_of, wanted
     from lora_ga.experiments.tables.table import BLANK, Table, format_values
 
-    rows, bad = [], 0
+    rows, failed = [], set()
     for task, label in lines:
         metric, rate = suite.tasks[task].metric, best_rate(suite, task, label, records)
-        bad += sum(records[cell.digest()]["status"] == "failed" for cell in wanted(suite, task, label, records))
+        cells = {cell.digest() for cell in wanted(suite, task, label, records)}
+        failed |= {digest for digest in cells if records[digest]["status"] == "failed"}
         found = (
             []
             if rate is None
@@ -223,4 +278,10 @@ def show_results(suite: Suite, lines: Sequence[tuple[str, str]], records: dict[s
         shown = BLANK if rate is None else f"{rate:g}" + ("" if inside else " (at the edge)")
         rows.append([f"{task}/{label}", shown, f"{metric} {format_values(values)}", f"{len(values)} of {suite.seeds}"])
     terminal().print(as_rich(Table(["line", "best rate", "reported", "runs that ended well"], rows)))
-    return 1 if bad else 0
+    if count := len(failed - set(ran)):
+        one = count == 1
+        print(
+            f"{count} cell{'s' * (not one)} failed before and {'was' if one else 'were'} not run again; "
+            f"--retry runs {'it' if one else 'them'}."
+        )
+    return 1 if failed else 0
