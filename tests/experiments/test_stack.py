@@ -16,20 +16,25 @@ from torch import nn
 
 import lora_ga
 from lora_ga.cli.main import main
-from lora_ga.experiments.methods import load_method
+from lora_ga.experiments.methods import METHODS, load_method
 from lora_ga.experiments.methods.base import Method
+from lora_ga.experiments.methods.starts import STARTS
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites import run_stack as running
 from lora_ga.experiments.suites.cells import Cell, cell_of, stacks
-from lora_ga.experiments.suites.run import Place, run_cell
+from lora_ga.experiments.suites.run import Place, build, run_cell
 from lora_ga.experiments.suites.run_stack import run_stack
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import load_suite
 from lora_ga.experiments.suites.stack import AloneError, Stack, check_member, share_memory
+from lora_ga.experiments.suites.training import Curves
 from lora_ga.experiments.tasks import classes
 from toys import causal, llama, tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.filterwarnings("ignore:lora with eva initialization"),
+]
 PLACE = Place(Sources())
 STACKED = ("lora", "rslora", "lora_plus", "pissa", "olora", "peft_lora_ga", "lora_ga", "gradient_lora", "steps")
 
@@ -155,6 +160,25 @@ def test_stacks_hold_cells_of_one_task_with_equal_settings(toy: Path) -> None:
     assert stacks([texts[0], longer], 8) == [[texts[0]], [longer]]
     accumulating = cells_of(toy, "text", ("lora", "rslora"), gradient_accumulation_steps=2)
     assert stacks(accumulating, 8) == [[cell] for cell in accumulating]
+
+
+@pytest.mark.parametrize(
+    ("label", "options"),
+    [*((label, {}) for label in METHODS), ("eva", {"rho": 1.0}), *(("steps", {"start": start}) for start in STARTS)],
+)
+def test_a_cell_takes_a_place_in_a_stack_only_if_a_stack_can_train_it(
+    toy: Path, label: str, options: dict[str, Any]
+) -> None:
+    first, cell = cells_of(toy, "text", ("lora", label))
+    cell = replace(cell, options=options)
+    run = build(cell, PLACE, Curves())
+    try:
+        check_member(run.model, run.method, cell.settings.rank)
+        stacked = True
+    except AloneError:
+        stacked = False
+    cell = replace(cell, learning_rate=2e-3)
+    assert stacks([first, cell], 8) == ([[first, cell]] if stacked else [[first], [cell]])
 
 
 def test_the_command_runs_a_grid_in_stacks(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,16 @@ def no_action(model: Any, step: int) -> None:
     """The default of `after_step`: does nothing."""
 
 
+def never(options: Mapping[str, Any]) -> bool:
+    """The default of `alone`: a stack can train the method's models."""
+    return False
+
+
+def always(options: Mapping[str, Any]) -> bool:
+    """For `alone`: a stack can train none of the method's models."""
+    return True
+
+
 def one_rate(model: Any, inputs: BuildInputs) -> list[dict[str, Any]]:
     """The default of `groups`: one group with all trainable parameters."""
     return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": inputs.rate}]
@@ -77,6 +87,8 @@ class Method:
         optimizer: Makes the optimizer of the parameter groups.
         after_step: Called after each optimizer step, before the gradients are reset, with the model and the number of
             steps done.
+        alone: Whether a stack cannot train the method's models (`check_member` of `suites/stack.py`), as far as all
+            options of the method decide it.
     """
 
     build: Callable[[BuildInputs], Any]
@@ -84,3 +96,15 @@ class Method:
     groups: Callable[[Any, BuildInputs], list[dict[str, Any]]] = one_rate
     optimizer: Callable[[list[dict[str, Any]], BuildInputs], torch.optim.Optimizer] = adamw
     after_step: Callable[[Any, int], None] = no_action
+    alone: Callable[[Mapping[str, Any]], bool] = never
+
+    def runs_alone(self, options: Mapping[str, Any]) -> bool:
+        """Whether it is known before a model is built that no stack can train it.
+
+        Args:
+            options: All options of the method.
+
+        Returns:
+            True if none can; False if only the built model tells.
+        """
+        return self.after_step is not no_action or self.alone(options)

@@ -42,4 +42,5 @@ def build(inputs: BuildInputs) -> Any:
     return model
 
 
-METHODS = {"eva": Method(build, options={"rho": 2.0})}
+# A larger rho nearly always moves ranks. A stack would find that out only after it has built the model.
+METHODS = {"eva": Method(build, options={"rho": 2.0}, alone=lambda options: options["rho"] > 1)}

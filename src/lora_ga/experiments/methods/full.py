@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lora_ga.experiments.methods.base import BuildInputs, Method
+from lora_ga.experiments.methods.base import BuildInputs, Method, always
 
 
 def build(inputs: BuildInputs) -> nn.Module:
@@ -10,4 +10,4 @@ def build(inputs: BuildInputs) -> nn.Module:
     return inputs.base.requires_grad_(True)
 
 
-METHODS = {"full": Method(build)}
+METHODS = {"full": Method(build, alone=always)}

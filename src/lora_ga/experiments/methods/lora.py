@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from lora_ga.experiments.methods.base import BuildInputs, Method
+from lora_ga.experiments.methods.base import BuildInputs, Method, always
 
 
 def build(inputs: BuildInputs, **changes: Any) -> Any:
@@ -25,7 +25,7 @@ METHODS = {
     # Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023: s = α/√r.
     "rslora": Method(lambda inputs: build(inputs, use_rslora=True), options=SCALED),
     # Liu and others, "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024.
-    "dora": Method(lambda inputs: get_peft_model(inputs.base, inputs.lora(use_dora=True))),
+    "dora": Method(lambda inputs: get_peft_model(inputs.base, inputs.lora(use_dora=True)), alone=always),
     # Meng, Wang, Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
     # 2024: A and B are initialised with the leading singular directions of the weight.
     "pissa": Method(lambda inputs: get_peft_model(inputs.base, inputs.lora(init_lora_weights="pissa"))),

@@ -90,5 +90,6 @@ METHODS = {
         options={"start": "lora_ga", "rule": "polora", "size": 0.0, "iterations": 1},
         groups=groups,
         optimizer=lambda groups, inputs: _entry(RULES, "rule", inputs)(groups, inputs),
+        alone=lambda options: options["start"] == "lora_sb",  # trains a matrix between factors that stay
     )
 }

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ga.experiments.methods import non_default_options
+from lora_ga.experiments.methods import complete, load_method, non_default_options
 from lora_ga.experiments.suites.spec import Settings, Suite, Task
 
 MOST_RATES = 9  # four decades; a larger grid would not help
@@ -239,12 +239,13 @@ def missing(suite: Suite, lines: Sequence[tuple[str, str]], records: Records) ->
 
 
 def stack_key(cell: Cell) -> str:
-    """The same text for all cells that may share a stack (see `stack.py`), whatever their methods.
+    """The same text for all cells that may share a stack (see `stack.py`).
 
     Returns:
-        The text; that of its own digest for a cell that must run alone.
+        The text; its own digest for a cell of which the task, the settings or the method say that it must run alone.
     """
-    if cell.task.kind not in STACKED_KINDS or cell.settings.gradient_accumulation_steps > 1:
+    alone = load_method(cell.method).runs_alone(complete(cell.method, cell.options))
+    if alone or cell.task.kind not in STACKED_KINDS or cell.settings.gradient_accumulation_steps > 1:
         return cell.digest()
     identity = cell.identity()
     return json.dumps([identity["task"], identity["settings"]], sort_keys=True)
