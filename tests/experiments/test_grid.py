@@ -93,7 +93,11 @@ def test_the_command_runs_every_cell_once_even_if_resumed(
 ) -> None:
     command = ["reproduce", str(toy), "--only", "text/lora", "--store", str(tmp_path / "runs"), "--workers", "2"]
     assert main([*command, "--dry-run"]) == 0
-    assert "3 cells left" in capsys.readouterr().out
+    plan = capsys.readouterr().out
+    assert "3 cells left" in plan
+    assert main([*command, "--dry-run", "--stack", "2"]) == 0
+    said = "The hours are those of runs that train alone. What --stack saves is not known before, and not counted.\n"
+    assert capsys.readouterr().out == plan + said
     assert not (tmp_path / "runs").exists()
     assert main(command) == 0
     before = (tmp_path / "runs/toy.jsonl.gz").read_bytes()

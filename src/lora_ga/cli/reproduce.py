@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     store = Store(options.store or Path("runs") / suite.name)
     notes = checked(suite, lines, sources)
     if other.dry_run:
-        return show_plan(suite, lines, store, notes, options.workers)
+        return show_plan(suite, lines, store, notes, options)
     from lora_ga.experiments.suites.grid import commit, run_grid
     from lora_ga.experiments.suites.run import Place
 
@@ -199,7 +199,11 @@ def show_suites() -> int:
 
 
 def show_plan(
-    suite: Suite, lines: Sequence[tuple[str, str]], store: Any, notes: dict[str, list[str]], workers: int
+    suite: Suite,
+    lines: Sequence[tuple[str, str]],
+    store: Any,
+    notes: dict[str, list[str]],
+    options: ReproduceOptions,
 ) -> int:
     """Prints the grid and its estimated cost."""
     from lora_ga.cli.terminal import as_rich, terminal
@@ -225,12 +229,14 @@ def show_plan(
     todo = missing(suite, lines, records)
     by_line = {line: cell for line in lines for cell in wanted(suite, *line, records)}
     extra = [by_line[line] for line, count in later for _ in range(count) if line in by_line]
-    seconds = expected_seconds(suite, [*todo, *extra], records)
+    seconds, workers = expected_seconds(suite, [*todo, *extra], records), options.workers
     print(
         f"{len(todo) + len(extra)} cells left, more if a grid of rates grows; "
         f"about {seconds / 3600:.1f} core-hours, "
         f"{seconds / workers / 3600:.1f} hours with {workers} worker{'s' * (workers > 1)}. Store: {store.folder}"
     )
+    if options.stack > 1:
+        print("The hours are those of runs that train alone. What --stack saves is not known before, and not counted.")
     return 0
 
 
