@@ -160,7 +160,8 @@ def calculated(swept: Mapping[tuple[str, str], Runs]) -> dict[str, dict[str, flo
         changes = VARIANTS.get(label)
         if changes is not None:
             lora = min(swept[task, "lora"], key=lambda rate: loss(swept[task, "lora"][rate]))
-            options = RateOptions(learning_rate=lora, width=WIDTHS.get(task, 384), **changes)
+            width = WIDTHS.get(task, 384) if changes else None  # it counts only with gamma
+            options = RateOptions(learning_rate=lora, width=width, **changes)
             best = min(runs, key=lambda rate: loss(runs[rate]))
             rates[f"{task}/{label}"] = {"calculated": rate_of_lora_ga(options), "swept best": best}
     return rates

@@ -392,6 +392,11 @@ def test_the_calculated_rate_has_the_s_f_rate_of_the_known_one(options: dict[str
         ([], "--learning_rate is missing. Give it."),
         (["--learning_rate", "-1"], "--learning_rate: found -1, but it must be a number greater than 0"),
         (["--learning_rate", "1e-4", "--stable_gamma", "16"], "--stable_gamma needs --width"),
+        (["--learning_rate", "1e-4", "--width", "4096"], "--width needs --stable_gamma"),
+        (
+            ["--learning_rate", "1e-4", "--stable_gamma", "16", "--width", "4096", "--reach", "1"],
+            "--reach and --stable_gamma are two ways to choose the size of the start. Leave one of them out.",
+        ),
         (["--learning_rate", "1e-4", "--rank", "0"], "--rank: found 0, but it must be at least 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,10 @@ def test_a_budget_shows_the_rank_of_every_layer(file: str, capsys: pytest.Captur
     shares = {name: {rank: estimate[name].limit(rank) for rank in RANKS} for name in estimate}
     table = layer_table(estimate, shares, list(estimate), allocate_ranks(estimate, 90))
     assert [row[-1] for row in table.rows] == ["2", "1", "1", "1"]
+
+
+def test_a_largest_rank_without_a_budget_is_refused(file: str, error_of: Callable[[list[object]], str]) -> None:
+    assert "--max_rank needs --budget" in error_of(["inspect", file, "--max_rank", "4"])
 
 
 def test_shares_follow_from_the_spectrum_and_are_blank_if_too_few_directions_are_held() -> None:

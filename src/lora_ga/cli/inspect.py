@@ -62,6 +62,10 @@ class InspectOptions:
         },
     )
 
+    def __post_init__(self) -> None:
+        if self.max_rank is not None and self.budget is None:
+            raise ValueError("--max_rank needs --budget, as it bounds the ranks that a budget gives. Give both.")
+
 
 Shares = dict[str, dict[int, float]]  # layer -> rank -> share, NaN if the estimate holds too few directions
 

@@ -42,8 +42,8 @@ class RateOptions:
         True, "LoRA-GA's scaling: alpha / sqrt(rank), as `lora-ga train` has it, not alpha / rank"
     )
     stable_gamma: float | None = option(None, "gamma of the start (default: the start's size follows --reach)")
-    reach: float = option(LoraGAConfig.reach, "s f of the start, where gamma is not given")
-    width: int | None = option(None, "outputs of the adapted layers, usually the hidden size; needed with gamma")
+    reach: float | None = option(None, f"s f of the start, where gamma is not given (default: {LoraGAConfig.reach})")
+    width: int | None = option(None, "outputs of the adapted layers, usually the hidden size; only with gamma")
 
     def __post_init__(self) -> None:
         at_least(self, rank=1, width=1)
@@ -55,6 +55,15 @@ class RateOptions:
         if self.stable_gamma is not None and self.width is None:
             raise ValueError(
                 "--stable_gamma needs --width, as this start is larger in wider layers. Give the hidden size."
+            )
+        if self.stable_gamma is not None and self.reach is not None:
+            raise ValueError(
+                "--reach and --stable_gamma are two ways to choose the size of the start. Leave one of them out."
+            )
+        if self.stable_gamma is None and self.width is not None:
+            raise ValueError(
+                "--width needs --stable_gamma, as the size of the start depends on the width only with gamma. Give "
+                "both, or neither."
             )
 
 
@@ -71,7 +80,7 @@ def size_of_lora(alpha: float, rank: int, *, rslora: bool) -> float:
 def size_of_lora_ga(options: RateOptions) -> float:
     """s·f of LoRA-GA's start; Theorem 3.2 of the paper, or `reach`."""
     if options.stable_gamma is None or options.width is None:
-        return options.reach
+        return LoraGAConfig.reach if options.reach is None else options.reach
     s = scaling(options.alpha, options.rank, rslora=options.use_rslora)
     return float(s * options.width**0.25 / math.sqrt(options.stable_gamma))
 
