@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lora_ga import GradientEstimate, LoraGAConfig, allocate_ranks
@@ -45,9 +46,12 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_budget_shows_the_rank_of_every_layer(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", file, "--budget", "90", "--max_rank", "2"]) == 0
     *_, first, settings = capsys.readouterr().out.strip().split("\n")
-    assert first == "Ranks by the gradient's spectrum: 88 trained parameters. As arguments of LoraConfig:"
+    assert first == (
+        "Ranks by the gradient's spectrum: 88 trained parameters. The scaling is s = 2, lora_alpha / rank in every "
+        "layer. In Python, where you add target_modules:"
+    )
     expected = allocate_ranks(known_estimate(), 90, max_rank=2).lora_settings()
-    assert json.loads(settings) == expected
+    assert eval(settings, {"LoraConfig": LoraConfig}) == LoraConfig(**expected)
     assert list(expected["rank_pattern"].values()) == [2]
     estimate = known_estimate()
     shares = {name: {rank: estimate[name].limit(rank) for rank in RANKS} for name in estimate}

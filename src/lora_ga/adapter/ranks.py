@@ -144,7 +144,7 @@ def _check_numbers(budget: Any, max_rank: Any, scaling: Any, use_rslora: Any) ->
         raise TypeError(f"use_rslora is {use_rslora!r}; it must be True or False.")
     if not isinstance(scaling, Real):
         raise TypeError(f"scaling is {scaling!r}; it must be a number.")
-    if not 0 < scaling < math.inf:
+    if not 0 < float(scaling) < math.inf:
         raise ValueError(f"scaling is {scaling}; it must be above 0 and finite: α/r, or α/√r with use_rslora.")
 
 

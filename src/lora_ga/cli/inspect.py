@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -170,10 +169,13 @@ def layer_table(
 
 
 def ranks_lines(allocation: RankAllocation) -> list[str]:
-    """Returns lines about the ranks that a budget gives, with the settings for PEFT's LoraConfig as JSON."""
+    """Returns lines about the ranks that a budget gives, with the adapter's LoraConfig as Python."""
+    rule = "lora_alpha / sqrt(rank) in every layer" if allocation.use_rslora else "lora_alpha / rank in every layer"
+    arguments = ", ".join(f"{name}={value!r}" for name, value in allocation.lora_settings().items())
     return [
-        f"Ranks by the gradient's spectrum: {allocation.parameters:,} trained parameters. As arguments of LoraConfig:",
-        json.dumps(allocation.lora_settings(), ensure_ascii=False),
+        f"Ranks by the gradient's spectrum: {allocation.parameters:,} trained parameters. The scaling is "
+        f"s = {allocation.scaling:g}, {rule}. In Python, where you add target_modules:",
+        f"LoraConfig({arguments})",
     ]
 
 
