@@ -405,6 +405,15 @@ def test_the_calculator_refuses_bad_numbers(argv: list[str], message: str, capsy
     assert message in capsys.readouterr().err
 
 
+def test_the_help_has_one_heading_and_no_default_of_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["rate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("options:") == 1
+    assert "the rate that is known (required) --known_for" in text
+    assert "(default: 0.35)" in text
+
+
 def test_the_command_prints_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rate", "--learning_rate=2e-5", "--known_for=full", "--stable_gamma=16", "--width=4096"]) == 0
     assert capsys.readouterr().out.startswith("2e-05: where to begin with LoRA-GA (gamma 16, width 4096; s f = 11;")

@@ -67,7 +67,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Shows the default after each help text, keeps paragraphs, and shows one spelling of each option."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", []) or not action.option_strings:
+        required = (action.help or "").endswith("(required)")  # its default only says that it was not given
+        if required or action.default in (None, "", []) or not action.option_strings:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(action.default)})"

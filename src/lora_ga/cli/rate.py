@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from lora_ga.cli.options import at_least, option, require
 from lora_ga.cli.parsing import OptionParser
@@ -29,8 +29,6 @@ LORA_OVER_FULL = 10.0
 @dataclass
 class RateOptions:
     """What is known, and the adapter to train."""
-
-    _argument_group_name: ClassVar[str] = "options"
 
     learning_rate: float = option(0.0, "the rate that is known (required)")
     known_for: Literal["lora", "rslora", "full"] = option(
