@@ -416,4 +416,11 @@ def test_the_help_has_one_heading_and_no_default_of_what_is_required(capsys: pyt
 
 def test_the_command_prints_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rate", "--learning_rate=2e-5", "--known_for=full", "--stable_gamma=16", "--width=4096"]) == 0
-    assert capsys.readouterr().out.startswith("2e-05: where to begin with LoRA-GA (gamma 16, width 4096; s f = 11;")
+    assert capsys.readouterr().out.startswith(
+        "Begin LoRA-GA at 2e-05. Computed from 2e-05 for full fine-tuning; size of the start s·f: 11 (gamma 16, width "
+        "4096; LoRA's: 1.15). Sweep around it, "
+    )
+    assert main(["rate", "--learning_rate=2e-4"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "Begin LoRA-GA at 0.0002. Computed from 0.0002 for LoRA; size of the start s·f: 0.35 (LoRA's: 1.15). Sweep "
+    )

@@ -15,10 +15,11 @@ fine-tuning of the same model on the same data.
   lora-ga rate --learning_rate 2e-4
   lora-ga rate --learning_rate 2e-5 --known_for full --stable_gamma 16 --width 4096
 
-Under Adam a step of rate lr moves a layer's product s B A by about s f lr, where s is the scaling and f the size of A
-and B. The command gives the rate with the same s f lr. Where LoRA-GA's start is smaller than LoRA's, it gives LoRA's
+Under Adam a step of rate lr moves a layer's product s·B A by about s·f·lr, where s is the scaling and f the size of A
+and B. The command gives the rate with the same s·f·lr. Where LoRA-GA's start is smaller than LoRA's, it gives LoRA's
 rate: there the factors soon outgrow their start. --learning_rate auto of `lora-ga train` measures instead."""
 
+NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "full": "full fine-tuning"}  # in the output
 # The rows of LoRA's A, drawn as PEFT draws them (uniform, bound 1/√d_in), have the norm 1/√3; B is zero.
 SIZE_OF_LORA = 1 / math.sqrt(3)
 # LoRA's best rate ÷ full fine-tuning's: 3, 10, 10, 32 and 32 on the five tasks of docs/evidence.md; and the usual
@@ -40,7 +41,7 @@ class RateOptions:
         True, "LoRA-GA's scaling: alpha / sqrt(rank), as `lora-ga train` has it, not alpha / rank"
     )
     stable_gamma: float | None = option(None, "gamma of the start (default: the start's size follows --reach)")
-    reach: float | None = option(None, f"s f of the start, where gamma is not given (default: {LoraGAConfig.reach})")
+    reach: float | None = option(None, f"s·f of the start, where gamma is not given (default: {LoraGAConfig.reach})")
     width: int | None = option(None, "outputs of the adapted layers, usually the hidden size; only with gamma")
 
     def __post_init__(self) -> None:
@@ -104,10 +105,11 @@ def main(argv: list[str]) -> int:
         0.
     """
     (options,), _ = OptionParser((RateOptions,), prog="lora-ga rate", description=DESCRIPTION).parse(argv)
-    size = "reach" if options.stable_gamma is None else f"gamma {options.stable_gamma:g}, width {options.width}"
+    chosen = "" if options.stable_gamma is None else f"gamma {options.stable_gamma:g}, width {options.width}; "
     print(
-        f"{rate_of_lora_ga(options):.2g}: where to begin with LoRA-GA ({size}; s f = {size_of_lora_ga(options):.2g}; "
-        f"of LoRA {size_of_lora(options.alpha, options.rank, rslora=False):.3g}), from {options.learning_rate:g} of "
-        f"{options.known_for}. Sweep around it, or let `lora-ga train --learning_rate auto` measure."
+        f"Begin LoRA-GA at {rate_of_lora_ga(options):.2g}. Computed from {options.learning_rate:g} for "
+        f"{NAMES[options.known_for]}; size of the start s·f: {size_of_lora_ga(options):.2g} ({chosen}LoRA's: "
+        f"{size_of_lora(options.alpha, options.rank, rslora=False):.3g}). Sweep around it, or let "
+        "`lora-ga train --learning_rate auto` measure."
     )
     return 0
