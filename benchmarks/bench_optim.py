@@ -3,7 +3,7 @@
     python benchmarks/bench_optim.py                    # four minutes, in one thread
     python benchmarks/bench_optim.py --device cuda      # on a GPU; writes results/optim_cuda.json
 
-MiniLM with LoRA-GA of rank 8 on all linear layers. A step is a forward and a backward pass over 16 sequences, and the
+A MiniLM shape with random weights and LoRA-GA of rank 8 on all linear layers. A step is a forward and a backward pass over 16 sequences, and the
 optimizer's step. Every optimizer steps the same model in turn, with a rate of zero, so that all do the same work. The
 ratio of each to AdamW is taken round by round, and so is the share of the step that the optimizer itself takes; the
 record has the medians. On a CPU the times are process times.
@@ -23,7 +23,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.optim import Optimizer
 
-import bench_alignment
+import bench_gpu
 import lora_ga
 import record
 from lora_ga.experiments import optim
@@ -61,7 +61,7 @@ def seconds(model: nn.Module, optimizer: Optimizer, batch: dict[str, torch.Tenso
 
 def ratios(length: int, device: str) -> dict[str, Any]:
     """The time of a step with each optimizer over that with AdamW."""
-    model = get_peft_model(bench_alignment.minilm(), record.adapter()).to(device)
+    model = get_peft_model(bench_gpu.minilm(False, torch.device(device)), record.adapter())
     batch = batch_of(length, device)
     lora_ga.initialize(model, [batch])
     model.train()
