@@ -3,10 +3,10 @@
     python benchmarks/bench_optim.py                    # four minutes, in one thread
     python benchmarks/bench_optim.py --device cuda      # on a GPU; writes results/optim_cuda.json
 
-A MiniLM shape with random weights and LoRA-GA of rank 8 on all linear layers. A step is a forward and a backward pass over 16 sequences, and the
-optimizer's step. Every optimizer steps the same model in turn, with a rate of zero, so that all do the same work. The
-ratio of each to AdamW is taken round by round, and so is the share of the step that the optimizer itself takes; the
-record has the medians. On a CPU the times are process times.
+A MiniLM shape with random weights and LoRA-GA of rank 8 on all linear layers. A step is a forward and a backward pass
+over 16 sequences, and the optimizer's step. Every optimizer steps the same model in turn, with a rate of zero, so that
+all do the same work. The ratio of each to AdamW is taken round by round, and so is the share of the step that the
+optimizer itself takes; the record has the medians. On a CPU the times are process times.
 """
 
 from __future__ import annotations
