@@ -205,7 +205,7 @@ def find_rate(
     Eight batches show how far their gradients agree, and trials of at most eight steps on them show from which rate on
     the loss rises. This costs 20 to 40 training steps. It is done once for each 200 steps of the run, on other batches,
     at least once and at most five times, and the result is the geometric mean. So the search costs about an eighth of a
-    run of 200 to 1,000 steps, and more than half of one of 50. The module's docstring has the rule, and
+    run of 200 to 1,000 steps, and about half of one of 50. The module's docstring has the rule, and
     docs/evidence.md its regret against a sweep. It holds for a warm-up and a decay of the rate to zero.
 
     A warning says if the gradients hardly agree. Then the rate is a guess, and often too low.

@@ -295,7 +295,7 @@ class TrainingOptions:
         "peak learning rate (default: "
         + ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
         + "). The best rate depends on model and method: sweep it for each of them. auto looks for one before "
-        "training, in 20 to 40 steps for each 200, about 150 at most (not for full)",
+        "training, in 20 to 40 steps for each 200 of the run, five times at most (not for full)",
     )
     epochs: float = option(1.0, "passes over the training data")
     max_steps: int | None = option(None, "optimizer steps, instead of --epochs")
