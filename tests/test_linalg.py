@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from lora_ga.config import CHOICES
 from lora_ga.gradients.setup import ESTIMATORS
-from lora_ga.linalg.accumulator import Accumulator, Size, sum_dtype
+from lora_ga.linalg.accumulator import Accumulator, Size, UnitRows, sum_dtype
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import LowRank, estimated_norm, generator, merge, merge_factors, probes, truncated_svd
 from lora_ga.linalg.streaming import Streaming
@@ -383,6 +383,26 @@ def test_streaming_finds_late_directions_after_a_first_block_of_one_token() -> N
     assert captured >= 0.999 * torch.linalg.svdvals(true)[:4].norm()
 
 
+@pytest.mark.parametrize("power_steps", [0, 1])
+def test_what_tokens_are_multiplied_with_lies_transposed_in_memory(power_steps: int) -> None:
+    """In the other order these products take longer on a CPU."""
+    accumulator = Streaming({"layer": Size(8, 4), "rows": Size(8, 4)}, power_steps, 0)
+    for _ in range(2):  # the first block, and one after a truncation
+        for x, g, weight in blocks(1, torch.float32):
+            accumulator.add("layer", x, g, weight)
+            accumulator.add("rows", UnitRows(torch.arange(len(x)) % INPUTS, INPUTS), g, weight)
+        for stream in accumulator.streams.values():
+            assert stream.z is not None
+            for each in (stream.omega, stream.y, stream.z):
+                assert each.mT.is_contiguous()
+                assert not each.is_contiguous()
+        accumulator.flush()
+    accumulator.restore(accumulator.state(), dict.fromkeys(accumulator.streams, torch.device("cpu")))
+    for stream in accumulator.streams.values():
+        assert stream.omega.mT.is_contiguous()
+        assert stream.y.mT.is_contiguous()
+
+
 @pytest.mark.parametrize("kind", [Dense, Streaming])
 def test_a_restored_accumulator_continues_as_the_uninterrupted_one(kind: Kind) -> None:
     """After each save a run goes on from what it has saved, so a resumed run computes on the same memory layout."""
@@ -390,6 +410,7 @@ def test_a_restored_accumulator_continues_as_the_uninterrupted_one(kind: Kind) -
     devices = dict.fromkeys(names, torch.device("cpu"))
     whole, resumed = filled(kind, parts[:4], names), kind(SIZES, 0, 0)
     state = whole.state()
+    assert all(value.is_contiguous() for value in state.values())
     resumed.restore({key: value.clone() for key, value in state.items()}, devices)
     whole.restore(state, devices)
     for x, g, weight in parts[4:]:

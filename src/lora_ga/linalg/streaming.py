@@ -64,6 +64,8 @@ class _Stack(NamedTuple):
 class _Stream:
     """The state of one layer, `M = U S Vᵀ`, and what its next block is multiplied with.
 
+    Ω, Y and Z lie transposed in memory: on a CPU their products with x and g then take a fifth less time.
+
     Attributes:
         u: (O, K).
         s: (K,).
@@ -110,7 +112,7 @@ class _Stream:
         start_IQ = torch.where(start_IQ.norm(dim=0) > 0, start_IQ, self.start)
         u_OK, s_K, v_IK = self.held
         self.y[:, :-PROBES] = (u_OK * s_K) @ (v_IK.mT @ start_IQ)
-        self.omega = torch.cat([start_IQ, self.omega[:, -PROBES:]], dim=1)
+        self.omega = torch.cat([start_IQ.mT, self.omega[:, -PROBES:].mT]).mT
 
 
 class Streaming:
@@ -186,9 +188,10 @@ class Streaming:
         columns = min(self.sizes[name].kept + FRESH, inputs, outputs)
         kept = min(self.sizes[name].kept, columns)
         random_2IQ, probes_IP = self._gaussian(inputs, columns, g_TO)
-        start_IQ = first_directions(x_TI, g_TO, random_2IQ[:inputs])
-        y = g_TO.new_zeros(outputs, columns + PROBES)
-        omega = torch.cat([start_IQ, probes_IP], dim=1)
+        random_2OQ, _ = self._gaussian(outputs, columns, g_TO)
+        start_IQ = first_directions(x_TI, g_TO, random_2OQ[:outputs], random_2IQ[:inputs])
+        y = g_TO.new_zeros(columns + PROBES, outputs).mT
+        omega = torch.cat([start_IQ.mT, probes_IP.mT]).mT
         return _Stream(y[:, :kept].clone(), y.new_zeros(kept), omega[:, :kept], omega, y)
 
     def _shape(self, name: str) -> Hashable:
@@ -204,7 +207,7 @@ class Streaming:
         if exactly:  # solvers of eigenvalues refuse NaN with an error of their own
             self._refuse_infinite(names)
         _, u_NOK, s_NK, v_NIK, y_NOC = self._stacked(names)
-        z_NIQ = torch.stack([stream.z for stream in streams if stream.z is not None])
+        z_NIQ = torch.stack([stream.z.mT for stream in streams if stream.z is not None]).mT
         y_NOQ, sketch_NOP = y_NOC.split([y_NOC.shape[-1] - PROBES, PROBES], dim=-1)
         z_NIQ.baddbmm_(v_NIK * s_NK[:, None], u_NOK.mT @ y_NOQ, beta=streams[0].weight)
         self._totals.append(sketch_NOP.sum())
@@ -217,8 +220,9 @@ class Streaming:
         stack = streams[0].stack
         if stack is not None and stack.names == tuple(names) and all(stream.stack is stack for stream in streams):
             return stack
-        parts = (torch.stack([getattr(stream, part) for stream in streams]) for part in ("u", "s", "v", "y"))
-        return _Stack(tuple(names), *parts)
+        u, s = (torch.stack([getattr(stream, part) for stream in streams]) for part in ("u", "s"))
+        v, y = (torch.stack([getattr(stream, part).mT for stream in streams]).mT for part in ("v", "y"))
+        return _Stack(tuple(names), u, s, v, y)
 
     def _prepare(
         self, names: Sequence[str], held: tuple[Tensor, Tensor, Tensor], sketch_NOP: Tensor, blocks: Sequence[int]
@@ -233,9 +237,9 @@ class Streaming:
         )
         v_NIK = torch.where(s_NK[:, None] > 0, v_NIK, fresh_NIQ[..., :kept])
         new_NIF = torch.baddbmm(fresh_NIQ[..., kept:], v_NIK, v_NIK.mT @ fresh_NIQ[..., kept:], alpha=-1)
-        omega_NIC = torch.cat([v_NIK, new_NIF, probes_IP.expand(len(names), -1, -1)], dim=-1)
+        omega_NIC = torch.cat([v_NIK.mT, new_NIF.mT, probes_IP.mT.expand(len(names), -1, -1)], dim=-2).mT
         crossed_NKQ = s_NK[..., None] * (v_NIK.mT @ omega_NIC[..., :columns])
-        y_NOC = torch.cat([u_NOK @ crossed_NKQ, sketch_NOP], dim=-1)
+        y_NOC = torch.cat([crossed_NKQ.mT @ u_NOK.mT, sketch_NOP.mT], dim=-2).mT
         stack = _Stack(tuple(names), u_NOK, s_NK, omega_NIC[..., :kept], y_NOC)
         # Views of a stack keep all of it in memory. They are copied where the layers will not be replaced together.
         stacks = [self.streams[name].stack for name in names if name in self.streams]
@@ -319,12 +323,16 @@ class Streaming:
         return LowRank(u_OK, s_K, v_IK, norm, sketch_OP)
 
     def state(self) -> dict[str, Tensor]:
-        """U, S, V, the sketch and the number of blocks of every layer."""
+        """U, S, V, the sketch and the number of blocks of every layer.
+
+        Returns:
+            "layer.part" → tensor, contiguous as in a file: how products round depends on the layout in memory.
+        """
         tensors = {}
         for name, stream in self.streams.items():
             for part, tensor in zip("USV", stream.held, strict=True):
-                tensors[f"{name}.{part}"] = tensor
-            tensors[f"{name}.sketch"] = stream.sketch
+                tensors[f"{name}.{part}"] = tensor.contiguous()
+            tensors[f"{name}.sketch"] = stream.sketch.contiguous()
             tensors[f"{name}.blocks"] = torch.tensor([stream.blocks])
         return tensors
 

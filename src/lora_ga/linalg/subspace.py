@@ -12,7 +12,7 @@ from lora_ga.linalg.accumulator import Inputs, UnitRows
 from lora_ga.linalg.low_rank import wide
 
 # `first_directions` reads one token in so many, and more if fewer than four for each direction would be left.
-STRIDE = 8
+STRIDE = 4
 # Columns of Q below this share of their length before are rounding noise, and are replaced by zeros.
 SPURIOUS = 1e-2
 # Columns of Y of whose length less than this share is independent of the columns before them are left out, in float32:
@@ -59,10 +59,10 @@ def times(x_TI: Inputs, w_IC: Tensor) -> Tensor:
 
 
 def transposed_times(x_TI: Inputs, c_TC: Tensor) -> Tensor:
-    """`xᵀ c`."""
+    """`xᵀ c`, transposed in memory."""
     if isinstance(x_TI, UnitRows):
-        return c_TC.new_zeros(x_TI.width, c_TC.shape[1]).index_add_(0, x_TI.places, c_TC)
-    return x_TI.mT @ c_TC
+        return c_TC.new_zeros(c_TC.shape[1], x_TI.width).index_add_(1, x_TI.places, c_TC.mT).mT
+    return (c_TC.mT @ x_TI).mT
 
 
 def power_step(
@@ -83,22 +83,23 @@ def power_step(
     return orthonormal(z_IQ)
 
 
-def first_directions(x_TI: Inputs, g_TO: Tensor, omega_IQ: Tensor) -> Tensor:
-    """The directions from which a layer's first block starts: one power iteration on some of its tokens.
+def first_directions(x_TI: Inputs, g_TO: Tensor, random_OQ: Tensor, random_IQ: Tensor) -> Tensor:
+    """The directions from which a layer's first block starts: `(gᵀx)ᵀ` times random ones, for some of its tokens.
 
     Args:
         x_TI: Inputs of the layer, in the dtype of the sums.
         g_TO: Gradients of the loss at the layer's outputs.
-        omega_IQ: Random directions.
+        random_OQ: Random directions of the outputs.
+        random_IQ: Random directions of the inputs.
 
     Returns:
         (I, Q), nearly orthonormal. Directions that those tokens do not have are random.
     """
-    stride = min(STRIDE, len(x_TI) // (4 * omega_IQ.shape[1]))
+    stride = min(STRIDE, len(x_TI) // (4 * random_IQ.shape[1]))
     if isinstance(x_TI, Tensor) and stride > 1:
         x_TI, g_TO = x_TI[::stride], g_TO[::stride]
-    p_IQ = power_step(None, x_TI, g_TO, 1.0, omega_IQ)
-    return torch.where(p_IQ.norm(dim=0) > 0, p_IQ, omega_IQ)
+    p_IQ = orthonormal(transposed_times(x_TI, g_TO @ random_OQ))
+    return torch.where(p_IQ.norm(dim=0) > 0, p_IQ, random_IQ)
 
 
 def _whitening(gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
