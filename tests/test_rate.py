@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 import lora_ga
 from lora_ga.adapter import rate as rates
 from lora_ga.adapter.rate import Group, Search, find_rate
+from lora_ga.adapter.trials import Trials
 from lora_ga.cli.main import main
 from lora_ga.cli.rate import RateOptions, rate_of_lora_ga
 from toys import adapted, bert, classified, llama
@@ -113,7 +114,7 @@ def test_an_interrupted_search_leaves_no_trace_and_goes_on_from_what_was_measure
     before, file = everything(model, optimizer, loader), tmp_path / "rate.json"
     whole = find_rate(model, loader, STEPS)
     tried: list[float] = []
-    trial, loss = rates._Trials.stable, rates._Trials._loss
+    trial, loss = Trials.stable, Trials._loss
 
     def counted(self: Any, rate: float, losses: list[float]) -> tuple[bool, int]:
         tried.append(rate)
@@ -124,16 +125,16 @@ def test_an_interrupted_search_leaves_no_trace_and_goes_on_from_what_was_measure
             raise KeyboardInterrupt
         return loss(self, place, **more)
 
-    monkeypatch.setattr(rates._Trials, "_loss", in_the_middle)
+    monkeypatch.setattr(Trials, "_loss", in_the_middle)
     with pytest.raises(KeyboardInterrupt):
         find_rate(model, loader, STEPS, checkpoint=file)
     assert_equal(everything(model, optimizer, loader), before)
     found = json.loads(file.read_text())
     assert list(found["groups"][0]["stable"]) == ["0.01"]
 
-    monkeypatch.setattr(rates._Trials, "_loss", loss)
-    monkeypatch.setattr(rates._Trials, "at_start", lambda self: pytest.fail("measured again"))
-    monkeypatch.setattr(rates._Trials, "stable", counted)
+    monkeypatch.setattr(Trials, "_loss", loss)
+    monkeypatch.setattr(Trials, "at_start", lambda self: pytest.fail("measured again"))
+    monkeypatch.setattr(Trials, "stable", counted)
     assert find_rate(model, loader, STEPS, checkpoint=file) == whole
     assert tried
     assert 0.01 not in tried
@@ -156,7 +157,7 @@ def test_a_checkpoint_of_another_search_or_a_damaged_one_is_refused(tmp_path: Pa
 
 
 def identity(model: nn.Module) -> str:
-    return rates._Trials(model, [[batch] for batch in classified(4)], None, None).identity()
+    return Trials(model, [[batch] for batch in classified(4)], None, None).identity()
 
 
 def test_a_search_is_recognised_by_its_model_its_start_its_scaling_and_its_batches() -> None:
@@ -180,7 +181,7 @@ def test_a_search_is_recognised_by_its_model_its_start_its_scaling_and_its_batch
 
 def test_the_agreement_is_the_mean_product_of_signs_on_two_batches_and_the_rate_follows_the_rule() -> None:
     model, batches = lora_ga_start()
-    trials = rates._Trials(model, [[batch] for batch in batches], None, None)
+    trials = Trials(model, [[batch] for batch in batches], None, None)
     model.eval()  # without dropout, as a search computes
     losses, agreement = trials.at_start()
     signs = []
@@ -209,11 +210,11 @@ def test_the_rate_of_several_groups_is_their_geometric_mean_and_those_of_a_longe
 def test_a_small_agreement_counts_as_a_twentieth_and_below_a_fiftieth_a_warning_says_so(
     agreement: float, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    at_start = rates._Trials.at_start
-    monkeypatch.setattr(rates._Trials, "at_start", lambda self: (at_start(self)[0], agreement))
+    at_start = Trials.at_start
+    monkeypatch.setattr(Trials, "at_start", lambda self: (at_start(self)[0], agreement))
     model, batches = lora_ga_start()
     found = find_rate(model, batches, STEPS)
-    monkeypatch.setattr(rates._Trials, "at_start", lambda self: (at_start(self)[0], 0.05))
+    monkeypatch.setattr(Trials, "at_start", lambda self: (at_start(self)[0], 0.05))
     assert find_rate(model, batches, STEPS) == found
     said = [str(each.message) for each in recwarn if "hardly agree" in str(each.message)]
     assert len(said) == (agreement < 0.02)
@@ -244,13 +245,13 @@ def test_a_longer_run_is_searched_on_more_groups_and_uses_again_what_a_shorter_o
     model, _ = lora_ga_start()
     batches, file = classified(27), tmp_path / "rate.json"
     measured: list[int] = []
-    at_start = rates._Trials.at_start
+    at_start = Trials.at_start
 
     def counted(self: Any) -> tuple[list[float], float]:
         measured.append(len(self.batches))
         return at_start(self)
 
-    monkeypatch.setattr(rates._Trials, "at_start", counted)
+    monkeypatch.setattr(Trials, "at_start", counted)
     short = find_rate(model, batches, 399, checkpoint=file)
     assert measured == [8]
     find_rate(model, batches, 800, checkpoint=file)
@@ -274,8 +275,8 @@ def test_accumulated_batches_count_as_one_step() -> None:
     halves = [
         {name: part[half] for name, part in batch.items()} for batch in batches for half in (slice(4), slice(4, 8))
     ]
-    one = rates._Trials(model, [[batch] for batch in batches], None, None).at_start()
-    two = rates._Trials(model, [halves[i : i + 2] for i in range(0, 16, 2)], None, None).at_start()
+    one = Trials(model, [[batch] for batch in batches], None, None).at_start()
+    two = Trials(model, [halves[i : i + 2] for i in range(0, 16, 2)], None, None).at_start()
     assert two[0] == pytest.approx(one[0], rel=1e-5)
     assert two[1] == pytest.approx(one[1], rel=1e-2)
     assert find_rate(model, halves, STEPS, gradient_accumulation_steps=2) == find_rate(model, batches, STEPS)

@@ -20,9 +20,10 @@ from lora_ga.experiments.methods import METHODS, load_method
 from lora_ga.experiments.methods.base import Method
 from lora_ga.experiments.methods.starts import STARTS
 from lora_ga.experiments.records.store import Store
+from lora_ga.experiments.suites import run as alone
 from lora_ga.experiments.suites import run_stack as running
 from lora_ga.experiments.suites.cells import Cell, cell_of, stacks
-from lora_ga.experiments.suites.run import Place, build, run_cell
+from lora_ga.experiments.suites.run import Place, build, now, run_cell
 from lora_ga.experiments.suites.run_stack import run_stack
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import load_suite
@@ -286,6 +287,25 @@ def test_the_models_of_a_stack_are_freed_before_other_cells_run_alone(
     monkeypatch.setattr(running, "run_cell", run_cell)
     records = run_stack(cells_of(toy, "text", ("lora", "full", "rslora")), PLACE)
     assert records[1] == {"alone": "full", "models": [None, None, None]}
+
+
+def test_the_time_on_a_gpu_is_read_once_it_has_computed_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    assert now("cpu") <= now("cuda:1")
+    assert waited == ["cuda:1"]
+
+
+def test_all_seconds_of_a_run_are_read_from_that_clock(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    for module in (alone, running):
+        monkeypatch.setattr(module, "now", lambda device: float(next(ticks)))
+    each = {"load": 1.0, "start": 1.0, "train": 1.0, "evaluate": 1.0}
+    one, *two = cells_of(toy, "text", ("lora", "rslora", "lora_ga"))
+    seconds = [run_cell(one, PLACE)["seconds"], *(record["seconds"] for record in run_stack(two, PLACE))]
+    totals = [found.pop("total") for found in seconds]
+    assert seconds == [each, each | {"train": 0.5}, each | {"train": 0.5}]
+    assert all(total > 0 for total in totals)
 
 
 def _broken(change: Callable[[Any], None]) -> Any:

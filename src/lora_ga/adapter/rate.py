@@ -20,49 +20,31 @@ benchmarks/rates.py compares the rule with sweeps; docs/evidence.md has the resu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.optim import AdamW, Optimizer
-from torch.utils.data import DataLoader
+from torch.optim import Optimizer
 
+from lora_ga.adapter.trials import OPTIMIZER, Trials, as_before
 from lora_ga.distributed.processes import processes
 from lora_ga.distributed.sharding import unwrapped
 from lora_ga.files import damaged, parse_json, write_atomically
-from lora_ga.gradients.batch import BatchPass, batch_in_errors
-from lora_ga.gradients.checkpoint import digest_of
-from lora_ga.gradients.isolation import (
-    called_modules_kept,
-    grad_kept,
-    modes_kept,
-    random_state_kept,
-    set_modes,
-    unfused_attention,
-)
-from lora_ga.gradients.loss import LossFunction, refuse_infinite_loss, unlabelled
+from lora_ga.gradients.loss import LossFunction, unlabelled
 from lora_ga.gradients.progress import LOGGER
 from lora_ga.gradients.reader import ALL_IGNORED, MOST_UNLABELLED, check_data
 from lora_ga.gradients.setup import refuse_inference_mode
-from lora_ga.layers.optimizers import starts_of
 from lora_ga.layers.targets import peft_model_in
-from lora_ga.linalg.low_rank import read
 from lora_ga.warn import warn
 
 TRIAL, FEWEST = 8, 4  # steps of a trial, and the fewest with which it says anything
-WARMUP = 3  # steps over which the rate of a trial rises
-TOLERATED = 0.1  # a loss that rises by more than this share of the loss at the start shows that the rate is too high
 CONSTANT = ("constant", "constant_with_warmup")  # schedules for which the rule is not made
-OPTIMIZER = "Give a function from a rate to an optimizer: optimizer=lambda rate: torch.optim.AdamW(parameters, rate)."
 FIRST, LOWEST, HIGHEST = -4, -12, -1  # exponents of √10: the first rate tried is 1e-2, the others 1e-6 to 0.316
 # The rate of a run of `REFERENCE` steps is FACTOR · edge · √a. Set on nine lines of runs (two Llamas and SST-2, each
 # with LoRA, rsLoRA and LoRA-GA): 0.5 to 0.8 are nearly as good. The minimum of a parabola is at half of its edge.
@@ -73,7 +55,6 @@ UNSURE = 0.02  # below this a warning says that the rate is a guess
 LEAST_STEPS = 50  # a group costs 20 to 40 steps; before a shorter run it does not pay
 STEPS_OF_GROUP, MOST_GROUPS = 200, 5  # one group for so many steps of the run, and at most so many groups
 SHARE = 0.15  # of the run's steps: the last, finest trial of a group is left out if the search would cost more with it
-SAMPLED = 64  # values of each frozen parameter by which a checkpoint recognises the model
 SCHEMA = 3
 
 
@@ -82,7 +63,7 @@ class Group:
     """What has been measured on the batches of one group.
 
     Attributes:
-        identity: Digest of the model, the adapter and the batches; see `_Trials.identity`.
+        identity: Digest of the model, the adapter and the batches; see `Trials.identity`.
         losses: The loss of each trial step's batch at the start.
         agreement: a; None before it is known.
         stable: Rate → whether the trial at it was stable.
@@ -243,10 +224,10 @@ def find_rate(
     _check(network, data, steps, gradient_accumulation_steps)
     if optimizer is not None and (not callable(optimizer) or isinstance(optimizer, type)):
         raise TypeError(f"optimizer={optimizer!r} is no function. {OPTIMIZER}")
-    with _as_before(network, data):
+    with as_before(network, data):
         batches = _batches_of_steps(network, data, steps_of_groups(steps), gradient_accumulation_steps, loss_fn)
         parts = [batches[at : at + TRIAL] for at in range(0, len(batches), TRIAL)]
-        trials = [_Trials(network, part, loss_fn, optimizer) for part in parts if len(part) >= FEWEST]
+        trials = [Trials(network, part, loss_fn, optimizer) for part in parts if len(part) >= FEWEST]
         search = Search.begin([each.identity() for each in trials], None if checkpoint is None else Path(checkpoint))
         first = FIRST
         for group, each in zip(search.used, trials, strict=True):
@@ -283,7 +264,7 @@ def note_default_rate(steps: int, rate: float) -> str:
     )
 
 
-def _find_edge(group: Group, trials: _Trials, first: int, save: Callable[[], None]) -> int:
+def _find_edge(group: Group, trials: Trials, first: int, save: Callable[[], None]) -> int:
     """Try rates half a decade apart until a stable and an unstable one are neighbours.
 
     Args:
@@ -312,7 +293,7 @@ def _find_edge(group: Group, trials: _Trials, first: int, save: Callable[[], Non
     return exponent
 
 
-def _try_rate(group: Group, trials: _Trials, exponent: float, save: Callable[[], None]) -> bool:
+def _try_rate(group: Group, trials: Trials, exponent: float, save: Callable[[], None]) -> bool:
     """Whether the trial at √10^exponent is stable; it is not made again if its result is known."""
     rate = float(f"{10 ** (exponent / 2):.3g}")
     if rate not in group.stable:
@@ -320,144 +301,6 @@ def _try_rate(group: Group, trials: _Trials, exponent: float, save: Callable[[],
         group.passes += passes
         save()
     return group.stable[rate]
-
-
-class _Trials:
-    """Short trainings from the start, each of which leaves the parameters as they were."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        batches: Sequence[Sequence[Any]],
-        loss_fn: LossFunction | None,
-        optimizer: Callable[[float], Optimizer] | None,
-    ) -> None:
-        """Train `network` on `batches`, one sequence of them for each step."""
-        self.batches, self._pass = batches, BatchPass(network, loss_fn)
-        self.parameters = {name: each for name, each in network.named_parameters() if each.requires_grad}
-        self.frozen = {name: each for name, each in network.named_parameters() if not each.requires_grad}
-        self.layers = [module for module in peft_model_in(network).modules() if isinstance(module, LoraLayer)]
-        held = {id(each) for layer in self.layers for each in layer.parameters()}
-        self.adapter = [each for each in self.parameters.values() if id(each) in held]
-        self._given = optimizer
-        self._rates: dict[float, list[float]] = {}  # given rate → those of the optimizer's groups
-
-    def identity(self) -> str:
-        """A digest of what trains, A₀ and B₀, the scaling, some values of each frozen parameter, and the batches."""
-        found = starts_of(self.parameters.values())
-        starts = [found[id(each)] for each in self.parameters.values() if id(each) in found]
-        scalings = [layer.scaling for layer in self.layers]
-        some = {
-            name: each.detach().reshape(-1)[:: max(1, each.numel() // SAMPLED)][:SAMPLED]
-            for name, each in self.frozen.items()
-            if not each.is_meta
-        }
-        return digest_of((self.parameters, starts, scalings, some, self.batches))
-
-    def _optimizer(self, rate: float) -> Optimizer:
-        """A new optimizer at a rate.
-
-        Returns:
-            The given function's, or AdamW.
-
-        Raises:
-            TypeError: The given function makes no optimizer.
-            ValueError: It is not of the Adam family, or has the same rates as at another rate.
-        """
-        if self._given is None:
-            return AdamW(self.parameters.values(), rate, weight_decay=0.0)
-        found = self._given(rate)
-        if not isinstance(found, Optimizer):
-            raise TypeError(f"optimizer={self._given!r} returned a {type(found).__name__}. {OPTIMIZER}")
-        if not is_of_adam(found):
-            raise ValueError(
-                f"optimizer= makes a {type(found).__name__}, but the rule is for AdamW and its relatives. Leave the "
-                "optimizer out, or sweep the rate."
-            )
-        own = [float(group["lr"]) for group in found.param_groups]
-        if any(own == known for other, known in self._rates.items() if other != rate):
-            shown = ", ".join(f"{each:g}" for each in own)
-            raise ValueError(f"optimizer= gives the learning rates {shown} at every rate. {OPTIMIZER}")
-        self._rates[rate] = own
-        return found
-
-    def at_start(self) -> tuple[list[float], float]:
-        """The losses before any step, and the agreement of the adapter's gradients.
-
-        Returns:
-            The loss of each step's batches, and a.
-
-        Raises:
-            ValueError: A loss is not finite, they are not above 0, or no gradient reaches the adapter.
-        """
-        losses, sums, nonzero = [], [torch.zeros_like(each) for each in self.adapter], []
-        for place in range(len(self.batches)):
-            losses.append(self._loss(place, backward=True, at_start=True))
-            for total, parameter in zip(sums, self.adapter, strict=True):
-                if parameter.grad is not None:
-                    total.add_(parameter.grad.sign())
-                    nonzero.append(parameter.grad.count_nonzero().reshape(1))
-        counts = sum(read(nonzero))
-        if not counts:
-            raise ValueError("No gradient reaches the adapter. Check that it is active and takes part in the loss.")
-        if not statistics.fmean(losses) > 0:
-            raise ValueError(
-                f"The loss at the start is {statistics.fmean(losses):.3g}; a search needs one above 0, since it looks "
-                "for the rate from which on the loss rises by a tenth. Set the learning rate yourself."
-            )
-        squares = sum(read([total.double().square().sum().reshape(1) for total in sums]))
-        return losses, (squares - counts) / (counts * (len(self.batches) - 1))
-
-    def stable(self, rate: float, losses: Sequence[float]) -> tuple[bool, int]:
-        """Whether the first steps at a rate keep the loss of every batch at most slightly above that of the start.
-
-        Returns:
-            Whether they do, and how many steps were computed.
-        """
-        start = [each.detach().clone() for each in self.parameters.values()]
-        allowed = TOLERATED * statistics.fmean(losses)
-        try:
-            optimizer = self._optimizer(rate)
-            peaks = [group["lr"] for group in optimizer.param_groups]
-            for place, before in enumerate(losses):
-                last = place == len(losses) - 1
-                loss = self._loss(place, backward=not last)
-                if not loss <= before + allowed:  # also where it is not finite
-                    return False, place + 1
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * min(1.0, (place + 1) / WARMUP)
-                if not last:
-                    optimizer.step()
-            return True, len(losses)
-        finally:
-            with torch.no_grad():
-                for parameter, values in zip(self.parameters.values(), start, strict=True):
-                    parameter.copy_(values)
-
-    def _loss(self, place: int, *, backward: bool, at_start: bool = False) -> float:
-        """The loss of the batches of a step, and, if wanted, its gradient in `.grad`."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        found = []
-        for number, batch in enumerate(self.batches[place], start=1 + place * len(self.batches[place])):
-            with batch_in_errors(number):
-                loss, weight = self._pass.forward(batch)
-                if at_start:
-                    refuse_infinite_loss(loss)
-            if backward:
-                with self._pass.noise:
-                    (loss * weight).backward()
-            found.append((float(loss.detach()), weight))
-        total = sum(weight for _, weight in found)
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad /= total
-        return sum(loss * weight for loss, weight in found) / total
-
-
-def is_of_adam(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is of the Adam family, for which the rule is made: its name says so."""
-    return "adam" in type(optimizer).__name__.lower()
 
 
 def _check(network: nn.Module, data: Any, steps: int, accumulation: int) -> None:
@@ -546,35 +389,3 @@ def _batches_of_steps(
     check_batches(len(found), accumulation)
     steps = range(len(found) // accumulation)
     return [found[place * accumulation : (place + 1) * accumulation] for place in steps]
-
-
-@contextlib.contextmanager
-def _as_before(network: nn.Module, data: Any) -> Iterator[None]:
-    """Prepare a network for trials; on leaving, all but the values of what trains is as it was before."""
-    eager = torch.compiler.set_stance("force_eager")  # a compiled graph calls no hooks of `called_modules_kept`
-    with (
-        random_state_kept(),
-        _generators_kept(data),
-        torch.enable_grad(),
-        eager,
-        unfused_attention(),
-        grad_kept(list(network.parameters())),
-        modes_kept(network),
-    ):
-        set_modes(network, training=True)
-        with called_modules_kept(network):
-            yield
-
-
-@contextlib.contextmanager
-def _generators_kept(data: Any) -> Iterator[None]:
-    """Restore the random generators of a data loader on leaving."""
-    parts = [data, data.sampler, data.batch_sampler] if isinstance(data, DataLoader) else []
-    parts += [getattr(part, "sampler", None) for part in parts]
-    found = {id(each): each for part in parts if isinstance(each := getattr(part, "generator", None), torch.Generator)}
-    states = [(each, each.get_state()) for each in found.values()]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)

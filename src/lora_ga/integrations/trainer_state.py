@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from lora_ga.adapter.rate import is_of_adam
+from lora_ga.adapter.trials import is_of_adam
 from lora_ga.gradients.isolation import random_state_kept
 
 DATA = ("train_dataset", "eval_dataset")  # attributes of a trainer that may hold millions of rows

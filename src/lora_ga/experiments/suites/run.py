@@ -79,6 +79,13 @@ def peak_memory(device: str) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
+def now(device: str) -> float:
+    """The time in seconds, once the device has done what it was given: a GPU computes after the call has returned."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Leave out the library's messages in the block: a suite says one line for each cell."""
@@ -195,7 +202,7 @@ class Run:
 
 def build(cell: Cell, place: Place, curves: Curves, prepared: PreparedTask | None = None) -> Run:
     """Loads a cell's task, unless it is given with another seed, and builds the cell's model."""
-    began, method = time.perf_counter(), load_method(cell.method)
+    began, method = now(place.device), load_method(cell.method)
     prepared = prepare(cell, place.sources) if prepared is None else prepared.for_seed(cell.seed)
     prepared.base.to(place.device)
     inputs = build_inputs(cell, prepared, place.device)
@@ -213,9 +220,9 @@ def build(cell: Cell, place: Place, curves: Curves, prepared: PreparedTask | Non
     if run.folder is not None and not run.is_trained:
         run.base = trained.fingerprints(prepared.base)
     torch.manual_seed(cell.seed)
-    loaded = time.perf_counter()
+    loaded = now(place.device)
     run.model = method.build(inputs)
-    run.seconds = {"load": round(loaded - began, 3), "start": round(time.perf_counter() - loaded, 3)}
+    run.seconds = {"load": round(loaded - began, 3), "start": round(now(place.device) - loaded, 3)}
     return run
 
 
@@ -226,18 +233,18 @@ def result(cell: Cell, place: Place, curves: Curves) -> dict[str, Any]:
     run = build(cell, place, curves)
     if run.is_trained:
         return evaluated(run, place, _restored(run, place))
-    started = time.perf_counter()
+    started = now(place.device)
     torch.manual_seed(cell.seed)  # the same dropout for all methods, whatever their initialisation has drawn
     train(run.loop(place))
-    run.seconds["train"] = round(time.perf_counter() - started, 3)
+    run.seconds["train"] = round(now(place.device) - started, 3)
     return finish(run, place)
 
 
 def finish(run: Run, place: Place) -> dict[str, Any]:
     """Measures a trained model, saves it if its evaluation may fail, and evaluates it."""
-    measuring = time.perf_counter()
+    measuring = now(place.device)
     found = _measured(run.prepared, run.model, place, run.curves)
-    found["seconds"] = run.seconds | {"evaluate": round(time.perf_counter() - measuring, 3)}
+    found["seconds"] = run.seconds | {"evaluate": round(now(place.device) - measuring, 3)}
     if run.folder is not None:
         trained.save(run.folder, run.model, run.base, _facts(run.cell, place, run.curves, found))
     return evaluated(run, place, found)
@@ -246,11 +253,11 @@ def finish(run: Run, place: Place) -> dict[str, Any]:
 def evaluated(run: Run, place: Place, found: dict[str, Any]) -> dict[str, Any]:
     """Adds what the task's own evaluation finds of the trained model."""
     if run.prepared.evaluate is not None:
-        judging = time.perf_counter()
+        judging = now(place.device)
         run.model.eval()
         with autocast(run.model, place.device):
             found["metrics"]["report"] |= run.prepared.evaluate(run.model)
-        found["seconds"]["evaluate"] = round(found["seconds"]["evaluate"] + time.perf_counter() - judging, 3)
+        found["seconds"]["evaluate"] = round(found["seconds"]["evaluate"] + now(place.device) - judging, 3)
     return found
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lora_ga.experiments.suites.cells import Cell
-from lora_ga.experiments.suites.run import Place, Run, build, finish, quiet, recorded, run_cell
+from lora_ga.experiments.suites.run import Place, Run, build, finish, now, quiet, recorded, run_cell
 from lora_ga.experiments.suites.stack import AloneError, Stack, check_member, share_memory
 from lora_ga.experiments.suites.training import Curves, DivergedError, Loop, autocast, keep_in_float32
 from lora_ga.experiments.tasks import prepare
@@ -92,13 +91,14 @@ def _trained(runs: Mapping[int, Run], base: Any, place: Place) -> dict[int, Exce
     """Trains the cells at once; returns number → error of those that diverged, or of all if the stack failed."""
     if len(runs) < 2:
         return {number: AloneError("no other cell is left") for number in runs}
-    began = time.perf_counter()
+    began = now(place.device)
     try:
         errors = train_stack(runs, base, place)
     except Exception as error:  # the other stacks go on
         return dict.fromkeys(runs, error)
+    share = round((now(place.device) - began) / len(runs), 3)
     for run in runs.values():
-        run.seconds["train"] = round((time.perf_counter() - began) / len(runs), 3)
+        run.seconds["train"] = share
     return errors
 
 
