@@ -164,7 +164,10 @@ def update_table() -> str:
         lines.append(f"| {what} | " + " | ".join(f"{each[what]:.2f}" for each in costs.values()) + " |")
     lines += ["", "| growth with | time | state |", "|---|---|---|"]
     exponents = {name: each["exponents"] for name, each in found["growth"].items()}
-    lines += [f"| {name} | exponent {time:.2f} | exponent {state:.2f} |" for name, (time, state) in exponents.items()]
+    lines += [
+        f"| {name} | exponent {time:.2f} | exponent {round(state, 2) + 0.0:.2f} |"  # no -0.00
+        for name, (time, state) in exponents.items()
+    ]
     return "\n".join(lines)
 
 
