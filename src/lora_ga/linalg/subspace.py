@@ -66,21 +66,18 @@ def transposed_times(x_TI: Inputs, c_TC: Tensor) -> Tensor:
 
 
 def power_step(
-    held: tuple[Tensor, Tensor, Tensor] | None, x_TI: Inputs, g_TO: Tensor, weight: float, start_IQ: Tensor
+    held: tuple[Tensor, Tensor, Tensor], x_TI: Inputs, g_TO: Tensor, weight: float, start_IQ: Tensor
 ) -> Tensor:
     """One power step, `orth(Mᵀ orth(M start))` for `M = U S Vᵀ + weight·gᵀx`, without forming M.
 
     Returns:
         (I, Q), nearly orthonormal; columns of zeros for directions that M does not have.
     """
+    u_OK, s_K, v_IK = held
     y_OQ = (g_TO.mT @ times(x_TI, start_IQ)).mul_(weight)
-    if held is not None:
-        y_OQ.addmm_(held[0] * held[1], held[2].mT @ start_IQ)
-    q_OQ = orthonormal(y_OQ)
+    q_OQ = orthonormal(y_OQ.addmm_(u_OK * s_K, v_IK.mT @ start_IQ))
     z_IQ = transposed_times(x_TI, g_TO @ q_OQ).mul_(weight)
-    if held is not None:
-        z_IQ.addmm_(held[2] * held[1], held[0].mT @ q_OQ)
-    return orthonormal(z_IQ)
+    return orthonormal(z_IQ.addmm_(v_IK * s_K, u_OK.mT @ q_OQ))
 
 
 def first_directions(x_TI: Inputs, g_TO: Tensor, random_OQ: Tensor, random_IQ: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ class Curves:
 
 
 def to_device(device: str, batch: Batch) -> Batch:
-    """Moves a batch to the device, without waiting for what a GPU was given to do before."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    """Moves a batch to the device, without waiting for what a CUDA device was given to do before."""
+    return {name: tensor.to(device, non_blocking=device.startswith("cuda")) for name, tensor in batch.items()}
 
 
 def measured(prepared: PreparedTask, model: Any, split: str, device: str) -> dict[str, float]:
