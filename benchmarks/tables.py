@@ -140,7 +140,7 @@ def cost_table() -> str:
     ratios, wide = found["times"]["median ratios"], found["width 2048"]["median ratios"]
     memory, held, flat = found["memory"]["over lora steps"], found["estimate"], found["estimate, random bytes"]
     rows = [
-        ("time ÷ frozen forward and backward pass", f"{ratios['frozen pass']:.2f}", "≤ 1.10"),
+        ("time ÷ frozen forward and backward pass", f"{ratios['frozen pass']:.3f}", "≤ 1.10"),
         ("the same, least possible by counts of multiplications", f"{found['floor']:.2f}", "–"),
         ("the same at width 2048, 4 layers", f"{wide['frozen pass']:.2f}", "–"),
         ("time ÷ PEFT's `preprocess_loraga` and `get_peft_model`", f"{ratios['peft lora_ga']:.2f}", "≤ 0.80"),

@@ -64,7 +64,7 @@ class _Stack(NamedTuple):
 class _Stream:
     """The state of one layer, `M = U S Vᵀ`, and what its next block is multiplied with.
 
-    Ω, Y and Z lie transposed in memory: on a CPU their products with x and g then take a sixth less time.
+    Ω, Y and Z lie transposed in memory: on a CPU their products with x and g then take less time.
 
     Attributes:
         u: (O, K).
