@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,6 +307,9 @@ def test_all_seconds_of_a_run_are_read_from_that_clock(toy: Path, monkeypatch: p
     totals = [found.pop("total") for found in seconds]
     assert seconds == [each, each | {"train": 0.5}, each | {"train": 0.5}]
     assert all(total > 0 for total in totals)
+    judged = SimpleNamespace(prepared=SimpleNamespace(evaluate=lambda model: {"score": 1.0}), model=llama())
+    found = alone.evaluated(judged, PLACE, {"seconds": {"evaluate": 1.0}, "metrics": {"report": {}}})  # type: ignore[arg-type]
+    assert found == {"seconds": {"evaluate": 2.0}, "metrics": {"report": {"score": 1.0}}}
 
 
 def _broken(change: Callable[[Any], None]) -> Any:
