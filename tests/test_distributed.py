@@ -15,7 +15,7 @@ import lora_ga
 import processes
 import workers
 from lora_ga.distributed.processes import DeferredError, Processes, buckets, device_for
-from lora_ga.gradients import loop, setup
+from lora_ga.gradients import setup
 from lora_ga.gradients.checkpoint import Progress, digest_of
 from toys import adapted, autograd_gradients, causal, llama, logits
 
@@ -202,7 +202,7 @@ def test_one_batch_that_all_processes_have_is_enough_for_the_warning(way: str, m
     monkeypatch.setattr(Processes, "gather", lambda self, value: [value, value])
     monkeypatch.setattr(Processes, "merge", lambda self, keys, state, absorb: list(keys))
     monkeypatch.setattr(Processes, "share", lambda self, tensors: dict(tensors))
-    monkeypatch.setattr(loop, "in_step", lambda network: way == "sharded")
+    monkeypatch.setattr(setup, "in_step", lambda network: way == "sharded")
     config = lora_ga.LoraGAConfig(estimator="probe" if way == "probe" else "streaming")
     model = adapted(llama(num_hidden_layers=1), ["q_proj"])
     with pytest.warns(UserWarning, match="All 2 processes begin with the same batch"):

@@ -230,6 +230,7 @@ def test_the_weight_scale_reads_quantised_weights() -> None:
 def test_a_kind_that_was_never_run_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     untried = tuple(dataclasses.replace(kind, ran=False) for kind in KINDS)
     monkeypatch.setattr(kinds, "KINDS", untried)
+    monkeypatch.setattr(kinds, "_kind_of_classes", kinds._kind_of_classes.__wrapped__)
     kinds.warn_never_run.cache_clear()
     with pytest.warns(UserWarning, match="^Linear is a kind of layer that LoRA-GA supports but has never been run on"):
         lora_ga.initialize(adapted(llama()), causal())
@@ -334,6 +335,7 @@ def test_one_row_of_the_table_can_refuse_layers_of_a_new_kind(monkeypatch: pytes
         layout=Refusing(),
     )
     monkeypatch.setattr(kinds, "KINDS", (row, *KINDS))
+    monkeypatch.setattr(kinds, "_kind_of_classes", kinds._kind_of_classes.__wrapped__)
     with pytest.raises(ValueError, match="mlp.down_proj has 128 inputs"):
         find_targets(adapted(wide_llama(), ["q_proj", "down_proj"]))
     model = adapted(wide_llama(), ["q_proj"])

@@ -35,8 +35,20 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.distributed.sharding import in_step
+from lora_ga.gradients import batch
+from lora_ga.gradients.noise import NoiseOff
 from lora_ga.linalg.streaming import Streaming
-from toys import adapted, autograd_gradients, bert, causal, checkpoint_activations, classified, llama, translated
+from toys import (
+    adapted,
+    autograd_gradients,
+    bert,
+    causal,
+    checkpoint_activations,
+    classified,
+    llama,
+    t5,
+    translated,
+)
 from trainers import TARGETS, callback, transformers_trainer
 
 EXACT = LoraGAConfig(estimator="dense", oversample=256)
@@ -444,6 +456,136 @@ def test_random_numbers_of_the_loss_and_of_a_teacher_are_not_reported() -> None:
         warnings.simplefilter("always")
         lora_ga.estimate_gradients(model, [BATCH], loss_fn=loss)
     assert not [each for each in caught if "Random numbers were drawn" in str(each.message)]
+
+
+# --- the mode that switches noise off, where there is none ------------------------------------------------------------
+
+
+class FromTheSecondBatch(nn.Module):
+    """Calls a function of its input from its second call in a forward pass with gradients."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.calls = function, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The function, or x itself."""
+        self.calls += 1
+        return self.function(x) if self.calls > 1 else x
+
+
+def watched_mode(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the mode was needed when it was entered: for a forward and a backward pass of each batch."""
+    needed, enter = [], NoiseOff.__enter__
+
+    def entered(self: NoiseOff) -> NoiseOff:
+        needed.append(self.needed)
+        return enter(self)
+
+    monkeypatch.setattr(NoiseOff, "__enter__", entered)
+    return needed
+
+
+def attention(x: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(x, x, x)
+
+
+QUIET: Mapping[str, Callable[[], tuple[nn.Module, list[Any], list[str]]]] = {
+    "Llama": lambda: (llama(), causal(3), ATTENTION),
+    "BERT with dropout modules": lambda: (bert(), classified(3), ["query", "value"]),
+    "T5 with dropout modules": lambda: (t5(), translated(3), ["q", "v"]),
+    "attention without a rate": lambda: (Net(Function(lambda x, _: attention(x)), (2, 16)), [BATCH] * 3, ["first"]),
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_the_mode_is_left_out_after_a_batch_in_which_it_had_nothing_to_do(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, batches, targets = QUIET[name]()
+    needed = watched_mode(monkeypatch)
+    lora_ga.estimate_gradients(adapted(base, targets), batches)
+    assert needed == [True, False, False, False, False, False]
+
+
+def sampled(x: Tensor) -> Tensor:
+    return x * torch.rand(len(x), 1)
+
+
+def penalised(model: Any, batch: Any) -> Tensor:
+    """A loss with a gradient inside."""
+    scale = torch.ones((), requires_grad=True)
+    loss = scale.square() * model(**batch)["loss"]
+    (g,) = torch.autograd.grad(loss, scale, create_graph=True)
+    return loss + g.square()
+
+
+def backward_inside(model: Any, batch: Any) -> Tensor:
+    """A loss with a backward pass inside."""
+    scale = torch.ones((), requires_grad=True)
+    (scale * 2).backward()
+    loss: Tensor = model(**batch)["loss"]
+    assert scale.grad is not None
+    return loss * scale.grad
+
+
+BUSY: Mapping[str, tuple[nn.Module, Any]] = {
+    "noise that is switched off": (Function(lambda x, on: functional.dropout(x, 0.5, on)), None),
+    "noise at its default rate": (Function(lambda x, on: functional.dropout(x, training=on)), None),
+    "random numbers": (Function(lambda x, on: x * torch.rand(()).clamp(1, 1)), None),
+    "a gradient in the loss": (nn.Identity(), penalised),
+    "a backward pass in the loss": (nn.Identity(), backward_inside),
+}
+
+
+@pytest.mark.parametrize("name", BUSY)
+@pytest.mark.filterwarnings("ignore:Random numbers were drawn")
+def test_the_mode_stays_where_it_acted_or_a_gradient_was_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    middle, loss_fn = BUSY[name]
+    needed = watched_mode(monkeypatch)
+    lora_ga.estimate_gradients(adapted(Net(middle), ["first"]), [BATCH] * 3, loss_fn=loss_fn)
+    assert needed == [True] * 6
+
+
+def test_the_mode_stays_where_processes_pass_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "in_step", lambda network: True)
+    needed = watched_mode(monkeypatch)
+    lora_ga.estimate_gradients(adapted(llama(), ATTENTION), causal(2))
+    assert needed == [True] * 4
+
+
+LATE: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "noise": lambda x: functional.dropout(x, 0.5),
+    "noise, and numbers of random": lambda x: functional.dropout(x, 0.5) * random.random(),
+    "noise, and numbers of numpy": lambda x: functional.dropout(x, 0.5) * np.random.rand(),
+    "random numbers that stay": sampled,
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+@pytest.mark.filterwarnings("ignore:Random numbers were drawn")
+def test_a_batch_that_needs_the_mode_after_all_runs_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result is that of an estimate in which the mode is always on; the loss takes the labels out of the batch."""
+    seen: list[int] = []
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        seen.append(model.base_model.model.middle.calls)
+        return model(x=batch["x"], labels=batch.pop("labels"))["loss"]
+
+    def found(repeats: bool) -> Tensor:
+        random.seed(0)
+        np.random.seed(0)
+        model = adapted(Net(FromTheSecondBatch(LATE[name])), ["first"])
+        if not repeats:
+            monkeypatch.setattr(batch, "in_step", lambda network: True)
+        seen.clear()
+        part = lora_ga.estimate_gradients(model, [dict(BATCH) for _ in range(3)], EXACT, loss_fn=loss)["first"]
+        return (part.U * part.S) @ part.V.mT
+
+    again = found(repeats=True)
+    assert seen == [0, 1, 2, 3]
+    assert torch.equal(again, found(repeats=False))
+    assert seen == [0, 1, 2]
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------

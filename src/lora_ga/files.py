@@ -94,17 +94,18 @@ def fingerprint(model: nn.Module) -> str:
     return _digest_of_shapes(_shapes(model, wrappers=False))
 
 
-def another_base(model: nn.Module, recorded: str) -> str | None:
+def another_base(model: nn.Module, recorded: str, found: str | None = None) -> str | None:
     """How a model differs from the base model whose fingerprint a file has recorded.
 
     Args:
         model: A base model, or a `PeftModel` around it.
         recorded: The fingerprint in the file.
+        found: The model's fingerprint, if it is known.
 
     Returns:
         The difference, for an error message; None if the file is for this model.
     """
-    found = fingerprint(model)
+    found = found or fingerprint(model)
     # Earlier versions took the shape that PEFT's wrapper of a tied head reports for the head's, but transposed, and the
     # paths of a compiled base as they are.
     earlier = (_shapes(model, wrappers=wrappers, compiled=True) for wrappers in (True, False))

@@ -74,7 +74,8 @@ def make_plan(
     """
     model, targets = peft_model_in(network), find_targets(network, adapter_name)
     alignment = alignment_of(model, adapter_name)
-    _check_belongs_together(model, alignment, estimate, config, adapter_name)
+    found = fingerprint(model)
+    _check_belongs_together(model, found, alignment, estimate, config, adapter_name)
     reasons = {name: reason for name, target in targets.items() if (reason := _why_plain(target, estimate))}
     for name in reasons:
         if on_meta(targets[name], adapter_name):
@@ -101,7 +102,7 @@ def make_plan(
     starts = {name: _start(target, estimate, config, adapter_name) for name, target in aligned.items()}
     plain = {name: target for name, target in targets.items() if name in reasons}
     identity = {
-        "fingerprint": fingerprint(model),
+        "fingerprint": found,
         "config": config.to_dict(),
         "scaling": {name: target.layer.scaling[adapter_name] for name, target in targets.items()},
         "estimate": {name: [estimate[name].norm, estimate[name].S.numel()] for name in estimate},
@@ -111,6 +112,7 @@ def make_plan(
 
 def _check_belongs_together(
     model: Any,
+    found: str,
     alignment: Alignment | None,
     estimate: GradientEstimate,
     config: LoraGAConfig,
@@ -126,7 +128,7 @@ def _check_belongs_together(
             f'Adapter {adapter_name!r} was prepared for offset="{alignment.config.offset}", but the settings say '
             f'"{config.offset}". Give the same settings to both.'
         )
-    if difference := another_base(model, estimate.fingerprint):
+    if difference := another_base(model, estimate.fingerprint, found):
         raise ValueError(f"The estimate belongs to another model: {difference}. Estimate the gradients of this model.")
 
 

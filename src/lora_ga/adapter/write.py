@@ -83,11 +83,12 @@ def write_starts(
     """
     together, held, plan = processes(process_group), DeferredError(), None
     with held:
+        network = unwrapped(wrapped)
         LoraGAConfig.check(config)
         GradientEstimate.check(estimate)
         config = config.resolved()
-        check_together(unwrapped(wrapped), together.size)
-        plan = make_plan(unwrapped(wrapped), estimate, config, adapter_name, already_warned)
+        check_together(network, together.size)
+        plan = make_plan(network, estimate, config, adapter_name, already_warned)
         _check_wrapper(wrapped, plan)
     check_same(together.exchange(held, None if plan is None else plan.identity))
     assert plan is not None

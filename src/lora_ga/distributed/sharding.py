@@ -7,7 +7,7 @@ or may not be sharded. The last part keeps FSDP2's private state in step with a 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -192,8 +192,13 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
 TRIED_TORCH = (2, 14)
 
 
-def _fsdp2_states(model: nn.Module) -> list[Any]:
-    """FSDP2's private state of each module that it shards, outer modules first. There is no public way to it.
+def _fsdp2_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that FSDP2 shards, outer modules first."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _fsdp2_states(modules: Sequence[FSDPModule]) -> list[Any]:
+    """FSDP2's private state of each module that it shards. There is no public way to it.
 
     The only function that reads this state. What `register_moved` and `reshard` use of it is checked here.
 
@@ -203,7 +208,6 @@ def _fsdp2_states(model: nn.Module) -> list[Any]:
     Raises:
         ValueError: This version of torch is newer than those tried, or keeps another state.
     """
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not modules:
         return []
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
@@ -235,12 +239,12 @@ def reshard(model: nn.Module) -> None:
     Args:
         model: The model.
     """
-    for state in _fsdp2_states(model):
+    modules = _fsdp2_modules(model)
+    for state in _fsdp2_states(modules):
         if state._is_root is None:
             state._lazy_init()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in modules:
+        module.reshard()
 
 
 def register_moved(model: nn.Module, moved: Mapping[nn.Module, tuple[nn.Module, str]]) -> None:
@@ -252,7 +256,7 @@ def register_moved(model: nn.Module, moved: Mapping[nn.Module, tuple[nn.Module, 
         model: The model.
         moved: The module that held a parameter named "weight" → the module that holds it now, and its name there.
     """
-    for state in _fsdp2_states(model):
+    for state in _fsdp2_states(_fsdp2_modules(model)):
         for info in (each._module_info for group in state._fsdp_param_groups for each in group.fsdp_params):
             if info.module in moved and info.param_name == "weight":
                 info.module, info.param_name = moved[info.module]

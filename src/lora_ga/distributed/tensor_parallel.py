@@ -108,11 +108,12 @@ def plan_size(model: nn.Module) -> int:
     Raises:
         ValueError: FSDP2 shards the model too.
     """
-    fsdp = in_fsdp(model)
-    for name, parameter in model.named_parameters():
+    distributed = [(name, each) for name, each in model.named_parameters() if isinstance(each, DTensor)]
+    fsdp = bool(distributed) and in_fsdp(model)
+    for name, parameter in distributed:
         if not _planned(parameter, fsdp=fsdp):
             continue
-        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+        mesh: Any = parameter.device_mesh
         if fsdp or mesh.ndim > 1:
             raise ValueError(
                 f"{name} is split by a tensor-parallel plan and sharded by FSDP2 ({mesh}), which is not supported "

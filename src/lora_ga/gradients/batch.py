@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from lora_ga.distributed.sharding import in_step
 from lora_ga.files import base_model
 from lora_ga.gradients.isolation import computes_in_float16, grad_kept, input_device
 from lora_ga.gradients.loss import BatchError, LossFunction, counted_labels, weighed_loss
-from lora_ga.gradients.noise import NoiseOff
+from lora_ga.gradients.noise import NoiseOff, RandomStates
 from lora_ga.layers.targets import peft_model_in
 
 
@@ -53,14 +55,34 @@ class BatchPass:
         self.device = input_device(model)
         self.float16 = computes_in_float16(model, self.device)
         self.noise = NoiseOff(base_model(peft_model_in(model)))
+        # Where processes pass together, one alone cannot run a batch again.
+        self._repeats = self.device.type in ("cpu", "cuda") and not in_step(model)
 
     def forward(self, batch: Any) -> tuple[Tensor, float]:
-        """The loss of a batch, and the batch's weight in the mean of all."""
+        """The loss of a batch, and the batch's weight in the mean of all.
+
+        `NoiseOff` slows down every call. If it had nothing to do in the first batch, the next ones run without it, and
+        the random generators show whether it was needed after all: then the batch runs again.
+
+        Returns:
+            The loss and the weight.
+        """
         # Labels are counted where the data has them: on a device, the host would wait for the count.
         counted = counted_labels(self.model, batch, self.loss_fn)
         batch = send_to_device(batch, self.device)
+        if not self.noise.needed:
+            states = RandomStates.now()
+            with self.noise:  # a loss may take the labels out of the batch
+                found = weighed_loss(self.model, copy.copy(batch), self.loss_fn, counted)
+            if states.torch_unchanged():
+                return found
+            del found
+            states.restore()
+            self.noise.needed = True
         with self.noise:
-            return weighed_loss(self.model, batch, self.loss_fn, counted)
+            found = weighed_loss(self.model, batch, self.loss_fn, counted)
+        self.noise.needed = self.noise.acted or not self._repeats
+        return found
 
     def backward(self, loss: Tensor, weight: float, starts: Sequence[Tensor]) -> None:
         """The backward pass of a batch. No other `.grad` changes than those of `starts`.

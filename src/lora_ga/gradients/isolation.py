@@ -181,6 +181,8 @@ class CalledModules:
         Args:
             network: What computes the loss.
         """
+        if not self._stops_gradient:
+            return
         found = [
             (name.removesuffix(".base_layer"), module)
             for name, module in network.named_modules()

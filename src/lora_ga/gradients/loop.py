@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lora_ga.distributed.agreement import check_same_data, warn_same_data
 from lora_ga.distributed.processes import DeferredError
-from lora_ga.distributed.sharding import in_step
 from lora_ga.gradients.batch import BatchPass, batch_in_errors
 from lora_ga.gradients.checkpoint import digest_of
 from lora_ga.gradients.loss import refuse_infinite_loss
@@ -40,7 +39,7 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
         Whether a process has, or may have, layers that the loss reads without calling them (see `read_uncalled`).
     """
     processes, held = setup.processes, DeferredError()
-    sharded = processes.size > 1 and in_step(setup.network)
+    sharded = processes.size > 1 and setup.in_step
     # Whether the loss reads layers without calling them: here, as far as is known, and in any process. The first batch
     # decides it. With a tensor-parallel plan a process cannot try a batch alone.
     read_here = read = True

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from lora_ga.distributed.agreement import warn_idle
-from lora_ga.files import fingerprint
 from lora_ga.gradients.checkpoint import Progress
 from lora_ga.gradients.coverage import (
     missing,
@@ -61,7 +60,7 @@ def merged_estimate(setup: Setup, recorder: Recorder, probed: Mapping[str, LowRa
     return GradientEstimate(
         layers,
         setup.config,
-        fingerprint(setup.model),
+        setup.fingerprint,
         progress.weight,
         progress.batches,
         reasons | empty,

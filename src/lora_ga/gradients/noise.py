@@ -9,6 +9,7 @@ be noise or part of its loss. They stay, and a warning names the module.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import math
 import random
@@ -127,8 +128,11 @@ class NoiseOff(TorchFunctionMode):
     """While it is on, functions of torch add no noise, and random numbers that stay are noted.
 
     It may be entered again after it was left. Backward passes in it that recompute activations are covered as well.
+    Every call of a function of torch passes through it, which costs the host some microseconds.
 
     Attributes:
+        needed: Whether calls pass through it. It may be set where a pass has shown that this changes nothing.
+        acted: Whether it has changed or noted a call so far, or a gradient was computed in it.
         drawn: What draws random numbers that stay: the names of modules' classes, with the function.
     """
 
@@ -136,6 +140,7 @@ class NoiseOff(TorchFunctionMode):
         """Switch off the noise of `model` while this is on."""
         super().__init__()
         self.model = model
+        self.needed, self.acted = True, False
         self.drawn: dict[str, None] = {}
         self._hooks = contextlib.ExitStack()
         self._before: Any = None
@@ -144,12 +149,13 @@ class NoiseOff(TorchFunctionMode):
         """Switch the noise off."""
         self._hooks.callback(self.model.register_forward_pre_hook(self._keep_state).remove)
         self._hooks.callback(self.model.register_forward_hook(self._compare_state).remove)
-        super().__enter__()
+        if self.needed:
+            super().__enter__()
+            self._hooks.callback(super().__exit__, None, None, None)
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Let functions of torch add noise again."""
-        super().__exit__(*error)
         self._hooks.close()
 
     def _keep_state(self, *_: Any) -> None:
@@ -163,10 +169,15 @@ class NoiseOff(TorchFunctionMode):
         """Call a function of torch."""
         kwargs = kwargs or {}
         if func in BACKWARD and all(_in_graph(tensor) for tensor in _listed(args[0])):
+            self.acted = True
             return self._backward(*args, **kwargs)
         if (argument := ARGUMENTS.get(func)) is not None:
+            self.acted = self.acted or not _given(args, kwargs, *argument)
             args, kwargs = _replaced(args, kwargs, *argument)
+        elif func is torch.autograd.grad:
+            self.acted = True
         elif func in DRAWS:
+            self.acted = True
             if func is Tensor.uniform_ and (mean := _mean_of_noise(*args, **kwargs)) is not None:
                 return args[0].fill_(mean)
             self._note(func, args)
@@ -229,6 +240,12 @@ def _edges(tensors: Iterable[Any]) -> list[Any]:
     return [get_gradient_edge(tensor) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
 
+def _given(args: Any, kwargs: Any, position: int, name: str, value: Any) -> bool:
+    """Whether one of the arguments of a call has this value. Where it may be left out, this is its default."""
+    found = args[position] if len(args) > position else kwargs.get(name, value)
+    return isinstance(found, (bool, int, float)) and found == value
+
+
 def _replaced(args: Any, kwargs: Any, position: int, name: str, value: Any) -> tuple[Any, Any]:
     """The arguments of a call with one of them replaced."""
     if len(args) > position:
@@ -263,3 +280,34 @@ def _state_outside_of_torch() -> tuple[Any, ...]:
     """The state of the global generators of numpy and Python."""
     state: Any = np.random.get_state(legacy=False)
     return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"], state["gauss"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomStates:
+    """The states of the global random generators. The host waits for no device.
+
+    Attributes:
+        torch: Of torch, on the CPU and on CUDA's devices.
+        others: Of random and of numpy.
+    """
+
+    torch: tuple[Tensor, ...]
+    others: tuple[Any, Any]
+
+    @staticmethod
+    def now() -> RandomStates:
+        """The present states."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+        return RandomStates((torch.get_rng_state(), *cuda), (random.getstate(), np.random.get_state()))
+
+    def torch_unchanged(self) -> bool:
+        """Whether torch has drawn no random number since."""
+        return all(map(torch.equal, self.torch, RandomStates.now().torch))
+
+    def restore(self) -> None:
+        """Put the states back."""
+        torch.set_rng_state(self.torch[0])
+        if len(self.torch) > 1:
+            torch.cuda.set_rng_state_all(self.torch[1:])
+        random.setstate(self.others[0])
+        np.random.set_state(self.others[1])

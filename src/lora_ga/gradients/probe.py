@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_ga.distributed.processes import DeferredError, Processes
-from lora_ga.distributed.sharding import in_step
 from lora_ga.gradients.coverage import warn_probed
 from lora_ga.gradients.isolation import activate_adapter, compute_device, deactivate_adapter, factors_replaced
 from lora_ga.gradients.recorder import Recorder
@@ -140,7 +139,7 @@ ReadBatches = Callable[[Probes], float]
 
 def uncalled(setup: Setup, ran: Container[str]) -> dict[str, Target]:
     """The layers that did not run as far as hooks can see, and that can be probed."""
-    if in_step(setup.network):  # a pass of one process would need a pass of all
+    if setup.in_step:  # a pass of one process would need a pass of all
         return {}
     return {name: target for name, target in setup.fitting.items() if name not in ran and target.layout.probed}
 

@@ -42,11 +42,13 @@ class Setup:
     Attributes:
         network: What computes the loss, without a wrapper: the model, or a network that contains it.
         model: The model.
+        fingerprint: Its fingerprint.
         adapter_name: The adapter to align.
         config: The settings.
         targets: All layers of the adapter, by name.
         fitting: Those whose rank fits.
         processes: The processes that make the estimate together.
+        in_step: Whether a pass through the network communicates, so that all processes have to make it together.
         tensor_parallel: Whether a tensor-parallel plan splits layers between the processes. Then all processes read the
             same batches. Each records its parts of the layers that are split. The first process alone records the
             other layers, and it alone counts the batches.
@@ -55,11 +57,13 @@ class Setup:
 
     network: nn.Module
     model: nn.Module
+    fingerprint: str
     adapter_name: str
     config: LoraGAConfig
     targets: Mapping[str, Target]
     fitting: Mapping[str, Target]
     processes: Processes
+    in_step: bool
     tensor_parallel: bool
     checkpoint: Checkpoint | None
 
@@ -126,9 +130,9 @@ def prepare(
         config = config.resolved()
         setup = _setup(unwrapped(model), config, adapter_name, together)
         ranks = {name: target.rank for name, target in setup.fitting.items()}
-        identity = {"fingerprint": fingerprint(setup.model), "config": config.to_dict(), "ranks": ranks}
+        identity = {"fingerprint": setup.fingerprint, "config": config.to_dict(), "ranks": ranks}
         if config.estimator == "probe":
-            refuse_probe(setup.fitting, checkpoint, sharded=in_step(setup.network))
+            refuse_probe(setup.fitting, checkpoint, sharded=setup.in_step)
         accumulator, progress = _accumulator(setup), Progress()
         if checkpoint is not None:
             file = Checkpoint(together.own_file(Path(checkpoint)), every, identity | together.identity)
@@ -169,7 +173,19 @@ def _setup(network: nn.Module, config: LoraGAConfig, adapter_name: str, together
         report_missing(unfit, targets, config.on_missing)
     refuse_inference_mode(network)
     fitting = {name: target for name, target in targets.items() if name not in unfit}
-    return Setup(network, model, adapter_name, config, targets, fitting, together, tensor_parallel, None)
+    return Setup(
+        network,
+        model,
+        fingerprint(model),
+        adapter_name,
+        config,
+        targets,
+        fitting,
+        together,
+        in_step(network),
+        tensor_parallel,
+        None,
+    )
 
 
 def refuse_inference_mode(network: nn.Module) -> None:

@@ -84,6 +84,12 @@ def _named(kind: type, name: str) -> bool:
     return f"{kind.__module__}.{kind.__qualname__}" == name
 
 
+@functools.cache
+def _has(classes: tuple[type, ...], name: str) -> bool:
+    """Whether one of some classes has this name."""
+    return any(_named(each, name) for each in classes)
+
+
 def packs(module: nn.Module) -> bool:
     """Whether a module may repack its weight in evaluation mode, as bitsandbytes' 4-bit layers do on some CPUs.
 
@@ -95,7 +101,7 @@ def packs(module: nn.Module) -> bool:
     Returns:
         Whether it is such a layer, whatever its device.
     """
-    return any(_named(ancestor, BITS_4) for ancestor in type(module).__mro__)
+    return _has(type(module).__mro__, BITS_4)
 
 
 def unpack(module: Any) -> None:
@@ -106,9 +112,14 @@ def unpack(module: Any) -> None:
 
 def kind_of(layer: LoraLayer) -> Kind | None:
     """The layer's row of `KINDS`; None if it has none."""
-    ancestors = type(layer.get_base_layer()).__mro__
+    return _kind_of_classes((type(layer),), type(layer.get_base_layer()).__mro__)
+
+
+@functools.cache
+def _kind_of_classes(layer: tuple[type, ...], base: tuple[type, ...]) -> Kind | None:
+    """The row for PEFT's layer of a class, round a base layer of a class with these ancestors."""
     for kind in KINDS:
-        if _named(type(layer), f"peft.tuners.lora.{kind.layer}") and any(_named(c, kind.base) for c in ancestors):
+        if _has(layer, f"peft.tuners.lora.{kind.layer}") and _has(base, kind.base):
             return kind
     return None
 
