@@ -32,6 +32,7 @@ from lora_ga.gradients.batch import BatchPass
 from lora_ga.linalg.low_rank import PROBES
 from lora_ga.linalg.streaming import FRESH, STACKED, Streaming
 from lora_ga.linalg.subspace import orthonormal, truncate
+from lora_ga.linalg.tensor_cores import tf32 as rounded_to_tf32
 
 KEPT = 32
 TOKENS = 4096
@@ -101,18 +102,14 @@ def median_ms(work: Callable[[], Any]) -> float:
 
 
 def float32(a: Tensor, b: Tensor) -> Tensor:
-    """The product in float32, as the estimate computes it."""
+    """The product in float32, as the estimate computes it for models in float32."""
     return a.float() @ b.float()
 
 
 def tf32(a: Tensor, b: Tensor) -> Tensor:
-    """The product on the tensor cores that round float32 factors to TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    """The product on tensor cores that round float32 factors to TF32, as for models in bfloat16 and float16."""
+    with rounded_to_tf32(True):
         return a.float() @ b.float()
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def bfloat16(a: Tensor, b: Tensor) -> Tensor:

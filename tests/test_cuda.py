@@ -14,6 +14,8 @@ from torch import Tensor
 import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.layers.factors import Factor
+from lora_ga.linalg import streaming
+from lora_ga.linalg.tensor_cores import exact_in_tf32
 from test_initialize import sgd_alignment
 from toys import FAMILIES, adapted, autograd_gradients, causal, llama, logits, train
 from trainers import TARGETS, callback, transformers_trainer
@@ -41,6 +43,29 @@ def test_the_start_equals_that_of_the_cpu(family: str) -> None:
         # The signs of directions are free. The norm layers of these two families always compute in float32.
         noise = 1e-7 if family in {"llama", "t5"} else 1e-9
         torch.testing.assert_close(b.mT @ b, a.mT @ a, rtol=1e-6, atol=noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_tf32_find_the_directions_that_float32_finds(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = llama(hidden_size=256, intermediate_size=512).to(dtype).cuda()
+    batches = to_cuda(causal(4, rows=8, length=24))
+    exact = lora_ga.estimate_gradients(
+        adapted(copy.deepcopy(base)), batches, LoraGAConfig(estimator="dense", oversample=500)
+    )
+    found = []
+    for way in (exact_in_tf32, lambda g: False):
+        monkeypatch.setattr(streaming, "exact_in_tf32", way)
+        estimate = lora_ga.estimate_gradients(adapted(copy.deepcopy(base)), batches)
+        found.append(
+            {
+                name: float(((part.U.mT @ exact[name].U) * exact[name].S @ (exact[name].V.mT @ part.V)).norm())
+                for name, part in estimate.items()
+            }
+        )
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0] != found[1]  # TF32 was really used
 
 
 @pytest.mark.parametrize("estimator", ["dense", "streaming"])

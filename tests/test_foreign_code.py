@@ -23,6 +23,7 @@ OTHER_OBJECTS = {
     "experiments/suites/run.py": {"run"},
     "layers/factors.py": {"factor"},
     "linalg/streaming.py": {"stream"},
+    "linalg/tensor_cores.py": {"setting"},  # torch's setting for products, for the length of two lines
     # FSDP2's record of where a parameter is, in the one function that checks its layout first.
     "distributed/sharding.py": {"info"},
     # A trainer, its arguments, its state and its data loader, none of them a module; PEFT's configuration.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import importlib.util
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -230,13 +232,22 @@ def test_the_weight_scale_reads_quantised_weights() -> None:
 def test_a_kind_that_was_never_run_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     untried = tuple(dataclasses.replace(kind, ran=False) for kind in KINDS)
     monkeypatch.setattr(kinds, "KINDS", untried)
-    monkeypatch.setattr(kinds, "_kind_of_classes", kinds._kind_of_classes.__wrapped__)
     kinds.warn_never_run.cache_clear()
     with pytest.warns(UserWarning, match="^Linear is a kind of layer that LoRA-GA supports but has never been run on"):
         lora_ga.initialize(adapted(llama()), causal())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         lora_ga.initialize(adapted(llama()), causal())
+
+
+def test_a_class_whose_kind_was_looked_up_does_not_stay_in_memory() -> None:
+    """Torch makes such a class for each layer whose weight it computes, and the class holds the layer."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    held = weakref.ref(layer), weakref.ref(type(layer))
+    assert not kinds.packs(layer)
+    del layer
+    gc.collect()
+    assert [each() for each in held] == [None, None]
 
 
 def test_an_unknown_layer_among_known_ones_is_refused_by_name() -> None:
@@ -335,7 +346,6 @@ def test_one_row_of_the_table_can_refuse_layers_of_a_new_kind(monkeypatch: pytes
         layout=Refusing(),
     )
     monkeypatch.setattr(kinds, "KINDS", (row, *KINDS))
-    monkeypatch.setattr(kinds, "_kind_of_classes", kinds._kind_of_classes.__wrapped__)
     with pytest.raises(ValueError, match="mlp.down_proj has 128 inputs"):
         find_targets(adapted(wide_llama(), ["q_proj", "down_proj"]))
     model = adapted(wide_llama(), ["q_proj"])

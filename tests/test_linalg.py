@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import types
 from typing import Any
 
 import pytest
@@ -13,11 +15,13 @@ from torch.utils._pytree import tree_flatten
 
 from lora_ga.config import CHOICES
 from lora_ga.gradients.setup import ESTIMATORS
+from lora_ga.linalg import streaming
 from lora_ga.linalg.accumulator import Accumulator, Size, UnitRows, sum_dtype
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import LowRank, estimated_norm, generator, merge, merge_factors, probes, truncated_svd
 from lora_ga.linalg.streaming import Streaming
 from lora_ga.linalg.subspace import STRIDE, direction_change, orthonormal, power_step, truncate
+from lora_ga.linalg.tensor_cores import exact_in_tf32, tf32
 
 
 def with_known_spectrum(
@@ -516,3 +520,106 @@ def test_all_computation_stays_on_the_device_of_the_gradients(kind: Kind, monkey
         limit = merged.limit(2)
     assert {part.device.type for each in (found, merged) for part in (each.U, each.S, each.V)} == {"meta"}
     assert 0 < limit <= 1
+
+
+# --- products in TF32 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_the_setting_of_products_is_as_before_after_an_error_too(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting: Any = types.SimpleNamespace(fp32_precision=before)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", setting)
+    with tf32(False):
+        assert setting.fp32_precision == before
+    found = []
+
+    def fail() -> None:
+        with tf32(True):
+            found.append(setting.fp32_precision)
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fail()
+    assert (found, setting.fp32_precision) == (["tf32"], before)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_older_versions_of_torch_have_the_setting_under_another_name(
+    before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting: Any = types.SimpleNamespace(allow_tf32=before)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", setting)
+    with tf32(True):
+        assert setting.allow_tf32 is True
+    assert vars(setting) == {"allow_tf32": before}
+
+
+def test_threads_of_several_devices_do_not_leave_each_others_setting_behind() -> None:
+    """Without a lock, the second would begin while the first is on, and leave what it found after the first."""
+    before, inside, leave = precision(), [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+
+    def multiply(number: int) -> None:
+        with tf32(True):
+            inside[number].set()
+            leave[number].wait(10)
+
+    threads = [threading.Thread(target=multiply, args=(number,)) for number in (0, 1)]
+    threads[0].start()
+    assert inside[0].wait(10)
+    threads[1].start()
+    assert not inside[1].wait(0.3)
+    for thread, event in zip(threads, leave, strict=True):
+        event.set()
+        thread.join(10)
+    assert precision() == before
+
+
+def precision() -> Any:
+    """The setting of products, under the name that this version of torch has for it."""
+    setting: Any = torch.backends.cuda.matmul
+    return getattr(setting, "fp32_precision" if hasattr(setting, "fp32_precision") else "allow_tf32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_only_numbers_that_tf32_has_are_multiplied_in_it(dtype: torch.dtype) -> None:
+    half = dtype in (torch.bfloat16, torch.float16)
+    on_cuda: Any = types.SimpleNamespace(is_cuda=True, dtype=dtype)
+    assert exact_in_tf32(on_cuda) is half
+    assert not exact_in_tf32(torch.zeros(1, dtype=dtype))
+    if half:  # the largest and the smallest normal number, and one with all digits
+        limits = torch.finfo(dtype)
+        numbers = torch.tensor([limits.max, limits.tiny, 2 - limits.eps]).to(dtype).float()
+        assert torch.equal(rounded_to_tf32(numbers), numbers)
+
+
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """What CUDA's tensor cores read of float32 numbers: the first 10 of 23 digits of the mantissa."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def test_the_products_alone_run_in_tf32_and_lose_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, Any]] = []
+    parts = [(x.bfloat16(), g.bfloat16(), weight) for x, g, weight in blocks(6, torch.float32)]
+    exact = total(parts)
+
+    def alignment() -> float:
+        found = filled(Streaming, parts).factors(["layer"])["layer"]
+        u, v = found.U[:, :8].double(), found.V[:, :8].double()
+        return float((u.mT @ exact @ v).norm() / torch.linalg.svdvals(exact)[:8].norm())
+
+    in_float32 = alignment()
+    for name in ("times", "transposed_times", "truncate"):
+        plain = getattr(streaming, name)
+
+        def watched(x: Any, w: Any, *more: Any, name: str = name, plain: Any = plain, **kwargs: Any) -> Any:
+            seen.append((name, precision()))
+            w = w if name == "truncate" else rounded_to_tf32(w)
+            return plain(x, w, *more, **kwargs)
+
+        monkeypatch.setattr(streaming, name, watched)
+    before = precision()
+    monkeypatch.setattr(streaming, "exact_in_tf32", lambda g: g.dtype == torch.bfloat16)
+    assert alignment() == pytest.approx(in_float32, abs=1e-5)
+    assert {name for name, _ in seen} == {"times", "transposed_times", "truncate"}
+    assert all((found == before) is (name == "truncate") for name, found in seen)
+    assert in_float32 > 0.99

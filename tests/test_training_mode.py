@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import types
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -462,7 +464,7 @@ def test_random_numbers_of_the_loss_and_of_a_teacher_are_not_reported() -> None:
 
 
 class FromTheSecondBatch(nn.Module):
-    """Calls a function of its input from its second call in a forward pass with gradients."""
+    """Calls a function of its input from its second call on."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -474,82 +476,85 @@ class FromTheSecondBatch(nn.Module):
         return self.function(x) if self.calls > 1 else x
 
 
-def watched_mode(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether the mode was needed when it was entered: for a forward and a backward pass of each batch."""
-    needed, enter = [], NoiseOff.__enter__
-
-    def entered(self: NoiseOff) -> NoiseOff:
-        needed.append(self.needed)
-        return enter(self)
-
-    monkeypatch.setattr(NoiseOff, "__enter__", entered)
-    return needed
-
-
 def attention(x: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(x, x, x)
 
 
 QUIET: Mapping[str, Callable[[], tuple[nn.Module, list[Any], list[str]]]] = {
     "Llama": lambda: (llama(), causal(3), ATTENTION),
+    "Llama, activations checkpointed": lambda: (checkpointed(reentrant=False), causal(3), ATTENTION),
+    "Llama, activations checkpointed reentrantly": lambda: (checkpointed(reentrant=True), causal(3), ATTENTION),
     "BERT with dropout modules": lambda: (bert(), classified(3), ["query", "value"]),
     "T5 with dropout modules": lambda: (t5(), translated(3), ["q", "v"]),
     "attention without a rate": lambda: (Net(Function(lambda x, _: attention(x)), (2, 16)), [BATCH] * 3, ["first"]),
 }
 
 
+def checkpointed(*, reentrant: bool) -> nn.Module:
+    base = llama()
+    checkpoint_activations(base, use_reentrant=reentrant)
+    return base
+
+
+@pytest.fixture
+def needed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the mode was needed when it was entered: for the forward and the backward pass of each batch."""
+    found, enter = [], NoiseOff.__enter__
+
+    def entered(self: NoiseOff) -> NoiseOff:
+        found.append(self.needed)
+        return enter(self)
+
+    monkeypatch.setattr(NoiseOff, "__enter__", entered)
+    return found
+
+
 @pytest.mark.parametrize("name", QUIET)
-def test_the_mode_is_left_out_after_a_batch_in_which_it_had_nothing_to_do(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_mode_is_left_out_after_a_batch_in_which_it_had_nothing_to_do(name: str, needed: list[bool]) -> None:
     base, batches, targets = QUIET[name]()
-    needed = watched_mode(monkeypatch)
     lora_ga.estimate_gradients(adapted(base, targets), batches)
-    assert needed == [True, False, False, False, False, False]
+    assert needed == [True, True, False, False, False, False]
 
 
-def sampled(x: Tensor) -> Tensor:
-    return x * torch.rand(len(x), 1)
+OWN = torch.Generator()
 
 
-def penalised(model: Any, batch: Any) -> Tensor:
-    """A loss with a gradient inside."""
-    scale = torch.ones((), requires_grad=True)
-    loss = scale.square() * model(**batch)["loss"]
-    (g,) = torch.autograd.grad(loss, scale, create_graph=True)
-    return loss + g.square()
+def noisy_in_the_backward_pass(x: Tensor, noise: Callable[[Tensor], Tensor]) -> Tensor:
+    y = x.clone()
+    if y.requires_grad:
+        y.register_hook(noise)
+    return y
 
 
-def backward_inside(model: Any, batch: Any) -> Tensor:
-    """A loss with a backward pass inside."""
-    scale = torch.ones((), requires_grad=True)
-    (scale * 2).backward()
-    loss: Tensor = model(**batch)["loss"]
-    assert scale.grad is not None
-    return loss * scale.grad
-
-
-BUSY: Mapping[str, tuple[nn.Module, Any]] = {
-    "noise that is switched off": (Function(lambda x, on: functional.dropout(x, 0.5, on)), None),
-    "noise at its default rate": (Function(lambda x, on: functional.dropout(x, training=on)), None),
-    "random numbers": (Function(lambda x, on: x * torch.rand(()).clamp(1, 1)), None),
-    "a gradient in the loss": (nn.Identity(), penalised),
-    "a backward pass in the loss": (nn.Identity(), backward_inside),
+BUSY: Mapping[str, Callable[[Tensor, bool], Tensor]] = {
+    "noise that is switched off": lambda x, on: functional.dropout(x, 0.5, on),
+    "noise at its default rate": lambda x, on: functional.dropout(x, training=on),
+    "noise in the backward pass": lambda x, on: noisy_in_the_backward_pass(x, lambda g: functional.dropout(g, 0.5)),
+    "random numbers": lambda x, on: x * torch.rand(()).clamp(1, 1),
+    "random numbers of a generator of its own": lambda x, on: x * torch.rand((), generator=OWN).clamp(1, 1),
+    "a function that the mode does not know": lambda x, on: x * torch.ones(()).bernoulli(),
+    "the same in the backward pass": lambda x, on: noisy_in_the_backward_pass(
+        x, lambda g: g * torch.ones(()).bernoulli()
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BUSY)
 @pytest.mark.filterwarnings("ignore:Random numbers were drawn")
-def test_the_mode_stays_where_it_acted_or_a_gradient_was_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    middle, loss_fn = BUSY[name]
-    needed = watched_mode(monkeypatch)
-    lora_ga.estimate_gradients(adapted(Net(middle), ["first"]), [BATCH] * 3, loss_fn=loss_fn)
+def test_the_mode_stays_where_random_numbers_were_met(name: str, needed: list[bool]) -> None:
+    lora_ga.estimate_gradients(adapted(Net(Function(BUSY[name])), ["first"]), [BATCH] * 3)
     assert needed == [True] * 6
 
 
-def test_the_mode_stays_where_processes_pass_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "in_step", lambda network: True)
-    needed = watched_mode(monkeypatch)
+def test_the_mode_stays_with_a_loss_of_the_caller_which_may_have_a_state(needed: list[bool]) -> None:
+    lora_ga.estimate_gradients(adapted(llama(), ATTENTION), causal(2), loss_fn=lambda model, batch: model(**batch).loss)
+    assert needed == [True] * 4
+
+
+def test_the_mode_stays_where_other_processes_may_wait_for_a_pass(
+    needed: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "dist", types.SimpleNamespace(is_initialized=lambda: True))
     lora_ga.estimate_gradients(adapted(llama(), ATTENTION), causal(2))
     assert needed == [True] * 4
 
@@ -558,34 +563,33 @@ LATE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "noise": lambda x: functional.dropout(x, 0.5),
     "noise, and numbers of random": lambda x: functional.dropout(x, 0.5) * random.random(),
     "noise, and numbers of numpy": lambda x: functional.dropout(x, 0.5) * np.random.rand(),
-    "random numbers that stay": sampled,
+    "random numbers that stay": lambda x: x * torch.rand(len(x), 1),
+    "a function that the mode does not know": lambda x: x * torch.full((len(x), 1), 0.5).bernoulli(),
 }
 
 
 @pytest.mark.parametrize("name", LATE)
 @pytest.mark.filterwarnings("ignore:Random numbers were drawn")
-def test_a_batch_that_needs_the_mode_after_all_runs_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The result is that of an estimate in which the mode is always on; the loss takes the labels out of the batch."""
-    seen: list[int] = []
+def test_a_batch_that_needs_the_mode_after_all_runs_again(
+    name: str, needed: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is that of an estimate in which the mode is always on."""
 
-    def loss(model: Any, batch: Any) -> Tensor:
-        seen.append(model.base_model.model.middle.calls)
-        return model(x=batch["x"], labels=batch.pop("labels"))["loss"]
-
-    def found(repeats: bool) -> Tensor:
+    def found() -> tuple[Tensor, int]:
         random.seed(0)
         np.random.seed(0)
-        model = adapted(Net(FromTheSecondBatch(LATE[name])), ["first"])
-        if not repeats:
-            monkeypatch.setattr(batch, "in_step", lambda network: True)
-        seen.clear()
-        part = lora_ga.estimate_gradients(model, [dict(BATCH) for _ in range(3)], EXACT, loss_fn=loss)["first"]
-        return (part.U * part.S) @ part.V.mT
+        torch.manual_seed(0)
+        needed.clear()
+        model = adapted(Net(middle := FromTheSecondBatch(LATE[name])), ["first"])
+        part = lora_ga.estimate_gradients(model, [BATCH] * 4, EXACT)["first"]
+        return (part.U * part.S) @ part.V.mT, middle.calls
 
-    again = found(repeats=True)
-    assert seen == [0, 1, 2, 3]
-    assert torch.equal(again, found(repeats=False))
-    assert seen == [0, 1, 2]
+    again, calls = found()
+    assert (needed, calls) == ([True, True, False, True, True, True, True, True, True], 5)
+    monkeypatch.setattr(batch, "dist", types.SimpleNamespace(is_initialized=lambda: True))
+    once, calls = found()
+    assert (needed, calls) == ([True] * 8, 4)
+    assert torch.equal(again, once)
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
@@ -690,6 +694,12 @@ def test_several_processes_pass_synchronised_norms_together(monkeypatch: pytest.
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert in_step(network)
     assert not in_step(Net(norm()))
+
+
+def test_a_network_that_fsdp2_has_gathered_is_passed_together_too() -> None:
+    network = Net(norm())
+    network.first.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})  # as `fully_shard` does it
+    assert in_step(network)
 
 
 def test_the_callback_estimates_without_the_noise_that_the_trainer_adds(tmp_path: Path) -> None:

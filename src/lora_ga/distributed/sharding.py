@@ -56,8 +56,9 @@ def in_ddp(model: Any) -> bool:
 
 def in_step(model: nn.Module) -> bool:
     """Whether a forward pass through the model communicates, so that all processes have to run it together."""
-    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    return (synchronised and dist.is_initialized()) or any(sharded(each) for each in model.parameters())
+    kinds = (nn.SyncBatchNorm, FSDPModule) if dist.is_initialized() else (FSDPModule,)
+    # FSDP2 may have left gathered parameters in the place of its shards, so its modules count, not the parameters.
+    return any(isinstance(each, kinds) for each in model.modules()) or any(map(sharded, model.parameters()))
 
 
 class Storage:

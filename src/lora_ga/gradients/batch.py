@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from lora_ga.distributed.sharding import in_step
 from lora_ga.files import base_model
 from lora_ga.gradients.isolation import computes_in_float16, grad_kept, input_device
 from lora_ga.gradients.loss import BatchError, LossFunction, counted_labels, weighed_loss
@@ -55,14 +54,15 @@ class BatchPass:
         self.device = input_device(model)
         self.float16 = computes_in_float16(model, self.device)
         self.noise = NoiseOff(base_model(peft_model_in(model)))
-        # Where processes pass together, one alone cannot run a batch again.
-        self._repeats = self.device.type in ("cpu", "cuda") and not in_step(model)
+        # Whether the noise may be left on, since none was found: a batch can then be run again without harm. A loss of
+        # the caller may have a state, and other processes may wait for each pass.
+        self._silent = loss_fn is None and self.device.type in ("cpu", "cuda") and not dist.is_initialized()
 
     def forward(self, batch: Any) -> tuple[Tensor, float]:
         """The loss of a batch, and the batch's weight in the mean of all.
 
         `NoiseOff` slows down every call. If it had nothing to do in the first batch, the next ones run without it, and
-        the random generators show whether it was needed after all: then the batch runs again.
+        the random generators show whether it was needed after all: then the batch runs again, and it stays on.
 
         Returns:
             The loss and the weight.
@@ -70,19 +70,19 @@ class BatchPass:
         # Labels are counted where the data has them: on a device, the host would wait for the count.
         counted = counted_labels(self.model, batch, self.loss_fn)
         batch = send_to_device(batch, self.device)
-        if not self.noise.needed:
-            states = RandomStates.now()
-            with self.noise:  # a loss may take the labels out of the batch
-                found = weighed_loss(self.model, copy.copy(batch), self.loss_fn, counted)
-            if states.torch_unchanged():
-                return found
-            del found
-            states.restore()
-            self.noise.needed = True
+        states = RandomStates.now() if self._silent else None
         with self.noise:
             found = weighed_loss(self.model, batch, self.loss_fn, counted)
-        self.noise.needed = self.noise.acted or not self._repeats
-        return found
+        if states is None or states.torch_unchanged():
+            return found
+        self._silent = False
+        if self.noise.needed:
+            return found
+        del found
+        states.restore()
+        self.noise.needed = True
+        with self.noise:
+            return weighed_loss(self.model, batch, self.loss_fn, counted)
 
     def backward(self, loss: Tensor, weight: float, starts: Sequence[Tensor]) -> None:
         """The backward pass of a batch. No other `.grad` changes than those of `starts`.
@@ -92,7 +92,10 @@ class BatchPass:
             weight: The batch's weight.
             starts: The leaves to which the pass has to go so that the gradients are recorded.
         """
+        states = RandomStates.now() if self._silent else None
         self._backward(loss, weight, starts)
+        self._silent = self._silent and states is not None and states.torch_unchanged() and not self.noise.acted
+        self.noise.needed = not self._silent
         self.passed()
 
     def _backward(self, loss: Tensor, weight: float, starts: Sequence[Tensor]) -> None:

@@ -132,7 +132,7 @@ class NoiseOff(TorchFunctionMode):
 
     Attributes:
         needed: Whether calls pass through it. It may be set where a pass has shown that this changes nothing.
-        acted: Whether it has changed or noted a call so far, or a gradient was computed in it.
+        acted: Whether it has changed or noted a call so far.
         drawn: What draws random numbers that stay: the names of modules' classes, with the function.
     """
 
@@ -169,13 +169,10 @@ class NoiseOff(TorchFunctionMode):
         """Call a function of torch."""
         kwargs = kwargs or {}
         if func in BACKWARD and all(_in_graph(tensor) for tensor in _listed(args[0])):
-            self.acted = True
             return self._backward(*args, **kwargs)
         if (argument := ARGUMENTS.get(func)) is not None:
             self.acted = self.acted or not _given(args, kwargs, *argument)
             args, kwargs = _replaced(args, kwargs, *argument)
-        elif func is torch.autograd.grad:
-            self.acted = True
         elif func in DRAWS:
             self.acted = True
             if func is Tensor.uniform_ and (mean := _mean_of_noise(*args, **kwargs)) is not None:

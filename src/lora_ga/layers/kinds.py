@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -80,14 +81,15 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def _named(kind: type, name: str) -> bool:
-    return f"{kind.__module__}.{kind.__qualname__}" == name
+# Weakly, since torch makes a class for each layer whose weight it computes, and such a class holds the layer.
+_names: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
-@functools.cache
-def _has(classes: tuple[type, ...], name: str) -> bool:
-    """Whether one of some classes has this name."""
-    return any(_named(each, name) for each in classes)
+def _names_of(kind: type) -> frozenset[str]:
+    """The names of a class and of its ancestors, with their modules."""
+    if kind not in _names:
+        _names[kind] = frozenset(f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__)
+    return _names[kind]
 
 
 def packs(module: nn.Module) -> bool:
@@ -101,7 +103,7 @@ def packs(module: nn.Module) -> bool:
     Returns:
         Whether it is such a layer, whatever its device.
     """
-    return _has(type(module).__mro__, BITS_4)
+    return BITS_4 in _names_of(type(module))
 
 
 def unpack(module: Any) -> None:
@@ -112,16 +114,8 @@ def unpack(module: Any) -> None:
 
 def kind_of(layer: LoraLayer) -> Kind | None:
     """The layer's row of `KINDS`; None if it has none."""
-    return _kind_of_classes((type(layer),), type(layer.get_base_layer()).__mro__)
-
-
-@functools.cache
-def _kind_of_classes(layer: tuple[type, ...], base: tuple[type, ...]) -> Kind | None:
-    """The row for PEFT's layer of a class, round a base layer of a class with these ancestors."""
-    for kind in KINDS:
-        if _has(layer, f"peft.tuners.lora.{kind.layer}") and _has(base, kind.base):
-            return kind
-    return None
+    name, bases = f"{type(layer).__module__}.{type(layer).__qualname__}", _names_of(type(layer.get_base_layer()))
+    return next((kind for kind in KINDS if name == f"peft.tuners.lora.{kind.layer}" and kind.base in bases), None)
 
 
 def layout_of(layer: LoraLayer) -> WeightLayout:

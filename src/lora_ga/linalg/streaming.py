@@ -34,6 +34,7 @@ from lora_ga.linalg.subspace import (
     transposed_times,
     truncate,
 )
+from lora_ga.linalg.tensor_cores import exact_in_tf32, tf32
 
 # The number of random columns added to the warm start of each block, to find directions that only appear late. With the
 # default `oversample` and a rank divisible by 8, Y and Z have a multiple of 16 columns, which suits kernels.
@@ -124,6 +125,9 @@ class Streaming:
     of the left singular vectors, so they are nearly orthogonal. What is left is done for layers of one shape together,
     by products and Cholesky factors. The host does not wait for the device before `flush`, and there once.
 
+    On CUDA the four products of models in bfloat16 and float16 run in TF32, which has their numbers exactly and rounds
+    Ω, Y and the products in between to 11 digits.
+
     Args:
         sizes: Layer → how many directions to keep.
         power_steps: The number of power steps for each block.
@@ -156,7 +160,7 @@ class Streaming:
 
     def add(self, name: str, x_TI: Inputs, g_TO: Tensor, weight: float) -> None:
         """Add a block of tokens to a layer's sum."""
-        dtype = sum_dtype(g_TO.dtype)
+        dtype, rounds = sum_dtype(g_TO.dtype), exact_in_tf32(g_TO)
         x_TI, g_TO = x_TI.to(dtype) if isinstance(x_TI, Tensor) else x_TI, g_TO.to(dtype)
         stream = self.streams.get(name)
         if stream is None:
@@ -169,13 +173,14 @@ class Streaming:
             stream.before = (stream.u[:, :used].clone(), stream.held[2][:, :used].clone(), stream.sketch.clone())
         for _ in range(self.power_steps):
             stream.turn(power_step(stream.held, x_TI, g_TO, weight, stream.start))
-        stream.y.addmm_(g_TO.mT, times(x_TI, stream.omega), alpha=weight)
-        y_OQ = stream.y[:, :-PROBES]
-        # Rounding hides weak directions behind strong ones. So float64 models do not leave Y as it is, nor do layers so
-        # small that all directions are kept: their sums are exact.
-        if dtype == torch.float64 or y_OQ.shape[1] == min(x_TI.shape[1], g_TO.shape[1]):
-            y_OQ.copy_(orthonormal(y_OQ))
-        stream.z, stream.weight = transposed_times(x_TI, g_TO @ y_OQ), weight
+        with tf32(rounds):
+            stream.y.addmm_(g_TO.mT, times(x_TI, stream.omega), alpha=weight)
+            y_OQ = stream.y[:, :-PROBES]
+            # Rounding hides weak directions behind strong ones. So float64 models do not leave Y as it is, nor do
+            # layers so small that all directions are kept: their sums are exact.
+            if dtype == torch.float64 or y_OQ.shape[1] == min(x_TI.shape[1], g_TO.shape[1]):
+                y_OQ.copy_(orthonormal(y_OQ))
+            stream.z, stream.weight = transposed_times(x_TI, g_TO @ y_OQ), weight
         stream.blocks += 1
         waiting = self._waiting.setdefault(self._shape(name), [])
         waiting.append(name)
