@@ -592,7 +592,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         functools.partial(rate_choice_table, "glue-minilm"),
         functools.partial(suite_methods, "glue-minilm", "mrpc"),
         functools.partial(suite_methods, "ablation", "babyllama105"),
-        functools.partial(reach_table, ("stories260k", "babyllama105", "sst2")),
+        functools.partial(reach_table, ("stories260k", "babyllama105", "sst2", "cola", "qnli", "mnli")),
         why_table,
         found_rates_table,
         unswept_table,
