@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import types
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -554,7 +553,7 @@ def test_the_mode_stays_with_a_loss_of_the_caller_which_may_have_a_state(needed:
 def test_the_mode_stays_where_other_processes_may_wait_for_a_pass(
     needed: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "dist", types.SimpleNamespace(is_initialized=lambda: True))
+    monkeypatch.setattr(batch, "in_group", lambda: True)
     lora_ga.estimate_gradients(adapted(llama(), ATTENTION), causal(2))
     assert needed == [True] * 4
 
@@ -586,7 +585,7 @@ def test_a_batch_that_needs_the_mode_after_all_runs_again(
 
     again, calls = found()
     assert (needed, calls) == ([True, True, False, True, True, True, True, True, True], 5)
-    monkeypatch.setattr(batch, "dist", types.SimpleNamespace(is_initialized=lambda: True))
+    monkeypatch.setattr(batch, "in_group", lambda: True)
     once, calls = found()
     assert (needed, calls) == ([True] * 8, 4)
     assert torch.equal(again, once)

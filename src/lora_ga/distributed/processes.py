@@ -25,6 +25,11 @@ BUCKET = 64 * 2**20
 Result = TypeVar("Result")
 
 
+def in_group() -> bool:
+    """Whether this process is in a process group of torch.distributed."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def processes(group: Any = None) -> Processes:
     """The processes of a group, or of the default group if there is one; otherwise this process alone.
 
@@ -37,7 +42,7 @@ def processes(group: Any = None) -> Processes:
     Raises:
         ValueError: This process is not in the group, or the group's backend supports no device that this machine has.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_group():
         return Processes()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:

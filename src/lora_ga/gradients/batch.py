@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from lora_ga.distributed.processes import in_group
 from lora_ga.files import base_model
 from lora_ga.gradients.isolation import computes_in_float16, grad_kept, input_device
 from lora_ga.gradients.loss import BatchError, LossFunction, counted_labels, weighed_loss
@@ -56,7 +56,7 @@ class BatchPass:
         self.noise = NoiseOff(base_model(peft_model_in(model)))
         # Whether the noise may be left on, since none was found: a batch can then be run again without harm. A loss of
         # the caller may have a state, and other processes may wait for each pass.
-        self._silent = loss_fn is None and self.device.type in ("cpu", "cuda") and not dist.is_initialized()
+        self._silent = loss_fn is None and self.device.type in ("cpu", "cuda") and not in_group()
 
     def forward(self, batch: Any) -> tuple[Tensor, float]:
         """The loss of a batch, and the batch's weight in the mean of all.
