@@ -54,7 +54,7 @@ class BatchPass:
         self.device = input_device(model)
         self.float16 = computes_in_float16(model, self.device)
         self.noise = NoiseOff(base_model(peft_model_in(model)))
-        # Whether the noise may be left on, since none was found: a batch can then be run again without harm. A loss of
+        # Whether `NoiseOff` may be left out, as far as the passes have shown. Only where a batch can run twice: a loss of
         # the caller may have a state, and other processes may wait for each pass.
         self._silent = loss_fn is None and self.device.type in ("cpu", "cuda") and not in_group()
 
