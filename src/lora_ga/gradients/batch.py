@@ -54,8 +54,8 @@ class BatchPass:
         self.device = input_device(model)
         self.float16 = computes_in_float16(model, self.device)
         self.noise = NoiseOff(base_model(peft_model_in(model)))
-        # Whether `NoiseOff` may be left out, as far as the passes have shown. Only where a batch can run twice: a loss of
-        # the caller may have a state, and other processes may wait for each pass.
+        # Whether `NoiseOff` may be left out, as far as the passes have shown. Only where a batch can run twice: a loss
+        # of the caller may have a state, and other processes may wait for each pass.
         self._silent = loss_fn is None and self.device.type in ("cpu", "cuda") and not in_group()
 
     def forward(self, batch: Any) -> tuple[Tensor, float]:
@@ -143,7 +143,8 @@ def _leaves(loss: Tensor) -> tuple[list[Tensor], bool]:
             leaves.append(node.variable)
         # CheckpointFunction (torch, DeepSpeed), Unsloth_Offloaded_Gradient_Checkpointer and others.
         reentrant = reentrant or "checkpoint" in name.lower()
-        following = {each for each, _ in node.next_functions if each is not None} - seen
-        seen |= following
-        waiting.extend(following)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
     return leaves, reentrant

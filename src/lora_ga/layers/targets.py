@@ -21,6 +21,7 @@ from lora_ga.layers.kinds import KINDS, entries, kind_of, layout_of, warn_never_
 from lora_ga.layers.linear import WeightLayout
 from lora_ga.layers.tied import tied_heads, why_not_separate, why_not_tied, why_not_used_once
 from lora_ga.linalg.accumulator import Inputs
+from lora_ga.linalg.low_rank import read
 
 PREFIX = "base_model.model."
 # Base layers whose weight `offset="base"` has changed. Nothing on the layer shows it once the adapter is deleted.
@@ -176,8 +177,8 @@ def peft_model_in(network: Any) -> Any:
     return next(iter(found.values()))
 
 
-def _lora_layers(network: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """The LoRA layers that have the adapter.
+def _lora_layers(model: Any, adapter_name: str) -> dict[str, LoraLayer]:
+    """The LoRA layers of a model with adapters that have the adapter.
 
     Returns:
         Module path in the model → layer.
@@ -185,7 +186,6 @@ def _lora_layers(network: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     Raises:
         ValueError: No such adapter, or no LoRA layers.
     """
-    model = peft_model_in(network)
     if adapter_name not in model.peft_config:
         raise ValueError(f"The model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}.")
     found = {
@@ -252,11 +252,11 @@ def _unknown_kinds(layers: Mapping[str, LoraLayer]) -> dict[str, str]:
     return reasons
 
 
-def find_targets(model: nn.Module, adapter_name: str = "default", *, fresh: bool = True) -> dict[str, Target]:
+def find_targets(network: nn.Module, adapter_name: str = "default", *, fresh: bool = True) -> dict[str, Target]:
     """The layers of an adapter.
 
     Args:
-        model: A model with a LoRA adapter (see `peft_models_in`), or a network that contains one.
+        network: A model with a LoRA adapter (see `peft_models_in`), or a network that contains one.
         adapter_name: The adapter.
         fresh: Whether to refuse an adapter that is trained or aligned already.
 
@@ -269,19 +269,19 @@ def find_targets(model: nn.Module, adapter_name: str = "default", *, fresh: bool
             than DoRA, is merged, trained or aligned already; a tensor-parallel plan splits it in an unknown way; layers
             share a factor in another way than PEFT's `ensure_weight_tying`.
     """
+    model = peft_model_in(network)
     layers = _lora_layers(model, adapter_name)
-    named, fsdp = {layer_name(full): layer for full, layer in layers.items()}, in_fsdp(model)
-    tied = _tied_heads(model, adapter_name)
+    named, fsdp = {layer_name(full): layer for full, layer in layers.items()}, in_fsdp(network)
+    tied = {layer_name(head): layer_name(source) for head, source in tied_heads(model, adapter_name).items()}
     reasons = [
         _why_not_aligned(name, layer, adapter_name) or unfit(name, layer.get_base_layer(), fsdp=fsdp)
         for name, layer in named.items()
     ]
     ties = ((head, why_not_tied(named[head], named[source], adapter_name)) for head, source in tied.items())
     reasons += [f"{head} {reason}" for head, reason in ties if reason]
-    modules = peft_model_in(model).named_modules()
-    everywhere = {layer_name(path): layer for path, layer in modules if isinstance(layer, LoraLayer)}
-    reasons += [why_not_separate(everywhere, adapter_name, tied), why_not_used_once(model, named)]
-    reasons.append(_why_two(peft_model_in(model), [name for name in named if name not in tied], adapter_name))
+    everywhere = {layer_name(path): layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    reasons += [why_not_separate(everywhere, adapter_name, tied), why_not_used_once(network, named)]
+    reasons.append(_why_two(model, [name for name in named if name not in tied], adapter_name))
     refusals = [reason for reason in reasons if reason]
     if refusals:
         more = f" ({len(refusals) - 1} more layers like this)" if len(refusals) > 1 else ""
@@ -289,7 +289,7 @@ def find_targets(model: nn.Module, adapter_name: str = "default", *, fresh: bool
     unknown = _unknown_kinds(named)
     known = {name: layer for name, layer in named.items() if name not in unknown}
     if fresh:
-        _check_fresh(known, adapter_name, added=isinstance(peft_model_in(model), PeftModel))
+        _check_fresh(known, adapter_name, added=isinstance(model, PeftModel))
     for kind in {kind_of(layer) for layer in known.values()}:
         if kind is not None and not kind.ran:
             warn_never_run(kind)
@@ -320,12 +320,6 @@ def _why_two(model: Any, names: Sequence[str], adapter_name: str) -> str | None:
                 "another adapter_name"
             )
     return None
-
-
-def _tied_heads(network: nn.Module, adapter_name: str) -> dict[str, str]:
-    """`tied_heads`, by layer names."""
-    found = tied_heads(peft_model_in(network), adapter_name)
-    return {layer_name(head): layer_name(source) for head, source in found.items()}
 
 
 def _target(
@@ -364,15 +358,19 @@ def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str, *, added: b
         )
     if any(layer.get_base_layer() in SHIFTED_BASES for layer in layers.values()):
         reset = 'Load the base model again: offset="base" has changed its weights.'
+    trained: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        pair, letter = entries(layer, adapter_name), layout_of(layer).zero_factor
-        entry = pair["AB".index(letter)]
+        entry = entries(layer, adapter_name)["AB".index(layout_of(layer).zero_factor)]
         with gathered([factor.trainable for factor in [entry] if isinstance(factor, Factor)]):
             weight = whole(weight_of(entry))
-        if weight.is_meta or not bool(weight.any()):  # without values yet, fresh, or prepared but not started
+            if not weight.is_meta:  # without values yet
+                trained[name] = weight.any().reshape(1)
+    for name, nonzero in zip(trained, read(list(trained.values())), strict=True):
+        if not nonzero:  # fresh, or prepared but not started
             continue
-        if isinstance(pair[0], Factor):
+        if isinstance(entries(layers[name], adapter_name)[0], Factor):
             raise ValueError(f"Adapter {adapter_name!r} is already aligned (at {name}). {reset}")
+        letter = layout_of(layers[name]).zero_factor
         raise ValueError(
             f"Adapter {adapter_name!r} is not fresh: lora_{letter} of {name} is not zero, so it was trained, or made "
             f"with an init_lora_weights that sets it. {reset}"
