@@ -18,7 +18,16 @@ from lora_ga.gradients.setup import ESTIMATORS
 from lora_ga.linalg import streaming
 from lora_ga.linalg.accumulator import Accumulator, Size, UnitRows, sum_dtype
 from lora_ga.linalg.dense import Dense
-from lora_ga.linalg.low_rank import LowRank, estimated_norm, generator, merge, merge_factors, probes, truncated_svd
+from lora_ga.linalg.low_rank import (
+    LowRank,
+    estimated_norm,
+    generator,
+    merge,
+    merge_factors,
+    probes,
+    read,
+    truncated_svd,
+)
 from lora_ga.linalg.streaming import Streaming
 from lora_ga.linalg.subspace import STRIDE, direction_change, orthonormal, power_step, truncate
 from lora_ga.linalg.tensor_cores import exact_in_tf32, tf32
@@ -623,3 +632,17 @@ def test_the_products_alone_run_in_tf32_and_lose_no_direction(monkeypatch: pytes
     assert {name for name, _ in seen} == {"times", "transposed_times", "truncate"}
     assert all((found == before) is (name == "truncate") for name, found in seen)
     assert in_float32 > 0.99
+
+
+def test_values_are_read_from_a_device_without_float64() -> None:
+    class OnApple:
+        device = torch.device("mps")
+
+        def to(self, device: Any, dtype: torch.dtype) -> Tensor:
+            if torch.device(device).type == "mps":
+                raise TypeError("MPS has no float64")
+            return torch.tensor([2.5, 3.0], dtype=dtype, device=device)
+
+    values: Any = [OnApple(), torch.tensor([4])]
+    assert read(values) == [2.5, 3.0, 4.0]
+    assert read([]) == []

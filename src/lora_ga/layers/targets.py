@@ -363,7 +363,7 @@ def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str, *, added: b
         entry = entries(layer, adapter_name)["AB".index(layout_of(layer).zero_factor)]
         with gathered([factor.trainable for factor in [entry] if isinstance(factor, Factor)]):
             weight = whole(weight_of(entry))
-            if not weight.is_meta:  # without values yet
+            if not weight.is_meta:  # a meta tensor has no values yet
                 trained[name] = weight.any().reshape(1)
     for name, nonzero in zip(trained, read(list(trained.values())), strict=True):
         if not nonzero:  # fresh, or prepared but not started

@@ -38,7 +38,8 @@ def wide(x: Tensor) -> Tensor:
 
 def read(values: Sequence[Tensor]) -> list[float]:
     """The numbers of several vectors, one after the other, which may be on several devices. The host waits once."""
-    return torch.cat([each.to(values[0].device, torch.float64) for each in values]).tolist() if values else []
+    widened = [wide(each) for each in values]
+    return torch.cat([each.to(widened[0].device) for each in widened]).tolist() if values else []
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
