@@ -358,15 +358,15 @@ def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str, *, added: b
         )
     if any(layer.get_base_layer() in SHIFTED_BASES for layer in layers.values()):
         reset = 'Load the base model again: offset="base" has changed its weights.'
-    trained: dict[str, Tensor] = {}
+    nonzero: dict[str, Tensor] = {}
     for name, layer in layers.items():
         entry = entries(layer, adapter_name)["AB".index(layout_of(layer).zero_factor)]
         with gathered([factor.trainable for factor in [entry] if isinstance(factor, Factor)]):
             weight = whole(weight_of(entry))
             if not weight.is_meta:  # a meta tensor has no values yet
-                trained[name] = weight.any().reshape(1)
-    for name, nonzero in zip(trained, read(list(trained.values())), strict=True):
-        if not nonzero:  # fresh, or prepared but not started
+                nonzero[name] = weight.any().reshape(1)
+    for name, changed in zip(nonzero, read(list(nonzero.values())), strict=True):
+        if not changed:  # fresh, or prepared but not started
             continue
         if isinstance(entries(layers[name], adapter_name)[0], Factor):
             raise ValueError(f"Adapter {adapter_name!r} is already aligned (at {name}). {reset}")
