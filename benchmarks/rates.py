@@ -210,20 +210,30 @@ def full_run(cell: Cell) -> dict[str, Any]:
     return {key: run[key] for key in kept if key in run}
 
 
+def rate_of(measured: Mapping[str, Any]) -> float:
+    """The rate that the rule gives for what a search has measured."""
+    groups = [Group("", **group) for group in measured["groups"]]
+    for group in groups:
+        group.stable = {float(rate): bool(stable) for rate, stable in group.stable.items()}
+    return Search(groups, len(groups)).rate(measured["steps"])
+
+
+def cost_of(measured: Mapping[str, Any]) -> float:
+    """The steps of a search, over those of the run that it was made for."""
+    return float(sum(group["passes"] for group in measured["groups"]) / measured["steps"])
+
+
 def judged(measured: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
     """The rate that the rule gives for what was measured, its cost, and its regrets against a sweep.
 
     Returns:
         With the measurements; a run at another rate is left out.
     """
-    groups = [Group("", **group) for group in measured["groups"]]
-    for group in groups:
-        group.stable = {float(rate): bool(stable) for rate, stable in group.stable.items()}
-    rate = Search(groups, len(groups)).rate(measured["steps"])
+    rate = rate_of(measured)
     best = min(runs, key=lambda each: loss(runs[each]))
     row = {key: measured[key] for key in ("groups", "steps")} | {
         "rate": rate,
-        "cost": sum(group.passes for group in groups) / measured["steps"],
+        "cost": cost_of(measured),
         "nearest": regret(runs, rate),
         "between": loss_between(runs, rate) - loss(runs[best]),
         "swept best": best,

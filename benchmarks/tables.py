@@ -340,16 +340,32 @@ def optim_table() -> str:
 
 def smollm2_table() -> str:
     """The loss of SmolLM2 on held-out answers after short runs at several rates, in Markdown; the lowest in bold."""
-    runs = dict(sorted(load("smollm2")["runs"].items(), key=lambda item: float(item[0])))
-    methods = max(runs.values(), key=len)  # some rates were tried for a few of them
-    lines = ["| loss | " + " | ".join(f"at {rate}" for rate in runs) + " |", "|---" * (1 + len(runs)) + "|"]
-    for method in methods:
-        found = [at_rate.get(method, {}).get("metrics") for at_rate in runs.values()]
-        losses = [None if metrics is None else f"{metrics['report']['loss']:.3f}" for metrics in found]
-        lowest = min((loss for loss in losses if loss is not None), key=float)
-        cells = [BLANK if loss is None else f"**{loss}**" if loss == lowest else loss for loss in losses]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+    runs = load("smollm2")["runs"]["0"]
+    rates = sorted(set(runs) - {"found"}, key=float)
+    lines = ["| loss | " + " | ".join(f"at {rate}" for rate in rates) + " |", "|---" * (1 + len(rates)) + "|"]
+    for method in max(runs.values(), key=len):  # some rates were tried for a few methods
+        losses = [smollm2_loss(runs[rate].get(method)) for rate in rates]
+        lowest = min((loss for loss in losses if loss != BLANK), key=float)
+        lines.append(f"| {method} | {' | '.join(f'**{each}**' if each == lowest else each for each in losses)} |")
     return "\n".join(lines)
+
+
+def smollm2_found_table() -> str:
+    """The loss of SmolLM2 at the rate that `find_rate` finds, beside the best of the rates tried and 2e-4."""
+    runs = load("smollm2")["runs"]["0"]
+    head = ("loss", "rate found", "at it", "at the best of the rates above", "at 0.0002", "steps of the search")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for method, run in runs["found"].items():
+        search, others = run["search"], [runs[rate].get(method) for rate in runs if rate != "found"]
+        best = min((loss for loss in map(smollm2_loss, others) if loss != BLANK), key=float)
+        cells = [f"{search['rate']:g}", smollm2_loss(run), best, smollm2_loss(runs["0.0002"][method])]
+        lines.append(f"| {method} | {' | '.join(cells)} | {sum(group['passes'] for group in search['groups'])} |")
+    return "\n".join(lines)
+
+
+def smollm2_loss(run: dict[str, Any] | None) -> str:
+    """The loss of a run of SmolLM2 on the rows that are reported; BLANK without one."""
+    return BLANK if run is None or "metrics" not in run else f"{run['metrics']['report']['loss']:.3f}"
 
 
 def suite_overview(name: str) -> str:
