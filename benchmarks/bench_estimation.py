@@ -203,7 +203,7 @@ def main() -> None:
     timed = times(base, batches, ["frozen pass", "ours", "peft lora_ga"])
     held, flat = alignment(base, batches), alignment(llama(layers=2), sequences(random=True))
     wide = times(llama(2048, 4, 5632), batches[:2], ["frozen pass", "ours"])
-    memory = peaks()
+    memory = peaks(3)
     stopped = early_stop() if os.environ.get("LORA_GA_DATA") else None
     rows = [
         ("time over the frozen pass (floor from counts)", timed["median ratios"]["frozen pass"], floor(base)),
