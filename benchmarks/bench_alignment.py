@@ -134,8 +134,14 @@ def by_formula(estimate: lora_ga.GradientEstimate, truth: dict[str, Tensor]) -> 
         g, a, b = truth[name], part.V[:, :RANK].to(truth[name]), part.U[:, RANK : 2 * RANK].to(truth[name])
         step = g @ a @ a.mT + b @ (b.mT @ g)
         cosine = (step * g).sum() / (step.norm() * g.norm())
-        ratios.append((cosine / (torch.linalg.svdvals(g)[: 2 * RANK].norm() / g.norm())).item())
+        ratios.append((cosine / (largest_singular_values(g).norm() / g.norm())).item())
     return ratios
+
+
+def largest_singular_values(g: Tensor) -> Tensor:
+    """The first 2r singular values, by the smaller Gram matrix: on a GPU much faster than by those of G."""
+    smaller = g.double() if g.shape[0] <= g.shape[1] else g.double().mT
+    return torch.linalg.eigvalsh(smaller @ smaller.mT)[-2 * RANK :].clamp_min(0).sqrt()
 
 
 def truncation(

@@ -29,10 +29,11 @@ import record
 from lora_ga.adapter import initialize
 from lora_ga.gradients import estimate
 from lora_ga.gradients.batch import BatchPass
+from lora_ga.linalg.accumulator import Size
 from lora_ga.linalg.low_rank import PROBES
 from lora_ga.linalg.streaming import FRESH, STACKED, Streaming
 from lora_ga.linalg.subspace import orthonormal, truncate
-from lora_ga.linalg.tensor_cores import tf32 as rounded_to_tf32
+from lora_ga.linalg.tensor_cores import float32_products
 
 KEPT = 32
 TOKENS = 4096
@@ -107,8 +108,8 @@ def float32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def tf32(a: Tensor, b: Tensor) -> Tensor:
-    """The product on tensor cores that round float32 factors to TF32, as for models in bfloat16 and float16."""
-    with rounded_to_tf32(True):
+    """The product on tensor cores that round float32 factors to TF32, as for the Y of models in half precision."""
+    with float32_products("tf32"):
         return a.float() @ b.float()
 
 
@@ -150,6 +151,19 @@ def products(x: Tensor, g: Tensor) -> dict[str, float]:
     return found
 
 
+def warm(x: Tensor, g: Tensor) -> Streaming:
+    """The streaming estimator after a block of one layer."""
+    stream = Streaming({"layer": Size(KEPT, 2 * record.RANK)}, 0, 0)
+    update(stream, x, g)
+    return stream
+
+
+def update(stream: Streaming, x: Tensor, g: Tensor) -> None:
+    """What the estimate does with a block: products as its dtype needs them, the truncation, and the check."""
+    stream.add("layer", x, g, 1.0)
+    stream.flush()
+
+
 def frozen(x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What a frozen layer multiplies in its forward and backward pass."""
     return x @ weight.mT, g @ weight
@@ -164,6 +178,7 @@ def parts(inputs: int, outputs: int, tokens: int, device: torch.device) -> dict[
         g = (torch.randn(tokens, outputs, device=device) * 1e-3).to(dtype)
         found[f"frozen layer, {dtype}"] = median_ms(functools.partial(frozen, x, g, weight.to(dtype)))
         found |= {f"products of {dtype}: {name}": figure for name, figure in products(x, g).items()}
+        found[f"update of a block of {dtype}, one layer"] = median_ms(functools.partial(update, warm(x, g), x, g))
     y, z = (torch.randn(STACKED, size, KEPT + FRESH, device=device) for size in (outputs, inputs))
     found["orthonormal, one layer"] = median_ms(lambda: orthonormal(y[0]))
     found["truncation, a stack"] = median_ms(lambda: truncate(y, z, KEPT, exactly=False))

@@ -25,15 +25,23 @@ RESULTS = Path(__file__).parent / "results"
 
 def about(also: Sequence[str] = ()) -> dict[str, Any]:
     """The command, commit, versions and device of a run. `also` names further packages whose versions are recorded."""
-    names = ("torch", "transformers", "peft", "lora-ga", *also)
+    names = ("torch", "transformers", "peft", *also)
     return {
         "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: version_of(name) for name in names} | {"lora-ga": lora_ga.__version__},
         "python": platform.python_version(),
         "device": f"CPU, {os.cpu_count()} cores",
     }
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def finish(name: str, record: dict[str, Any], also: Sequence[str] = ()) -> None:

@@ -18,7 +18,6 @@ from lora_ga.linalg import streaming
 from lora_ga.linalg.tensor_cores import exact_in_tf32
 from test_initialize import sgd_alignment
 from toys import FAMILIES, adapted, autograd_gradients, causal, llama, logits, train
-from trainers import TARGETS, callback, transformers_trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DENSE = LoraGAConfig(estimator="dense")
@@ -100,6 +99,9 @@ def test_stock_peft_on_a_cpu_loads_what_was_saved_on_cuda(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
 def test_the_callback_works_in_a_trainer(precision: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the trainers need the package datasets, the other tests do not")
+    from trainers import TARGETS, callback, transformers_trainer
+
     lora_callback = callback()
     trainer = transformers_trainer([lora_callback], tmp_path / "run", use_cpu=False, **precision)
     trainer.train()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from lora_ga.adapter.save import FILE, FILE_KIND
 from lora_ga.export.merge import merge_adapter
 from lora_ga.files import read_tensors, write_tensors
 from lora_ga.layers.factors import Factor
+from lora_ga.linalg.streaming import Streaming
 from toys import (
     FAMILIES,
     adapted,
@@ -217,6 +220,64 @@ def test_sums_stay_in_float32_under_autocast() -> None:
     for part in estimate.values():
         assert part.V.dtype == torch.float32
         torch.testing.assert_close(part.V.mT @ part.V, torch.eye(part.V.shape[1]), rtol=0, atol=1e-5)
+
+
+def test_sums_are_not_computed_under_autocast_on_either_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FSDP with parameters on the CPU a layer computes on CUDA, where it is the accelerator."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    seen: list[tuple[str, bool]] = []
+    for name in ("add", "flush", "changes", "factors"):
+        method = getattr(Streaming, name)
+
+        def watched(*args: Any, name: str = name, method: Any = method) -> Any:
+            kinds = ("cpu",) if name == "add" else ("cpu", "cuda")  # a hook knows where its gradient is
+            seen.append((name, any(torch.is_autocast_enabled(kind) for kind in kinds)))
+            return method(*args)
+
+        monkeypatch.setattr(Streaming, name, watched)
+    with torch.autocast("cpu", torch.bfloat16), as_if_autocast_to_cuda():
+        lora_ga.estimate_gradients(adapted(llama()), causal(), LoraGAConfig(tolerance=0.01))
+        assert torch.is_autocast_enabled("cuda")
+    assert {name for name, _ in seen} == {"add", "flush", "changes", "factors"}
+    assert not any(autocast for _, autocast in seen)
+
+
+@contextlib.contextmanager
+def as_if_autocast_to_cuda() -> Iterator[None]:
+    """Autocast on CUDA, also where there is none: `torch.autocast` would warn and leave it off."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraGAConfig(),
+        LoraGAConfig(estimator="dense", direction="random"),
+        LoraGAConfig(estimator="probe", direction="ArBr"),
+        LoraGAConfig(scale="weight", direction="A2rBr", tolerance=0.01),
+    ],
+    ids=["default", "dense", "probe", "weight"],
+)
+def test_a_default_device_is_not_used_for_what_belongs_elsewhere(config: LoraGAConfig, tmp_path: Path) -> None:
+    """Random numbers come from a generator on the CPU; indices and sums belong to the device of a layer."""
+    models, batches, rates = [adapted(llama()), adapted(llama())], causal(8), []
+    for model, device in zip(models, ("cpu", "meta"), strict=True):
+        checkpoint = tmp_path / f"{device}.checkpoint" if config.estimator == "streaming" else None
+        torch.manual_seed(0)
+        with torch.device(device):
+            estimate = lora_ga.estimate_gradients(model, batches, config, checkpoint=checkpoint)
+            estimate.save(tmp_path / device)
+            lora_ga.apply_estimate(model, lora_ga.GradientEstimate.load(tmp_path / device), config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the rate of a toy is a guess
+                rates.append(lora_ga.find_rate(model, batches, steps=200))
+    assert rates[0] == rates[1]
+    expected, found = (model.state_dict() for model in models)
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
 def test_a_gradient_with_too_few_directions_gives_a_warning() -> None:

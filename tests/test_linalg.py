@@ -30,7 +30,7 @@ from lora_ga.linalg.low_rank import (
 )
 from lora_ga.linalg.streaming import Streaming
 from lora_ga.linalg.subspace import STRIDE, direction_change, orthonormal, power_step, truncate
-from lora_ga.linalg.tensor_cores import exact_in_tf32, tf32
+from lora_ga.linalg.tensor_cores import exact_in_tf32, float32_products
 
 
 def with_known_spectrum(
@@ -527,48 +527,72 @@ def test_all_computation_stays_on_the_device_of_the_gradients(kind: Kind, monkey
         assert found is not None
         merged = merge([(found, 1.0), (found.scaled(0.5), 2.0)], 8, probes(INPUTS, 0))
         limit = merged.limit(2)
-    assert {part.device.type for each in (found, merged) for part in (each.U, each.S, each.V)} == {"meta"}
+    loaded = filled(kind, blocks(3, torch.float32)).factors(["layer"])["layer"]
+    mixed = merge([(found, 1.0), (loaded, 2.0)], 8, probes(INPUTS, 0))  # a fresh estimate, and one from a file
+    assert {part.device.type for each in (found, merged, mixed) for part in (each.U, each.S, each.V)} == {"meta"}
     assert 0 < limit <= 1
+
+
+@pytest.mark.parametrize("kind", [Dense, Streaming])
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_a_restored_state_moves_to_where_the_layer_computes(kind: Kind, unit_rows: bool) -> None:
+    """A state is restored to the device of the layer's parameters, which FSDP can keep on the CPU."""
+    x, g, weight = blocks(1, torch.float32)[0]
+    again = kind(SIZES, 0, 0)
+    again.restore(filled(kind, [(x, g, weight)]).state(), {"layer": torch.device("cpu")})
+    inputs = UnitRows(torch.zeros(len(g), dtype=torch.int64, device="meta"), INPUTS) if unit_rows else x.to("meta")
+    again.add("layer", inputs, g.to("meta"), weight)
+    places = {name: tensor.device.type for name, tensor in again.state().items() if not name.endswith("blocks")}
+    assert set(places.values()) == {"meta"}
 
 
 # --- products in TF32 -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
-def test_the_setting_of_products_is_as_before_after_an_error_too(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting: Any = types.SimpleNamespace(fp32_precision=before)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", setting)
-    with tf32(False):
-        assert setting.fp32_precision == before
+@pytest.mark.parametrize("wanted", ["ieee", "tf32"])
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32", "bf16"])
+def test_the_setting_of_products_is_as_before_after_an_error_too(
+    before: str, wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, cpu = types.SimpleNamespace(fp32_precision=before), types.SimpleNamespace(fp32_precision=before)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", cuda)
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", cpu)
     found = []
 
     def fail() -> None:
-        with tf32(True):
-            found.append(setting.fp32_precision)
+        with float32_products(wanted):
+            found.extend([cuda.fp32_precision, cpu.fp32_precision])
             raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
         fail()
-    assert (found, setting.fp32_precision) == (["tf32"], before)
+    assert (cuda.fp32_precision, cpu.fp32_precision) == (before, before)
+    if wanted == "tf32":
+        assert found == ["tf32", before]
+    else:
+        assert set(found) <= {"none", "ieee"}
 
 
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(("wanted", "expected"), [("ieee", "highest"), ("tf32", "high")])
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
 def test_older_versions_of_torch_have_the_setting_under_another_name(
-    before: bool, monkeypatch: pytest.MonkeyPatch
+    before: str, wanted: Any, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting: Any = types.SimpleNamespace(allow_tf32=before)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", setting)
-    with tf32(True):
-        assert setting.allow_tf32 is True
-    assert vars(setting) == {"allow_tf32": before}
+    setting = [before]
+    monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace(allow_tf32=before != "highest"))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", setting.append)
+    with float32_products(wanted):
+        assert setting[-1] == expected
+    assert setting[-1] == before
 
 
-def test_threads_of_several_devices_do_not_leave_each_others_setting_behind() -> None:
-    """Without a lock, the second would begin while the first is on, and leave what it found after the first."""
+def test_threads_of_several_devices_do_not_see_each_others_setting() -> None:
+    """Without a lock, the second would begin while the first is on."""
     before, inside, leave = precision(), [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
 
     def multiply(number: int) -> None:
-        with tf32(True):
+        with float32_products("tf32" if number == 0 else "ieee"):
             inside[number].set()
             leave[number].wait(10)
 
@@ -606,32 +630,65 @@ def rounded_to_tf32(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-def test_the_products_alone_run_in_tf32_and_lose_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, Any]] = []
-    parts = [(x.bfloat16(), g.bfloat16(), weight) for x, g, weight in blocks(6, torch.float32)]
+class Tf32(TorchDispatchMode):
+    """Rounds the factors of products of float32 matrices as CUDA would, by the setting of the moment."""
+
+    rounded = 0
+    first_factor = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # noqa: RUF012
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = self.first_factor.get(func.overloadpacket.__name__)
+        if first is not None and args[first].dtype == torch.float32 and precision() == "tf32":
+            self.rounded += 1
+            factors = [rounded_to_tf32(factor) for factor in args[first : first + 2]]
+            args = (*args[:first], *factors, *args[first + 2 :])
+        return func(*args, **(kwargs or {}))
+
+
+def hard_blocks(kind: str, dtype: torch.dtype) -> Blocks:
+    """Blocks in which the rounding of Z counts: inputs of few directions, or tokens that nearly cancel."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    outputs, inputs, tokens = 96, 128, 200
+    few, common = normal(12, inputs), 10 * normal(1, inputs)
+    mixing = normal(outputs, outputs) * torch.logspace(0, -3, outputs)
+    found = []
+    for _ in range(6):
+        g = normal(tokens, outputs) @ mixing.mT
+        if kind == "few directions":
+            x = normal(tokens, 12) @ few
+        else:
+            x, g = normal(tokens, inputs) + common, g - g.mean(dim=0)
+        found.append((x.to(dtype), g.to(dtype), 1.0))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["few directions", "tokens that cancel"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_estimate_loses_nothing_where_tf32_is_on(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision the estimate uses TF32 by itself. Here the user allows it too, in float32 as well."""
+    parts = hard_blocks(kind, dtype)
     exact = total(parts)
 
-    def alignment() -> float:
-        found = filled(Streaming, parts).factors(["layer"])["layer"]
-        u, v = found.U[:, :8].double(), found.V[:, :8].double()
-        return float((u.mT @ exact @ v).norm() / torch.linalg.svdvals(exact)[:8].norm())
+    def error() -> float:
+        accumulator = Streaming({"layer": Size(32, 32)}, 0, 0)
+        for x, g, weight in parts:
+            accumulator.add("layer", x, g, weight)
+            accumulator.flush()
+        found = accumulator.factors(["layer"])["layer"]
+        return float(((found.U.double() * found.S.double()) @ found.V.double().mT - exact).norm() / exact.norm())
 
-    in_float32 = alignment()
-    for name in ("times", "transposed_times", "truncate"):
-        plain = getattr(streaming, name)
-
-        def watched(x: Any, w: Any, *more: Any, name: str = name, plain: Any = plain, **kwargs: Any) -> Any:
-            seen.append((name, precision()))
-            w = w if name == "truncate" else rounded_to_tf32(w)
-            return plain(x, w, *more, **kwargs)
-
-        monkeypatch.setattr(streaming, name, watched)
-    before = precision()
-    monkeypatch.setattr(streaming, "exact_in_tf32", lambda g: g.dtype == torch.bfloat16)
-    assert alignment() == pytest.approx(in_float32, abs=1e-5)
-    assert {name for name, _ in seen} == {"times", "transposed_times", "truncate"}
-    assert all((found == before) is (name == "truncate") for name, found in seen)
-    assert in_float32 > 0.99
+    in_float32 = error()
+    monkeypatch.setattr(streaming, "exact_in_tf32", lambda g: g.dtype != torch.float32)
+    with float32_products("tf32"), Tf32() as mode:
+        in_tf32 = error()
+    assert mode.rounded == (0 if dtype == torch.float32 else 4 * len(parts))
+    assert in_tf32 == pytest.approx(in_float32, rel=1e-3, abs=1e-3)
 
 
 def test_values_are_read_from_a_device_without_float64() -> None:

@@ -26,6 +26,7 @@ from lora_ga.gradients.isolation import isolated
 from lora_ga.layers.embedding import EMBEDDING
 from lora_ga.layers.experts import EXPERTS
 from lora_ga.layers.targets import find_targets
+from lora_ga.linalg import streaming
 from lora_ga.linalg.accumulator import Size, all_finite, refuse_infinite
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import LowRank, gaussian
@@ -187,6 +188,14 @@ def beyond_the_frozen_pass(model: nn.Module, mode: type[Kernels] | type[Reads]) 
 def test_a_layer_and_batch_cost_at_most_twelve_operations_beyond_the_frozen_pass() -> None:
     model = adapted(llama(num_hidden_layers=6, **SIZES))
     assert 4 < beyond_the_frozen_pass(model, Kernels) / len(find_targets(model)) <= 12
+
+
+def test_half_precision_on_cuda_costs_seven_operations_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two change the dtype of x and g, and five are for products in TF32."""
+    monkeypatch.setattr(streaming, "exact_in_tf32", lambda g: g.dtype == torch.bfloat16)
+    models = [adapted(llama(num_hidden_layers=6, **SIZES).to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    whole, half = (beyond_the_frozen_pass(model, Kernels) / len(find_targets(model)) for model in models)
+    assert half - whole == pytest.approx(7, abs=0.1)
 
 
 def test_the_host_waits_for_one_value_a_batch() -> None:

@@ -63,17 +63,23 @@ def split(low_rank: LowRank, layer: LayerSpec) -> tuple[Tensor, Tensor]:
     return factor * low_rank.V[:, rows].mT, factor * low_rank.U[:, columns]
 
 
+def _places(first: int, end: int, step: int = 1) -> Tensor:
+    return torch.arange(first, end, step, device="cpu")
+
+
 def _random_halves(layer: LayerSpec) -> tuple[Tensor, Tensor]:
-    order = torch.randperm(2 * layer.rank, generator=generator(layer.config.seed, layer.name, "direction"))
+    order = torch.randperm(
+        2 * layer.rank, generator=generator(layer.config.seed, layer.name, "direction"), device="cpu"
+    )
     return order[: layer.rank], order[layer.rank :]
 
 
 # Which of the first 2r singular directions (counted from 0) become the rows of A and the columns of B. Theorem 3.1: for
 # any two disjoint halves the first step is the best rank-2r approximation of full fine-tuning's.
 DIRECTIONS: Mapping[str, Callable[[LayerSpec], tuple[Tensor, Tensor]]] = {
-    "ArB2r": lambda layer: (torch.arange(layer.rank), torch.arange(layer.rank, 2 * layer.rank)),  # the paper's choice
-    "A2rBr": lambda layer: (torch.arange(layer.rank, 2 * layer.rank), torch.arange(layer.rank)),
-    "ArBr": lambda layer: (torch.arange(1, 2 * layer.rank, 2), torch.arange(0, 2 * layer.rank, 2)),
+    "ArB2r": lambda layer: (_places(0, layer.rank), _places(layer.rank, 2 * layer.rank)),  # the paper's choice
+    "A2rBr": lambda layer: (_places(layer.rank, 2 * layer.rank), _places(0, layer.rank)),
+    "ArBr": lambda layer: (_places(1, 2 * layer.rank, 2), _places(0, 2 * layer.rank, 2)),
     "random": _random_halves,
 }
 
@@ -81,7 +87,7 @@ DIRECTIONS: Mapping[str, Callable[[LayerSpec], tuple[Tensor, Tensor]]] = {
 def leading_singular_values(w_OI: Tensor, count: int, seed: int, name: str) -> Tensor:
     """The `count` largest singular values of a weight, (count,), by four power steps on 4·count random directions."""
     width = min(4 * count, *w_OI.shape)
-    omega = torch.randn(w_OI.shape[1], width, generator=generator(seed, name, "weight")).to(w_OI)
+    omega = torch.randn(w_OI.shape[1], width, generator=generator(seed, name, "weight"), device="cpu").to(w_OI)
     q = torch.linalg.qr(w_OI @ omega).Q
     for _ in range(4):
         q = torch.linalg.qr(w_OI @ torch.linalg.qr(w_OI.mT @ q).Q).Q

@@ -163,7 +163,7 @@ def _is_saved(weights: Path, factors: Factors) -> bool:
     with safe_open(str(weights), framework="pt") as file:
         possible = (f"{start}{name}.lora_{end}" for start in (PREFIX, "") for end in ("B.weight", "embedding_B"))
         found = set(possible) & set(file.keys())
-        saved = file.get_tensor(found.pop()) if found else torch.empty(0)
+        saved = file.get_tensor(found.pop()) if found else torch.empty(0, device="cpu")
     if sharded(b.trainable):  # one process cannot gather it, so its start decides
         start = b.start
         same_shape = saved.dim() == 2 and saved.shape[1] == 2 * start.shape[1]

@@ -284,7 +284,7 @@ class Processes:
             (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in tensors.items()
         ]
         head = torch.frombuffer(bytearray(json.dumps(table).encode()), dtype=torch.uint8)
-        for message in (torch.tensor([len(head)]), head):
+        for message in (torch.tensor([len(head)], device="cpu"), head):
             dist.send(message.to(self.device), group=self.group, group_dst=to)
         names = list(tensors)
         for bucket in buckets([tensor.nbytes for tensor in tensors.values()]):

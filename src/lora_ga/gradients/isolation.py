@@ -424,6 +424,16 @@ def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             module.__dict__[name] = own
 
 
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Switch autocast off, on the CPU and on an accelerator: offloaded parameters are not where a layer computes."""
+    accelerator = torch.accelerator.current_accelerator()
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", "cpu" if accelerator is None else accelerator.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def input_device(model: Any) -> torch.device:
     """Where batches have to be: where the input embeddings compute, or the model if it has none."""
     try:

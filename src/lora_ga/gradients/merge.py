@@ -17,6 +17,7 @@ from lora_ga.gradients.coverage import (
     warn_few_directions,
     warn_unused_blocks,
 )
+from lora_ga.gradients.isolation import without_autocast
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.gradients.setup import Setup
@@ -74,7 +75,7 @@ def _merged(setup: Setup, recorder: Recorder) -> tuple[Progress, dict[str, LowRa
     processes, devices, accumulator = setup.processes, setup.devices, recorder.accumulator
     parts = processes.gather(recorder.progress)
     warn_idle([part.batches for part in parts])
-    with torch.no_grad(), torch.autocast(recorder.device.type, enabled=False):
+    with torch.no_grad(), without_autocast():
         mine = processes.merge(devices, accumulator.state, accumulator.absorb)
         shared = processes.share(packed(_factors(accumulator, mine, setup.directions)))
     return Progress.sum(parts[:1] if setup.tensor_parallel else parts), unpacked(shared, devices)

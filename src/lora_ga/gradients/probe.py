@@ -21,13 +21,20 @@ from torch import Tensor, nn
 
 from lora_ga.distributed.processes import DeferredError, Processes
 from lora_ga.gradients.coverage import warn_probed
-from lora_ga.gradients.isolation import activate_adapter, compute_device, deactivate_adapter, factors_replaced
+from lora_ga.gradients.isolation import (
+    activate_adapter,
+    compute_device,
+    deactivate_adapter,
+    factors_replaced,
+    without_autocast,
+)
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.setup import Setup
 from lora_ga.layers.kinds import entries, weight_of
 from lora_ga.layers.targets import Target
 from lora_ga.linalg.accumulator import refuse_infinite, sum_dtype
 from lora_ga.linalg.low_rank import LowRank, estimated_norm, generator, merge_factors, packed, probes, unpacked
+from lora_ga.linalg.tensor_cores import float32_products
 
 SIDES = ("left", "right")
 
@@ -240,8 +247,7 @@ def probe_layers(
         name: ProbeSums(*(shared[f"{name}.{part}"].to(devices[name]) for part in ("omega", "psi"))) for name in reached
     }
     mine, weight = _read_together(read, processes, Probes(reached, adapter_name, directed))
-    device = next(iter(devices.values()))
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), without_autocast(), float32_products("ieee"):
         factors = {name: _low_rank(one, kept[name], seed) for name, one in _with_gradient(directed, mine).items()}
     return unpacked(processes.share(packed(factors)), devices), weight
 
@@ -273,8 +279,8 @@ def random_probe(name: str, target: Target, kept: int, seed: int, dtype: torch.d
     """A probe with random directions, drawn on the CPU."""
     draw = generator(seed, name, "probe")
     directions = min(kept, target.inputs, target.outputs)
-    omega = torch.randn(directions, target.inputs, generator=draw) / math.sqrt(target.inputs)
-    psi = torch.randn(target.outputs, directions, generator=draw) / math.sqrt(target.outputs)
+    omega = torch.randn(directions, target.inputs, generator=draw, device="cpu") / math.sqrt(target.inputs)
+    psi = torch.randn(target.outputs, directions, generator=draw, device="cpu") / math.sqrt(target.outputs)
     device = compute_device(target.layer)
     return ProbeSums(omega.to(device, dtype), psi.to(device, dtype))
 

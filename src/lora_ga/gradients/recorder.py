@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_ga.gradients.checkpoint import Progress
 from lora_ga.gradients.hooks import Coverage, record_layers, record_parameters
+from lora_ga.gradients.isolation import without_autocast
 from lora_ga.layers.targets import Target
 from lora_ga.linalg.accumulator import Accumulator, Inputs
 
@@ -32,7 +33,6 @@ class Recorder:
         progress: Progress,
         *,
         tolerance: float | None,
-        device: torch.device,
     ) -> None:
         """Record the layers `targets`.
 
@@ -41,10 +41,9 @@ class Recorder:
             accumulator: Where the gradients are added up.
             progress: Where the recorder starts; updated after every batch.
             tolerance: When a layer has converged (see `LoraGAConfig.tolerance`); None to record all batches.
-            device: Where the model's inputs are.
         """
         self.targets, self.accumulator, self.progress = targets, accumulator, progress
-        self.tolerance, self.device = tolerance, device
+        self.tolerance = tolerance
         self.scale = 1.0
         self._coverage = Coverage()
 
@@ -80,14 +79,15 @@ class Recorder:
         Raises:
             FloatingPointError: A gradient or the loss was not finite.
         """
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), without_autocast():
             self.accumulator.flush(loss)
+            changes = {} if self.tolerance is None else self.accumulator.changes()
         self.progress.batches += 1
         self.progress.weight += weight
         self.progress.ran |= self._owners(self._coverage.ran)
         self.progress.got_gradient |= self._owners(self._coverage.got_gradient)
         if self.tolerance is not None:
-            self._remove_converged(self.tolerance)
+            self._remove_converged(changes, self.tolerance)
 
     @property
     def starts(self) -> list[Tensor]:
@@ -106,10 +106,8 @@ class Recorder:
             with torch.autocast(g_TO.device.type, enabled=False), torch._C.DisableTorchFunction():
                 self.accumulator.add(name, x_TI, g_TO, self.scale)
 
-    def _remove_converged(self, tolerance: float) -> None:
-        """Remove the hooks of the layers that the last batch has made converge."""
-        with torch.no_grad():
-            changes = self.accumulator.changes()
+    def _remove_converged(self, changes: Mapping[str, float], tolerance: float) -> None:
+        """Remove the hooks of the layers that the last batch, with these changes, has made converge."""
         converged = set(self.progress.update_converged(changes, tolerance))
         for name, target in self.targets.items():
             if converged.intersection(target.keys) and self._converged(target):

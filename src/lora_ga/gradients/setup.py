@@ -21,7 +21,6 @@ from lora_ga.gradients.checkpoint import Checkpoint, Progress
 from lora_ga.gradients.coverage import refuse_probe, report_missing
 from lora_ga.gradients.isolation import (
     compute_device,
-    input_device,
     isolated,
     random_state_kept,
 )
@@ -228,5 +227,4 @@ def _recorder(setup: Setup, accumulator: Accumulator, progress: Progress) -> Rec
         accumulator,
         progress,
         tolerance=None if tolerance is None else tolerance * setup.processes.size,
-        device=input_device(setup.network),
     )

@@ -81,8 +81,9 @@ class NoisyBatches:
             draw = generator(self.seed, "denoising", rank, str(number))
             with torch.no_grad():
                 clean = self._clean(batch, draw)
-            noise = torch.randn(clean.shape, generator=draw).to(clean)
-            steps = torch.randint(self.scheduler.config.num_train_timesteps, (len(clean),), generator=draw)
+            noise = torch.randn(clean.shape, generator=draw, device="cpu").to(clean)
+            count = self.scheduler.config.num_train_timesteps
+            steps = torch.randint(count, (len(clean),), generator=draw, device="cpu")
             yield {"batch": batch, "latents": clean, "noise": noise, "steps": steps.to(clean.device)}
 
     def _clean(self, batch: Any, draw: torch.Generator) -> Tensor:

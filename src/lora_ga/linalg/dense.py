@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_ga.linalg.accumulator import Inputs, Size, UnitRows, all_finite, refuse_infinite, sum_dtype
 from lora_ga.linalg.low_rank import LowRank, probes, truncated_svd, wide
+from lora_ga.linalg.tensor_cores import float32_products
 
 
 class Dense:
@@ -25,16 +26,18 @@ class Dense:
         self.sizes, self.seed = sizes, seed
         self.sums: dict[str, Tensor] = {}
 
+    @float32_products("ieee")
     def add(self, name: str, x_TI: Inputs, g_TO: Tensor, weight: float) -> None:
         """Add a block of tokens to a layer's sum."""
         dtype = sum_dtype(g_TO.dtype)
         if isinstance(x_TI, UnitRows):
             if name not in self.sums:
                 self.sums[name] = g_TO.new_zeros(g_TO.shape[1], x_TI.width, dtype=dtype)
-            self.sums[name].index_add_(1, x_TI.places, g_TO.to(dtype).mT, alpha=weight)
+            total_OI = self.sums[name].to(g_TO.device)
+            self.sums[name] = total_OI.index_add_(1, x_TI.places, g_TO.to(dtype).mT, alpha=weight)
             return
         added_OI = (g_TO.to(dtype).mT @ x_TI.to(dtype)).mul_(weight)
-        self.sums[name] = self.sums[name].add_(added_OI) if name in self.sums else added_OI
+        self.sums[name] = self.sums[name].to(g_TO.device).add_(added_OI) if name in self.sums else added_OI
 
     def flush(self, loss: Tensor | None = None) -> None:
         """Check that all sums are finite.
@@ -54,6 +57,7 @@ class Dense:
         """Nothing: the dense estimator follows no directions."""
         return {}
 
+    @float32_products("ieee")
     def factors(self, names: Iterable[str]) -> dict[str, LowRank]:
         """The exact leading singular triplets, and the exact norms."""
         return {name: self._factors(name) for name in names if name in self.sums}

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lora_ga.linalg.tensor_cores import float32_products
+
 # The number of columns of the linear sketch from which the norm is estimated.
 PROBES = 8
 
@@ -93,6 +95,11 @@ class LowRank:
         sketch = None if self.sketch is None else self.sketch * factor
         return LowRank(self.U, self.S * factor, self.V, self.norm * factor, sketch)
 
+    def to(self, device: torch.device) -> LowRank:
+        """The factorisation on a device."""
+        sketch = None if self.sketch is None else self.sketch.to(device)
+        return LowRank(self.U.to(device), self.S.to(device), self.V.to(device), self.norm, sketch)
+
 
 def packed(factors: Mapping[str, LowRank]) -> dict[str, Tensor]:
     """Factorisations with a sketch as "layer.part" → tensor, to be sent to other processes."""
@@ -105,7 +112,7 @@ def packed(factors: Mapping[str, LowRank]) -> dict[str, Tensor]:
             f"{name}.V": factor.V,
             f"{name}.sketch": factor.sketch,
         }
-        tensors[f"{name}.norm"] = torch.tensor(factor.norm, dtype=torch.float64)
+        tensors[f"{name}.norm"] = torch.tensor(factor.norm, dtype=torch.float64, device="cpu")
     return tensors
 
 
@@ -170,7 +177,7 @@ def merge_factors(parts: Sequence[tuple[Tensor, Tensor, Tensor]], kept: int) -> 
 
 def gaussian(inputs: int, columns: int, seed: int, purpose: str) -> Tensor:
     """Standard normal numbers, (inputs, columns), on the CPU; the same for all layers with this number of inputs."""
-    return torch.randn(inputs, columns, generator=generator(seed, purpose, str(inputs)))
+    return torch.randn(inputs, columns, generator=generator(seed, purpose, str(inputs)), device="cpu")
 
 
 def probes(inputs: int, seed: int) -> Tensor:
@@ -204,6 +211,7 @@ def estimated_norm(held: tuple[Tensor, Tensor, Tensor], sketch_OP: Tensor, omega
     return estimated_norms(held, sketch_OP, omega_IP).item()
 
 
+@float32_products("ieee")
 def merge(parts: Sequence[tuple[LowRank, float]], kept: int, omega_IP: Tensor) -> LowRank:
     """The factorisation of `Σ weight·G` over several estimates of one layer.
 
@@ -213,11 +221,13 @@ def merge(parts: Sequence[tuple[LowRank, float]], kept: int, omega_IP: Tensor) -
         omega_IP: The Ω of the sketches, the same for all parts.
 
     Returns:
-        The merged factorisation; its norm is estimated from the summed sketches.
+        The merged factorisation, on the device of the first part; its norm is estimated from the summed sketches.
 
     Raises:
         ValueError: A part has no sketch.
     """
+    place = parts[0][0].U.device
+    parts = [(part.to(place), weight) for part, weight in parts]
     sketches = [part.sketch * weight for part, weight in parts if part.sketch is not None]
     if len(sketches) < len(parts):
         raise ValueError("A factorisation without a sketch cannot be merged: its norm would be unknown.")

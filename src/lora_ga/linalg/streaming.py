@@ -34,7 +34,7 @@ from lora_ga.linalg.subspace import (
     transposed_times,
     truncate,
 )
-from lora_ga.linalg.tensor_cores import exact_in_tf32, tf32
+from lora_ga.linalg.tensor_cores import cut_to_tf32_, exact_in_tf32, float32_products
 
 # The number of random columns added to the warm start of each block, to find directions that only appear late. With the
 # default `oversample` and a rank divisible by 8, Y and Z have a multiple of 16 columns, which suits kernels.
@@ -108,6 +108,11 @@ class _Stream:
         """The directions from which the next block starts, (I, Q)."""
         return self.omega[:, :-PROBES]
 
+    def on(self, device: torch.device) -> _Stream:
+        """The state on another device, between batches."""
+        u, s, omega, y = (part.to(device) for part in (self.u, self.s, self.omega, self.y))
+        return _Stream(u, s, omega[:, : len(s)], omega, y, blocks=self.blocks)
+
     def turn(self, start_IQ: Tensor) -> None:
         """Let the next block start from other directions; those that are zero stay as they are."""
         start_IQ = torch.where(start_IQ.norm(dim=0) > 0, start_IQ, self.start)
@@ -125,8 +130,10 @@ class Streaming:
     of the left singular vectors, so they are nearly orthogonal. What is left is done for layers of one shape together,
     by products and Cholesky factors. The host does not wait for the device before `flush`, and there once.
 
-    On CUDA the four products of models in bfloat16 and float16 run in TF32, which has their numbers exactly and rounds
-    Ω, Y and the products in between to 11 digits.
+    On CUDA the four products of models in bfloat16 and float16 run in TF32, which has the numbers of x and g exactly.
+    It rounds Ω and `x Ω`, which moves Y: only its span matters. But Z has to belong to Y exactly, because the
+    truncation divides by what is left of nearly dependent columns. So Y itself is cut to the digits of TF32, and `g Y`
+    is multiplied as the sum of two parts. All other products round as float32, also where the user allows TF32.
 
     Args:
         sizes: Layer → how many directions to keep.
@@ -158,6 +165,7 @@ class Streaming:
         first = int.from_bytes(digest[:6], "big") % inputs
         return random_2IQ[first : first + inputs]
 
+    @float32_products("ieee")
     def add(self, name: str, x_TI: Inputs, g_TO: Tensor, weight: float) -> None:
         """Add a block of tokens to a layer's sum."""
         dtype, rounds = sum_dtype(g_TO.dtype), exact_in_tf32(g_TO)
@@ -165,6 +173,8 @@ class Streaming:
         stream = self.streams.get(name)
         if stream is None:
             stream = self.streams[name] = self._begun(name, x_TI, g_TO)
+        elif stream.y.device != g_TO.device:  # restored to where its weight is, which FSDP can keep on the CPU
+            stream = self.streams[name] = stream.on(g_TO.device)
         elif stream.z is not None:  # the layer runs twice in this batch
             self._truncate(self._waiting.pop(self._shape(name)))
             stream = self.streams[name]
@@ -173,14 +183,16 @@ class Streaming:
             stream.before = (stream.u[:, :used].clone(), stream.held[2][:, :used].clone(), stream.sketch.clone())
         for _ in range(self.power_steps):
             stream.turn(power_step(stream.held, x_TI, g_TO, weight, stream.start))
-        with tf32(rounds):
+        with float32_products("tf32" if rounds else "ieee"):
             stream.y.addmm_(g_TO.mT, times(x_TI, stream.omega), alpha=weight)
             y_OQ = stream.y[:, :-PROBES]
             # Rounding hides weak directions behind strong ones. So float64 models do not leave Y as it is, nor do
             # layers so small that all directions are kept: their sums are exact.
             if dtype == torch.float64 or y_OQ.shape[1] == min(x_TI.shape[1], g_TO.shape[1]):
                 y_OQ.copy_(orthonormal(y_OQ))
-            stream.z, stream.weight = transposed_times(x_TI, g_TO @ y_OQ), weight
+            if rounds:
+                cut_to_tf32_(y_OQ)
+            stream.z, stream.weight = transposed_times(x_TI, g_TO @ y_OQ, in_parts=rounds), weight
         stream.blocks += 1
         waiting = self._waiting.setdefault(self._shape(name), [])
         waiting.append(name)
@@ -255,6 +267,7 @@ class Streaming:
             found = None if apart else stack
             self.streams[name] = _Stream(u, s, omega[:, :kept], omega, y, blocks=count, stack=found, before=before)
 
+    @float32_products("ieee")
     def flush(self, loss: Tensor | None = None) -> None:
         """Truncate the layers that the batch has reached to K directions.
 
@@ -274,6 +287,7 @@ class Streaming:
     def _refuse_infinite(self, names: Iterable[str]) -> None:
         refuse_infinite({name: self.streams[name].sketch for name in names})
 
+    @float32_products("ieee")
     def changes(self) -> dict[str, float]:
         """How far the last batch has moved each layer's leading directions, if `watched`; see `direction_change`."""
         found = {}
@@ -287,6 +301,7 @@ class Streaming:
         values = read([change.reshape(1) for change in found.values()])
         return {name: value for name, value in zip(found, values, strict=True) if not math.isnan(value)}
 
+    @float32_products("ieee")
     def factors(self, names: Iterable[str]) -> dict[str, LowRank]:
         """The leading directions of the sums of layers, and the norms estimated from their sketches.
 
@@ -338,9 +353,10 @@ class Streaming:
             for part, tensor in zip("USV", stream.held, strict=True):
                 tensors[f"{name}.{part}"] = tensor.contiguous()
             tensors[f"{name}.sketch"] = stream.sketch.contiguous()
-            tensors[f"{name}.blocks"] = torch.tensor([stream.blocks])
+            tensors[f"{name}.blocks"] = torch.tensor([stream.blocks], device="cpu")
         return tensors
 
+    @float32_products("ieee")
     def restore(self, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:
         """Go on from a state that `state` returned."""
         for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
@@ -348,6 +364,7 @@ class Streaming:
             u_NOK, s_NK, v_NIK, sketch_NOP = parts
             self._prepare([name], (u_NOK, s_NK, v_NIK), sketch_NOP, [int(tensors[f"{name}.blocks"])])
 
+    @float32_products("ieee")
     def absorb(self, tensors: Mapping[str, Tensor]) -> None:
         """Merge the directions of another process into those held, layer by layer, and add up the sketches."""
         places = {key.removesuffix(".U"): tensor.device for key, tensor in tensors.items() if key.endswith(".U")}

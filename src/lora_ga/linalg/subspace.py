@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_ga.linalg.accumulator import Inputs, UnitRows
 from lora_ga.linalg.low_rank import wide
+from lora_ga.linalg.tensor_cores import leading_digits
 
 # `first_directions` reads one token in so many, and more if fewer than four for each direction would be left.
 STRIDE = 4
@@ -58,10 +59,24 @@ def times(x_TI: Inputs, w_IC: Tensor) -> Tensor:
     return w_IC[x_TI.places] if isinstance(x_TI, UnitRows) else x_TI @ w_IC
 
 
-def transposed_times(x_TI: Inputs, c_TC: Tensor) -> Tensor:
-    """`xᵀ c`, transposed in memory."""
+def transposed_times(x_TI: Inputs, c_TC: Tensor, *, in_parts: bool = False) -> Tensor:
+    """`xᵀ c`, transposed in memory.
+
+    Args:
+        x_TI: x.
+        c_TC: c.
+        in_parts: Whether c is multiplied as the sum of its leading digits, which TF32 has, and the rest. So a product
+            in TF32 loses no digits of c. It takes twice as many multiplications, but reads x once.
+
+    Returns:
+        (I, C).
+    """
     if isinstance(x_TI, UnitRows):
         return c_TC.new_zeros(c_TC.shape[1], x_TI.width).index_add_(1, x_TI.places, c_TC.mT).mT
+    if in_parts:
+        leading_TC = leading_digits(c_TC)
+        both_2CI = torch.cat([leading_TC, c_TC - leading_TC], dim=1).mT @ x_TI
+        return both_2CI.unflatten(0, (2, -1)).sum(dim=0).mT
     return (c_TC.mT @ x_TI).mT
 
 
