@@ -19,6 +19,8 @@ SPURIOUS = 1e-2
 # Columns of Y of whose length less than this share is independent of the columns before them are left out, in float32:
 # dividing by a small share would magnify the rounding of Z.
 DEPENDENT = 1e-3
+# Columns of which less than this share of the longest column is independent are left out too: that is rounding noise.
+ROUNDING = 1e-6
 # So are singular values below this share of the largest, by the dtype of the sums.
 NOISE = {torch.float32: 1e-7, torch.float64: 1e-14}
 # The number of steps of the QR algorithm in a truncation that is not exact.
@@ -202,7 +204,9 @@ def truncate(y_OQ: Tensor, z_IQ: Tensor, kept: int, *, exactly: bool = True) -> 
     gram = gram / lengths / lengths.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-12)
     factor = torch.linalg.cholesky_ex(gram).L
-    independent = (factor.diagonal(dim1=-2, dim2=-1) > DEPENDENT).to(factor.dtype)
+    shares = factor.diagonal(dim1=-2, dim2=-1)
+    above_rounding = shares * lengths[..., 0] > ROUNDING * lengths.amax(dim=-2)
+    independent = ((shares > DEPENDENT) & above_rounding).to(factor.dtype)
     inverse = torch.linalg.solve_triangular(factor.mT, torch.diag_embed(independent), upper=True) / lengths
     mixed = inverse @ _by_size(inverse.mT @ other @ inverse, exactly=exactly)[..., :kept]
     s_K = ((other @ mixed) * mixed).sum(dim=-2).clamp_min(0).sqrt()
