@@ -31,6 +31,8 @@ from lora_ga.export.merge import merge_adapter
 from lora_ga.files import read_tensors, write_tensors
 from lora_ga.layers.factors import Factor
 from lora_ga.linalg.streaming import Streaming
+from lora_ga.linalg.tensor_cores import float32_products
+from tf32 import Tf32
 from toys import (
     FAMILIES,
     adapted,
@@ -57,6 +59,17 @@ def cosine(a: lora_ga.LowRank, b: lora_ga.LowRank) -> float:
 
 
 # --- a base changed by offset="base" --------------------------------------------------------------------------------
+
+
+def test_the_change_of_the_base_is_not_rounded_where_tf32_is_allowed() -> None:
+    models = [adapted(llama()), adapted(llama())]
+    estimate = lora_ga.estimate_gradients(models[0], causal(), BASE)
+    lora_ga.apply_estimate(models[0], estimate, BASE)
+    with float32_products("tf32"), Tf32() as mode:
+        lora_ga.apply_estimate(models[1], estimate, BASE)
+    assert mode.rounded == 0
+    expected, found = (model.state_dict() for model in models)
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
 def test_a_changed_base_is_refused_for_a_new_start_even_after_its_adapter_is_deleted() -> None:

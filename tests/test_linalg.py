@@ -31,6 +31,7 @@ from lora_ga.linalg.low_rank import (
 from lora_ga.linalg.streaming import Streaming
 from lora_ga.linalg.subspace import STRIDE, direction_change, orthonormal, power_step, truncate
 from lora_ga.linalg.tensor_cores import exact_in_tf32, float32_products
+from tf32 import Tf32, precision, rounded_to_tf32
 
 
 def with_known_spectrum(
@@ -556,7 +557,7 @@ def test_the_setting_of_products_is_as_before_after_an_error_too(
 ) -> None:
     cuda, cpu = types.SimpleNamespace(fp32_precision=before), types.SimpleNamespace(fp32_precision=before)
     monkeypatch.setattr(torch.backends.cuda, "matmul", cuda)
-    monkeypatch.setattr(torch.backends.mkldnn, "matmul", cpu)
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", cpu, raising=False)  # torch up to 2.8 has none
     found = []
 
     def fail() -> None:
@@ -607,12 +608,6 @@ def test_threads_of_several_devices_do_not_see_each_others_setting() -> None:
     assert precision() == before
 
 
-def precision() -> Any:
-    """The setting of products, under the name that this version of torch has for it."""
-    setting: Any = torch.backends.cuda.matmul
-    return getattr(setting, "fp32_precision" if hasattr(setting, "fp32_precision") else "allow_tf32")
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_only_numbers_that_tf32_has_are_multiplied_in_it(dtype: torch.dtype) -> None:
     half = dtype in (torch.bfloat16, torch.float16)
@@ -623,26 +618,6 @@ def test_only_numbers_that_tf32_has_are_multiplied_in_it(dtype: torch.dtype) -> 
         limits = torch.finfo(dtype)
         numbers = torch.tensor([limits.max, limits.tiny, 2 - limits.eps]).to(dtype).float()
         assert torch.equal(rounded_to_tf32(numbers), numbers)
-
-
-def rounded_to_tf32(x: Tensor) -> Tensor:
-    """What CUDA's tensor cores read of float32 numbers: the first 10 of 23 digits of the mantissa."""
-    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-class Tf32(TorchDispatchMode):
-    """Rounds the factors of products of float32 matrices as CUDA would, by the setting of the moment."""
-
-    rounded = 0
-    first_factor = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # noqa: RUF012
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = self.first_factor.get(func.overloadpacket.__name__)
-        if first is not None and args[first].dtype == torch.float32 and precision() == "tf32":
-            self.rounded += 1
-            factors = [rounded_to_tf32(factor) for factor in args[first : first + 2]]
-            args = (*args[:first], *factors, *args[first + 2 :])
-        return func(*args, **(kwargs or {}))
 
 
 def hard_blocks(kind: str, dtype: torch.dtype) -> Blocks:

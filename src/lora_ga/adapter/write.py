@@ -21,6 +21,7 @@ from lora_ga.distributed.tensor_parallel import check_together
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.kinds import base_weights, layout_of
 from lora_ga.layers.targets import SHIFTED_BASES, Target
+from lora_ga.linalg.tensor_cores import float32_products
 
 
 def apply_estimate(
@@ -138,6 +139,7 @@ def _fill(alignment: Alignment, starts: Mapping[str, tuple[Tensor, Tensor]], tar
 
 
 @torch.no_grad()
+@float32_products("ieee")
 def shift_base(layer: LoraLayer, a: Tensor, b: Tensor, scaling: float) -> None:
     """`W ← W − s·B₀A₀` in place, computed in float32 or better and rounded once.
 
