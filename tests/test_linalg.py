@@ -656,6 +656,32 @@ def test_rounding_noise_is_not_taken_for_directions() -> None:
         assert found.S[12] <= 1e-5 * found.S[0]
 
 
+@pytest.mark.parametrize(
+    "singular_values",
+    [[1e4] + [1.0] * 20, [10.0**-i for i in range(12)], [1e3] + [1.0] * 4],
+    ids=["one strong", "decaying", "few"],
+)
+def test_weak_directions_survive_where_a_layer_has_fewer_than_are_kept(singular_values: list[float]) -> None:
+    """Where fewer than K directions are known, random ones take the place of the others."""
+    outputs, inputs, count = 96, 120, len(singular_values)
+    draw = torch.Generator().manual_seed(0)
+    u, v, rows = (
+        torch.linalg.qr(torch.randn(size, count, generator=draw, dtype=torch.float64)).Q
+        for size in (outputs, inputs, 200)
+    )
+    exact = (u * torch.tensor(singular_values, dtype=torch.float64)) @ v.mT
+    x, g = (rows @ v.mT).float(), (rows @ (u * torch.tensor(singular_values, dtype=torch.float64)).mT).float()
+    accumulator = Streaming({"layer": Size(32, 16)}, 0, 0)
+    for _ in range(4):
+        accumulator.add("layer", x, g, 0.25)
+        accumulator.flush()
+    found = accumulator.factors(["layer"])["layer"]
+    held = (found.U.double() * found.S.double()) @ found.V.double().mT
+    assert (held - exact).norm() <= 1e-5 * exact.norm()
+    assert (found.S[count:] == 0).all()
+    assert found.V.mT @ found.V == pytest.approx(torch.eye(32), abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["few directions", "tokens that cancel"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_estimate_loses_nothing_where_tf32_is_on(

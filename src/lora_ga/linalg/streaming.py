@@ -252,8 +252,11 @@ class Streaming:
         fresh_NIQ = torch.stack(
             [self._fresh(name, random_2IQ, count) for name, count in zip(names, blocks, strict=True)]
         )
-        v_NIK = torch.where(s_NK[:, None] > 0, v_NIK, fresh_NIQ[..., :kept])
-        new_NIF = torch.baddbmm(fresh_NIQ[..., kept:], v_NIK, v_NIK.mT @ fresh_NIQ[..., kept:], alpha=-1)
+        # Random directions in the place of those that M does not have are orthogonal to the others too. A part of a
+        # strong direction in them would hide what is weak.
+        held_NIK = torch.where(s_NK[:, None] > 0, v_NIK, 0.0)
+        fresh_NIQ = torch.baddbmm(fresh_NIQ, held_NIK, held_NIK.mT @ fresh_NIQ, alpha=-1)
+        v_NIK, new_NIF = torch.where(s_NK[:, None] > 0, v_NIK, fresh_NIQ[..., :kept]), fresh_NIQ[..., kept:]
         omega_NIC = torch.cat([v_NIK.mT, new_NIF.mT, probes_IP.mT.expand(len(names), -1, -1)], dim=-2).mT
         crossed_NKQ = s_NK[..., None] * (v_NIK.mT @ omega_NIC[..., :columns])
         y_NOC = torch.cat([crossed_NKQ.mT @ u_NOK.mT, sketch_NOP.mT], dim=-2).mT
@@ -339,7 +342,8 @@ class Streaming:
         """A layer's factorisation; one that is not `whole` has fewer than K directions, and gets arbitrary ones."""
         u_OK, s_K, v_IK, sketch_OP = parts
         if not whole:
-            u_OK, s_K, v_IK = merge_factors([self.streams[name].held], len(s_K))
+            u_OK, found_K, v_IK = merge_factors([self.streams[name].held], len(s_K))
+            s_K = torch.where(s_K > 0, found_K, 0.0)  # without the rounding noise of those that M does not have
         return LowRank(u_OK, s_K, v_IK, norm, sketch_OP)
 
     def state(self) -> dict[str, Tensor]:
