@@ -131,7 +131,12 @@ def rates_table() -> str:
 
 def short_rate(result: Result) -> str:
     """The best learning rate of a method, with two digits, or a blank."""
-    return f"{result.rate:.1e}".replace("e-0", "e-") if result.runs else BLANK
+    return BLANK if result.rate is None else rate_text(result.rate)
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate, as 3.2e-4."""
+    return f"{rate:.1e}".replace("e-0", "e-")
 
 
 def cost_table() -> str:
@@ -360,6 +365,26 @@ def smollm2_found_table() -> str:
         best = min((loss for loss in map(smollm2_loss, others) if loss != BLANK), key=float)
         cells = [f"{search['rate']:g}", smollm2_loss(run), best, smollm2_loss(runs["0.0002"][method])]
         lines.append(f"| {method} | {' | '.join(cells)} | {sum(group['passes'] for group in search['groups'])} |")
+    return "\n".join(lines)
+
+
+def smollm2_summary() -> str:
+    """The loss of SmolLM2 at 2e-4, at the best of the rates tried, and at the rate that `find_rate` finds."""
+    runs = load("smollm2")["runs"]["0"]
+    names = {"LoRA-GA": "lora-ga reach=0.35", "LoRA-GA, γ = 16": "lora-ga γ=16", "PiSSA": "pissa", "rsLoRA": "rslora"}
+    columns = []
+    for method in (*names.values(), "lora"):
+        tried = {rate: smollm2_loss(runs[rate].get(method)) for rate in runs if rate != "found"}
+        best = min((rate for rate in tried if tried[rate] != BLANK), key=lambda rate: float(tried[rate]))
+        found = runs["found"].get(method)
+        cells = [(tried["0.0002"], ""), (tried[best], rate_text(float(best)))]
+        columns.append([*cells, (smollm2_loss(found), "" if found is None else rate_text(found["search"]["rate"]))])
+    lowest = [min((cell[0] for cell in column if cell[0] != BLANK), key=float) for column in zip(*columns, strict=True)]
+    lines = ["| loss ↓ | at 2e-4 | at the best rate of a sweep | at the rate of `find_rate` |", "|---" * 4 + "|"]
+    for name, row in zip((*names, "plain LoRA"), columns, strict=True):
+        shown = [f"**{loss}**" if loss == best else loss for (loss, _), best in zip(row, lowest, strict=True)]
+        rates = [f" ({rate})" if rate else "" for _, rate in row]
+        lines.append(f"| {name} | {' | '.join(map(''.join, zip(shown, rates, strict=True)))} |")
     return "\n".join(lines)
 
 
@@ -600,10 +625,12 @@ def survivors_table() -> str:
 
 # Page → its tables, in their order on the page.
 PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
-    "README.md": (difference_table, results_table, rates_table),
+    "README.md": (difference_table, smollm2_summary, results_table, rates_table),
     "docs/guide.md": (quantised_table, qlora_table),
     "docs/cost.md": (cost_table, update_table, early_stop_table),
     "docs/evidence.md": (
+        smollm2_table,
+        smollm2_found_table,
         functools.partial(suite_overview, "stories-shakespeare"),
         functools.partial(suite_methods, "stories-shakespeare", "babyllama105"),
         functools.partial(suite_overview, "glue-minilm"),
@@ -617,7 +644,6 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         functools.partial(steps_table, ("stories260k", "babyllama105")),
         functools.partial(classifier_steps_table, ("sst2", "cola", "qnli")),
         optim_table,
-        smollm2_table,
     ),
     "docs/serving.md": (readers_table,),
     "docs/scale.md": (exchange_table, accuracy_table, larger_models_table),
