@@ -174,7 +174,7 @@ def main(toy: bool) -> None:
             try:
                 with kernels(kind, device):
                     results[kind] = measured(folder, kind, device, batches)
-            except Exception as error:  # on a lent GPU the other kinds are not to be lost
+            except Exception as error:  # what the other kinds show is not lost
                 results[kind] = {"failed": f"{type(error).__name__}: {error}"}
             print(kind, flush=True)
             for what, figure in results[kind].items():

@@ -11,8 +11,8 @@ the record holds is not run again, so an interrupted command continues when it i
 memory.
 
 The rate `found` is the one that `find_rate` finds. It refuses runs of less than 50 steps, for which a search does not
-pay; for all runs of 50 to 200 steps its rule gives the same rate from the same measurements. So the search is one for
-200 steps, and the run at its rate has 40 steps, like those that it is compared with.
+pay. Up to 200 steps its rule gives the same rate from the same trials, but short runs leave out the finest. So the
+search is one for 200 steps, and the run at its rate has 40 steps, like those that it is compared with.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from lora_ga import LoraGAConfig
 from lora_ga.adapter.save import FILE, FILE_KIND
 from lora_ga.export.merge import merge_adapter
 from lora_ga.files import read_tensors, write_tensors
+from lora_ga.gradients import probe
 from lora_ga.layers.factors import Factor
 from lora_ga.linalg.streaming import Streaming
 from lora_ga.linalg.tensor_cores import float32_products
@@ -70,6 +71,22 @@ def test_the_change_of_the_base_is_not_rounded_where_tf32_is_allowed() -> None:
     assert mode.rounded == 0
     expected, found = (model.state_dict() for model in models)
     assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
+def test_the_probe_is_not_decomposed_in_tf32_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded, plain = [], probe._low_rank
+
+    def watched(*args: Any) -> lora_ga.LowRank:
+        with Tf32() as mode:
+            found = plain(*args)
+        rounded.append(mode.rounded)
+        return found
+
+    monkeypatch.setattr(probe, "_low_rank", watched)
+    with float32_products("tf32"):
+        lora_ga.estimate_gradients(adapted(llama()), causal(), LoraGAConfig(estimator="probe"))
+    assert rounded
+    assert set(rounded) == {0}
 
 
 def test_a_changed_base_is_refused_for_a_new_start_even_after_its_adapter_is_deleted() -> None:

@@ -707,6 +707,25 @@ def test_the_estimate_loses_nothing_where_tf32_is_on(
     assert in_tf32 == pytest.approx(in_float32, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", [Dense, Streaming])
+def test_sums_are_never_rounded_to_tf32_where_it_is_allowed(kind: Kind) -> None:
+    parts = blocks(3, torch.float32)
+    with float32_products("tf32"), Tf32() as mode:
+        one, other = (kind(SIZES, 1, 0, watched=kind is Streaming) for _ in range(2))
+        for x, g, weight in parts:
+            for each in (one, other):
+                each.add("layer", x, g, weight)
+                each.flush()
+            one.changes()
+        again = kind(SIZES, 1, 0)
+        again.restore(other.state(), {"layer": torch.device("cpu")})
+        one.absorb(again.state())
+        found = one.factors(["layer"])["layer"]
+        merged = merge([(found, 1.0), (found.scaled(0.5), 2.0)], 8, probes(INPUTS, 0))
+    assert mode.rounded == 0
+    assert merged.norm == pytest.approx(2 * float(2 * total(parts).norm()), rel=0.2)
+
+
 def test_values_are_read_from_a_device_without_float64() -> None:
     class OnApple:
         device = torch.device("mps")
