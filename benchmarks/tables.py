@@ -361,9 +361,8 @@ def smollm2_found_table() -> str:
     head = ("loss", "rate found", "at it", "at the best of the rates above", "at 0.0002", "steps of the search")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method, run in runs["found"].items():
-        search, others = run["search"], [runs[rate].get(method) for rate in runs if rate != "found"]
-        best = min((loss for loss in map(smollm2_loss, others) if loss != BLANK), key=float)
-        cells = [f"{search['rate']:g}", smollm2_loss(run), best, smollm2_loss(runs["0.0002"][method])]
+        search, tried = run["search"], smollm2_tried(runs, method)
+        cells = [f"{search['rate']:g}", smollm2_loss(run), min(tried.values(), key=float), tried["0.0002"]]
         lines.append(f"| {method} | {' | '.join(cells)} | {sum(group['passes'] for group in search['groups'])} |")
     return "\n".join(lines)
 
@@ -374,8 +373,8 @@ def smollm2_summary() -> str:
     names = {"LoRA-GA": "lora-ga reach=0.35", "LoRA-GA, γ = 16": "lora-ga γ=16", "PiSSA": "pissa", "rsLoRA": "rslora"}
     columns = []
     for method in (*names.values(), "lora"):
-        tried = {rate: smollm2_loss(runs[rate].get(method)) for rate in runs if rate != "found"}
-        best = min((rate for rate in tried if tried[rate] != BLANK), key=lambda rate: float(tried[rate]))
+        tried = smollm2_tried(runs, method)
+        best = min(tried, key=lambda rate: float(tried[rate]))
         found = runs["found"].get(method)
         cells = [(tried["0.0002"], ""), (tried[best], rate_text(float(best)))]
         columns.append([*cells, (smollm2_loss(found), "" if found is None else rate_text(found["search"]["rate"]))])
@@ -386,6 +385,11 @@ def smollm2_summary() -> str:
         rates = [f" ({rate})" if rate else "" for _, rate in row]
         lines.append(f"| {name} | {' | '.join(map(''.join, zip(shown, rates, strict=True)))} |")
     return "\n".join(lines)
+
+
+def smollm2_tried(runs: Mapping[str, Any], method: str) -> dict[str, str]:
+    """Rate → the loss of a method, for the rates of its sweep."""
+    return {rate: smollm2_loss(runs[rate][method]) for rate in runs if rate != "found" and method in runs[rate]}
 
 
 def smollm2_loss(run: dict[str, Any] | None) -> str:
