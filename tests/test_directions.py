@@ -178,6 +178,14 @@ def test_a_tolerance_needs_the_streaming_estimator() -> None:
             LoraGAConfig(tolerance=0.1, estimator=other)
 
 
+def test_two_ways_to_choose_the_size_of_the_start_are_refused_but_in_old_files() -> None:
+    with pytest.raises(ValueError, match=r"stable_gamma=16 and reach=1\. .* Leave one of them out"):
+        LoraGAConfig(stable_gamma=16, reach=1)
+    record = LoraGAConfig(stable_gamma=16).to_dict()
+    assert LoraGAConfig.from_record(record | {"reach": 1.0}) == LoraGAConfig(stable_gamma=16)
+    assert LoraGAConfig.from_record(LoraGAConfig(reach=1).to_dict()) == LoraGAConfig(reach=1)
+
+
 def test_the_number_of_directions_is_twice_the_rank_plus_oversample() -> None:
     assert LoraGAConfig(oversample=5).directions(8) == 21
     assert LoraGAConfig(oversample=0).directions(3) == 6

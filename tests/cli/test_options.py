@@ -119,6 +119,7 @@ def test_missing_files_and_other_formats_are_refused_and_an_empty_file_holds_no_
         (["--oversample", "-1"], r"--oversample: .* is -1; it must be an integer of at least 0"),
         (["--power_steps", "-1"], r"--power_steps: .* is -1; it must be an integer of at least 0"),
         (["--tolerance", "2"], r"--tolerance: .* is 2.0; it must be None or between 0 and 1"),
+        (["--stable_gamma", "16", "--reach", "1"], "They are two ways to choose the size of the start. Leave one"),
         (["--tolerance", "0.1", "--estimator", "dense"], 'tolerance is 0.1 with estimator="dense"'),
         (["--lora_dropout", "1"], r"--lora_dropout: found 1.0, but it must be at least 0 and less than 1"),
         (["--warmup_ratio", "2"], r"--warmup_ratio: found 2.0, but it must be at least 0 and less than 1"),
@@ -222,8 +223,10 @@ OTHER: dict[str, Any] = {
 def test_every_setting_of_the_library_is_an_option_of_train_and_estimate() -> None:
     assert set(OTHER) == {item.name for item in fields(LoraGAConfig)}
     options = {OPTION_OF.get(name, name): value for name, value in OTHER.items()}
-    given = job(*NEEDED, *(f"--{name}={value}" for name, value in options.items()))
-    assert library_config(given.model, given.adapter, given.estimate) == LoraGAConfig(**OTHER)
+    for size in ("stable_gamma", "reach"):  # one excludes the other
+        chosen = {name: value for name, value in OTHER.items() if name not in {"stable_gamma", "reach"} or name == size}
+        given = job(*NEEDED, *(f"--{OPTION_OF.get(name, name)}={value}" for name, value in chosen.items()))
+        assert library_config(given.model, given.adapter, given.estimate) == LoraGAConfig(**chosen)
     # `lora-ga estimate` has no options for the start of the adapter.
     options = {name: value for name, value in options.items() if name not in START}
     argv = [*NEEDED[:-2], "--output", "e.safetensors", *(f"--{name}={value}" for name, value in options.items())]

@@ -128,9 +128,9 @@ def note_short_run(config: LoraGAConfig, steps: int, rate: float) -> None:
     """
     if config.stable_gamma is None and config.scale == "stable" and 0 < steps * rate < LEAST_MOVE:
         LOGGER.info(
-            f"LoRA-GA: {steps} steps at a learning rate of {rate:g} move a weight of the adapter by at most about "
-            f"{steps * rate:.2g}, often too little to learn anything (the best runs in docs/evidence.md had steps x "
-            "rate of 0.06 and more). Train longer, or raise the learning rate."
+            f"LoRA-GA: {_counted(steps, 'step')} at a learning rate of {rate:g} move a weight of the adapter by at most "
+            f"about {steps * rate:.2g}, often too little to learn anything (steps x rate was 0.06 or more in our best "
+            "runs). Train longer, or raise the learning rate."
         )
 
 
@@ -147,7 +147,8 @@ def note_fewer_batches(config: LoraGAConfig, training_batches: int | None) -> Lo
     chosen = config.resolved(training_batches)
     if chosen.max_batches != config.resolved().max_batches:
         LOGGER.info(
-            f"LoRA-GA: training reads {training_batches} batches, so the estimate reads at most {chosen.max_batches} "
-            f"and not {BATCHES}; max_batches (--estimate_batches) sets another number"
+            f"LoRA-GA: the run is short: training reads {_counted(training_batches or 0, 'batch', 'es')}. So the "
+            f"estimate reads at most {chosen.max_batches} batches, not {BATCHES}, and each of them once. max_batches "
+            "(--estimate_batches) sets another number"
         )
     return chosen
