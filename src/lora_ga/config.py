@@ -41,9 +41,9 @@ class LoraGAConfig:
         stable_gamma: γ of the "stable" scale. A larger γ gives a smaller start and, under Adam, a smaller effective
             step. The paper uses 16. None computes γ for each layer, as γ = (s/`reach`)²·√d_out. Then s·f, where f is
             the size of A and B, equals `reach`, whatever the layer's width, the rank and α.
-        reach: The value of s·f if `stable_gamma` is None; to give both is an error. Under Adam, a step at learning rate λ moves the product along
-            each direction by about s·f·λ. For plain LoRA s·f is 1.15 (α = 2r: s = 2, rows of A of norm 1/√3).
-            docs/evidence.md shows where the default comes from.
+        reach: The value of s·f if `stable_gamma` is None; to give both is an error. Under Adam, a step at learning rate
+            λ moves the product along each direction by about s·f·λ. For plain LoRA s·f is 1.15 (α = 2r: s = 2, rows of
+            A of norm 1/√3). docs/evidence.md shows where the default comes from.
         offset: How the product B₀A₀ of the start, which is not zero, is subtracted again. "adapter": within the
             adapter, which trains dA and dB from zero; the base model does not change. "base": as in the paper, by
             `W ← W − s·B₀A₀` in the base weight, in place.
@@ -105,6 +105,12 @@ class LoraGAConfig:
                 continue
             if not isinstance(found, int) or isinstance(found, bool) or found < least:
                 raise ValueError(f"LoraGAConfig.{field} is {found!r}; it must be an integer of at least {least}.")
+        self._check_size()
+        if not isinstance(self.training_mode, bool):
+            raise ValueError(f"LoraGAConfig.training_mode is {self.training_mode!r}; it must be True or False.")
+        self._check_tolerance()
+
+    def _check_size(self) -> None:
         for field in ("stable_gamma", "reach"):
             size = getattr(self, field)
             if size is None and field == "stable_gamma":
@@ -113,12 +119,9 @@ class LoraGAConfig:
                 raise ValueError(f"LoraGAConfig.{field} is {size!r}; it must be a finite number above 0.")
         if self.stable_gamma is not None and self.reach != LoraGAConfig.reach:
             raise ValueError(
-                f"LoraGAConfig has stable_gamma={self.stable_gamma} and reach={self.reach}. They are two ways to choose the "
-                "size of the start. Leave one of them out."
+                f"LoraGAConfig has stable_gamma={self.stable_gamma} and reach={self.reach}. They are two ways to "
+                "choose the size of the start. Leave one of them out."
             )
-        if not isinstance(self.training_mode, bool):
-            raise ValueError(f"LoraGAConfig.training_mode is {self.training_mode!r}; it must be True or False.")
-        self._check_tolerance()
 
     def _check_tolerance(self) -> None:
         tolerance = self.tolerance

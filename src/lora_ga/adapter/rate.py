@@ -161,8 +161,8 @@ class Search:
         edges = ", ".join(f"{'>' * group.is_open}{group.edge:.2g}" for group in self.used)
         agreements = ", ".join(f"{group.agreement:.2g}" for group in self.used)
         return (
-            f"found in {sum(group.passes for group in self.used)} steps (the loss rises from a learning rate of {edges} "
-            f"on; agreement of the gradients of different batches: {agreements}, where 1 is full agreement)"
+            f"found in {sum(group.passes for group in self.used)} steps (the loss rises from a learning rate of "
+            f"{edges} on; agreement of the gradients of different batches: {agreements}, where 1 is full agreement)"
         )
 
 

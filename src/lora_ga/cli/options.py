@@ -286,8 +286,8 @@ class TrainingOptions:
     output_dir: str = option("", "folder of the run; it must be new or empty (required)")
     method: Literal["lora-ga", "lora", "full"] = option(
         "lora-ga",
-        "lora-ga starts the adapter from the gradient, lora starts it as PEFT does, full trains every weight. lora has the "
-        "scaling of lora-ga, for a fair comparison: with --use_rslora false both have plain LoRA's, alpha / rank",
+        "lora-ga starts the adapter from the gradient, lora starts it as PEFT does, full trains every weight. lora has "
+        "the scaling of lora-ga, for a fair comparison: with --use_rslora false both have plain LoRA's, alpha / rank",
     )
     estimate_file: str | None = option(
         None, "lora-ga: an estimate file, or the folder of another run, instead of a new estimate"

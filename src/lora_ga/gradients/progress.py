@@ -128,9 +128,9 @@ def note_short_run(config: LoraGAConfig, steps: int, rate: float) -> None:
     """
     if config.stable_gamma is None and config.scale == "stable" and 0 < steps * rate < LEAST_MOVE:
         LOGGER.info(
-            f"LoRA-GA: {_counted(steps, 'step')} at a learning rate of {rate:g} move a weight of the adapter by at most "
-            f"about {steps * rate:.2g}, often too little to learn anything (steps x rate was 0.06 or more in our best "
-            "runs). Train longer, or raise the learning rate."
+            f"LoRA-GA: {_counted(steps, 'step')} at a learning rate of {rate:g} move a weight of the adapter by at "
+            f"most about {steps * rate:.2g}, often too little to learn anything (steps x rate was 0.06 or more in our "
+            "best runs). Train longer, or raise the learning rate."
         )
 
 
