@@ -32,10 +32,10 @@ Show an estimate: the norm of the gradient of each layer, and the share of the g
   lora-ga inspect estimate.safetensors --sort share --plot shares.png
   lora-ga inspect estimate.safetensors --budget 100000
 
-The share at rank r is the largest possible cosine between the first step of a LoRA of rank r and the gradient: the norm
-of the first 2r singular values over the norm of all. A share of 1 means that nothing is lost. A layer with a low share
-gains most from a higher rank. The share is blank if the estimate holds fewer than 2r directions. Columns that are blank
-in every row are left out.
+The share at rank r, its alignment limit, is the largest possible cosine between the first step of a LoRA of rank r and
+the gradient: the norm of the first 2r singular values over the norm of all. A share of 1 means that nothing is lost. A
+layer with a low share gains most from a higher rank. The share is blank if the estimate holds fewer than 2r directions.
+Columns that are blank in every row are left out.
 
 held is the fraction of the squared norm that the estimate holds. settled is the number of batches after which the
 layer's directions had converged within --tolerance; it is blank if they had not or no tolerance was given."""
