@@ -37,7 +37,7 @@ STEPS, ROWS, HELD_OUT = 40, 8, 64
 SEARCHED_FOR = 200  # steps of the run that the search is made for
 FOUND = "found"
 RATES = (2e-4, 1e-3, 3e-3)
-METHODS = ("lora", "rslora", "pissa", "lora-ga γ=16", "lora-ga reach=0.35")
+METHODS = ("lora", "rslora", "pissa", "lora-ga γ=16", "lora-ga reach=0.35", "lora-ga reach=0.35 α/r")
 
 
 def short(suite: Suite) -> Suite:
