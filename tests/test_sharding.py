@@ -181,7 +181,7 @@ def state_of_fsdp2(**changes: Any) -> SimpleNamespace:
         (SimpleNamespace(_is_root=True, _lazy_init=None, groups=[]), "2.13.0", "'_fsdp_param_groups'"),
         (SimpleNamespace(_lazy_init=None, _fsdp_param_groups=[]), "2.13.0", "its state lacks _is_root"),
         (state_of_fsdp2(_fsdp_param_groups=[SimpleNamespace(params=[])]), "2.13.0", "'fsdp_params'"),
-        (state_of_fsdp2(), "2.15.0a0", "the newest version tried is 2.14"),
+        (state_of_fsdp2(), "2.16.0a0", "the newest version tried is 2.15"),
     ],
 )
 def test_a_state_of_fsdp2_in_another_layout_is_refused(

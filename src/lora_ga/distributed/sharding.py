@@ -190,7 +190,7 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 # The newest torch whose FSDP2 `_fsdp2_states` was tried with. Older versions are checked by their attributes alone.
-TRIED_TORCH = (2, 14)
+TRIED_TORCH = (2, 15)
 
 
 def _fsdp2_modules(model: nn.Module) -> list[FSDPModule]:
