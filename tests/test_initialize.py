@@ -441,23 +441,65 @@ def test_an_adapter_that_does_not_exist_is_refused() -> None:
         lora_ga.initialize(adapted(llama()), causal(), adapter_name="mine")
 
 
-def test_a_trained_adapter_is_refused() -> None:
+def follow_the_advice(model: PeftModel, message: str) -> None:
+    """Do what the errors about a used adapter say, and check that the new adapter trains."""
+    steps = r"delete_adapter\('default'\), model\.add_adapter\('default', .*then model\.set_adapter\('default'\)"
+    with pytest.raises(ValueError, match=f"{message}.*{steps}"):
+        lora_ga.initialize(model, causal())
+    model.delete_adapter("default")
+    model.add_adapter("default", lora_settings())
+    model.set_adapter("default")
+    lora_ga.initialize(model, causal())
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    before = logits(model, causal()[0])
+    train(model, causal(), steps=1)
+    assert not torch.equal(logits(model.eval(), causal()[0]), before)
+
+
+def test_a_trained_adapter_is_refused_and_the_advice_gives_one_that_trains() -> None:
     model = adapted(llama())
     train(model, causal(), steps=1)
-    with pytest.raises(ValueError, match="not fresh: lora_B of .*q_proj is not zero.*delete_adapter"):
+    with pytest.raises(ValueError, match="not fresh: lora_B of .*q_proj is not zero"):
         lora_ga.initialize(model, causal())
     assert_unchanged(model)
+    follow_the_advice(model, "so it was trained, or loaded from a file")
 
 
-@pytest.mark.parametrize("offset", CHOICES["offset"])
-def test_an_aligned_adapter_is_refused(offset: str) -> None:
+def test_an_aligned_adapter_is_refused_and_the_advice_gives_one_that_trains() -> None:
     model = adapted(llama())
-    estimate = lora_ga.initialize(model, causal(), LoraGAConfig(offset=offset))
-    reset = "delete_adapter" if offset == "adapter" else "Load the base model again"
-    with pytest.raises(ValueError, match=f"already aligned .*{reset}"):
-        lora_ga.initialize(model, causal())
-    with pytest.raises(ValueError, match="already aligned"):
+    estimate = lora_ga.initialize(model, causal())
+    with pytest.raises(ValueError, match="already aligned .*it trains on without another start"):
         lora_ga.apply_estimate(model, estimate)
+    follow_the_advice(model, "already aligned")
+
+
+def test_an_adapter_on_a_changed_base_is_refused_with_the_advice_to_load_it_again() -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal(), LoraGAConfig(offset="base"))
+    with pytest.raises(ValueError, match="already aligned .*Load the base model again"):
+        lora_ga.initialize(model, causal())
+
+
+@pytest.mark.parametrize("setting", [False, "pissa", "olora", "orthogonal"])
+def test_an_adapter_with_another_start_is_refused_with_the_setting_that_made_it(setting: Any) -> None:
+    model = adapted(llama(), init_lora_weights=setting)
+    with pytest.raises(ValueError, match=f"not fresh.*init_lora_weights={setting!r} makes it.*init_lora_weights=True"):
+        lora_ga.initialize(model, causal())
+    lora_ga.initialize(adapted(llama(), init_lora_weights=True), causal())
+
+
+def test_a_loaded_adapter_is_refused_and_the_advice_trains_it_on(tmp_path: Path) -> None:
+    model = adapted(llama())
+    train(model, causal(), steps=1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    with pytest.raises(ValueError, match=r"loaded from a file.* lora_ga\.load\(\.\.\., is_trainable=True\)"):
+        lora_ga.initialize(loaded, causal())
+    with pytest.warns(UserWarning, match="trains on as plain LoRA"):
+        again = lora_ga.load(llama(), tmp_path, is_trainable=True)
+    before = logits(again, causal()[0])
+    train(again, causal(), steps=1)
+    assert not torch.equal(logits(again.eval(), causal()[0]), before)
 
 
 def test_an_unsupported_lora_variant_is_refused() -> None:

@@ -30,6 +30,9 @@ SHIFTED_BASES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # does, and the gradient by the product is that by the weight (PEFT's DoRA treats the norms as constants).
 VARIANTS = ("DoraLinearVariant", "DoraConv2dVariant")
 
+# Values of `init_lora_weights`, besides True, with which the product of the factors begins at zero.
+ZERO_STARTS = ("gaussian", "eva")
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -289,7 +292,7 @@ def find_targets(network: nn.Module, adapter_name: str = "default", *, fresh: bo
     unknown = _unknown_kinds(named)
     known = {name: layer for name, layer in named.items() if name not in unknown}
     if fresh:
-        _check_fresh(known, adapter_name, added=isinstance(model, PeftModel))
+        _check_fresh(known, adapter_name, model)
     for kind in {kind_of(layer) for layer in known.values()}:
         if kind is not None and not kind.ran:
             warn_never_run(kind)
@@ -339,22 +342,22 @@ def _target(
     return Target(name, layer, layout, layout.parts(layer), inputs, outputs, rank, split, heads=heads)
 
 
-def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str, *, added: bool) -> None:
+def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str, model: Any) -> None:
     """Refuse an adapter that is aligned or trained already.
 
     Args:
         layers: Layer name → layer.
         adapter_name: The adapter.
-        added: Whether a `PeftModel` holds the adapter, which deletes and adds adapters in one known way.
+        model: The model that has the adapter.
 
     Raises:
         ValueError: It is; the message says how to reset it.
     """
     reset = "Start from a fresh one: load the base model again, and add the adapter to it."
-    if added:
+    if isinstance(model, PeftModel):  # which deletes and adds adapters in one known way
         reset = (
-            f"Start from a fresh one: model.delete_adapter({adapter_name!r}), then "
-            f"model.add_adapter({adapter_name!r}, LoraConfig(...))."
+            f"Start from a fresh one: model.delete_adapter({adapter_name!r}), model.add_adapter({adapter_name!r}, "
+            f"LoraConfig(...)), then model.set_adapter({adapter_name!r}), without which it does not train."
         )
     if any(layer.get_base_layer() in SHIFTED_BASES for layer in layers.values()):
         reset = 'Load the base model again: offset="base" has changed its weights.'
@@ -369,9 +372,19 @@ def _check_fresh(layers: Mapping[str, LoraLayer], adapter_name: str, *, added: b
         if not changed:  # fresh, or prepared but not started
             continue
         if isinstance(entries(layers[name], adapter_name)[0], Factor):
-            raise ValueError(f"Adapter {adapter_name!r} is already aligned (at {name}). {reset}")
+            raise ValueError(
+                f"Adapter {adapter_name!r} is already aligned (at {name}); it trains on without another start. {reset}"
+            )
         letter = layout_of(layers[name]).zero_factor
+        found = f"Adapter {adapter_name!r} is not fresh: lora_{letter} of {name} is not zero"
+        setting = getattr(model.peft_config[adapter_name], "init_lora_weights", True)
+        if setting is False or (isinstance(setting, str) and setting not in ZERO_STARTS):
+            raise ValueError(
+                f"{found}, as init_lora_weights={setting!r} makes it. Load the base model again, whose weights some of "
+                "these settings change, and make the adapter with init_lora_weights=True. To train a saved adapter on, "
+                "load it with lora_ga.load(..., is_trainable=True); it needs no start."
+            )
         raise ValueError(
-            f"Adapter {adapter_name!r} is not fresh: lora_{letter} of {name} is not zero, so it was trained, or made "
-            f"with an init_lora_weights that sets it. {reset}"
+            f"{found}, so it was trained, or loaded from a file. {reset} To train a saved adapter on, load it with "
+            "lora_ga.load(..., is_trainable=True); it needs no start."
         )
