@@ -6,13 +6,14 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -42,6 +43,7 @@ from toys import (
     checkpoint_activations,
     classified,
     gpt2,
+    injected,
     llama,
     logits,
     t5,
@@ -353,6 +355,88 @@ def test_an_adapter_made_for_inference_is_initialised_with_a_warning_that_nothin
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.set_adapter("default")
     assert all(factor.trainable.requires_grad for factor in model.modules() if isinstance(factor, Factor))
+
+
+def switch_off(model: Any) -> None:
+    model.disable_adapter_layers()
+
+
+def freeze(model: PeftModel) -> None:
+    model.requires_grad_(False)
+
+
+def replace(model: PeftModel) -> None:
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=4))
+
+
+def add_another(model: PeftModel) -> None:
+    model.add_adapter("other", LoraConfig(r=2))
+    model.set_adapter("other")
+
+
+SWITCH_ON = r"Call model\.enable_adapter_layers\(\), then model\.set_adapter\('default'\) before"
+SET = r"Call model\.set_adapter\('default'\) before the optimizer"
+
+
+@pytest.mark.parametrize(
+    ("stop", "found", "advice"),
+    [
+        (switch_off, "switched off", SWITCH_ON),
+        (freeze, r"is frozen \(no A or B has requires_grad\)", SET),
+        (replace, r"not active \(active: none\)", SET),
+        (add_another, r"not active \(active: other\)", SET),
+    ],
+)
+def test_an_adapter_that_does_not_train_is_initialised_with_a_warning_whose_advice_works(
+    stop: Callable[[Any], None], found: str, advice: str
+) -> None:
+    model = adapted(llama())
+    stop(model)
+    with pytest.warns(UserWarning, match=f"Adapter 'default' .*{found}.* none of its A and B trains. {advice}"):
+        lora_ga.initialize(model, causal())
+    if stop is switch_off:
+        model.enable_adapter_layers()
+    model.set_adapter("default")
+    before = logits(model, BATCH)
+    train(model, causal(), steps=1)
+    assert not torch.equal(logits(model.eval(), BATCH), before)
+
+
+@pytest.mark.parametrize("stop", ["switch off", "freeze"])
+def test_an_injected_adapter_that_does_not_train_gets_the_same_warning(stop: str) -> None:
+    model = injected(llama())
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if stop == "freeze":
+        model.requires_grad_(False)
+    else:
+        for layer in layers:
+            layer.enable_adapters(False)
+    advice = "" if stop == "freeze" else r"enable_adapters\(True\), then "
+    with pytest.warns(UserWarning, match=rf"Call {advice}set_adapter\('default'\) of each of its LoRA layers before"):
+        lora_ga.initialize(model, causal())
+    for layer in layers:
+        layer.enable_adapters(True)
+        layer.set_adapter("default")
+    before = logits(model, BATCH)
+    train(model, causal(), steps=1)
+    assert not torch.equal(logits(model.eval(), BATCH), before)
+
+
+def test_an_adapter_that_is_switched_off_is_estimated_like_one_that_is_on() -> None:
+    on, off = adapted(llama()), adapted(llama())
+    off.disable_adapter_layers()
+    first, second = (lora_ga.estimate_gradients(model, causal()) for model in (on, off))
+    assert all(torch.equal(first[name].S, second[name].S) for name in first)
+
+
+def test_an_adapter_that_trains_gets_no_warning() -> None:
+    model = adapted(llama(), inference_mode=True)
+    model.set_adapter("default")
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        lora_ga.initialize(model, causal())
+    assert not [each for each in given if "trains" in str(each.message)]
 
 
 def test_an_estimate_works_under_no_grad_and_is_refused_under_inference_mode() -> None:

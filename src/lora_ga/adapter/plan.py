@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -94,11 +95,7 @@ def make_plan(
     if config.offset == "base":
         _check_base_can_change(network, aligned, adapter_name)
     _warn_parts_without_gradient(estimate, aligned, already_warned)
-    if model.peft_config[adapter_name].inference_mode:
-        warn(
-            f"Adapter {adapter_name!r} was made for inference (LoraConfig.inference_mode is True), so none of its "
-            f"parameters trains. Call model.set_adapter({adapter_name!r}), or make it with inference_mode=False."
-        )
+    _warn_cannot_train(model, targets, adapter_name)
     starts = {name: _start(target, estimate, config, adapter_name) for name, target in aligned.items()}
     plain = {name: target for name, target in targets.items() if name in reasons}
     identity = {
@@ -108,6 +105,39 @@ def make_plan(
         "estimate": {name: [estimate[name].norm, estimate[name].S.numel()] for name in estimate},
     }
     return Plan(network, aligned, plain, starts, alignment, identity)
+
+
+def _warn_cannot_train(model: Any, targets: Mapping[str, Target], adapter_name: str) -> None:
+    """Warn of an adapter that does not train as the model stands. No error: it may be made to train later."""
+    layers = [target.layer for target in targets.values() if not target.unknown]
+    factors = [entry for layer in layers for entry in entries(layer, adapter_name)]
+    off = any(layer.disable_adapters for layer in layers)
+    active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+    trains = any(
+        parameter.requires_grad
+        for entry in factors
+        for parameter in (entry.parameters() if isinstance(entry, nn.Module) else [entry])
+    )
+    if trains and not off and adapter_name in active:
+        return
+    if off:
+        found = "is switched off (disable_adapter_layers)"
+    elif adapter_name not in active:
+        found = f"is not active (active: {', '.join(active) or 'none'})"
+    elif model.peft_config[adapter_name].inference_mode:
+        found = "was made for inference (LoraConfig.inference_mode is True)"
+    else:
+        found = "is frozen (no A or B has requires_grad)"
+    if isinstance(model, PeftModel):
+        on = "model.enable_adapter_layers(), then " if off else ""
+        advice = f"Call {on}model.set_adapter({adapter_name!r})"
+    else:
+        on = "enable_adapters(True), then " if off else ""
+        advice = f"Call {on}set_adapter({adapter_name!r}) of each of its LoRA layers"
+    warn(
+        f"Adapter {adapter_name!r} {found}, so none of its A and B trains. {advice} before the optimizer or the "
+        "trainer is made."
+    )
 
 
 def _check_belongs_together(
