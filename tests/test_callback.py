@@ -529,13 +529,21 @@ def test_an_injected_adapter_under_zero_3_is_refused(tmp_path: Path) -> None:
     callback(batches=causal()).attach(usual)
 
 
-def test_a_checkpoint_of_plain_lora_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_sidecar_is_refused_and_both_ways_out_train(tmp_path: Path) -> None:
     transformers_trainer([callback()], tmp_path).train()
-    (tmp_path / "checkpoint-4" / FILE).unlink()
-    with pytest.raises(
-        ValueError, match=rf"checkpoint-4: there is no {FILE}, so this is not a checkpoint of a LoRA-GA"
-    ):
-        transformers_trainer([callback()], tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    last = tmp_path / "checkpoint-8"
+    (last / FILE).unlink()
+    with pytest.raises(ValueError, match=rf"checkpoint-8: there is no {FILE}, so this is not .*or resume from an ear"):
+        transformers_trainer([callback()], tmp_path, max_steps=10).train(resume_from_checkpoint=str(last))
+    again = transformers_trainer([callback()], tmp_path / "earlier")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.state.global_step == 8
+    (last / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match="trains on as plain LoRA"):
+        model = lora_ga.load(llama(), last, is_trainable=True)
+    before = logits(model, causal(1)[0])
+    transformers_trainer([], tmp_path / "new", model=model, max_steps=2).train()
+    assert not torch.equal(logits(model.eval(), causal(1)[0]), before)
 
 
 def test_a_checkpoint_with_the_sidecar_of_another_run_is_refused(tmp_path: Path) -> None:

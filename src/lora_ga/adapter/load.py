@@ -427,7 +427,9 @@ def restore_starts(model: nn.Module, path: Path, adapter_name: str = "default") 
     if sidecar is None:
         raise ValueError(
             f"{folder}: there is no {FILE}, so this is not a checkpoint of a LoRA-GA run, or the file is lost. Put it "
-            "back, resume without LoraGACallback, or start from the beginning."
+            "back, or resume from an earlier checkpoint that has it. For a new run from this adapter, as plain LoRA, "
+            "remove optimizer.pt, load it with lora_ga.load(base, folder, is_trainable=True), and train without "
+            "LoraGACallback."
         )
     tensors, record = sidecar
     alignment = alignment_of(model, adapter_name)
@@ -499,8 +501,9 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor) -> None:
         if key in state and state[key].shape != parameter.shape:
             raise ValueError(
                 f"The optimizer's {key} is {tuple(state[key].shape)}, its parameter {tuple(parameter.shape)}: the "
-                "state of a LoRA-GA run (rank r) does not fit a plain rank-2r adapter. Load the checkpoint with "
-                "lora_ga.load(base, checkpoint, is_trainable=True), which restores the structure."
+                f"state of a LoRA-GA run (rank r) does not fit a plain rank-2r adapter. With {FILE} in the checkpoint "
+                "lora_ga.load(base, checkpoint, is_trainable=True) restores the structure; without it, begin with a "
+                "new optimizer state."
             )
 
 
