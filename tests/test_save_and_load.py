@@ -380,6 +380,81 @@ def test_the_sidecar_of_another_adapter_is_refused(tmp_path: Path) -> None:
     assert not any("lora" in name for name, _ in base.named_modules())
 
 
+def edited(folder: Path, **changes: Any) -> None:
+    """Change the configuration of a saved adapter."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def without_layers(folder: Path) -> None:
+    edited(folder, target_modules=["absent"])
+
+
+def another_rank(folder: Path) -> None:
+    edited(folder, r=16)
+
+
+def another_sidecar(folder: Path) -> None:
+    other = adapted(llama())
+    lora_ga.initialize(other, causal(5)[3:])
+    other.save_pretrained(folder / "other")
+    shutil.copy(folder / "other" / FILE, folder)
+
+
+@pytest.mark.parametrize("spoil", [without_layers, another_rank, another_sidecar])
+def test_a_load_that_fails_leaves_the_base_without_layers_and_as_trainable_as_before(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    trained(tmp_path / "good", modules_to_save=["embed_tokens"], targets=["q_proj"])
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    spoil(tmp_path / "bad")
+    base = llama()
+    base.lm_head.requires_grad_(False)
+    modules, required = dict(base.named_modules()), [parameter.requires_grad for parameter in base.parameters()]
+    with pytest.raises(ValueError, match=str(tmp_path / "bad")):
+        lora_ga.load(base, tmp_path / "bad", is_trainable=True)
+    assert dict(base.named_modules()) == modules
+    assert [parameter.requires_grad for parameter in base.parameters()] == required
+    assert not hasattr(base, "peft_config")
+    lora_ga.load(base, tmp_path / "good", is_trainable=True)
+
+
+def test_making_an_adapter_that_fails_leaves_the_base_as_before() -> None:
+    base = llama()
+    modules = dict(base.named_modules())
+    with pytest.raises(ValueError, match="Target modules"):
+        lora_ga.get_lora_ga_model(base, lora_settings(["absent"]), causal())
+    assert dict(base.named_modules()) == modules
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    held = adapted(base)  # its layers stay where a second adapter cannot be made
+    with pytest.raises(ValueError, match="Target modules"), pytest.warns(UserWarning, match="PEFT"):
+        lora_ga.get_lora_ga_model(held, lora_settings(["absent"]), causal())
+    assert any(isinstance(module, LoraLayer) for module in held.modules())
+    assert "default" in held.peft_config
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("whole", [[], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("sidecar", [True, False])
+def test_a_base_with_another_vocabulary_is_refused_and_loads_once_it_is_resized(
+    tmp_path: Path, targets: list[str], whole: list[str], sidecar: bool
+) -> None:
+    base = llama()
+    base.resize_token_embeddings(70, mean_resizing=False)
+    model = adapted(base, targets, modules_to_save=[name for name in whole if name not in targets] or None)
+    lora_ga.initialize(model, causal())
+    train(model, causal(), steps=1)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    if not sidecar:
+        (tmp_path / FILE).unlink()
+    again = llama()
+    with pytest.raises(ValueError, match=r"70 tokens .*64 in (the|this) model.*resize_token_embeddings\(70\)"):
+        lora_ga.load(again, tmp_path)
+    again.resize_token_embeddings(70, mean_resizing=False)  # as the message says
+    loaded = lora_ga.load(again, tmp_path)
+    torch.testing.assert_close(logits(loaded, causal(1)[0]), logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
+
+
 def test_an_adapter_without_its_sidecar_trains_as_plain_lora_with_a_warning(tmp_path: Path) -> None:
     trained(tmp_path)
     (tmp_path / FILE).unlink()
@@ -756,6 +831,80 @@ def test_an_adapter_of_rank_2r_may_be_filled_as_plain_lora(tmp_path: Path) -> No
     (tmp_path / FILE).unlink()
     with pytest.warns(UserWarning, match="it trains on as plain LoRA, every row"):
         lora_ga.load(wide, tmp_path, is_trainable=True)
+
+
+def trains(model: Any, adapter: str = "default") -> list[bool]:
+    """What trains of an adapter: A and B, whole modules, trained tokens."""
+    return [parameter.requires_grad for name, parameter in model.named_parameters() if f".{adapter}" in name]
+
+
+WHOLE: dict[str, Any] = {"targets": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [3]}
+
+
+@pytest.mark.parametrize("active", ["default", "second"])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_filling_one_adapter_freezes_or_trains_that_one_alone(tmp_path: Path, active: str, is_trainable: bool) -> None:
+    adapted(llama(), **WHOLE).save_pretrained(tmp_path)
+    model = adapted(llama(), **WHOLE)
+    model.add_adapter("second", lora_settings(**WHOLE))
+    model.set_adapter(active)
+    before = trains(model)
+    plain = pytest.warns(UserWarning, match="trains on as plain LoRA")
+    with plain if is_trainable else contextlib.nullcontext():
+        lora_ga.load(model, tmp_path, adapter_name="second", is_trainable=is_trainable)
+    assert set(before) == {active == "default"}
+    assert trains(model) == before
+    assert len(trains(model, "second")) == len(before)
+    assert set(trains(model, "second")) == {is_trainable}
+
+
+@pytest.mark.parametrize("make", [injected, adapted], ids=["injected", "PeftModel"])
+def test_an_adapter_loaded_for_use_trains_after_it_is_loaded_to_train(tmp_path: Path, make: Any) -> None:
+    whole = trained(tmp_path).train()
+    model = make(llama()).train()
+    assert not any(trains(lora_ga.load(model, tmp_path)))
+    assert all(trains(lora_ga.load(model, tmp_path, is_trainable=True)))
+    assert train(model, causal()) == train(whole, causal())
+
+
+def test_the_optimizer_state_of_a_lora_ga_run_is_refused_before_an_adapter_is_filled(tmp_path: Path) -> None:
+    whole = trained(tmp_path, targets=["q_proj"], use_rslora=False)
+    (tmp_path / FILE).unlink()
+    optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad])
+    whole(**causal(1)[0]).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    model = adapted(llama(), ["q_proj"], r=8, lora_alpha=16, use_rslora=False)
+    before = [value.clone() for value in state(model)]
+    with pytest.raises(ValueError, match=r"remove optimizer\.pt to train as plain LoRA"):
+        lora_ga.load(model, tmp_path, is_trainable=True)
+    assert all(torch.equal(one, other) for one, other in zip(before, state(model), strict=True))
+    (tmp_path / "optimizer.pt").unlink()  # as the message says
+    with pytest.warns(UserWarning, match="trains on as plain LoRA"):
+        lora_ga.load(model, tmp_path, is_trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda classes: bert(num_labels=classes), "classifier.bias is 5 in this adapter, and 3 in the model. Give"),
+        (
+            lambda tokens: llama(vocab_size=tokens),
+            r"lm_head has 5 tokens in this adapter, and 3 in the model. Call res",
+        ),
+    ],
+    ids=["classes", "tokens"],
+)
+def test_whole_modules_of_another_size_are_refused_before_an_adapter_is_filled(
+    tmp_path: Path, make: Any, message: str
+) -> None:
+    settings = {"targets": ["query", "q_proj"], "modules_to_save": ["classifier", "lm_head"]}
+    adapted(make(5), **settings).save_pretrained(tmp_path)
+    model = adapted(make(3), **settings)
+    before = [value.clone() for value in state(model)]
+    with pytest.raises(ValueError, match=message):
+        lora_ga.load(model, tmp_path)
+    assert all(torch.equal(one, other) for one, other in zip(before, state(model), strict=True))
 
 
 @pytest.mark.parametrize(

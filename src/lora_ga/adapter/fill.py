@@ -11,12 +11,13 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import set_requires_grad
 from peft.utils import (
     CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
@@ -40,6 +41,8 @@ from lora_ga.layers.targets import PREFIX, Target, find_targets, layer_name, pef
 
 # What diffusers calls its file, and the key of its metadata that holds the configurations.
 PIPELINE_FILE, PIPELINE_CONFIGS = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+# The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
+SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 # How files of diffusers name A and B → how PEFT names them.
 PIPELINE_NAMES = {
     ".lora.down.": ".lora_A.",
@@ -93,7 +96,7 @@ def check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
 def check_layers(base: nn.Module, folder: Path) -> None:
     """Refuse a base model in which a layer of a saved adapter has another shape, before PEFT loads the adapter.
 
-    Embeddings are left out: `check_base` names the two sizes of the vocabulary.
+    Embeddings are left out: `check_base` and `check_vocabulary` name the two sizes of the vocabulary.
 
     Args:
         base: The base model.
@@ -102,17 +105,9 @@ def check_layers(base: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: There is such a layer; the message gives its two shapes.
     """
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file():
-        return
-    ends = embeddings(base)
+    saved, ends = shapes_in(folder), embeddings(base)
     others = ((path, module) for path, module in base.named_modules() if not any(module is end for end in ends))
     modules = {layer_name(path): module for path, module in others}
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            saved = {layer_name(key): tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError:  # PEFT refuses the file
-        return
     for key, shape in saved.items():
         layer, _, parameter = key.rpartition(".")
         module = modules.get(layer)
@@ -133,6 +128,74 @@ def check_layers(base: nn.Module, folder: Path) -> None:
                 f"{folder}: trained on another base model: {layer} is {b[0]} x {saved[key][1]} there, and {sides[0]} x "
                 f"{sides[1]} in this model. Give the base model it was trained on."
             )
+
+
+def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a folder's `adapter_model.safetensors`, by their names in the base model.
+
+    Args:
+        folder: The adapter's folder.
+
+    Returns:
+        Name → shape; empty if there is no such file, or one that PEFT refuses.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return {}
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return {layer_name(key): tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError:
+        return {}
+
+
+def check_vocabulary(base: nn.Module, shapes: Mapping[str, Sequence[int]], path: str | Path) -> None:
+    """Refuse a base model with another vocabulary than that of the embeddings that an adapter holds.
+
+    Args:
+        base: The base model, also with adapters.
+        shapes: Name of a saved tensor in the base model → its shape.
+        path: The adapter, for the message.
+
+    Raises:
+        ValueError: It has another.
+    """
+    ends = embeddings(base)
+    for name, module in base.named_modules():
+        inner = getattr(module, "base_layer", module)
+        tokens = getattr(inner, "num_embeddings", None) or getattr(inner, "out_features", None)
+        if tokens is None or not any(module is end for end in ends):
+            continue
+        layer = layer_name(name)
+        a_or_weight = {f"{layer}.weight": 0, f"{layer}.base_layer.weight": 0, f"{layer}.lora_embedding_A": 1}
+        for key, dim in (a_or_weight | {f"{layer}.lora_B.weight": 0}).items():
+            if key in shapes and shapes[key][dim] != tokens:
+                raise ValueError(
+                    f"{path}: {layer} has {shapes[key][dim]} tokens in this adapter, and {tokens} in the model. Call "
+                    f"resize_token_embeddings({shapes[key][dim]}) on the base model, before it has an adapter."
+                )
+
+
+def check_saved_optimizer(folder: Path, trained: Iterable[Tensor]) -> None:
+    """Refuse a checkpoint without a sidecar whose optimizer state is that of LoRA-GA's structure.
+
+    Args:
+        folder: The checkpoint; nothing happens if it holds no optimizer state.
+        trained: The parameters that are to train.
+
+    Raises:
+        ValueError: The state has other shapes than the parameters.
+    """
+    if not (folder / "optimizer.pt").is_file():
+        return
+    states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")["state"].values()
+    shapes = {tuple(state[key].shape) for state in states for key in SAME_SHAPE if key in state}
+    if others := shapes - {tuple(parameter.shape) for parameter in trained}:
+        raise ValueError(
+            f"{folder}: {FILE} is missing, so the adapter would train as a plain LoRA, every row of its full rank; "
+            f"but the optimizer state beside it has other shapes ({min(others)}): it belongs to "
+            "LoRA-GA's structure. Put the sidecar back, or remove optimizer.pt to train as plain LoRA."
+        )
 
 
 def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainable: bool) -> bool:
@@ -163,6 +226,11 @@ def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainabl
     if saved.sidecar is not None and (aligned or is_trainable):
         check_base(model, saved.sidecar[1]["fingerprint"], path)
         _check_starts(saved, aligned)
+    check_vocabulary(base_model(model), {key: value.shape for key, value in saved.tensors.items()}, path)
+    if is_trainable and not aligned:
+        own = {id(parameter) for parameter in _parameters_of(model, adapter_name)}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad or id(parameter) in own]
+        check_saved_optimizer(saved.where.parent, trained)
     record = {} if saved.sidecar is None else saved.sidecar[1]
     config = LoraGAConfig.from_record(record["config"]) if record else LoraGAConfig()
     alignment = alignment_of(model, adapter_name)
@@ -177,10 +245,13 @@ def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainabl
         for name, pair in alignment.factors.items():
             for letter, factor in zip("AB", pair, strict=True):
                 factor.start = saved.sidecar[0][f"{name}.{letter}0"].to(factor.trainable.device, factor.trainable.dtype)
-    if not is_trainable:
-        for target in targets.values():
-            target.layer.set_adapter(list(target.layer.active_adapters), inference_mode=True)
+    set_requires_grad(model, adapter_name, requires_grad=is_trainable)
     return bool(aligned)
+
+
+def _parameters_of(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    """The parameters of an adapter, those of whole modules and trained tokens included."""
+    return [parameter for name, parameter in model.named_parameters() if adapter_name in name.split(".")]
 
 
 def _read(path: Path, targets: Mapping[str, Target]) -> SavedAdapter:
@@ -318,7 +389,7 @@ def _check_shapes(saved: SavedAdapter, targets: Mapping[str, Target], adapter_na
 
 
 def _check_rest(saved: SavedAdapter, model: Any, adapter_name: str) -> None:
-    """Refuse an adapter that has other parts than A and B that the model's lacks, or lacks some.
+    """Refuse an adapter that has other parts than A and B that the model's lacks, or lacks some, or in other sizes.
 
     These are DoRA's magnitudes, biases, whole modules and trained tokens.
 
@@ -328,16 +399,25 @@ def _check_rest(saved: SavedAdapter, model: Any, adapter_name: str) -> None:
     known = {id(module) for module in embeddings(model)}  # whose base weights may be in the file
     paths = tuple(f"{layer_name(path)}." for path, module in model.named_modules() if id(module) in known)
     factors = (*ENDS["A"], *ENDS["B"])
-    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    own = {layer_name(key): value for key, value in state.items()}
+    held = {without_compiled(key): value for key, value in saved.tensors.items()}
     ours, theirs = (
-        {key for key in keys if not key.endswith(factors) and not (paths and key.startswith(paths))}
-        for keys in (map(layer_name, own), map(without_compiled, saved.tensors))
+        {key for key in tensors if not key.endswith(factors) and not (paths and key.startswith(paths))}
+        for tensors in (own, held)
     )
     for keys, found in ((theirs - ours, "holds {}, which this adapter has not"), (ours - theirs, "does not hold {}")):
         if keys:
             raise ValueError(
                 f"{saved.where}: {found.format(min(keys))}. Give the adapter the settings of the run that saved it "
                 "(use_dora, lora_bias, bias, modules_to_save, trainable_token_indices)."
+            )
+    for key in sorted(ours):
+        found, wanted = _shape(held[key].shape), _shape(own[key].shape)
+        if found != wanted and own[key].numel():  # DeepSpeed ZeRO-3 leaves empty tensors
+            raise ValueError(
+                f"{saved.where}: {key} is {found} in this adapter, and {wanted} in the model. Give the model the "
+                "number of classes, and the adapter the settings, of the run that saved it."
             )
 
 
@@ -358,7 +438,7 @@ def _check_tied(saved: SavedAdapter, tied: Mapping[str, str]) -> None:
                 )
 
 
-def _shape(sizes: list[int]) -> str:
+def _shape(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes)) or "missing"
 
 

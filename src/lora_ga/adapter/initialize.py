@@ -8,6 +8,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from lora_ga.adapter.undo import base_kept
 from lora_ga.adapter.write import write_starts
 from lora_ga.config import LoraGAConfig
 from lora_ga.gradients.estimate import estimate_gradients
@@ -86,13 +87,7 @@ def get_lora_ga_model(
     Raises:
         ValueError: What `initialize` refuses. The base model then has no LoRA layers, as before.
     """
-    required = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-    model = get_peft_model(base, peft_config)
-    try:
+    with base_kept(base):
+        model = get_peft_model(base, peft_config)
         initialize(model, data, config, loss_fn=loss_fn, process_group=process_group)
-    except BaseException:
-        model.unload()
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(required[name])
-        raise
     return model

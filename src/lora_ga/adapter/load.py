@@ -22,7 +22,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
 from lora_ga.adapter.file import Padded, check_names, compiled_names
-from lora_ga.adapter.fill import check_base, check_layers, fill
+from lora_ga.adapter.fill import (
+    SAME_SHAPE,
+    check_base,
+    check_layers,
+    check_saved_optimizer,
+    check_vocabulary,
+    fill,
+    shapes_in,
+)
 from lora_ga.adapter.save import FILE, AlignedLoraConfig, read_sidecar
 from lora_ga.adapter.structure import (
     follow_adapters,
@@ -34,6 +42,7 @@ from lora_ga.adapter.structure import (
     place,
     set_rank,
 )
+from lora_ga.adapter.undo import base_kept
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import unwrapped, whole
@@ -44,9 +53,6 @@ from lora_ga.layers.targets import PREFIX, SHIFTED_BASES, layer_name, peft_model
 from lora_ga.layers.tied import tied_heads
 from lora_ga.version import dtype_setting, is_before
 from lora_ga.warn import warn
-
-# The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
-SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 # The task in an adapter's configuration → Transformers' class of its base model.
 AUTO_CLASSES = {
@@ -71,7 +77,7 @@ def load(
 
     A model that has an adapter already (from `get_peft_model` or `model.add_adapter`), or a network that contains one,
     keeps it, and the saved values are put into it. Its rank must be the rank r that trained. Optimizers that hold its
-    parameters stay valid. See `lora_ga.adapter.fill`.
+    parameters stay valid, and of other adapters the same parameters train as before. See `lora_ga.adapter.fill`.
 
     `load("runs/one/adapter")` also loads the base model that the adapter names, for the adapter's task. A classifier
     gets the names of its classes from `labels.json`, which `lora-ga train` writes beside the adapter.
@@ -106,7 +112,7 @@ def _load_into(model: nn.Module, path: str | Path, adapter_name: str, *, is_trai
     """Put the values of a saved adapter into an adapter that exists."""
     filled = fill(unwrapped(model), path, adapter_name, is_trainable=is_trainable)
     if is_trainable and not filled:
-        _prepare_plain_training(peft_model_in(unwrapped(model)), Path(path), adapter_name)
+        _prepare_plain_training(peft_model_in(unwrapped(model)), path, adapter_name)
 
 
 def _load_new(base: Any, path: str | Path, adapter_name: str, *, is_trainable: bool) -> PeftModel:
@@ -119,6 +125,22 @@ def _load_new(base: Any, path: str | Path, adapter_name: str, *, is_trainable: b
     check_names(Path(path), base)
     check_layers(base, Path(path))
     sidecar, names = read_sidecar(path), read_labels(Path(path))
+    with base_kept(base):
+        model = _loaded(base, path, adapter_name, sidecar, is_trainable=is_trainable)
+    if names and getattr(base.config, "num_labels", None) == len(names):
+        base.config.id2label, base.config.label2id = names, {name: number for number, name in names.items()}
+    return model
+
+
+def _loaded(
+    base: Any,
+    path: str | Path,
+    adapter_name: str,
+    sidecar: tuple[dict[str, Tensor], dict[str, Any]] | None,
+    *,
+    is_trainable: bool,
+) -> PeftModel:
+    """Let PEFT load an adapter, and give it LoRA-GA's structure if it is to train and has a sidecar."""
     compiled = compiled_names(base)
     renamed: dict[str, Any] = {"key_mapping": compiled} if compiled else {}
     advice = "Give the base model it was trained on, or put a complete copy of the adapter back."
@@ -127,21 +149,17 @@ def _load_new(base: Any, path: str | Path, adapter_name: str, *, is_trainable: b
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
             check_base(base, sidecar[1]["fingerprint"], path)
+        check_vocabulary(base, shapes_in(Path(path)), path)
         model = PeftModel.from_pretrained(base, str(path), adapter_name, is_trainable=is_trainable, **renamed)
-    try:
-        if sidecar is not None:
-            check_base(model, sidecar[1]["fingerprint"], path)
-            _check_tied_heads(model, adapter_name, sidecar[1], path)
-            if is_trainable:
-                with damaged(path):
-                    _restore_structure(model, adapter_name, *sidecar, where=str(path))
-        elif is_trainable:
-            _prepare_plain_training(model, Path(path), adapter_name)
-    except BaseException:
-        model.unload()
-        raise
-    if names and getattr(base.config, "num_labels", None) == len(names):
-        base.config.id2label, base.config.label2id = names, {name: number for number, name in names.items()}
+    if sidecar is not None:
+        check_base(model, sidecar[1]["fingerprint"], path)
+        _check_tied_heads(model, adapter_name, sidecar[1], path)
+        if is_trainable:
+            with damaged(path):
+                _restore_structure(model, adapter_name, *sidecar, where=str(path))
+    elif is_trainable:
+        check_saved_optimizer(Path(path), [parameter for parameter in model.parameters() if parameter.requires_grad])
+        _prepare_plain_training(model, path, adapter_name)
     return model
 
 
@@ -455,22 +473,8 @@ def restore_starts(model: nn.Module, path: Path, adapter_name: str = "default") 
     alignment.summary = record.get("summary", "")
 
 
-def _prepare_plain_training(model: nn.Module, path: Path, adapter_name: str) -> None:
-    """Warn that every row of the adapter trains, and refuse optimizer states that do not fit it, now and later.
-
-    Raises:
-        ValueError: The folder is a checkpoint whose optimizer state belongs to LoRA-GA's structure.
-    """
-    if (path / "optimizer.pt").is_file():
-        states = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")["state"].values()
-        shapes = {tuple(state[key].shape) for state in states for key in SAME_SHAPE if key in state}
-        trained = {tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad}
-        if not shapes <= trained:
-            raise ValueError(
-                f"{path}: {FILE} is missing, so the adapter would train as a plain LoRA, every row of its full rank; "
-                f"but the optimizer state beside it has other shapes ({min(shapes - trained)}): it belongs to "
-                "LoRA-GA's structure. Put the sidecar back, or remove optimizer.pt to train as plain LoRA."
-            )
+def _prepare_plain_training(model: nn.Module, path: str | Path, adapter_name: str) -> None:
+    """Warn that every row of the adapter trains, and refuse optimizer states that do not fit it later."""
     warn(f"{path} has no {FILE}: it trains on as plain LoRA, every row of its full rank.")
     _check_first_steps(model, adapter_name)
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_ga.adapter.initialize import initialize
+from lora_ga.adapter.undo import base_kept
 from lora_ga.config import LoraGAConfig
 from lora_ga.gradients.isolation import replaced
 
@@ -72,18 +73,12 @@ def get_lora_ga_model(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or None.")
     examples = _first_examples(dataset, batch_size * num_iters, max_length)
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    # ms-swift would save an initial and a converted adapter for any initialization whose name is a string.
-    adapted = _add_adapter(model, dataclasses.replace(peft_config, init_lora_weights=True))
-    try:
+    with base_kept(model):
+        # ms-swift would save an initial and a converted adapter for any initialization whose name is a string.
+        adapted = _add_adapter(model, dataclasses.replace(peft_config, init_lora_weights=True))
         if dtype is not None:
             _cast_adapter(adapted, DTYPES[dtype])
         initialize(adapted, DataLoader(examples, batch_size, collate_fn=data_collator), config)  # type: ignore[arg-type]
-    except BaseException:
-        adapted.unload()
-        for parameter, needed in required:
-            parameter.requires_grad_(needed)
-        raise
     return adapted
 
 

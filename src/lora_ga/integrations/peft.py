@@ -18,6 +18,7 @@ import peft
 from peft import PeftModel
 from torch import nn
 
+from lora_ga.adapter.undo import base_kept
 from lora_ga.adapter.write import apply_estimate
 from lora_ga.config import LoraGAConfig as Settings
 from lora_ga.files import another_base
@@ -199,14 +200,8 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = "defa
             "lora_ga.compat.preprocess_loraga(model, lora_config, train_step) first, once for each adapter."
         )
     settings = settings_of(peft_config, estimate.config)
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapted = peft.get_peft_model(model, _plain(peft_config), adapter_name, **kwargs)
-    try:
+    with base_kept(model):
+        adapted = peft.get_peft_model(model, _plain(peft_config), adapter_name, **kwargs)
         apply_estimate(adapted, estimate, settings, adapter_name=adapter_name)
-    except BaseException:
-        adapted.unload()
-        for parameter, needed in required:
-            parameter.requires_grad_(needed)
-        raise
     del _estimates[model]
     return adapted
