@@ -587,6 +587,31 @@ def test_the_trained_tensors_saved_by_hand_are_refused_and_their_joined_matrices
     assert torch.equal(logits(lora_ga.load(llama(), tmp_path).eval(), batch), logits(model, batch))
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_bin_file_is_the_same_adapter_as_a_safetensors_file(tmp_path: Path, by_hand: bool) -> None:
+    """With a layer that stays plain LoRA and is padded; the given tensors are the trained halves alone."""
+    model = adapted(llama(), ["q_proj", "k_proj"], rank_pattern={"0.self_attn.k_proj": 12})
+    with pytest.warns(UserWarning, match="start as plain LoRA"):
+        lora_ga.initialize(model, causal(), LoraGAConfig(on_missing="lora"))
+    train(model, causal())
+    given: dict[str, Any] = {}
+    if by_hand:
+        given = {"state_dict": {name: value for name, value in model.named_parameters() if value.requires_grad}}
+    for name in ("safetensors", "bin"):
+        model.save_pretrained(tmp_path / name, safe_serialization=name == "safetensors", **given)
+    tensors = torch.load(tmp_path / "bin" / "adapter_model.bin", weights_only=True)
+    expected = load_file(tmp_path / "safetensors" / WEIGHTS)
+    assert sorted(tensors) == sorted(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
+    config = (tmp_path / "safetensors" / "adapter_config.json").read_text()
+    assert (tmp_path / "bin" / "adapter_config.json").read_text() == config
+    batch = causal(1)[0]
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "bin")
+    torch.testing.assert_close(logits(stock, batch), logits(model.eval(), batch), rtol=0, atol=1e-5)
+    again = lora_ga.load(llama(), tmp_path / "bin", is_trainable=True)
+    assert train(again.train(), causal()) == train(model.train(), causal())
+
+
 @pytest.mark.parametrize("offset", CHOICES["offset"])
 @pytest.mark.parametrize(
     "lora", [{}, {"r": 3, "lora_alpha": 7}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,47 @@ from lora_ga.layers.targets import PREFIX
 # How the names of A and of B end in a file, of layers and of embeddings.
 ENDS = {"A": (".lora_A.weight", ".lora_embedding_A"), "B": (".lora_B.weight", ".lora_embedding_B")}
 Factors = Mapping[str, tuple[Factor, Factor]]
+
+
+def adapter_file(folder: Path) -> Path:
+    """The file of an adapter's tensors: as safetensors, or as PEFT writes it with `safe_serialization=False`.
+
+    Args:
+        folder: The adapter's folder.
+
+    Returns:
+        The file that PEFT would load; if there is none, the path that it would have as safetensors.
+    """
+    safe, other = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+    return other if other.is_file() and not safe.is_file() else safe
+
+
+@contextlib.contextmanager
+def opened(weights: Path) -> Iterator[tuple[Mapping[str, str] | None, list[str], Callable[[str], Tensor]]]:
+    """Open an adapter file.
+
+    Args:
+        weights: The file.
+
+    Yields:
+        Its metadata, the names of its tensors, and a function from a name to the tensor.
+    """
+    if weights.name == WEIGHTS_NAME:
+        tensors = torch.load(weights, weights_only=True, map_location="cpu")
+        yield None, list(tensors), tensors.__getitem__
+    else:
+        with safe_open(str(weights), framework="pt") as file:
+            yield file.metadata(), list(file.keys()), file.get_tensor
+
+
+def _write(weights: Path, tensors: dict[str, Tensor], header: Mapping[str, str] | None) -> None:
+    """Write an adapter file in the format that its name has."""
+    if weights.name != WEIGHTS_NAME:
+        write_atomically(weights, as_safetensors(tensors, metadata=None if header is None else dict(header)))
+        return
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    write_atomically(weights, buffer.getvalue())
 
 
 def rewrite(weights: Path, factors: Factors) -> None:
@@ -40,18 +83,17 @@ def rewrite(weights: Path, factors: Factors) -> None:
         for letter, factor in zip("AB", pair, strict=True)
         if factor.trainable_name != "weight"
     }
-    with safe_open(str(weights), framework="pt") as file:
-        names = {key: without_compiled(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    with opened(weights) as (header, keys, tensor):
+        names = {key: without_compiled(key) for key in keys}
         if not halves.keys() & set(names.values()) and all(key == name for key, name in names.items()):
             return
-        header, tensors = file.metadata(), {name: file.get_tensor(key) for key, name in names.items()}
+        tensors = {name: tensor(key) for key, name in names.items()}
     for key in halves.keys() & tensors.keys():
         plain, factor = halves[key]
         delta = tensors.pop(key)
         start = factor.start.to(delta)
         tensors[plain] = factor.join(delta, start + delta) if factor.joined_dim == 0 else factor.join(start, delta)
-    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    write_atomically(weights, as_safetensors(contiguous, metadata=header))
+    _write(weights, {key: value.contiguous() for key, value in tensors.items()}, header)
 
 
 class Padded(NamedTuple):
@@ -101,8 +143,8 @@ def pad(weights: Path, layers: Mapping[str, Padded]) -> bool:
     Returns:
         Whether they were padded.
     """
-    with safe_open(str(weights), framework="pt") as file:
-        header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with opened(weights) as (header, keys, tensor):
+        tensors = {key: tensor(key) for key in keys}
     for name, layer in layers.items():
         for letter, ends in ENDS.items():
             key = next((f"{PREFIX}{name}{end}" for end in ends if f"{PREFIX}{name}{end}" in tensors), None)
@@ -110,7 +152,7 @@ def pad(weights: Path, layers: Mapping[str, Padded]) -> bool:
             if key is None or value is None:
                 return False
             tensors[key] = value
-    write_atomically(weights, as_safetensors(tensors, metadata=header))
+    _write(weights, tensors, header)
     return True
 
 
@@ -159,14 +201,10 @@ def check_names(folder: Path, base: nn.Module | None = None) -> None:
         ValueError: The file is damaged, was written by hand and holds dA and dB alone, or has the names of a compiled
             base and `base` is not compiled.
     """
-    if (file := folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        with damaged(file), safe_open(str(file), framework="pt") as opened:
-            names = list(opened.keys())
-    elif (file := folder / WEIGHTS_NAME).is_file():
-        with damaged(file):
-            names = list(torch.load(file, weights_only=True, map_location="meta"))
-    else:
+    if not (file := adapter_file(folder)).is_file():
         return
+    with damaged(file), opened(file) as (_, keys, _):
+        names = keys
     for reason in without_start(names):
         raise ValueError(f"{file}: {reason}")
     compiled = [name for name in names if name != without_compiled(name)]

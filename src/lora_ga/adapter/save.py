@@ -19,12 +19,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
-from lora_ga.adapter.file import Factors, pad, rewrite
+from lora_ga.adapter.file import Factors, adapter_file, opened, pad, rewrite
 from lora_ga.adapter.model_card import write_section
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded
@@ -87,7 +85,7 @@ class AlignedLoraConfig(LoraConfig):
         Returns:
             The configuration to write: this one, or that of the file with padded layers.
         """
-        weights, alignment = folder / SAFETENSORS_WEIGHTS_NAME, self.alignment
+        weights, alignment = adapter_file(folder), self.alignment
         if alignment is None or not isinstance(alignment.model(), PeftModel) or not weights.is_file():
             return self
         rewrite(weights, alignment.factors)
@@ -112,7 +110,7 @@ def save_sidecar(model: nn.Module | None, adapter_name: str, folder: Path, *, sa
         folder: The adapter's folder.
         saving: Whether the model is being saved. Of a model with an injected adapter the file then comes afterwards.
     """
-    alignment, weights = alignment_of(model, adapter_name), folder / SAFETENSORS_WEIGHTS_NAME
+    alignment, weights = alignment_of(model, adapter_name), adapter_file(folder)
     factors = {} if alignment is None else alignment.factors
     if saving and not isinstance(model, PeftModel):
         is_other = [adapter_name] != _active_adapters(model)
@@ -160,10 +158,10 @@ def _is_saved(weights: Path, factors: Factors) -> bool:
     if not factors:
         return False
     name, (_, b) = next(iter(factors.items()))
-    with safe_open(str(weights), framework="pt") as file:
+    with opened(weights) as (_, keys, tensor):
         possible = (f"{start}{name}.lora_{end}" for start in (PREFIX, "") for end in ("B.weight", "embedding_B"))
-        found = set(possible) & set(file.keys())
-        saved = file.get_tensor(found.pop()) if found else torch.empty(0, device="cpu")
+        found = set(possible) & set(keys)
+        saved = tensor(found.pop()) if found else torch.empty(0, device="cpu")
     if sharded(b.trainable):  # one process cannot gather it, so its start decides
         start = b.start
         same_shape = saved.dim() == 2 and saved.shape[1] == 2 * start.shape[1]
