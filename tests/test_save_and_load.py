@@ -155,6 +155,26 @@ def test_a_named_adapter_is_saved_in_its_folder_with_its_sidecar(tmp_path: Path)
     torch.testing.assert_close(logits(stock, causal(1)[0]), logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
 
 
+def test_the_folder_that_save_pretrained_was_given_loads_an_adapter_by_its_name(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    model = get_peft_model(llama(), lora_settings(), adapter_name="mine")
+    lora_ga.initialize(model, causal(), adapter_name="mine")
+    train(model, causal())
+    model.save_pretrained(tmp_path)
+    shutil.copytree(tmp_path / "mine", tmp_path / "other")
+    batch, expected = causal(1)[0], logits(model.eval(), causal(1)[0])
+    loaded = lora_ga.load(llama(), tmp_path, adapter_name="mine", is_trainable=True)
+    assert torch.equal(logits(loaded, batch), expected)
+    torch.manual_seed(7)
+    filled = get_peft_model(llama(), lora_settings(), adapter_name="mine")
+    assert torch.equal(logits(lora_ga.load(filled, tmp_path, adapter_name="mine", is_trainable=True), batch), expected)
+    for base in (llama(), adapted(llama())):
+        with pytest.raises(FileNotFoundError, match=f"subfolders hold adapters: mine, other. Give .*{tmp_path}/mine"):
+            lora_ga.load(base, tmp_path)
+        found = logits(lora_ga.load(base, tmp_path / "mine"), batch)  # as the message says
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("offset", CHOICES["offset"])
 def test_training_resumes_bit_for_bit_after_save_and_load(tmp_path: Path, offset: str) -> None:
     uninterrupted = adapted(llama())

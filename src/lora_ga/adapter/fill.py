@@ -130,6 +130,22 @@ def check_layers(base: nn.Module, folder: Path) -> None:
             )
 
 
+def adapters_below(folder: Path) -> str:
+    """Name the adapters in the subfolders of a folder, for the message that it holds none itself.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        A sentence, after a space; empty if there are none.
+    """
+    found = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}"))
+    if not found:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f" Its subfolders hold adapters: {', '.join(found[:3])}{more}. Give one of them, as {folder / found[0]}."
+
+
 def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors in a folder's `adapter_model.safetensors`, by their names in the base model.
 
@@ -269,6 +285,7 @@ def _read(path: Path, targets: Mapping[str, Target]) -> SavedAdapter:
     if where is None:
         raise FileNotFoundError(
             f"{path}: neither a file nor a local folder with {SAFETENSORS_WEIGHTS_NAME} or {PIPELINE_FILE}."
+            + adapters_below(path)
         )
     try:
         with safe_open(str(where), framework="pt") as file:

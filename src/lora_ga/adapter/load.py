@@ -24,6 +24,7 @@ from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, al
 from lora_ga.adapter.file import Padded, check_names, compiled_names
 from lora_ga.adapter.fill import (
     SAME_SHAPE,
+    adapters_below,
     check_base,
     check_layers,
     check_saved_optimizer,
@@ -84,7 +85,7 @@ def load(
 
     Args:
         base: The original base model, or a model with an adapter; or the adapter's folder, if `path` is None.
-        path: A folder written by `save_pretrained`, or a name on the hub. For a model with an adapter: a local folder
+        path: The folder given to `save_pretrained`, or a name on the hub. For a model with an adapter: a local folder
             or file, written by `save_pretrained`, `save_lora_adapter` or `save_lora_weights` (diffusers).
         is_trainable: Whether the adapter's parameters are to train.
         adapter_name: The adapter.
@@ -101,7 +102,7 @@ def load(
             has the names of a compiled base; or the saved adapter does not fit the model's, or names no base model or
             no known task. The base or model is then as before.
     """
-    model, folder = _base_and_folder(base, path)
+    model, folder = _base_and_folder(base, path, adapter_name)
     if not peft_models_in(unwrapped(model)):
         return _load_new(model, folder, adapter_name, is_trainable=is_trainable)
     _load_into(model, folder, adapter_name, is_trainable=is_trainable)
@@ -163,7 +164,7 @@ def _loaded(
     return model
 
 
-def _base_and_folder(base: Any, path: str | Path | None) -> tuple[Any, str | Path]:
+def _base_and_folder(base: Any, path: str | Path | None, adapter_name: str) -> tuple[Any, str | Path]:
     """The base model and the adapter's folder, from the first two arguments of `load`.
 
     Returns:
@@ -173,7 +174,7 @@ def _base_and_folder(base: Any, path: str | Path | None) -> tuple[Any, str | Pat
         TypeError: The adapter is missing, or the base is a name or another object.
     """
     if isinstance(base, str | Path) and path is None:
-        folder = _adapter_folder(base)
+        folder = _adapter_folder(base, adapter_name)
         return _base_of(folder), folder
     if path is None:
         raise TypeError("load(base) lacks the adapter: give load(base, folder), or the folder alone.")
@@ -181,14 +182,21 @@ def _base_and_folder(base: Any, path: str | Path | None) -> tuple[Any, str | Pat
         raise TypeError(f"load({base!r}, {path!r}): the base is a name. Give the model itself, or the folder alone.")
     if not isinstance(base, nn.Module):
         raise TypeError(f"A {type(base).__name__} is no model. Of a pipeline give the unet or the transformer.")
-    return base, _adapter_folder(path)
+    return base, _adapter_folder(path, adapter_name)
 
 
-def _adapter_folder(path: str | Path) -> str | Path:
-    """The folder of the adapter in the folder of a run of `lora-ga train`; another path as it is."""
-    folder, inner = Path(path), Path(path) / ADAPTER
-    is_run = not (folder / CONFIG_NAME).is_file() and (inner / CONFIG_NAME).is_file()
-    return inner if is_run else path
+def _adapter_folder(path: str | Path, adapter_name: str) -> str | Path:
+    """The folder of the adapter in the folder of a run of `lora-ga train`, or in one that `save_pretrained` was given.
+
+    `save_pretrained` writes adapters of other names than "default" into folders of their names.
+
+    Returns:
+        The folder; the path as it is if it is another.
+    """
+    if (Path(path) / CONFIG_NAME).is_file():
+        return path
+    inner = (Path(path) / name for name in (ADAPTER, adapter_name))
+    return next((folder for folder in inner if (folder / CONFIG_NAME).is_file()), path)
 
 
 def _check_is_adapter(path: str | Path) -> None:
@@ -200,8 +208,8 @@ def _check_is_adapter(path: str | Path) -> None:
     if Path(path).is_dir() and not (Path(path) / CONFIG_NAME).is_file():
         full = " It holds a whole model, for Transformers' from_pretrained." * (Path(path) / "config.json").is_file()
         raise FileNotFoundError(
-            f"{path}: there is no adapter (no {CONFIG_NAME}).{full} Give the folder that save_pretrained wrote, "
-            "or that of a run of `lora-ga train`."
+            f"{path}: there is no adapter (no {CONFIG_NAME}).{full}{adapters_below(Path(path))} Give the folder that "
+            "save_pretrained wrote, or that of a run of `lora-ga train`."
         )
 
 
