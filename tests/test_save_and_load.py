@@ -25,11 +25,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
+from torch.optim.swa_utils import AveragedModel
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 import lora_ga
-from cases import EXPERTS, mixtral, seeded
+from cases import EXPERTS, LAYERS, Case, mixtral, seeded
 from lora_ga import LoraGAConfig
 from lora_ga.adapter import save as sidecar
 from lora_ga.adapter.load import check_optimizer_state, restore_starts
@@ -630,6 +631,45 @@ def test_a_bin_file_is_the_same_adapter_as_a_safetensors_file(tmp_path: Path, by
     torch.testing.assert_close(logits(stock, batch), logits(model.eval(), batch), rtol=0, atol=1e-5)
     again = lora_ga.load(llama(), tmp_path / "bin", is_trainable=True)
     assert train(again.train(), causal()) == train(model.train(), causal())
+
+
+@pytest.mark.parametrize("layers", ["llama", "nn.Embedding", "nn.Conv2d"])
+def test_the_average_of_a_run_is_saved_with_its_sidecar(tmp_path: Path, layers: str) -> None:
+    case = LAYERS.get(layers, Case(llama))
+    model = adapted(case.make(), **case.settings)
+    lora_ga.initialize(model, case.batches(), LoraGAConfig(on_missing="lora"), loss_fn=case.loss_fn)
+    average = AveragedModel(model)
+    for _ in range(2):
+        train(model, case.batches(), steps=1)
+        average.update_parameters(model)
+    model.save_pretrained(tmp_path, state_dict=average.module.state_dict())
+    assert (tmp_path / FILE).is_file()
+    loaded = lora_ga.load(case.make(), tmp_path, is_trainable=True).eval()
+    batch = case.batches()[0]
+    expected = case.outputs(average.module.eval(), batch)
+    torch.testing.assert_close(case.outputs(loaded, batch), expected, rtol=0, atol=1e-5)
+
+
+def test_the_average_of_a_run_with_a_changed_base_is_saved_without_the_sidecar(tmp_path: Path) -> None:
+    model = adapted(llama())
+    lora_ga.initialize(model, causal(), LoraGAConfig(offset="base"))
+    average = AveragedModel(model)
+    for _ in range(2):
+        train(model, causal(), steps=1)
+        average.update_parameters(model)
+    with pytest.warns(UserWarning, match="no lora_ga.safetensors was written"):
+        model.save_pretrained(tmp_path, state_dict=average.module.state_dict())
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_sidecar_that_another_adapter_was_saved_over_is_refused_with_the_advice_to_remove_it(tmp_path: Path) -> None:
+    trained(tmp_path, targets=["q_proj"])
+    plain = adapted(llama(vocab_size=80), ["q_proj"])
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"If another adapter was saved over it since, {FILE} .* remove the file"):
+        lora_ga.load(llama(vocab_size=80), tmp_path)
+    (tmp_path / FILE).unlink()
+    lora_ga.load(llama(vocab_size=80), tmp_path)
 
 
 @pytest.mark.parametrize("offset", CHOICES["offset"])

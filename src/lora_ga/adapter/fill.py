@@ -90,7 +90,10 @@ def check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
         ValueError: It is another.
     """
     if difference := another_base(model, trained_on):
-        raise ValueError(f"{path}: trained on another base model: {difference}. Give the base model it was trained on.")
+        raise ValueError(
+            f"{path}: trained on another base model: {difference}. Give the base model it was trained on. If another "
+            f"adapter was saved over it since, {FILE} is that of the old one: remove the file."
+        )
 
 
 def check_layers(base: nn.Module, folder: Path) -> None:

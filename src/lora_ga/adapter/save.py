@@ -154,7 +154,14 @@ def _active_adapters(model: nn.Module | None) -> list[str]:
 
 
 def _is_saved(weights: Path, factors: Factors) -> bool:
-    """Whether an adapter file holds these factors. The first layer's B decides."""
+    """Whether an adapter file holds these factors, or others with their starts. The first layer's B decides.
+
+    The file may hold an average over training, which begins at the same start, and one process cannot gather sharded
+    factors. With `offset="base"` the sidecar holds the trained factors too, so these have to be the same.
+
+    Returns:
+        Whether the sidecar of the factors belongs to the file.
+    """
     if not factors:
         return False
     name, (_, b) = next(iter(factors.items()))
@@ -162,12 +169,11 @@ def _is_saved(weights: Path, factors: Factors) -> bool:
         possible = (f"{start}{name}.lora_{end}" for start in (PREFIX, "") for end in ("B.weight", "embedding_B"))
         found = set(possible) & set(keys)
         saved = tensor(found.pop()) if found else torch.empty(0, device="cpu")
-    if sharded(b.trainable):  # one process cannot gather it, so its start decides
-        start = b.start
-        same_shape = saved.dim() == 2 and saved.shape[1] == 2 * start.shape[1]
-        return same_shape and torch.equal(b.halves(saved)[0], start.to(saved))
-    held = b.joined().detach().to(saved)
-    return saved.shape == held.shape and torch.allclose(saved, held, rtol=0, atol=0, equal_nan=True)
+    if isinstance(b, Shifted) and not sharded(b.trainable):
+        held = b.joined().detach().to(saved)
+        return saved.shape == held.shape and torch.allclose(saved, held, rtol=0, atol=0, equal_nan=True)
+    rows, rank, *rest = b.start.shape
+    return saved.shape == (rows, 2 * rank, *rest) and torch.equal(b.halves(saved)[0], b.start.to(saved))
 
 
 def read_sidecar(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
