@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
 import shlex
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraGAConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 import lora_ga
+from cases import MODELS
 from lora_ga.cli.main import main
 from lora_ga.export.convert import convert_run
 from lora_ga.export.merge import merge_adapter
 from lora_ga.export.readers import VLLM_RANKS, check_reader, write_for
-from toys import adapted, bert, causal, classified, gpt2, llama, logits, saved, train
+from toys import VOCABULARY, adapted, bert, causal, classified, gpt2, llama, logits, saved, train, translated
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -338,6 +345,77 @@ def test_the_merged_checkpoint_has_the_function_of_the_adapted_model(tmp_path: P
     torch.testing.assert_close(logits(merged, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="merged: not empty"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=llama())
+
+
+# Base with tied weights, batches, targets, and the module that trains in full and so is tied no longer.
+UNTIED: dict[str, tuple[Callable[[], Any], Callable[[], list[Any]], str, str]] = {
+    "head": (partial(llama, tie_word_embeddings=True), causal, "q_proj", "lm_head"),
+    "embedding": (partial(llama, tie_word_embeddings=True), causal, "q_proj", "embed_tokens"),
+    "head of a text part": (MODELS["Gemma 3 (vision and language)"].make, causal, "q_proj", "lm_head"),
+}
+
+
+def untied(case: str, folder: Path) -> tuple[Any, Any]:
+    """Train and save an adapter with a module in full; the model, and the base model as it was."""
+    make, batches, target, module = UNTIED[case]
+    torch.manual_seed(0)
+    base = make()
+    model = adapted(copy.deepcopy(base), [target], modules_to_save=[module])
+    train(model, batches())
+    model.save_pretrained(folder)
+    return model.eval(), base
+
+
+def merge_as_before_peft_0_19(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PEFT leave the configuration of a merged model as it is."""
+    merge = LoraModel.merge_and_unload
+
+    def merge_alone(self: Any, **settings: Any) -> Any:
+        config = self.model.config
+        ties = config.tie_word_embeddings
+        merged = merge(self, **settings)
+        config.tie_word_embeddings = ties
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", merge_alone)
+
+
+@pytest.mark.parametrize("untied_by_peft", [True, False])
+@pytest.mark.parametrize("case", UNTIED)
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_weights_that_training_has_untied_stay_apart_in_the_merged_model(
+    case: str, untied_by_peft: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base = untied(case, tmp_path / "adapter")
+    if not untied_by_peft:
+        merge_as_before_peft_0_19(monkeypatch)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=base)
+    merged = type(base).from_pretrained(tmp_path / "merged").eval()
+    assert {merged.config.tie_word_embeddings, merged.config.get_text_config().tie_word_embeddings} == {False}
+    torch.testing.assert_close(logits(merged, causal(1)[0]), logits(model, causal(1)[0]), rtol=0, atol=1e-5)
+
+
+def test_a_tie_that_training_has_kept_stays(tmp_path: Path) -> None:
+    base = llama(tie_word_embeddings=True)
+    adapted(base, ["q_proj"]).save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=llama(tie_word_embeddings=True))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.tie_word_embeddings is True
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_an_untied_model_that_computes_something_else_without_the_tie_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_experts": 2}
+    config = SwitchTransformersConfig(**sizes, num_layers=2, num_decoder_layers=2, decoder_start_token_id=0)
+    monkeypatch.setitem(
+        UNTIED, "scaled", (partial(SwitchTransformersForConditionalGeneration, config), translated, "q", "lm_head")
+    )
+    _, base = untied("scaled", tmp_path / "adapter")
+    with pytest.raises(ValueError, match="they are no longer one weight, but with tie_word_embeddings=False this mod"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=base)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merging_into_a_quantised_layer_of_a_model_that_does_not_say_so_is_refused(tmp_path: Path) -> None:

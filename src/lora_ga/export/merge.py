@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from lora_ga.adapter.file import check_names, compiled_names
 from lora_ga.distributed.sharding import unwrapped
 from lora_ga.export.saved_adapter import read_adapter
-from lora_ga.files import Companions, check_empty, new_folder, no_companions
+from lora_ga.files import Companions, check_empty, embeddings, new_folder, no_companions
 from lora_ga.layers.kinds import kind_of, layout_of
 from lora_ga.layers.targets import PREFIX
 from lora_ga.layers.tied import tied_heads
@@ -36,8 +39,8 @@ def merge_adapter(
         FileNotFoundError: There is no adapter in `path`.
         TypeError: The base model has no `save_pretrained`.
         ValueError: `out` is not empty, the base or an adapted layer is quantised, blocks of the base are compiled, an
-            adapted weight is shared with other modules or is a grouped convolution's, the adapter is damaged, or the
-            merged weights are not finite.
+            adapted weight is shared with other modules or is a grouped convolution's, the adapter is damaged, the
+            merged weights are not finite, or no configuration describes the merged model.
     """
     target, base = check_empty(out), unwrapped(base)
     if not hasattr(base, "save_pretrained"):
@@ -62,7 +65,9 @@ def merge_adapter(
         raise
     for head in heads:  # its weight and its change are the embedding's, which is merged once
         model.get_submodule(head).delete_adapter("default")
+    ties = _tying_configs(base)
     merged = model.merge_and_unload(safe_merge=True)
+    _say_untied(merged, ties)
     with new_folder(target) as folder:
         merged.save_pretrained(folder)
         companions(folder)
@@ -134,3 +139,48 @@ def _check_not_shared(model: PeftModel, tied: Mapping[str, str]) -> None:
                     f"{name.removeprefix(PREFIX)}: its weight is shared ({listed}), so merging would change "
                     "all of them. Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
                 )
+
+
+def _tying_configs(model: Any) -> list[Any]:
+    """The configuration of a model, and that of its text part, if they say that the head has the embedding's weight."""
+    config: Any = getattr(model, "config", None)
+    parts = [config, config.get_text_config(decoder=True)] if hasattr(config, "get_text_config") else []
+    return [part for part in parts if getattr(part, "tie_word_embeddings", False)]
+
+
+def _say_untied(model: Any, ties: Iterable[Any]) -> None:
+    """Say it in the configuration if head and embedding have become two weights: else a reader ties them again.
+
+    PEFT does so since 0.19, but not for the text part.
+
+    Args:
+        model: The merged model.
+        ties: The configurations that said before that the two are one.
+
+    Raises:
+        ValueError: The model computes something else without the tie, as T5 does in Transformers 4.
+    """
+    weights = [end.weight for end in embeddings(model) if hasattr(end, "weight")]
+    if not ties or len(weights) < 2 or _equal(*weights):
+        return
+    if "config.tie_word_embeddings" in _source(type(model).forward):
+        raise ValueError(
+            f"The adapter trained the head or the embedding of a {type(model).__name__} in full, so they are no longer "
+            "one weight, but with tie_word_embeddings=False this model also scales its outputs in another way. Keep "
+            "the adapter apart, or train without these modules_to_save."
+        )
+    for config in ties:
+        config.tie_word_embeddings = False
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights are one, or have the same values."""
+    return one.data_ptr() == other.data_ptr() or (one.device == other.device and torch.equal(one, other))
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """The source text of a function; empty for one that was typed into a shell."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
