@@ -14,6 +14,7 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import lora_ga
 from lora_ga.cli.main import main
 from lora_ga.version import dtype_setting
 
@@ -126,6 +127,23 @@ def test_a_smaller_adapter_keeps_the_names_of_the_classes(bert: Path, labelled_t
     assert main([*argv, "--model", str(tmp_path / "others")]) == 0
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
     assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "lora"])
+def test_a_checkpoint_of_a_classifier_keeps_its_classes(method: str, bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": text(number), "label": ("good", "bad", "so so")[number % 3]} for number in range(30)]
+    data, run = write_rows(tmp_path / "data.jsonl", rows), tmp_path / "run"
+    argv = ["train", "--model", bert, "--task", "seq-cls", "--train_file", data, "--output_dir", run, "--rank", "2"]
+    assert main([*map(str, argv), "--max_steps=2", "--save_steps=1", f"--method={method}"]) == 0
+    names = {0: "bad", 1: "good", 2: "so so"}
+    for checkpoint in ("checkpoint-1", "checkpoint-2"):
+        folder, out = run / "checkpoints" / checkpoint, tmp_path / checkpoint
+        assert main(["export", str(folder), "--output", str(out / "merged"), "--merge"]) == 0
+        assert AutoModelForSequenceClassification.from_pretrained(out / "merged").config.id2label == names
+        assert main(["export", str(folder), "--output", str(out / "small"), "--rank", "1"]) == 0
+        assert lora_ga.load(out / "small").config.id2label == names
+        assert lora_ga.load(folder).config.id2label == names
+    assert (folder / "labels.json").read_bytes() == (run / "adapter" / "labels.json").read_bytes()
 
 
 def test_a_merged_classifier_reads_padded_batches_even_if_its_base_had_no_padding_token(

@@ -3,11 +3,15 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_ga.adapter.load import check_optimizer_state
+from lora_ga.experiments.records.runs import write_json_atomically
+from lora_ga.files import LABELS
 
 # What a log entry says of a step → its name in messages.
 MEASURED = {"loss": "training loss", "grad_norm": "norm of the gradient"}
@@ -71,3 +75,26 @@ class OptimizerGuard(TrainerCallback):
     ) -> None:
         """Checks the state that the trainer has loaded."""
         check_optimizer_state(getattr(optimizer, "optimizer", optimizer))
+
+
+def write_labels(adapter: Path, names: Sequence[str]) -> None:
+    """Writes the names of the classes beside the adapter of a classifier.
+
+    Not into a config.json: Transformers takes a folder with that file for a full model.
+
+    Args:
+        adapter: The adapter's folder.
+        names: The names, in the order of the classes.
+    """
+    write_json_atomically(adapter / LABELS, dict(enumerate(names)))
+
+
+class LabelsInCheckpoints(TrainerCallback):
+    """Writes the names of the classes into each checkpoint, whose adapter has lost its classes without them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes them beside what the trainer has written."""
+        write_labels(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", self._names)

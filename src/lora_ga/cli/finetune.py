@@ -20,7 +20,15 @@ import lora_ga
 from lora_ga.adapter.model_card import CARD
 from lora_ga.adapter.rate import LEAST_STEPS, note_default_rate, steps_of_groups, warn_of_constant
 from lora_ga.cli import checkpoints, tasks
-from lora_ga.cli.callbacks import MEASURED, LossAndTimeLogger, OptimizerGuard, diverged_at, logged_seconds
+from lora_ga.cli.callbacks import (
+    MEASURED,
+    LabelsInCheckpoints,
+    LossAndTimeLogger,
+    OptimizerGuard,
+    diverged_at,
+    logged_seconds,
+    write_labels,
+)
 from lora_ga.cli.columns import columns_of
 from lora_ga.cli.data import EstimateBatches
 from lora_ga.cli.models import add_adapter, train_in_float32
@@ -28,7 +36,7 @@ from lora_ga.cli.options import LEARNING_RATES, Job
 from lora_ga.cli.record import model_card, run_record, usage
 from lora_ga.cli.settings import library_config
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
-from lora_ga.files import ADAPTER, LABELS, new_folder, write_atomically
+from lora_ga.files import ADAPTER, new_folder, write_atomically
 from lora_ga.gradients.progress import LOGGER, note_fewer_batches, note_short_run
 from lora_ga.version import is_before
 
@@ -112,8 +120,7 @@ def write_result(model: Any, data: tasks.PreparedData, record: dict[str, Any], f
         model.save_pretrained(made)
         data.tokenizer.save_pretrained(made)
         if data.labels is not None and record["method"] != "full":
-            # Not into a config.json: Transformers takes a folder with that file for a full model.
-            write_json_atomically(made / LABELS, dict(enumerate(data.labels.names)))
+            write_labels(made, data.labels.names)
         card = made / CARD
         old = card.read_text(encoding="utf-8") if card.is_file() else ""
         write_atomically(card, model_card(record, old, usage(record, str(result))).encode())
@@ -126,6 +133,9 @@ def make_trainer(
 ) -> Any:
     """Makes the trainer of the task, from Transformers or TRL, with the callbacks of a run."""
     trainer, _, extra = tasks.trainer_classes(job.model.task, job.data)
+    callbacks: list[Any] = [LossAndTimeLogger(estimate_seconds), OptimizerGuard()]
+    if data.labels is not None and job.training.method != "full":  # a full model has them in its configuration
+        callbacks.append(LabelsInCheckpoints(data.labels.names))
     return trainer(
         model=model,
         args=settings,
@@ -136,7 +146,7 @@ def make_trainer(
         ),  # TRL makes the collator itself
         compute_metrics=tasks.accuracy if data.labels else None,
         preprocess_logits_for_metrics=tasks.predicted_class if data.labels else None,
-        callbacks=[LossAndTimeLogger(estimate_seconds), OptimizerGuard()],
+        callbacks=callbacks,
     )
 
 
