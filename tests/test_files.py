@@ -236,6 +236,57 @@ def test_a_new_folder_appears_when_all_of_it_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("kind", ["current", "mounted", "read-only parent"])
+def test_a_folder_that_must_stay_is_filled_and_its_configuration_comes_last(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    before, replace = target.stat().st_ino, Path.replace
+    order: list[str] = []
+    if kind == "current":
+        monkeypatch.chdir(target)
+    elif kind == "mounted":
+        monkeypatch.setattr(files_module.os.path, "ismount", lambda path: Path(path) == target)
+    else:
+        monkeypatch.setattr(files_module.os, "access", lambda path, mode: Path(path) != tmp_path)
+
+    def replace_and_note(path: Path, new: Path) -> Path:
+        order.append(new.name)
+        return replace(path, new)
+
+    monkeypatch.setattr(Path, "replace", replace_and_note)
+    with new_folder("." if kind == "current" else target) as folder:
+        for name in ("adapter_config.json", "config.json", "model.safetensors", "a"):
+            (folder / name).write_text(name)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text("x")
+        assert [path.name for path in target.iterdir()] == [folder.name]
+    assert target.stat().st_ino == before
+    assert {path.name for path in target.iterdir()} == {*order[1:]}
+    assert len(order) == 6
+    assert set(order[-2:]) == {"config.json", "adapter_config.json"}
+    assert (target / "deep" / "file").read_text() == "x"
+
+
+def test_a_folder_that_must_stay_is_as_before_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="stopped"), new_folder("."):
+        raise RuntimeError("stopped")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "new")
+    for link, real in (("link", "real"), ("dangling", "new")):
+        with new_folder(tmp_path / link) as folder:
+            (folder / "file").write_text("x")
+        assert (tmp_path / link).is_symlink()
+        assert [path.name for path in (tmp_path / real).iterdir()] == ["file"]
+
+
 @pytest.fixture(params=[0o077, 0o022, 0o002], ids=oct)
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     if os.name != "posix":

@@ -31,6 +31,8 @@ MOST_TOKENS_ADDED = 4096
 COMPILED = "_orig_mod"
 # The folder of the adapter in the folder of a run of `lora-ga train`.
 ADAPTER = "adapter"
+# A folder holds a model if it has the first, an adapter if it has the second.
+MODEL_FILES = ("config.json", "adapter_config.json")
 # Beside the adapter of a classifier: the id of each class → its name.
 LABELS = "labels.json"
 
@@ -286,14 +288,39 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Write a folder that appears complete at the end of the block, or not at all.
 
+    An empty folder that must stay (see `_must_stay`) is filled instead, with the configuration last: without it no
+    program takes the folder for a model or an adapter.
+
     Args:
-        path: The folder; empty, or it does not exist (see `check_empty`).
+        path: The folder; empty, or it does not exist (see `check_empty`). Links are followed.
 
     Yields:
         A temporary folder to write into.
     """
-    with _replacing(Path(path), folder=True) as temporary:
+    target = Path(path).resolve()
+    stays = _must_stay(target)
+    whole = target / f".{secrets.token_hex(4)}" if stays else target
+    with _replacing(whole, folder=True) as temporary:
         yield temporary
+    if stays:
+        for written in sorted(whole.iterdir(), key=lambda each: each.name in MODEL_FILES):
+            written.replace(target / written.name)
+        whole.rmdir()
+
+
+def _must_stay(folder: Path) -> bool:
+    """Whether a folder cannot or must not be replaced by another one.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Whether it exists and is a mount point, its parent is read-only, or this process is in it, and so perhaps the
+        shell that started it.
+    """
+    if not folder.is_dir():
+        return False
+    return folder.samefile(os.curdir) or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

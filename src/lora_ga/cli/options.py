@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_ga.cli.settings import START, estimate_settings, library_config, settings_as_options
+from lora_ga.files import MODEL_FILES
 
 # Where to begin a sweep, by method. With the default size of the start the best rates of LoRA-GA are near those of LoRA
 # (docs/evidence.md). With stable_gamma = 16 its authors advise the rates of full fine-tuning (Outsider565/LoRA-GA,
@@ -62,8 +63,6 @@ def require(options: object, *names: str, config: bool = True) -> None:
 
 # The kinds of data files.
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-# A model has the first, an adapter the second.
-MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def check_data_file(path: Path) -> None:
