@@ -20,6 +20,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
 )
@@ -416,6 +417,98 @@ def test_an_untied_model_that_computes_something_else_without_the_tie_is_refused
     with pytest.raises(ValueError, match="they are no longer one weight, but with tie_word_embeddings=False this mod"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=base)
     assert not (tmp_path / "merged").exists()
+
+
+def test_biases_without_a_place_and_replicated_layers_cannot_be_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases: dict[str, tuple[dict[str, Any], str]] = {
+        "lora_bias": ({"lora_bias": True}, r"q_proj: the adapter has a bias here \(lora_bias\), but the base model's"),
+        "layer_replication": (
+            {"layer_replication": [[0, 2], [1, 2]]},
+            r"replicates layers \(layer_replication \[\[0, 2",
+        ),
+    }
+    for name, (settings, message) in cases.items():
+        model = adapted(llama(), ["q_proj"], **settings)
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{message}.*from Python, by lora_ga.load"):
+            merge_adapter(tmp_path / name, tmp_path / "merged", base=llama())
+        found = logits(lora_ga.load(llama(), tmp_path / name).eval(), causal(1)[0])
+        torch.testing.assert_close(found, logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
+        assert main(["export", str(tmp_path / name), "--for", "vllm"]) == 2
+        shown = capsys.readouterr().out
+        assert f"in the way: {name}: " in shown
+        assert "Merge it" not in shown
+    assert not (tmp_path / "merged").exists()
+
+
+def test_biases_of_b_merge_into_layers_with_a_bias(tmp_path: Path) -> None:
+    model = adapted(bert(), ["query"], lora_bias=True)
+    train(model, classified())
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=bert())
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(
+        logits(merged, classified(1)[0]), logits(model.eval(), classified(1)[0]), rtol=0, atol=1e-5
+    )
+
+
+def with_more_tokens(tied: bool, folder: Path, **settings: Any) -> Any:
+    """Add six tokens to a saved base model, train an adapter and save it."""
+    llama(tie_word_embeddings=tied).save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    base.resize_token_embeddings(VOCABULARY + 6, mean_resizing=False)
+    base.save_pretrained(folder / "resized")
+    saves = {"save_embedding_layers": False} if settings.pop("parts", False) else {}
+    base.config._name_or_path = str(folder / "base")
+    model = adapted(base, task_type="CAUSAL_LM", **settings)
+    train(model, causal())
+    model.save_pretrained(folder / "adapter", **saves)
+    return model.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": ["q_proj"]},
+        {"targets": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"targets": ["q_proj"], "trainable_token_indices": [1, VOCABULARY + 1]},
+    ],
+    ids=["frozen", "trained in full", "trained tokens"],
+)
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers)")
+def test_an_adapter_trained_after_tokens_were_added_is_merged_with_them(
+    settings: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    model = with_more_tokens(tied, tmp_path, **settings)
+    assert main(["export", str(tmp_path / "adapter"), "--merge", "--output", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    batch = {"input_ids": torch.arange(VOCABULARY + 6)[None]}
+    torch.testing.assert_close(logits(merged, batch), logits(model, batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tied", "settings"),
+    [
+        (False, {"targets": ["q_proj", "embed_tokens"]}),
+        (False, {"targets": ["q_proj", "embed_tokens"], "parts": True}),
+        (True, {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"], "parts": True}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers)")
+def test_added_tokens_of_which_the_adapter_lacks_weights_are_refused_with_a_way_out(
+    tied: bool, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = with_more_tokens(tied, tmp_path, **settings)
+    argv = ["export", str(tmp_path / "adapter"), "--merge", "--output", str(tmp_path / "merged")]
+    assert main(argv) == 2
+    assert "vocabulary of 70 tokens, and does not hold all of the embedding and the head." in capsys.readouterr().err
+    assert main([*argv, "--model", str(tmp_path / "resized")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    batch = {"input_ids": torch.arange(VOCABULARY + 6)[None]}
+    torch.testing.assert_close(logits(merged, batch), logits(model, batch), rtol=0, atol=1e-5)
 
 
 def test_merging_into_a_quantised_layer_of_a_model_that_does_not_say_so_is_refused(tmp_path: Path) -> None:

@@ -130,7 +130,9 @@ def test_a_smaller_adapter_keeps_the_names_of_the_classes(bert: Path, labelled_t
 
 
 @pytest.mark.parametrize("method", ["lora-ga", "lora"])
-def test_a_checkpoint_of_a_classifier_keeps_its_classes(method: str, bert: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_classifier_keeps_its_classes(
+    method: str, bert: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
     rows = [{"text": text(number), "label": ("good", "bad", "so so")[number % 3]} for number in range(30)]
     data, run = write_rows(tmp_path / "data.jsonl", rows), tmp_path / "run"
     argv = ["train", "--model", bert, "--task", "seq-cls", "--train_file", data, "--output_dir", run, "--rank", "2"]
@@ -143,7 +145,12 @@ def test_a_checkpoint_of_a_classifier_keeps_its_classes(method: str, bert: Path,
         assert main(["export", str(folder), "--output", str(out / "small"), "--rank", "1"]) == 0
         assert lora_ga.load(out / "small").config.id2label == names
         assert lora_ga.load(folder).config.id2label == names
-    assert (folder / "labels.json").read_bytes() == (run / "adapter" / "labels.json").read_bytes()
+    (folder / "labels.json").rename(tmp_path / "labels.json")  # as in checkpoints of earlier versions
+    argv = ["export", folder, "--output", tmp_path / "merged", "--merge"]
+    assert "It has 3 classes, and there is no labels.json that names them. Copy that of the finished" in error_of(argv)
+    shutil.copy(run / "adapter" / "labels.json", folder)
+    assert main([str(each) for each in argv]) == 0
+    assert (tmp_path / "labels.json").read_bytes() == (run / "adapter" / "labels.json").read_bytes()
 
 
 def test_a_merged_classifier_reads_padded_batches_even_if_its_base_had_no_padding_token(
@@ -223,8 +230,21 @@ def test_an_adapter_without_base_name_or_task_or_of_another_base_is_refused(
     wider = AutoModelForCausalLM.from_pretrained(settings["base_model_name_or_path"]).config
     wider.intermediate_size = 64
     AutoModelForCausalLM.from_config(wider).save_pretrained(tmp_path / "wider")
-    assert f"does not fit {tmp_path / 'wider'}" in attempt(base_model_name_or_path=str(tmp_path / "wider"))
+    message = attempt(base_model_name_or_path=str(tmp_path / "wider"))
+    assert f"does not fit {tmp_path / 'wider'} (size mismatch for " in message
+    assert message.endswith("Give its base model by --model.\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_another_error_than_a_wrong_size_is_shown_as_it_is(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: object, **settings: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr("lora_ga.export.merge.merge_adapter", fails)
+    with pytest.raises(RuntimeError, match="^the device is gone$"):
+        main(["export", str(adapter), "--output", str(tmp_path / "out"), "--merge"])
 
 
 @pytest.mark.parametrize("what", [["--rank", 2], ["--merge"]])

@@ -1,6 +1,7 @@
 """`lora-ga export`: turns a trained adapter into a smaller one, a full model, or one that another program reads."""
 
 import json
+import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ example:
 
 # The relative error of a layer's change from which a compressed adapter gets a word of warning.
 NOTABLE_ERROR = 0.05
+# A shape in torch's errors.
+SHAPE = re.compile(r"torch\.Size\(\[([^]]*)\]\)")
 
 
 @dataclass
@@ -190,6 +193,7 @@ def merge(adapter: Path, out: Path, options: ExportOptions) -> None:
 
     Raises:
         ValueError: The output is not empty, the base model cannot be loaded, or the adapter does not fit it.
+        RuntimeError: torch or PEFT fails in another way.
     """
     from lora_ga.cli.terminal import loading
     from lora_ga.files import check_empty
@@ -197,8 +201,9 @@ def merge(adapter: Path, out: Path, options: ExportOptions) -> None:
     check_empty(out)
     loading(f"{adapter} and its base model")
     name, base = load_base(adapter, options)
-    from lora_ga.export.merge import merge_adapter
+    from lora_ga.export.merge import fit_vocabulary, merge_adapter
 
+    fit_vocabulary(base, adapter)
     tokenizer = find_tokenizer([str(adapter), name])
     if tokenizer is not None and base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id  # a classifier cannot read a padded batch without it
@@ -206,9 +211,42 @@ def merge(adapter: Path, out: Path, options: ExportOptions) -> None:
         companions = (lambda _: None) if tokenizer is None else tokenizer.save_pretrained
         merge_adapter(adapter, out, base=base, companions=companions)
     except RuntimeError as error:
-        first = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error))
-        raise ValueError(f"{adapter}: does not fit {name} ({first}). Give its base model by --model.") from error
+        mismatch = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+        if mismatch is None:
+            raise
+        raise ValueError(
+            f"{adapter}: does not fit {name} ({mismatch}). {advice_of(adapter, base, mismatch)}"
+        ) from error
     print(f"{out}: {name} with the adapter merged in" + ("" if tokenizer else "; no tokenizer was found to go with it"))
+
+
+def advice_of(adapter: Path, base: Any, mismatch: str) -> str:
+    """What to do about an adapter that does not fit a base model.
+
+    Args:
+        adapter: The adapter's folder.
+        base: The base model.
+        mismatch: torch's line about a tensor, with the saved shape and that of the model.
+
+    Returns:
+        The end of an error message.
+    """
+    from lora_ga.files import LABELS, embeddings
+
+    saved, own = ([int(size) for size in shape.split(",") if size.strip()] for shape in SHAPE.findall(mismatch))
+    differing = [(one, other) for one, other in zip(saved, own, strict=False) if one != other]
+    if differing in [[(size, len(end.weight))] for end in embeddings(base) for size in saved if hasattr(end, "weight")]:
+        return (
+            f"It was trained with a vocabulary of {differing[0][0]} tokens, and does not hold all of the embedding and "
+            "the head. Save the base model as it was before training, with these tokens and their weights "
+            f"(resize_token_embeddings({differing[0][0]})), and give that folder by --model."
+        )
+    if differing[:1] == [(saved[0], base.config.num_labels)] and not (adapter / LABELS).is_file():
+        return (
+            f"It has {saved[0]} classes, and there is no {LABELS} that names them. Copy that of the finished run's "
+            f'adapter into {adapter}, or write one: {{"0": "name of the first class", "1": ...}}.'
+        )
+    return "Give its base model by --model."
 
 
 def load_base(adapter: Path, options: ExportOptions) -> tuple[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ def merge_adapter(
         FileNotFoundError: There is no adapter in `path`.
         TypeError: The base model has no `save_pretrained`.
         ValueError: `out` is not empty, the base or an adapted layer is quantised, blocks of the base are compiled, an
-            adapted weight is shared with other modules or is a grouped convolution's, the adapter is damaged, the
-            merged weights are not finite, or no configuration describes the merged model.
+            adapted weight is shared with other modules or is a grouped convolution's, the adapter replicates layers,
+            has biases for layers without one, or is damaged, the merged weights are not finite, or no configuration
+            describes the merged model.
     """
     target, base = check_empty(out), unwrapped(base)
     if not hasattr(base, "save_pretrained"):
@@ -52,7 +54,12 @@ def merge_adapter(
             "Blocks of the base model are wrapped by torch.compile, so the merged model would be saved with names that "
             "no program reads. Load the base model again, and merge before its blocks are compiled."
         )
-    _, tensors = read_adapter(Path(path))
+    config, tensors = read_adapter(Path(path))
+    if config.layer_replication:
+        raise ValueError(
+            f"{path}: replicates layers (layer_replication {config.layer_replication}), and the copies share the "
+            "base's weights, so it cannot be merged. Use it from Python, by lora_ga.load."
+        )
     check_names(Path(path), base)
     model = PeftModel.from_pretrained(base, str(path))
     try:
@@ -73,6 +80,32 @@ def merge_adapter(
         companions(folder)
 
 
+def fit_vocabulary(base: Any, path: str | Path) -> None:
+    """Give a base model the vocabulary of an adapter that was trained after tokens were added.
+
+    PEFT saves the embedding and the head with such an adapter. Where it has left out one of them, the weights of the
+    added tokens are not known, and nothing is changed.
+
+    Args:
+        base: The base model.
+        path: The adapter's folder.
+    """
+    _, tensors = read_adapter(Path(path))
+    ends = [end for end in embeddings(base) if hasattr(end, "weight")]
+    held = [_whole_weights(tensors, next(name for name, m in base.named_modules() if m is end)) for end in ends]
+    if len(ends) == 2 and ends[0].weight is ends[1].weight:
+        held = [found for found in held if any(".base_layer." in key for key in found)] or held  # it is that of both
+    sizes = {frozenset(found.values()) for found in held}
+    if len(sizes) == 1 and len(size := sizes.pop()) == 1 and size != {len(ends[0].weight)}:
+        base.resize_token_embeddings(*size, mean_resizing=False)  # the adapter has the values
+
+
+def _whole_weights(tensors: Mapping[str, Tensor], module: str) -> dict[str, int]:
+    """The weights of a module in an adapter's file, other than its factors: name → rows."""
+    weight = re.compile(rf"{re.escape(PREFIX + module)}\.(?!.*lora_)(\w+\.)*weight")
+    return {key: len(tensor) for key, tensor in tensors.items() if weight.fullmatch(key)}
+
+
 def _check_complete(model: PeftModel, tensors: Iterable[str]) -> None:
     """Refuse an adapter whose head was tied to the embedding, on a base that does not tie them: PEFT leaves it out.
 
@@ -89,7 +122,10 @@ def _check_complete(model: PeftModel, tensors: Iterable[str]) -> None:
 
 
 def _check_mergeable(model: PeftModel) -> None:
-    """Refuse quantised layers, also in a model that does not say that it is quantised, and grouped convolutions.
+    """Refuse layers into which PEFT does not merge, or merges something else.
+
+    They are quantised layers, also in a model that does not say that it is quantised, grouped convolutions, and layers
+    without a bias where the adapter has one.
 
     PEFT 0.21 takes a frozen layer of quanto for a plain one and adds the change to a dequantised copy of its weight, so
     the merged model is the base. Into other quantised weights it merges with rounding, and into grouped convolutions
@@ -102,6 +138,12 @@ def _check_mergeable(model: PeftModel) -> None:
         if not isinstance(layer, LoraLayer):
             continue
         base, kind = layer.get_base_layer(), kind_of(layer)
+        if model.peft_config["default"].lora_bias and getattr(base, "bias", None) is None:
+            raise ValueError(
+                f"{name.removeprefix(PREFIX)}: the adapter has a bias here (lora_bias), but the base model's layer has "
+                "none that it could be merged into. Use the adapter from Python, by lora_ga.load, or train without "
+                "lora_bias."
+            )
         weight = getattr(base, layout_of(layer).parameter_name(layer), None)
         if getattr(base, "groups", 1) > 1:
             raise ValueError(

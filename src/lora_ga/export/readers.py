@@ -41,11 +41,13 @@ FACTOR_A = (".lora_A.weight", ".lora_embedding_A")
 REFUSED = {
     "use_dora": "DoRA is not supported; merge the adapter (lora-ga export --merge) or train without use_dora",
     "modules_to_save": "modules trained in full are not supported; merge the adapter, or train without modules_to_save",
-    "lora_bias": "biases of B are not supported; merge the adapter, or train without lora_bias",
-    "layer_replication": "replicated layers are not supported; merge the adapter",
+    "lora_bias": "biases of B are not supported; train without lora_bias (only layers with a bias can be merged)",
+    "layer_replication": "replicated layers are not supported, nor can they be merged; use lora_ga.load in Python",
     "target_parameters": "adapted parameters (of fused experts) are not supported; merge the adapter",
     "trainable_token_indices": "trained tokens are not supported; merge the adapter",
 }
+# Those that merging does not remove, or not on every base model.
+NOT_MERGED = ("lora_bias", "layer_replication")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Verdict:
     Attributes:
         refused: Reasons against it that writing the adapter in another form does not remove.
         fixable: Reasons against it that `write_for` removes.
-        mergeable: Whether merging the adapter removes the refusals.
+        mergeable: Whether merging the adapter removes the refusals, on every base model.
         rank: The smallest allowed rank that holds the adapter; None if the adapter's rank is above all of them.
         advice: How to start the program.
     """
@@ -176,11 +178,12 @@ def check_reader(path: str | Path, name: str) -> Verdict:
         if key.endswith(end)
     }
     largest = max(ranks.values(), default=config.r)
+    unmergeable = any(getattr(config, field, None) for field in NOT_MERGED)
     rank = next((allowed for allowed in reader.ranks if allowed >= largest), None if reader.ranks else largest)
     return Verdict(
         tuple(refused),
         tuple(_mendable(config, ranks, reader)),
-        bool(refused) and reader.tasks.get(config.task_type) != ENCODER_DECODER,
+        bool(refused) and not unmergeable and reader.tasks.get(config.task_type) != ENCODER_DECODER,
         rank,
         reader.usage(path, config.base_model_name_or_path, rank),
     )
