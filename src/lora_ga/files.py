@@ -413,6 +413,18 @@ def read_labels(adapter: Path) -> dict[int, str]:
         ) from error
 
 
+def adapters_in(folder: Path) -> list[Path]:
+    """The adapters below a folder: those with names of their own, or the checkpoints of a run.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The folders that hold one, at most two steps below.
+    """
+    return sorted(file.parent for steps in ("*", "*/*") for file in folder.glob(f"{steps}/{MODEL_FILES[1]}"))
+
+
 def no_companions(folder: Path) -> None:
     """Writes nothing beside what a function writes into its new folder."""
 

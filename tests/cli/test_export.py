@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 import lora_ga
 from lora_ga.cli.main import main
+from lora_ga.export.convert import convert_run
 from lora_ga.version import dtype_setting
 
 from .conftest import VOCABULARY, text, write_rows
@@ -214,6 +216,39 @@ def test_a_missing_adapter_and_an_output_folder_that_is_not_empty_are_refused(
     for argv in (["--merge"], ["--rank", "2"]):
         assert "not empty. Choose another output folder" in error_of(["export", adapter, "--output", tmp_path, *argv])
     assert "--output is missing" in error_of(["export", adapter, "--merge"])
+
+
+def test_adapters_below_the_folder_are_named(
+    adapter: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    for inner in ("named/mine", "named/other", "run/checkpoints/checkpoint-1"):
+        shutil.copytree(adapter, tmp_path / inner)
+    named = tmp_path / "named"
+    argv = ["export", named, "--output", tmp_path / "out", "--rank", "1"]
+    assert f"(no adapter_config.json). Give one of these: {named / 'mine'}, {named / 'other'}.\n" in error_of(argv)
+    message = error_of(["export", tmp_path / "run", "--output", tmp_path / "out", "--rank", "1"])
+    assert f"Give one of these: {tmp_path / 'run' / 'checkpoints' / 'checkpoint-1'}.\n" in message
+    calls: list[Callable[..., Any]] = [partial(lora_ga.compress_adapter, rank=1), partial(convert_run, named / "mine")]
+    for function in calls:
+        with pytest.raises(FileNotFoundError, match="holds no adapter_config.json; give .*mine or .*other."):
+            function(named, tmp_path / "out")
+
+
+def test_an_adapter_in_the_place_of_the_base_model_is_refused(
+    adapter: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    argv = ["export", adapter, "--output", tmp_path / "out", "--merge", "--model", adapter]
+    assert f"--model {adapter}: this is an adapter of the base model" in error_of(argv)
+
+
+def test_where_nothing_is_lost_one_line_says_so(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["export", str(adapter), "--for", "vllm", "--rank", "8", "--output", str(tmp_path / "served")]
+    assert main(argv) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"{tmp_path / 'served'}: rank 8; nothing is lost"
+    assert len(shown) == 2
 
 
 def test_an_adapter_without_base_name_or_task_or_of_another_base_is_refused(

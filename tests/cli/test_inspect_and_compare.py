@@ -259,6 +259,14 @@ def test_compare_refuses_bad_input_with_a_message_and_writes_nothing(
     assert Path("old.html").read_text() == "old"
 
 
+def test_a_missing_run_is_named_before_a_page_that_exists(
+    folders: list[str], error_of: Callable[[list[object]], str]
+) -> None:
+    Path("compare.html").touch()
+    assert "runs/nothing: this folder does not exist." in error_of(["compare", "runs/nothing"])
+    assert "compare.html: exists already." in error_of(["compare", *folders])
+
+
 def test_a_page_that_cannot_be_written_is_named(
     folders: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

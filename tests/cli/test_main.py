@@ -53,11 +53,16 @@ def test_every_command_has_a_main_and_a_help_with_an_example(name: str, capsys: 
 def test_user_errors_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--task", "seq-cls"]) == 2
     assert capsys.readouterr().err == (
-        "lora-ga train: error: --model is missing. Give it on the command line or in the --config file.\n"
+        "lora-ga train: error: --model is missing. Give it on the command line or in the --config file: model to start "
+        "from: a name on the Hugging Face hub or a local folder.\n"
     )
-    for words in (["convert", "first", "last"], ["export", "adapter", "--merge"]):  # these have no --config
-        assert main(words) == 2
-        assert capsys.readouterr().err == f"lora-ga {words[0]}: error: --output is missing. Give it.\n"
+    for words, what in {  # these have no --config
+        ("convert", "first", "last"): "--output is missing. Give it: new or empty folder for the converted adapter",
+        ("export", "adapter", "--merge"): "--output is missing. Give it: new or empty folder for the result",
+        ("rate",): "--learning_rate is missing. Give it: the rate that is known",
+    }.items():
+        assert main([*words]) == 2
+        assert capsys.readouterr().err == f"lora-ga {words[0]}: error: {what}.\n"
 
 
 def test_debug_mode_raises_the_error(monkeypatch: pytest.MonkeyPatch) -> None:

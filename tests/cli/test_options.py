@@ -29,6 +29,7 @@ from lora_ga.cli.settings import (
     OPTION_OF,
     START,
     estimate_settings,
+    in_options,
     library_config,
     settings_as_options,
 )
@@ -261,6 +262,26 @@ def test_a_new_setting_of_the_library_becomes_an_option() -> None:
 
 def test_every_setting_has_a_help_text_for_the_command_line() -> None:
     assert set(HELP) == {item.name for item in fields(LoraGAConfig)} - set(ELSEWHERE)
+
+
+RANK = "  a, b: rank 12 is too large. The largest rank that fits all is 8 (a)\n"
+LEAVE = 'Leave them out of target_modules, or set on_missing="lora" to start them as plain LoRA.'
+OPTIONS = "eave them out of --target_modules, or set --on_missing lora to start them as plain LoRA."
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ('LoraGAConfig(estimator="probe") saves', "--estimator probe saves"),
+        ("use LoraGAConfig(training_mode=False).", "use --training_mode False."),
+        ("set max_batches=8", "set --estimate_batches 8"),
+        ("a/scale=stable: --target_modules x", "a/scale=stable: --target_modules x"),
+        (f"2 of 4:\n{RANK}{LEAVE}", f"2 of 4:\n{RANK}Give --rank 8, l{OPTIONS}"),
+        (f"3 of 4:\n{RANK}  c: no gradient\n{LEAVE}", f"3 of 4:\n{RANK}  c: no gradient\nL{OPTIONS}"),
+    ],
+)
+def test_messages_of_the_library_name_options(message: str, shown: str) -> None:
+    assert in_options(message) == shown
 
 
 def test_help_explains_every_option_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -366,6 +366,39 @@ def test_a_base_in_4_bits_trains_resumes_and_merges(
     assert main(["export", str(tmp_path / "run"), "--merge", f"--output={tmp_path / 'merged'}"]) == 0
     argv = command(folder, data, tmp_path / "full", method="full", **given)
     assert "--load_in_4bit freezes the weights, but --method full trains them" in error_of(argv)
+    argv = command(folder, data, tmp_path / "shifted", offset="base", **given)
+    assert "--offset base changes the base model's weights, which --load_in_4bit quantises. Leave" in error_of(argv)
+    assert (
+        main([str(each) for each in command(folder, data, tmp_path / "lora", method="lora", offset="base", **given)])
+        == 0
+    )
+
+
+def test_a_4_bit_layer_that_this_cpu_cannot_evaluate_is_named(
+    llama: Path,
+    bert: Path,
+    prompts: Path,
+    labelled_texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error_of: Callable[[list[object]], str],
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="install the extra 'dev' to run this test")
+
+    def pack(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        if not layer.training and layer.out_features == 48:
+            raise AssertionError("N must be divisible by block_n")
+        return x.new_zeros(*x.shape[:-1], layer.out_features)
+
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", pack)
+    given: dict[str, Any] = {"load_in_4bit": True}
+    message = "(48 x 32) in 4 bits on this CPU (N must be divisible by block_n). Leave it out, or use a GPU."
+    found = error_of(command(llama, prompts, tmp_path / "run", task="causal-lm", **given))
+    assert f"--load_in_4bit: bitsandbytes cannot evaluate model.layers.0.mlp.gate_proj {message}" in found
+    given |= {"task": "seq-cls", "eval_file": labelled_texts}
+    found = error_of(command(bert, labelled_texts, tmp_path / "run", **given))
+    assert f"bitsandbytes cannot evaluate bert.encoder.layer.0.intermediate.dense {message}" in found
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_short_run_estimates_on_fewer_batches(
@@ -477,6 +510,38 @@ def test_an_impossible_request_is_refused_and_nothing_is_written(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert message in error_of(command(bert, labelled_texts, tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_some_layers_are_too_small_for_is_refused_with_options_that_help(
+    llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    given: dict[str, Any] = {"task": "causal-lm", "max_steps": 1}
+    message = error_of(command(llama, prompts, tmp_path / "run", **given, rank=12))
+    assert (
+        "\nGive --rank 8, leave them out of --target_modules, or set --on_missing lora to start them as plain LoRA.\n"
+        in message
+    )
+    run(llama, prompts, tmp_path / "lower", **given, rank=8)
+    run(llama, prompts, tmp_path / "plain", **given, rank=12, on_missing="lora")
+
+
+def test_an_adapter_in_the_place_of_the_model_is_refused_with_what_to_do(
+    llama: Path, prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    given: dict[str, Any] = {"task": "causal-lm", "max_steps": 1}
+    run(llama, prompts, tmp_path / "my run", **given)
+    adapter = tmp_path / "my run" / "adapter"
+    for folder in (adapter, adapter.parent):
+        message = error_of(command(folder, prompts, tmp_path / "next", **given))
+        assert f"--model {folder}: this is an adapter of the base model {llama}, not a model. Give its base" in message
+    merge = shlex.split(message.partition("first: lora-ga ")[2].partition(" FOLDER")[0])
+    argv = ["--model", adapter, "--task", "causal-lm", "--train_file", prompts, "--output", tmp_path / "e.safetensors"]
+    assert f"--model {adapter}: this is an adapter of" in error_of(["estimate", *argv])
+    assert main([*merge, str(tmp_path / "merged")]) == 0
+    run(tmp_path / "merged", prompts, tmp_path / "next", **given)
+    assert lora_ga.load(str(adapter), is_trainable=True).active_adapter == "default"
+    (adapter / "adapter_config.json").write_text("{")
+    assert "this is an adapter, not a model." in error_of(command(adapter, prompts, tmp_path / "again", **given))
 
 
 def test_several_processes_are_refused(

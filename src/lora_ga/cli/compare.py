@@ -76,11 +76,11 @@ def main(argv: list[str]) -> int:
     if not folders:
         raise ValueError("0 runs given, at least 1 is needed. `lora-ga compare --help` shows an example.")
     _refuse_twice(folders)
+    runs = [load_run(folder) for folder in folders]
     page, png = Path(options.output), Path(options.png) if options.png else None
     check_output(page, ".html", overwrite=namespace.overwrite)
     if png:
         check_output(png, ".png", overwrite=namespace.overwrite)
-    runs = [load_run(folder) for folder in folders]
     from lora_ga.experiments.pages.drawing import render  # slow to import, so after the checks above
     from lora_ga.experiments.pages.runs import page_html, summary_caption, training_figure
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from lora_ga.cli.options import at_least, did_you_mean, option, require
+from lora_ga.cli.options import at_least, did_you_mean, option, refuse_adapter, require
 from lora_ga.cli.parsing import OptionParser
-from lora_ga.files import ADAPTER
+from lora_ga.files import ADAPTER, adapters_in
 from lora_ga.version import dtype_setting
 
 USAGE = "lora-ga export ADAPTER (--output FOLDER (--rank K | --merge) | --for PROGRAM [--output FOLDER]) [options]"
@@ -88,10 +88,17 @@ def main(argv: list[str]) -> int:
         )
     adapter, out = adapter_of(Path(positional.adapter)), Path(options.output)
     if not (adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(
-            f"{adapter}: there is no adapter (no adapter_config.json).{did_you_mean(adapter)} Give the folder that "
-            "save_pretrained wrote, or that of a run of `lora-ga train`."
+        inside = adapters_in(adapter)
+        advice = (
+            f"Give one of these: {', '.join(map(str, inside))}."
+            if inside
+            else ("Give the folder that save_pretrained wrote, or that of a run of `lora-ga train`.")
         )
+        raise FileNotFoundError(
+            f"{adapter}: there is no adapter (no adapter_config.json).{did_you_mean(adapter)} {advice}"
+        )
+    if options.model is not None:
+        refuse_adapter(options.model)
     if positional.reader is not None:
         return prepare(adapter, options, positional.reader)
     if options.merge:
@@ -122,6 +129,9 @@ def show_written(adapter: Path, out: Path, errors: dict[str, float]) -> None:
 
     written = json.loads((out / "adapter_config.json").read_text())
     rank = written["lora_parameters"]["rank"] if "lora_parameters" in written else written["r"]
+    if not any(errors.values()):
+        print(f"{out}: rank {rank}; nothing is lost")
+        return
     rows = [[name, percent(error)] for name, error in errors.items()]
     terminal().print(as_rich(Table(["layer", "relative error of its change"], rows)))
     worst = max(errors, key=lambda name: errors[name])

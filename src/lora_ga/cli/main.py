@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 
 # Name -> help text. The module of that name in this package has `main(argv) -> int`. It is imported when it is called,
@@ -80,16 +81,16 @@ def _call(command: str, argv: list[str]) -> int:
     debug = os.environ.get("LORA_GA_DEBUG", "") not in {"", "0"}
     # PEFT 0.21 and TRL 1.16 use names that Transformers 5.23 and 5.24 have renamed.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    formatted = warnings.formatwarning
+    formatted, shown = warnings.formatwarning, _shown(command)
     if not debug:
         # Without the place in the code, which is none of the user's.
-        warnings.formatwarning = lambda message, category, *rest, **named: f"warning: {message}\n"
+        warnings.formatwarning = lambda message, category, *rest, **named: f"warning: {shown(str(message))}\n"
     try:
         return importlib.import_module(f"lora_ga.cli.{command}").main(argv)
     except (ValueError, OSError) as error:
         if debug:
             raise
-        return _refuse(f"lora-ga {command}", str(error))
+        return _refuse(f"lora-ga {command}", shown(str(error)))
     except KeyboardInterrupt as error:
         if debug:
             raise
@@ -97,6 +98,15 @@ def _call(command: str, argv: list[str]) -> int:
         return 130
     finally:
         warnings.formatwarning = formatted
+
+
+def _shown(command: str) -> Callable[[str], str]:
+    """How a command shows a message of the library."""
+    if command not in {"train", "estimate"}:  # these have the library's settings as options
+        return str
+    from lora_ga.cli.settings import in_options
+
+    return in_options
 
 
 def _refuse(prog: str, message: str) -> int:

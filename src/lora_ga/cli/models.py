@@ -169,6 +169,7 @@ def load_base(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if model_class == "AutoModelForCausalLM":
+        check_four_bits(model)
         check_causal(model, options.model)
     if options.gradient_checkpointing:
         # Transformers 5.23 renamed the method.
@@ -207,6 +208,30 @@ def four_bits(options: ModelOptions, loader: Any, *, has_new_head: bool) -> dict
         llm_int8_skip_modules=heads,
     )
     return {"quantization_config": quantisation, "device_map": {"": device()}}
+
+
+@torch.no_grad()
+def check_four_bits(model: Any) -> None:
+    """Refuses a model that cannot be evaluated because of a 4-bit layer that bitsandbytes cannot compute on this CPU.
+
+    On some CPUs it packs the weights for evaluation, which needs certain widths. In training it does not.
+
+    Raises:
+        ValueError: There is such a layer.
+    """
+    if model.device.type != "cpu" or not getattr(model, "is_loaded_in_4bit", False):
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            try:
+                layer.eval()(torch.zeros(2, layer.in_features, dtype=layer.compute_dtype))
+            except AssertionError as error:
+                raise ValueError(
+                    f"--load_in_4bit: bitsandbytes cannot evaluate {name} ({layer.out_features} x {layer.in_features}) "
+                    f"in 4 bits on this CPU ({error}). Leave it out, or use a GPU."
+                ) from error
 
 
 def device() -> torch.device:

@@ -3,14 +3,16 @@
 The parser shows the help text of each field and its default. This module imports nothing slow.
 """
 
+import contextlib
 import re
-from dataclasses import asdict, dataclass, field
+import shlex
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_ga.cli.settings import START, estimate_settings, library_config, settings_as_options
-from lora_ga.files import MODEL_FILES
+from lora_ga.files import ADAPTER, MODEL_FILES, parse_json
 
 # Where to begin a sweep, by method. With the default size of the start the best rates of LoRA-GA are near those of LoRA
 # (docs/evidence.md). With stable_gamma = 16 its authors advise the rates of full fine-tuning (Outsider565/LoRA-GA,
@@ -49,16 +51,18 @@ def fraction(options: object, *names: str) -> None:
             raise ValueError(f"--{name}: found {value}, but it must be at least 0 and less than 1.")
 
 
-def require(options: object, *names: str, config: bool = True) -> None:
+def require(options: Any, *names: str, config: bool = True) -> None:
     """Refuses required options that were not given. `config`: whether the command has the option --config.
 
     Raises:
         ValueError: An option is missing.
     """
     where = " on the command line or in the --config file" if config else ""
+    helps = {item.name: str(item.metadata["help"]) for item in fields(options)}
     for name in names:
         if not getattr(options, name):
-            raise ValueError(f"--{name} is missing. Give it{where}.")
+            what = re.sub(r" \(required[^)]*\)", "", helps[name])
+            raise ValueError(f"--{name} is missing. Give it{where}: {what}.")
 
 
 # The kinds of data files.
@@ -107,6 +111,27 @@ def not_reached(model: str, why: str) -> str:
     )
 
 
+def refuse_adapter(model: str) -> None:
+    """Refuses the folder of an adapter, or of a run with one, in the place of a model's, and says what to do with it.
+
+    Raises:
+        ValueError: It is one.
+    """
+    folder = next((path for path in (Path(model), Path(model) / ADAPTER) if (path / MODEL_FILES[1]).is_file()), None)
+    if folder is None or (Path(model) / MODEL_FILES[0]).is_file():
+        return
+    of = ""
+    with contextlib.suppress(ValueError, AttributeError):  # damaged: what to do is the same
+        base = parse_json((folder / MODEL_FILES[1]).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        of = f" of the base model {base}" if base else ""
+    merge = shlex.join(["lora-ga", "export", str(folder), "--merge", "--output"])
+    raise ValueError(
+        f"--model {model}: this is an adapter{of}, not a model. Give its base model to start a new adapter, or merge "
+        f"this one into it first: {merge} FOLDER. To train this one on, use lora_ga.load({str(folder)!r}, "
+        "is_trainable=True) in Python."
+    )
+
+
 def check_model_folder(model: str) -> None:
     """Refuses a name that can only be a local folder, if there is no such folder, and a folder without a model.
 
@@ -114,7 +139,9 @@ def check_model_folder(model: str) -> None:
 
     Raises:
         FileNotFoundError: There is no such folder, or no model in it.
+        ValueError: It holds an adapter.
     """
+    refuse_adapter(model)
     folder = Path(model)
     if not folder.exists():
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model):
@@ -127,7 +154,7 @@ def check_model_folder(model: str) -> None:
         fetched = any(isinstance(try_to_load_from_cache(model, name), str) for name in MODEL_FILES)
         if constants.HF_HUB_OFFLINE and not fetched:
             raise FileNotFoundError(not_reached(model, "HF_HUB_OFFLINE is set"))
-    if folder.is_dir() and not any((folder / name).is_file() for name in MODEL_FILES):
+    if folder.is_dir() and not (folder / MODEL_FILES[0]).is_file():
         raise FileNotFoundError(
             f"--model {model}: this folder holds no model (no config.json). Give the folder that save_pretrained wrote."
         )
@@ -346,7 +373,7 @@ def check_inputs(model: ModelOptions, data: DataOptions) -> None:
 
     Raises:
         FileNotFoundError: The model's folder, the data file or the chat template does not exist.
-        ValueError: The data file is of another kind, or empty.
+        ValueError: The model is an adapter, or the data file is of another kind or empty.
     """
     check_model_folder(model.model)
     if data.chat_template is not None and not Path(data.chat_template).is_file():
@@ -375,12 +402,16 @@ class Job:
 
         Raises:
             ValueError: The evaluation data does not fit the training data, or has two sources; or every weight is to be
-                trained in 4 bits.
+                trained in 4 bits, or to change.
         """
         training = self.training
         if self.model.load_in_4bit and training.method == "full":
             raise ValueError(
                 "--load_in_4bit freezes the weights, but --method full trains them. Leave it out, or train an adapter."
+            )
+        if self.model.load_in_4bit and training.method == "lora-ga" and vars(self.adapter)["offset"] == "base":
+            raise ValueError(
+                "--offset base changes the base model's weights, which --load_in_4bit quantises. Leave one of them out."
             )
         if training.eval_split is not None and self.data.dataset is None:
             raise ValueError("--eval_split belongs to --dataset, but a --train_file was given. Use --eval_file.")

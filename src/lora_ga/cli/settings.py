@@ -94,3 +94,26 @@ def library_config(*groups: Any, config: Any = LoraGAConfig) -> Any:
         except ValueError as error:
             raise ValueError(f"--{options[name]}: {error}") from error
     return config(**values)
+
+
+def in_options(message: str) -> str:
+    """A message of the library with options in the place of Python's settings: --on_missing lora for on_missing="lora".
+
+    Where a lower rank is all that it takes, it comes first among the ways out.
+
+    Args:
+        message: The message.
+
+    Returns:
+        The message for the command line.
+    """
+    before, names = r"(?<![\w/.-])", [field.name for field in dataclasses.fields(LoraGAConfig)]
+    for name in (name for name in names if name not in ELSEWHERE):
+        setting = rf'{name}=(["\']?)(\w+)\1'
+        for text in (rf"LoraGAConfig\({setting}\)", setting):
+            message = re.sub(before + text, rf"--{OPTION_OF.get(name, name)} \2", message)
+    message = re.sub(rf"{before}target_modules\b", "--target_modules", message)
+    fits = re.findall(r"^  .*The largest rank that fits all is (\d+)", message, re.MULTILINE)
+    if fits and len(re.findall(r"^  ", message, re.MULTILINE)) == 1:
+        message = message.replace("\nLeave them out of", f"\nGive --rank {fits[0]}, leave them out of")
+    return message

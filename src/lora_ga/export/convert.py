@@ -29,7 +29,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_ga.adapter.save import FILE as SIDECAR
-from lora_ga.files import Companions, check_empty, damaged, new_folder, no_companions, parse_json, write_safetensors
+from lora_ga.files import (
+    Companions,
+    adapters_in,
+    check_empty,
+    damaged,
+    new_folder,
+    no_companions,
+    parse_json,
+    write_safetensors,
+)
 from lora_ga.warn import warn
 
 # The factors of linear and convolution layers, and of embeddings: letter → the dimension of the rank.
@@ -110,7 +119,8 @@ def _read(folder: Path) -> tuple[Config, Tensors]:
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / file).is_file():
             found = f"holds no {file}" if folder.is_dir() else "there is no such folder"
-            raise FileNotFoundError(f"{folder}: {found}; give the folder that save_pretrained wrote.")
+            wanted = " or ".join(map(str, adapters_in(folder))) or "the folder that save_pretrained wrote"
+            raise FileNotFoundError(f"{folder}: {found}; give {wanted}.")
     try:
         config = parse_json((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)

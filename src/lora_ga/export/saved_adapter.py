@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_ga.adapter.file import check_names
-from lora_ga.files import damaged, without_compiled
+from lora_ga.files import adapters_in, damaged, without_compiled
 
 
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -29,7 +29,8 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / file).is_file():
             found = f"holds no {file}" if folder.is_dir() else "there is no such folder"
-            raise FileNotFoundError(f"{folder}: {found}; give the folder that save_pretrained wrote.")
+            wanted = " or ".join(map(str, adapters_in(folder))) or "the folder that save_pretrained wrote"
+            raise FileNotFoundError(f"{folder}: {found}; give {wanted}.")
     check_names(folder)
     with damaged(folder / CONFIG_NAME):
         config = PeftConfig.from_pretrained(str(folder))
