@@ -31,6 +31,7 @@ OTHER_OBJECTS = {
     "integrations/trainer_data.py": {"trainer"},
     "integrations/trainer_state.py": {"arguments", "attributes", "part", "schedule", "trainer", "twin"},
     "integrations/peft.py": {"lora_config"},
+    "export/merge.py": {"config"},  # the configuration of the merged model, not a module
     # The command line and the experiments load their models, tokenizers and trainers themselves.
     "cli/callbacks.py": {"control"},
     "cli/export.py": {"base"},
