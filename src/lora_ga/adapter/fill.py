@@ -33,7 +33,7 @@ from lora_ga.adapter.save import FILE, read_sidecar
 from lora_ga.adapter.structure import build_structure, padding_of
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
-from lora_ga.files import another_base, base_model, damaged, embeddings, without_compiled
+from lora_ga.files import adapters_in, another_base, base_model, damaged, embeddings, without_compiled
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.joined import JoinedA, JoinedB
 from lora_ga.layers.kinds import entries, weight_of
@@ -142,11 +142,12 @@ def adapters_below(folder: Path) -> str:
     Returns:
         A sentence, after a space; empty if there are none.
     """
-    found = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}"))
+    found = adapters_in(folder)
     if not found:
         return ""
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f" Its subfolders hold adapters: {', '.join(found[:3])}{more}. Give one of them, as {folder / found[0]}."
+    names = ", ".join(str(each.relative_to(folder)) for each in found[:3])
+    return f" Its subfolders hold adapters: {names}{more}. Give one of them, as {found[0]}."
 
 
 def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
