@@ -25,7 +25,7 @@ import processes
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.save import FILE
 from lora_ga.adapter.structure import give_structure
-from lora_ga.integrations.trainer_state import check_rate_can_be_set
+from lora_ga.integrations.trainer_rate import PeakRate
 from lora_ga.version import is_before
 from toys import adapted, causal, gpt2, injected, llama, logits
 from trainers import (
@@ -87,16 +87,16 @@ def test_a_short_run_gets_an_estimate_on_fewer_batches_and_a_note(
     steps: int, accumulated: int, given: int | None, read: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = LoraGAConfig() if given is None else LoraGAConfig(max_batches=given)
-    arguments: Any = SimpleNamespace(
-        gradient_accumulation_steps=accumulated, world_size=1, learning_rate=1e-3, optim="adamw_torch"
-    )
+    arguments: Any = SimpleNamespace(gradient_accumulation_steps=accumulated, world_size=1, optim="adamw_torch")
     state: Any = SimpleNamespace(max_steps=steps, is_world_process_zero=True)
     with caplog.at_level(logging.INFO, logger="lora_ga"):
-        assert LoraGACallback(config)._config_for(arguments, state).max_batches == read
+        assert LoraGACallback(config)._config_for(arguments, state, 1e-3).max_batches == read
     note = f"training reads {steps * accumulated} batches. So the estimate reads at most {read} batches, not 32"
     assert (note in caplog.text) == (read in {8, 22})
     assert (f"{steps} steps at a learning rate of 0.001 move a weight" in caplog.text) == (steps == 4)
-    own = LoraGACallback(batches=causal())._config_for(arguments, state)
+    caplog.clear()
+    own = LoraGACallback(batches=causal())._config_for(arguments, state, None)
+    assert "learning rate" not in caplog.text  # a search will find one
     assert own.resolved().max_batches == 32  # batches of one's own are all meant
 
 
@@ -585,7 +585,7 @@ def test_processes_estimate_on_their_shares_and_get_the_same_start(tmp_path: Pat
 
 
 def test_the_rate_that_is_found_is_trained_with_and_nothing_else_changes(tmp_path: Path) -> None:
-    changes = {"max_steps": 60, "logging_steps": 5, "save_steps": 30, "lr_scheduler_type": "cosine"}
+    changes = {"max_steps": 60, "logging_steps": 1, "save_steps": 30, "lr_scheduler_type": "cosine"}
     auto = transformers_trainer([callback(learning_rate="auto")], tmp_path / "auto", **changes)
     with pytest.warns(UserWarning, match="No learning rate up to"):  # so small a model barely reacts to a step
         auto.train()
@@ -602,6 +602,7 @@ def test_the_rate_that_is_found_is_trained_with_and_nothing_else_changes(tmp_pat
     shutil.rmtree(tmp_path / "auto" / "checkpoint-60")
     resumed = transformers_trainer([callback(learning_rate="auto")], tmp_path / "auto", **changes)
     resumed.train(resume_from_checkpoint=True)
+    assert resumed.args.learning_rate == found
     assert resumed.state.log_history[-2]["loss"] == pytest.approx(other[-2]["loss"], rel=1e-6)
     auto.train()  # a second call goes on with the rate of the first
     assert auto.args.learning_rate == found
@@ -620,9 +621,10 @@ def test_auto_refuses_the_optimizers_and_schedules_that_it_is_not_made_for(tmp_p
         trainer.train()
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
     with pytest.raises(ValueError, match="cannot change the rate of a ReduceLROnPlateau"):
-        check_rate_can_be_set(optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), 1e-3)
-    with pytest.raises(ValueError, match=r"the learning_rate is 0.0. Give the trainer one above 0"):
-        check_rate_can_be_set(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), 0.0)
+        PeakRate(trainer, optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)).check()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.0)
+    with pytest.raises(ValueError, match=r"the learning_rate of the optimizer is 0.0. Give the trainer.*above 0"):
+        PeakRate(trainer, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)).check()
 
 
 def test_auto_refuses_too_little_data_before_the_estimate_and_its_advice_works(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ OTHER_OBJECTS = {
     # A trainer, its arguments, its state and its data loader, none of them a module; PEFT's configuration.
     "integrations/trainer.py": {"trainer"},
     "integrations/trainer_data.py": {"trainer"},
-    "integrations/trainer_state.py": {"arguments", "attributes", "part", "schedule", "trainer", "twin"},
+    "integrations/trainer_rate.py": {"twin"},
+    "integrations/trainer_state.py": {"arguments", "attributes", "part", "trainer", "twin"},
     "integrations/peft.py": {"lora_config"},
     "export/merge.py": {"config"},  # the configuration of the merged model, not a module
     # The command line and the experiments load their models, tokenizers and trainers themselves.

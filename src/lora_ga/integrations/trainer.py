@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftModel
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, has_length
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.initialize import initialize
 from lora_ga.adapter.load import restore_starts
 from lora_ga.adapter.model_card import write_section
-from lora_ga.adapter.rate import LEAST_STEPS, check_batches, find_rate, note_default_rate, warn_of_constant
+from lora_ga.adapter.rate import LEAST_STEPS, find_rate, note_default_rate, warn_of_constant
 from lora_ga.adapter.save import save_sidecar
 from lora_ga.adapter.structure import give_structure
 from lora_ga.config import LoraGAConfig
@@ -28,16 +30,12 @@ from lora_ga.gradients.loss import LossFunction
 from lora_ga.gradients.progress import LOGGER, note_fewer_batches, note_short_run
 from lora_ga.gradients.result import GradientEstimate, scalars
 from lora_ga.integrations.trainer_data import TrainerLoss, batches_of_trainer, check_training_data
-from lora_ga.integrations.trainer_state import (
-    check_rate_can_be_set,
-    set_rate,
-    trainer_kept,
-    use_arguments_of_one_batch,
-)
+from lora_ga.integrations.trainer_rate import PeakRate, check_data_of_search, found_rate
+from lora_ga.integrations.trainer_state import trainer_kept, use_arguments_of_one_batch
 from lora_ga.layers.targets import peft_model_in
 
 
-class LoraGACallback(TrainerCallback):
+class LoraGACallback(TrainerCallback, ExportableState):
     """Initializes the LoRA adapter of a trainer with LoRA-GA.
 
     It works in every trainer derived from Transformers' `Trainer`, with the trainer's own loss and data. First the
@@ -82,9 +80,10 @@ class LoraGACallback(TrainerCallback):
             adapter_name: The adapter.
             trainer: The trainer to which the callback will be added. Its adapter gets the structure now.
             learning_rate: "auto" looks for the peak learning rate after the start, by `lora_ga.find_rate` on the
-                trainer's batches, and sets it in the optimizer, the schedule and the trainer's arguments. In a run of
-                less than 50 steps the arguments' rate stays. A resumed run has the rate of its checkpoint, and a second
-                call of `train` that of the first. None: the arguments' rate.
+                trainer's batches, and sets it in the optimizer, the schedule and the trainer's arguments. The ratios
+                between the rates of parameter groups stay. In a run of less than 50 steps the optimizer's rate stays. A
+                resumed run has the rate of its checkpoint, and a second call of `train` that of the first. None: the
+                optimizer's rate.
 
         Raises:
             TypeError: The trainer's model has no LoRA layers, or `config` is no `LoraGAConfig`.
@@ -109,7 +108,9 @@ class LoraGACallback(TrainerCallback):
         self.learning_rate = learning_rate
         self.estimate: GradientEstimate | None = None
         self._trainer: Trainer | None = None
-        self._filled: Alignment | None = None
+        self._filled: Alignment | None = None  # the adapter that has its start
+        self._rated: Alignment | None = None  # the adapter that has its rate
+        self._found: dict[str, Any] | None = None  # the rate that was found, for checkpoints
         if trainer is not None:
             self._use(trainer)
 
@@ -181,29 +182,33 @@ class LoraGACallback(TrainerCallback):
         """
         trainer, checkpoint = self._trainer_and_checkpoint(state)
         checkpoint = checkpoint or _checkpoint_of(args, state)
-        alignment = alignment_of(model, self.adapter_name)
+        peak = PeakRate(trainer, optimizer, lr_scheduler)
         if checkpoint is not None:
             restore_starts(model, checkpoint, self.adapter_name)
             if state.is_world_process_zero:
                 LOGGER.info(f"LoRA-GA: A₀ and B₀ restored from {checkpoint}")
-        elif alignment is None or alignment is not self._filled:
-            if self.learning_rate == "auto" and state.max_steps >= LEAST_STEPS:
-                check_rate_can_be_set(optimizer, lr_scheduler, args.learning_rate)
-                read: Any = train_dataloader if self.batches is None else self.batches
-                if has_length(read):  # before the estimate, which would be lost
-                    check_batches(len(read), args.gradient_accumulation_steps)
-                warn_of_constant(SchedulerType(args.lr_scheduler_type).value)
-            config = self._config_for(args, state)
-            self.estimate = self._initialize(trainer, model, train_dataloader, config)
-            alignment = alignment_of(model, self.adapter_name)
-            numbers = scalars(self.estimate, {} if alignment is None else alignment.ranks)
-            for tracker in _trackers(trainer, args):
-                tracker.on_log(args, state, control, model=model, logs=numbers)
-            if self.learning_rate == "auto":
-                rate = self._find_rate(trainer, model, train_dataloader, args, state)
-                set_rate(rate, args, optimizer, lr_scheduler)
-        self._filled = alignment_of(model, self.adapter_name)
+            self._filled = self._rated = alignment_of(model, self.adapter_name)
+            self._found = found_rate(state, self) if self.learning_rate == "auto" else None
+            if self._found is not None:
+                peak.restore(self._found, state.max_steps)
+            elif self.learning_rate == "auto" and state.max_steps >= LEAST_STEPS and state.is_world_process_zero:
+                LOGGER.info(
+                    "LoRA-GA: the checkpoint has no learning rate that was found, and a resumed run looks for none. So "
+                    f"training goes on with the peak rate {max(peak.of_groups):g}"
+                )
+        else:
+            self._begin(trainer, model, train_dataloader, args, state, control, peak)
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # older checkpoints lack it
         self._extend_model_card(trainer)
+
+    def state(self) -> dict[str, Any]:
+        """What Transformers keeps in the `trainer_state.json` of a checkpoint: the rate that was found.
+
+        Returns:
+            Arguments and attributes of a callback for a resumed run.
+        """
+        arguments = {"adapter_name": self.adapter_name, "learning_rate": self.learning_rate}
+        return {"args": arguments, "attributes": {"_found": self._found}}
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -266,12 +271,61 @@ class LoraGACallback(TrainerCallback):
             )
         return self._trainer, None
 
-    def _config_for(self, args: TrainingArguments, state: TrainerState) -> LoraGAConfig:
-        """The settings for a run of this length. Notes what the user may want to change, in the first process."""
+    def _begin(
+        self,
+        trainer: Trainer,
+        model: Any,
+        loader: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        peak: PeakRate,
+    ) -> None:
+        """Write A₀ and B₀ and find the rate, each unless the adapter has it.
+
+        After an error or an interruption the next call of `train` does what is left.
+        """
+        alignment = alignment_of(model, self.adapter_name)
+        starts = alignment is None or alignment is not self._filled
+        rates = self.learning_rate == "auto" and (starts or alignment is not self._rated)
+        searches = rates and state.max_steps >= LEAST_STEPS
+        optimizer_of_trials = None
+        if searches:  # before the estimate, which would be lost
+            peak.check()
+            optimizer_of_trials = peak.optimizer_of_trials(model)
+            check_data_of_search(loader, self.batches, args.gradient_accumulation_steps)
+            warn_of_constant(SchedulerType(args.lr_scheduler_type).value)
+        if starts:
+            self._found = None
+            config = self._config_for(args, state, None if searches else peak.rate)
+            self.estimate = self._initialize(trainer, model, loader, config)
+            alignment = self._filled = alignment_of(model, self.adapter_name)
+            numbers = scalars(self.estimate, {} if alignment is None else alignment.ranks)
+            for tracker in _trackers(trainer, args):
+                tracker.on_log(args, state, control, model=model, logs=numbers)
+        if searches:
+            rate = self._find_rate(trainer, model, loader, args, state, optimizer_of_trials)
+            peak.note_given_schedule(rate)
+            self._found = peak.set(rate, peak.of_groups_at(rate), state.max_steps)
+        elif rates:
+            LOGGER.info(note_default_rate(state.max_steps, peak.rate))
+        self._rated = alignment
+
+    def _config_for(self, args: TrainingArguments, state: TrainerState, rate: float | None) -> LoraGAConfig:
+        """The settings for a run of this length. Notes what the user may want to change, in the first process.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            rate: The peak learning rate; None if a search will find one.
+
+        Returns:
+            The settings.
+        """
         if not state.is_world_process_zero:
             return self.config if self.batches is not None else self.config.resolved(_batches_of(args, state))
-        if str(args.optim).rpartition(".")[2].lower().startswith("adamw"):
-            note_short_run(self.config, state.max_steps, args.learning_rate)
+        if rate is not None and str(args.optim).rpartition(".")[2].lower().startswith("adamw"):
+            note_short_run(self.config, state.max_steps, rate)
         return self.config if self.batches is not None else note_fewer_batches(self.config, _batches_of(args, state))
 
     def _initialize(self, trainer: Trainer, model: Any, loader: Any, config: LoraGAConfig) -> GradientEstimate:
@@ -282,16 +336,24 @@ class LoraGACallback(TrainerCallback):
             return initialize(model, batches, config, loss_fn=loss, adapter_name=self.adapter_name)
 
     def _find_rate(
-        self, trainer: Trainer, model: Any, loader: Any, args: TrainingArguments, state: TrainerState
+        self,
+        trainer: Trainer,
+        model: Any,
+        loader: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        optimizer: Callable[[float], Optimizer] | None,
     ) -> float:
-        """Look for the learning rate with the trainer's loss, data and autocast; the arguments' rate in a short run."""
-        if state.max_steps < LEAST_STEPS:
-            LOGGER.info(note_default_rate(state.max_steps, args.learning_rate))
-            return args.learning_rate
+        """Look for the learning rate with the trainer's loss, data and autocast."""
         with self._reading(trainer, loader) as batches:
-            loss = TrainerLoss(trainer, model, None, self.loss_fn)
-            accumulated = args.gradient_accumulation_steps
-            return find_rate(model, batches, state.max_steps, gradient_accumulation_steps=accumulated, loss_fn=loss)
+            return find_rate(
+                model,
+                batches,
+                state.max_steps,
+                gradient_accumulation_steps=args.gradient_accumulation_steps,
+                loss_fn=TrainerLoss(trainer, model, None, self.loss_fn),
+                optimizer=optimizer,
+            )
 
     @contextlib.contextmanager
     def _reading(self, trainer: Trainer, loader: Any) -> Iterator[Iterable[Any]]:

@@ -41,7 +41,7 @@ def _check_restarts(data: Any) -> None:
     Raises:
         ValueError: The data is an iterator, or a stream that holds one.
     """
-    if not _restarts(data):
+    if not restarts(data):
         raise ValueError(
             f"The training data is a {type(data).__name__}, an iterable that may not restart since it is or holds an "
             "iterator, so batches taken from it could be missing in training. Pass LoraGACallback(batches=...), or "
@@ -49,15 +49,22 @@ def _check_restarts(data: Any) -> None:
         )
 
 
-def _restarts(data: Any) -> bool:
-    """Whether data begins anew with every iteration. A stream does, unless an iterator is in one of its attributes."""
+def restarts(data: Any) -> bool:
+    """Whether data begins anew with every iteration. A stream does, unless an iterator is in one of its attributes.
+
+    Args:
+        data: The data.
+
+    Returns:
+        Whether it does.
+    """
     if isinstance(data, Iterator):
         return False
     # Without an import: a stream of `datasets` exists only if somebody has imported the library.
     library = sys.modules.get("datasets")
     if not isinstance(data, TorchIterableDataset) or (library and isinstance(data, library.IterableDataset)):
         return True
-    return all(_restarts(held) for held in getattr(data, "__dict__", {}).values())
+    return all(restarts(held) for held in getattr(data, "__dict__", {}).values())
 
 
 @contextlib.contextmanager

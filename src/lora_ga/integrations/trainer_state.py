@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from lora_ga.adapter.trials import is_of_adam
 from lora_ga.gradients.isolation import random_state_kept
 
 DATA = ("train_dataset", "eval_dataset")  # attributes of a trainer that may hold millions of rows
@@ -156,54 +154,3 @@ def _generators_kept(values: Any) -> Iterator[None]:
             elif isinstance(value, np.random.Generator):
                 stack.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
         yield
-
-
-def check_rate_can_be_set(optimizer: Any, schedule: Any, rate: float) -> None:
-    """Refuse an optimizer for which `find_rate` is not made, and a schedule whose rate cannot be changed.
-
-    Args:
-        optimizer: The trainer's optimizer.
-        schedule: The trainer's schedule of the learning rate.
-        rate: The learning rate of the trainer's arguments.
-
-    Raises:
-        ValueError: The optimizer is not one of the Adam family, the schedule is no `LambdaLR`, or the rate is 0.
-    """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    plan = type(getattr(schedule, "scheduler", schedule)).__name__
-    if not is_of_adam(optimizer):
-        raise ValueError(
-            f'LoraGACallback(learning_rate="auto") is for AdamW and its relatives, but the optimizer is '
-            f"{type(optimizer).__name__}. Leave it out and give the trainer a learning_rate."
-        )
-    if not rate > 0:
-        raise ValueError(
-            f'LoraGACallback(learning_rate="auto") keeps the ratios of the rates of parameter groups, but the '
-            f"learning_rate is {rate}. Give the trainer one above 0."
-        )
-    if plan != LambdaLR.__name__:
-        raise ValueError(
-            f'LoraGACallback(learning_rate="auto") cannot change the rate of a {plan}. Use linear, cosine or another '
-            "schedule of Transformers, or call lora_ga.find_rate and give its rate to the trainer."
-        )
-
-
-def set_rate(rate: float, arguments: Any, optimizer: Any, schedule: Any) -> None:
-    """Change the peak learning rate of a run that has not made a step. Ratios between parameter groups stay.
-
-    Args:
-        rate: The new rate.
-        arguments: The trainer's arguments, which get it too.
-        optimizer: The trainer's optimizer.
-        schedule: The trainer's schedule.
-    """
-    factor, arguments.learning_rate = rate / arguments.learning_rate, rate
-    if factor == 1:
-        return
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    schedule = getattr(schedule, "scheduler", schedule)
-    optimizer.defaults["lr"] = rate
-    for group in optimizer.param_groups:
-        group["lr"] *= factor
-        group["initial_lr"] *= factor
-    schedule.base_lrs = [each * factor for each in schedule.base_lrs]
