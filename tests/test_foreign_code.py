@@ -26,11 +26,12 @@ OTHER_OBJECTS = {
     "linalg/tensor_cores.py": {"setting"},  # torch's setting for products, for the length of two lines
     # FSDP2's record of where a parameter is, in the one function that checks its layout first.
     "distributed/sharding.py": {"info"},
-    # A trainer, its arguments, its state and its data loader, none of them a module; PEFT's configuration.
+    "gradients/loader.py": {"part"},  # of a data loader
+    # A trainer, its arguments and its state, none of them a module; PEFT's configuration.
     "integrations/trainer.py": {"trainer"},
     "integrations/trainer_data.py": {"trainer"},
     "integrations/trainer_rate.py": {"twin"},
-    "integrations/trainer_state.py": {"arguments", "attributes", "part", "trainer", "twin"},
+    "integrations/trainer_state.py": {"arguments", "attributes", "trainer", "twin"},
     "integrations/peft.py": {"lora_config"},
     "export/merge.py": {"config"},  # the configuration of the merged model, not a module
     # The command line and the experiments load their models, tokenizers and trainers themselves.

@@ -192,7 +192,7 @@ def find_rate(
     A warning says if the gradients hardly agree. Then the rate is a guess, and often too low.
 
     Everything is as before afterwards, also after an error or an interruption: weights, `.grad`, buffers, modes, the
-    global random generators and those of a `DataLoader`. Only an iterator has been read.
+    global random generators and those of a `DataLoader` and its collator. Only an iterator has been read.
 
     Args:
         model: A model with a trainable LoRA adapter, ready to train (after `lora_ga.initialize`, if it is to start with

@@ -11,7 +11,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.utils.data import DataLoader
 
 from lora_ga.gradients.batch import BatchPass, batch_in_errors
 from lora_ga.gradients.checkpoint import digest_of
@@ -23,6 +22,7 @@ from lora_ga.gradients.isolation import (
     set_modes,
     unfused_attention,
 )
+from lora_ga.gradients.loader import data_kept
 from lora_ga.gradients.loss import LossFunction, refuse_infinite_loss
 from lora_ga.layers.optimizers import starts_of
 from lora_ga.layers.targets import peft_model_in
@@ -178,7 +178,7 @@ def as_before(network: nn.Module, data: Any) -> Iterator[None]:
     eager = torch.compiler.set_stance("force_eager")  # a compiled graph calls no hooks of `called_modules_kept`
     with (
         random_state_kept(),
-        _generators_kept(data),
+        data_kept(data),
         torch.enable_grad(),
         eager,
         unfused_attention(),
@@ -188,17 +188,3 @@ def as_before(network: nn.Module, data: Any) -> Iterator[None]:
         set_modes(network, training=True)
         with called_modules_kept(network):
             yield
-
-
-@contextlib.contextmanager
-def _generators_kept(data: Any) -> Iterator[None]:
-    """Restore the random generators of a data loader on leaving."""
-    parts = [data, data.sampler, data.batch_sampler] if isinstance(data, DataLoader) else []
-    parts += [getattr(part, "sampler", None) for part in parts]
-    found = {id(each): each for part in parts if isinstance(each := getattr(part, "generator", None), torch.Generator)}
-    states = [(each, each.get_state()) for each in found.values()]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.gradients.batch import BatchPass
+from lora_ga.gradients.loader import data_kept
 from lora_ga.gradients.loop import keep_batches, probe_reads, record_batches, report_unlabelled
 from lora_ga.gradients.loss import LossFunction, unlabelled
 from lora_ga.gradients.merge import merged_estimate
@@ -36,7 +37,8 @@ def estimate_gradients(
 
     The base weights need no gradient: hooks record the inputs x and the output gradients g of each layer, and
     G = Σ gᵀx. Layers that a fused kernel reads and never calls are probed (see `estimator`), with a warning. The model
-    is in training mode, less its dropout (see `training_mode`). It and the global random generators end as they were.
+    is in training mode, less its dropout (see `training_mode`). It, the global random generators, and a `DataLoader`
+    with its generators end as they were.
 
     Under an initialised process group of torch.distributed all its processes have to call this, each with a different
     share of the batches. Their sums are added up, and all processes return the same estimate, bit for bit.
@@ -74,7 +76,7 @@ def estimate_gradients(
     setup, recorder = prepare(model, config, adapter_name, process_group, checkpoint, every)
     report = Report(setup, data)
     passes = BatchPass(setup.network, loss_fn, report.passed)
-    with report, setup.isolated():
+    with report, data_kept(data), setup.isolated():
         reader = _reader(setup, recorder, data, loss_fn)
         probed, read = {}, True
         if config.estimator == "probe":

@@ -14,8 +14,8 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer
 
 from lora_ga.gradients.isolation import deactivate_adapter, modes_kept, set_modes
+from lora_ga.gradients.loader import loader_kept
 from lora_ga.gradients.loss import LossFunction
-from lora_ga.integrations.trainer_state import loader_kept
 
 
 def check_training_data(trainer: Trainer) -> None:

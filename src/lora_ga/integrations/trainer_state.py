@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import Trainer
 
 from lora_ga.gradients.isolation import random_state_kept
+from lora_ga.gradients.loader import generators_kept
 
 DATA = ("train_dataset", "eval_dataset")  # attributes of a trainer that may hold millions of rows
 LARGEST_TENSOR = 1_000_000  # numbers in a tensor that is copied: a sum of losses is small, a table of weights is not
-# Where a data loader keeps what a pass over the data may change: Accelerate's loader wraps torch's, which has samplers.
-PARTS_OF_A_LOADER = ("base_dataloader", "sampler", "batch_sampler", "dataset")
 
 
 @contextlib.contextmanager
@@ -39,7 +38,7 @@ def trainer_kept(trainer: Trainer, seed: int) -> Iterator[None]:
     """
     attributes = vars(trainer)
     saved = dict(attributes)
-    with random_state_kept(), _generators_kept(saved.values()):
+    with random_state_kept(), generators_kept(trainer):
         # Not torch.manual_seed: it would also change what CUDA starts from where CUDA has not started yet.
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
@@ -76,45 +75,6 @@ def use_arguments_of_one_batch(trainer: Trainer) -> None:
     vars(trainer).update(args=arguments, current_gradient_accumulation_steps=1)
 
 
-@contextlib.contextmanager
-def loader_kept(loader: Any) -> Iterator[None]:
-    """Restore the attributes and generators of a data loader, its samplers and its data set on leaving.
-
-    A trainer may return one loader, or loaders with one sampler, each time.
-
-    Args:
-        loader: The loader.
-
-    Yields:
-        Nothing.
-    """
-    parts = list(_parts(loader))
-    saved = [(part, dict(vars(part))) for part in parts]
-    lists = [(value, list(value)) for _, values in saved for value in values.values() if type(value) is list]
-    with _generators_kept(value for _, values in saved for value in values.values()):
-        try:
-            yield
-        finally:
-            for part, values in saved:
-                vars(part).clear()
-                vars(part).update(values)
-            for value, items in lists:
-                if value != items:  # a sampler may shuffle its list in place
-                    value[:] = items
-
-
-def _parts(loader: Any) -> Iterator[Any]:
-    """The loader, the loader that it wraps, its samplers, and its data set, as far as they have attributes."""
-    seen: set[int] = set()
-    waiting = [loader]
-    while waiting:
-        part = waiting.pop()
-        if id(part) not in seen and hasattr(part, "__dict__"):
-            seen.add(id(part))
-            yield part
-            waiting += [getattr(part, name, None) for name in PARTS_OF_A_LOADER]
-
-
 def _copied_object(value: Any) -> Any:
     """A copy of an object, with copies of the containers among its attributes."""
     twin = copy.copy(value)
@@ -138,19 +98,3 @@ def _copied(value: Any) -> Any:
     if type(value) is Tensor and not value.requires_grad and value.numel() <= LARGEST_TENSOR:
         return value.clone()
     return value
-
-
-@contextlib.contextmanager
-def _generators_kept(values: Any) -> Iterator[None]:
-    """Restore the state of the random generators among some values on leaving."""
-    with contextlib.ExitStack() as stack:
-        for value in values:
-            if isinstance(value, torch.Generator):
-                stack.callback(value.set_state, value.get_state())
-            elif isinstance(value, random.Random):
-                stack.callback(value.setstate, value.getstate())
-            elif isinstance(value, np.random.RandomState):
-                stack.callback(value.set_state, value.get_state())
-            elif isinstance(value, np.random.Generator):
-                stack.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
-        yield
