@@ -22,7 +22,7 @@ from cases import EXPERTS, LAYERS, MODELS, mixtral, nf4, seeded
 from lora_ga import LoraGAConfig
 from lora_ga.adapter.save import FILE
 from lora_ga.cli.main import main
-from toys import FAMILIES, adapted, causal, llama, logits, saved, train
+from toys import FAMILIES, adapted, causal, llama, logits, reactive_llama, saved, train
 from trainers import callback, sft, transformers_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -93,11 +93,10 @@ def test_every_public_name_can_be_imported() -> None:
 
 
 def test_a_learning_rate_is_found_and_the_model_stays() -> None:
-    model = adapted(llama())
+    model = adapted(reactive_llama())
     lora_ga.initialize(model, causal())
     before = [each.clone() for each in model.state_dict().values()]
-    with pytest.warns(UserWarning, match="No learning rate up to"):  # so small a model barely reacts to a step
-        assert 0 < lora_ga.find_rate(model, causal(4), steps=100) < 1
+    assert 0 < lora_ga.find_rate(model, causal(4), steps=100) < 1
     assert all(map(torch.equal, before, model.state_dict().values()))
 
 

@@ -27,7 +27,7 @@ from lora_ga.adapter.save import FILE
 from lora_ga.adapter.structure import give_structure
 from lora_ga.integrations.trainer_rate import PeakRate
 from lora_ga.version import is_before
-from toys import adapted, causal, gpt2, injected, llama, logits
+from toys import adapted, causal, gpt2, injected, llama, logits, reactive_llama
 from trainers import (
     TARGETS,
     callback,
@@ -584,14 +584,29 @@ def test_processes_estimate_on_their_shares_and_get_the_same_start(tmp_path: Pat
 # --- the learning rate -----------------------------------------------------------------------------------------------
 
 
+def reactive(callbacks: list[Any], folder: Path, **changes: Any) -> Trainer:
+    """A trainer of a model whose loss reacts to a step."""
+    return transformers_trainer(callbacks, folder, model=adapted(reactive_llama(), TARGETS), **changes)
+
+
+def test_auto_trains_no_step_where_no_rate_raises_the_loss(tmp_path: Path) -> None:
+    trainer = transformers_trainer([callback(learning_rate="auto")], tmp_path, max_steps=60)
+    with pytest.raises(ValueError, match=r"No learning rate up to 0.316 raises.*Set the learning rate yourself"):
+        trainer.train()  # so small a model barely reacts to a step
+    assert trainer.state.global_step == 0
+    assert not any(bool(factor.trainable.any()) for factor in factors(trainer.model))
+    given = transformers_trainer([], tmp_path, model=trainer.model, max_steps=2, learning_rate=2e-4)
+    given.train()  # with the start that it has
+    assert given.state.global_step == 2
+
+
 def test_the_rate_that_is_found_is_trained_with_and_nothing_else_changes(tmp_path: Path) -> None:
     changes = {"max_steps": 60, "logging_steps": 1, "save_steps": 30, "lr_scheduler_type": "cosine"}
-    auto = transformers_trainer([callback(learning_rate="auto")], tmp_path / "auto", **changes)
-    with pytest.warns(UserWarning, match="No learning rate up to"):  # so small a model barely reacts to a step
-        auto.train()
+    auto = reactive([callback(learning_rate="auto")], tmp_path / "auto", **changes)
+    auto.train()
     found = auto.args.learning_rate
     assert found != 2e-2
-    given = transformers_trainer([callback()], tmp_path / "given", **changes | {"learning_rate": found})
+    given = reactive([callback()], tmp_path / "given", **changes | {"learning_rate": found})
     given.train()
     ignored = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
     one, other = (
@@ -600,7 +615,7 @@ def test_the_rate_that_is_found_is_trained_with_and_nothing_else_changes(tmp_pat
     )
     assert one == [{key: pytest.approx(value, rel=1e-6) for key, value in entry.items()} for entry in other]
     shutil.rmtree(tmp_path / "auto" / "checkpoint-60")
-    resumed = transformers_trainer([callback(learning_rate="auto")], tmp_path / "auto", **changes)
+    resumed = reactive([callback(learning_rate="auto")], tmp_path / "auto", **changes)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.args.learning_rate == found
     assert resumed.state.log_history[-2]["loss"] == pytest.approx(other[-2]["loss"], rel=1e-6)
@@ -629,18 +644,17 @@ def test_auto_refuses_the_optimizers_and_schedules_that_it_is_not_made_for(tmp_p
 
 def test_auto_refuses_too_little_data_before_the_estimate_and_its_advice_works(tmp_path: Path) -> None:
     changes = {"max_steps": 50, "gradient_accumulation_steps": 100}
-    trainer = transformers_trainer([callback(learning_rate="auto")], tmp_path, **changes)
+    trainer = reactive([callback(learning_rate="auto")], tmp_path, **changes)
     with pytest.raises(ValueError, match=r"a search needs those of 4 steps of 100 batches each.*or smaller batches"):
         trainer.train()
     again = transformers_trainer([callback(learning_rate="auto")], tmp_path, max_steps=50, model=trainer.model)
-    with pytest.warns(UserWarning, match="No learning rate up to"):
-        again.train()
+    again.train()
     assert again.args.learning_rate != 2e-2
 
 
 def test_auto_warns_of_a_schedule_that_does_not_decay(tmp_path: Path) -> None:
     changes = {"max_steps": 50, "lr_scheduler_type": "constant_with_warmup"}
-    trainer = transformers_trainer([callback(learning_rate="auto")], tmp_path, **changes)
+    trainer = reactive([callback(learning_rate="auto")], tmp_path, **changes)
     with pytest.warns(UserWarning, match="lr_scheduler_type is constant_with_warmup. The rate may be too high"):
         trainer.train()
 

@@ -341,7 +341,7 @@ def test_a_search_in_inference_mode_is_refused() -> None:
         find_rate(model, batches, STEPS)
 
 
-def test_a_loss_that_is_finite_at_no_rate_is_refused_and_one_that_no_rate_raises_gives_a_warning() -> None:
+def test_a_loss_that_is_finite_at_no_rate_or_that_no_rate_raises_is_refused() -> None:
     model, batches = lora_ga_start()
     start = next(p for p in model.parameters() if p.requires_grad).clone()
 
@@ -354,11 +354,46 @@ def test_a_loss_that_is_finite_at_no_rate_is_refused_and_one_that_no_rate_raises
 
     with pytest.raises(ValueError, match=r"At every learning rate from 1e-6 to 1e-2 the loss rises or is not finite"):
         find_rate(model, batches, STEPS, loss_fn=breaks)
-    with pytest.warns(UserWarning, match=r"No learning rate up to 0.316 raises the loss"):
-        find_rate(model, batches, STEPS, loss_fn=barely)
-    with pytest.warns(UserWarning, match=r"No learning rate up to 0.316 raises the loss"):
-        rate = find_rate(model, classified(16), 2 * STEPS, loss_fn=barely)  # two groups
-    assert 0 < rate < 0.6 * 0.316 / math.sqrt(2) + 0.001
+    before = [each.clone() for each in model.state_dict().values()]
+    for data, steps in ((batches, STEPS), (classified(16), 2 * STEPS)):  # one group, and two
+        with pytest.raises(
+            ValueError, match=r"No learning rate up to 0.316 raises.*bounded loss.*the learning rate your"
+        ):
+            find_rate(model, data, steps, loss_fn=barely)
+    assert_equal(list(model.state_dict().values()), before)
+
+
+def test_a_loss_that_no_rate_raises_on_some_batches_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = lora_ga_start()
+    batches, trial = classified(16), Trials.stable
+    first = batches[0]
+
+    def open_at_first(self: Any, rate: float, losses: list[float]) -> tuple[bool, int]:
+        return (True, 8) if self.batches[0][0] is first else trial(self, rate, losses)
+
+    monkeypatch.setattr(Trials, "stable", open_at_first)
+    with pytest.warns(UserWarning, match=r"On some batches no learning rate up to 0.316 raises.*is a guess"):
+        assert find_rate(model, batches, 2 * STEPS) > 0
+
+
+def test_losses_that_differ_much_between_batches_give_a_warning_(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    group = Group("", losses=[1.0, 2.0, 3.0, 2.0])
+    assert group.noise == pytest.approx((2 / 3) ** 0.5 / 2 / 2)
+    model, batches = lora_ga_start()
+    find_rate(model, batches, STEPS)
+    assert not [each for each in recwarn if "differ much" in str(each.message)]
+    rare = torch.stack([batch["input_ids"].sum() for batch in batches]).max()
+
+    def seldom(model: nn.Module, batch: Any) -> Tensor:
+        """A loss that is near zero on all batches but one."""
+        return model(**batch).loss * (1.0 if batch["input_ids"].sum() == rare else 1e-3)
+
+    with pytest.warns(
+        UserWarning, match=r"losses of the first batches differ much.*is 0.99 of it.*Set the rate yourself"
+    ):
+        find_rate(model, batches, STEPS, loss_fn=seldom)
 
 
 def test_a_model_without_trained_parameters_or_without_an_adapter_is_refused() -> None:

@@ -53,6 +53,13 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
 
 
+def reactive_llama() -> LlamaForCausalLM:
+    """That Llama with larger scores, so that steps at a high learning rate raise its loss."""
+    model = llama()
+    model.lm_head.weight.data.mul_(50)
+    return model
+
+
 def gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
     """A GPT-2, which has Conv1D layers."""
     torch.manual_seed(seed)

@@ -32,7 +32,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_ga.adapter.trials import OPTIMIZER, Trials, as_before
+from lora_ga.adapter.trials import OPTIMIZER, TOLERATED, Trials, as_before
 from lora_ga.distributed.processes import processes
 from lora_ga.distributed.sharding import unwrapped
 from lora_ga.files import damaged, parse_json, write_atomically
@@ -75,6 +75,11 @@ class Group:
     agreement: float | None = None
     stable: dict[float, bool] = dataclasses.field(default_factory=dict)
     passes: int = 0
+
+    @property
+    def noise(self) -> float:
+        """The standard error of the mean loss at the start, as a share of it."""
+        return statistics.stdev(self.losses) / math.sqrt(len(self.losses)) / statistics.fmean(self.losses)
 
     @property
     def is_open(self) -> bool:
@@ -189,7 +194,8 @@ def find_rate(
     run of 200 to 1,000 steps, and about half of one of 50. The module's docstring has the rule, and
     docs/evidence.md its regret against a sweep. It holds for a warm-up and a decay of the rate to zero.
 
-    A warning says if the gradients hardly agree. Then the rate is a guess, and often too low.
+    A warning says if the gradients hardly agree. Then the rate is a guess, and often too low. Another one says if the
+    losses of the batches differ so much that a single batch may decide.
 
     Everything is as before afterwards, also after an error or an interruption: weights, `.grad`, buffers, modes, the
     global random generators and those of a `DataLoader` and its collator. Only an iterator has been read.
@@ -216,8 +222,8 @@ def find_rate(
         TypeError: There are no LoRA layers; the data is no iterable of batches; `optimizer` is no function from a rate
             to an optimizer.
         ValueError: There are fewer than 50 steps, fewer than four steps' batches, no label, or nothing that trains; a
-            loss at the start is not finite or not above 0; it rises or is not finite at every rate; the optimizer is
-            not of the Adam family, or does not depend on the rate; there are several processes;
+            loss at the start is not finite or not above 0; it rises or is not finite at every rate, or rises at
+            none; the optimizer is not of the Adam family, or does not depend on the rate; there are several processes;
             `torch.inference_mode()` is on; the checkpoint is damaged, a folder, or of another search.
     """
     network = unwrapped(model)
@@ -239,12 +245,28 @@ def find_rate(
             passes = len(each.batches) + sum(part.passes for part in search.used)
             if first < HIGHEST and passes <= SHARE * steps:
                 _try_rate(group, each, first + 0.5, search.save)
+    highest = 10 ** (HIGHEST / 2)
+    if all(group.is_open for group in search.used):
+        raise ValueError(
+            f"No learning rate up to {highest:.3g} raises the loss in the first steps, so the trials do not show which "
+            "rate is too high. That is so with a bounded loss, as DFT's or KTO's, which rises little or falls when the "
+            "model breaks, and where the adapter has little part in the loss. Set the learning rate yourself: 2e-4 is "
+            "usual."
+        )
     rate = search.rate(steps)
     agreement = statistics.median(group.agreement or 0.0 for group in search.used)
+    noise = statistics.median(group.noise for group in search.used)
     if any(group.is_open for group in search.used):
         warn(
-            f"No learning rate up to {max(search.used[0].stable):g} raises the loss in the first steps, so the rate "
+            f"On some batches no learning rate up to {highest:.3g} raises the loss in the first steps, so the rate "
             f"{rate:g} is a guess. Check that the adapter takes part in the loss, or set the rate yourself."
+        )
+    elif noise > TOLERATED:
+        warn(
+            f"The losses of the first batches differ much: the standard error of their mean is {noise:.2g} of it, and "
+            f"above {TOLERATED:g} a single batch can decide which rate counts as too high. So the learning rate "
+            f"{rate:g} is a guess, and with other batches it may be ten times larger or smaller. Set the rate yourself "
+            "(2e-4 is usual), or use larger batches, whose losses differ less."
         )
     elif agreement < UNSURE:
         warn(
