@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_schedu
 import lora_ga
 import lora_ga.integrations.trainer
 from lora_ga import LoraGACallback
-from toys import adapted, causal, llama
+from toys import adapted, causal, reactive_llama
 from trainers import CONFIG, TARGETS, callback, factors, settings, tokenised, transformers_trainer
 
 FOUND = 0.03
@@ -42,7 +42,7 @@ def auto(folder: Path, model: Any = None, optimizer: Any = None, schedule: Any =
     """A trainer that looks for its rate."""
     given = {"save_strategy": "no", "learning_rate": 1e-3}
     return Trainer(
-        adapted(llama(), TARGETS) if model is None else model,
+        adapted(reactive_llama(), TARGETS) if model is None else model,
         TrainingArguments(**settings(folder, **(given | changes))),
         train_dataset=tokenised(64),
         callbacks=[callback(learning_rate="auto")],
@@ -73,7 +73,7 @@ def trained_by(model: Any) -> list[torch.nn.Parameter]:
 
 
 def test_an_optimizer_with_a_rate_of_its_own_gets_the_rate_that_was_found(tmp_path: Path, searches: Any) -> None:
-    model = adapted(llama(), TARGETS)
+    model = adapted(reactive_llama(), TARGETS)
     trainer = auto(tmp_path, model, AdamW(trained_by(model), lr=5e-3))
     trainer.train()
     assert searches[0]["optimizer"] is None  # one rate for all, as in the optimizer of a search
@@ -93,7 +93,7 @@ def test_the_optimizer_class_of_a_trainer_may_have_a_rate_of_its_own(tmp_path: P
 
 
 def test_groups_keep_their_ratios_and_a_search_has_them_too(tmp_path: Path, searches: Any) -> None:
-    model = adapted(llama(), TARGETS)
+    model = adapted(reactive_llama(), TARGETS)
     plus = create_loraplus_optimizer(model, AdamW, lr=1e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1, eps=1e-6)
     trainer = auto(tmp_path, model, plus)
     trainer.train()
@@ -111,7 +111,7 @@ def test_groups_keep_their_ratios_and_a_search_has_them_too(tmp_path: Path, sear
 
 
 def test_groups_of_which_none_has_the_default_rate_are_scaled_from_the_highest(tmp_path: Path, searches: Any) -> None:
-    model = adapted(llama(), TARGETS)
+    model = adapted(reactive_llama(), TARGETS)
     pairs = trained_by(model)
     trainer = auto(tmp_path, model, AdamW([{"params": pairs[::2], "lr": 2e-4}, {"params": pairs[1::2], "lr": 1e-4}]))
     trainer.train()
@@ -120,7 +120,7 @@ def test_groups_of_which_none_has_the_default_rate_are_scaled_from_the_highest(t
 
 
 def test_a_search_does_not_move_what_the_optimizer_does_not_hold(tmp_path: Path, searches: Any) -> None:
-    model = adapted(llama(), TARGETS)
+    model = adapted(reactive_llama(), TARGETS)
     held = trained_by(model)[1::2]
     auto(tmp_path, model, AdamW(held, lr=1e-3)).train()
     (group,) = searches[0]["optimizer"](0.1).param_groups
@@ -132,7 +132,7 @@ def test_the_rate_of_groups_is_that_of_a_search_with_their_optimizer(tmp_path: P
         return create_loraplus_optimizer(model, AdamW, lr=rate, loraplus_lr_ratio=16)
 
     batches = causal(8)
-    alone, model = (adapted(llama(), TARGETS) for _ in range(2))
+    alone, model = (adapted(reactive_llama(), TARGETS) for _ in range(2))
     for each in (alone, model):
         each.get_output_embeddings().weight.data *= 30  # so that a step can raise the loss
     lora_ga.initialize(alone, batches, CONFIG)
@@ -161,13 +161,13 @@ def test_an_optimizer_that_cannot_be_made_again_is_refused_before_the_estimate_a
         pairs = trained_by(model)
         return [{"params": pairs[::2], "lr": rate}, {"params": pairs[1::2], "lr": 4 * rate}]
 
-    model = adapted(llama(), TARGETS)
+    model = adapted(reactive_llama(), TARGETS)
     trainer = auto(tmp_path, model, PickyAdam(groups(model, 1e-3), model))
     with pytest.raises(ValueError, match=r"cannot make a second PickyAdam .*Call lora_ga.find_rate\(..., optimizer=l"):
         trainer.train()
     assert not any(bool(factor.start.any()) for factor in factors(model)[1::2])
     assert searches == []
-    model = adapted(llama(), TARGETS)
+    model = adapted(reactive_llama(), TARGETS)
     lora_ga.initialize(model, causal(), CONFIG)
     rate = lora_ga.find_rate(model, causal(8), 60, optimizer=lambda rate: PickyAdam(groups(model, rate), model))
     arguments = TrainingArguments(**settings(tmp_path, save_strategy="no"))
@@ -178,7 +178,7 @@ def test_an_optimizer_that_cannot_be_made_again_is_refused_before_the_estimate_a
 
 
 def test_a_short_run_keeps_the_rate_of_its_own_optimizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = adapted(llama(), TARGETS)
+    model = adapted(reactive_llama(), TARGETS)
     trainer = auto(tmp_path, model, AdamW(trained_by(model), lr=5e-3), max_steps=2)
     trainer.train()
     assert peaks(trainer) == [5e-3]
@@ -284,7 +284,7 @@ def test_a_resumed_run_has_the_rate_of_its_checkpoint(
     changes: Any, grouped: bool, tmp_path: Path, searches: Any
 ) -> None:
     def run(folder: Path) -> Trainer:
-        model = adapted(llama(), TARGETS)
+        model = adapted(reactive_llama(), TARGETS)
         plus = create_loraplus_optimizer(model, AdamW, lr=1e-4, loraplus_lr_ratio=4) if grouped else None
         return auto(folder, model, plus, save_strategy="steps", **changes)
 
@@ -323,10 +323,10 @@ def test_a_checkpoint_without_a_found_rate_is_resumed_and_says_so(
 def test_a_resumed_run_with_another_optimizer_is_refused_and_the_advice_works(tmp_path: Path, searches: Any) -> None:
     auto(tmp_path, save_strategy="steps", save_only_model=True).train()
     checkpoint = str(tmp_path / "checkpoint-4")
-    model = adapted(llama(), TARGETS)
+    model = adapted(reactive_llama(), TARGETS)
     with pytest.raises(ValueError, match=r"rates for 2 groups of parameters, but the optimizer has 1.*0.03 was found"):
         auto(tmp_path, model, AdamW(trained_by(model))).train(resume_from_checkpoint=checkpoint)
-    model = adapted(llama(), TARGETS)
+    model = adapted(reactive_llama(), TARGETS)
     trainer = auto(tmp_path, model, AdamW(trained_by(model), lr=FOUND))
     callback_of(trainer).learning_rate = None
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -364,7 +364,7 @@ def test_a_last_rate_that_is_given_as_a_number_stays(kind: str, given: Any, tmp_
 def test_a_schedule_that_the_trainer_was_given_keeps_its_shape_and_says_so(
     tmp_path: Path, searches: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = adapted(llama(), TARGETS)
+    model = adapted(reactive_llama(), TARGETS)
     optimizer = AdamW(trained_by(model), lr=1e-3)
     schedule = get_scheduler("polynomial", optimizer, 0, 8, scheduler_specific_kwargs={"lr_end": 1e-4})
     trainer = auto(tmp_path, model, optimizer, schedule)
