@@ -245,6 +245,22 @@ def find_rate(
             passes = len(each.batches) + sum(part.passes for part in search.used)
             if first < HIGHEST and passes <= SHARE * steps:
                 _try_rate(group, each, first + 0.5, search.save)
+    rate = search.rate(steps)
+    _judge(search, rate)
+    LOGGER.info(f"LoRA-GA: learning rate {rate:g} for {steps} steps, {search.summary()}")
+    return rate
+
+
+def _judge(search: Search, rate: float) -> None:
+    """Warn of a rate that is a guess.
+
+    Args:
+        search: What was measured.
+        rate: The rate.
+
+    Raises:
+        ValueError: The loss rises at no rate, so nothing limits the rate.
+    """
     highest = 10 ** (HIGHEST / 2)
     if all(group.is_open for group in search.used):
         raise ValueError(
@@ -253,7 +269,6 @@ def find_rate(
             "model breaks, and where the adapter has little part in the loss. Set the learning rate yourself: 2e-4 is "
             "usual."
         )
-    rate = search.rate(steps)
     agreement = statistics.median(group.agreement or 0.0 for group in search.used)
     noise = statistics.median(group.noise for group in search.used)
     if any(group.is_open for group in search.used):
@@ -274,8 +289,6 @@ def find_rate(
             f"usual), so the learning rate {rate:g} is a guess, and often too low. If the loss does not fall, try "
             f"{2 * rate:.2g} and {4 * rate:.2g}. Or use larger batches, whose gradients agree more."
         )
-    LOGGER.info(f"LoRA-GA: learning rate {rate:g} for {steps} steps, {search.summary()}")
-    return rate
 
 
 def note_default_rate(steps: int, rate: float) -> str:
