@@ -376,7 +376,7 @@ def test_a_loss_that_no_rate_raises_on_some_batches_gives_a_warning(monkeypatch:
         assert find_rate(model, batches, 2 * STEPS) > 0
 
 
-def test_losses_that_differ_much_between_batches_give_a_warning_(
+def test_losses_that_differ_much_between_batches_give_a_warning(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
     group = Group("", losses=[1.0, 2.0, 3.0, 2.0])
