@@ -16,7 +16,9 @@ import argparse
 import contextlib
 import functools
 import statistics
+import sys
 import time
+import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +31,7 @@ import record
 from lora_ga.adapter import initialize
 from lora_ga.gradients import estimate
 from lora_ga.gradients.batch import BatchPass
+from lora_ga.linalg import tensor_cores
 from lora_ga.linalg.accumulator import Size
 from lora_ga.linalg.low_rank import PROBES
 from lora_ga.linalg.streaming import FRESH, STACKED, Streaming
@@ -36,9 +39,9 @@ from lora_ga.linalg.subspace import orthonormal, truncate
 from lora_ga.linalg.tensor_cores import float32_products
 
 KEPT = 32
-TOKENS = 4096
-# Inputs and outputs of a layer; the second is Llama-2-7B's largest.
-SHAPES = [(768, 768), (4096, 11008)]
+# Inputs, outputs and tokens of a layer. Blocks of the first are multiplied in float32, the others in TF32. The last
+# layer has the size of Llama-2-7B's largest.
+SHAPES = [(768, 768, 512), (768, 768, 4096), (4096, 11008, 4096)]
 PHASES: list[tuple[Any, str, str]] = [
     (estimate, "prepare", "prepare"),
     (BatchPass, "forward", "forward"),
@@ -134,6 +137,10 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+# From how many multiplications on TF32 is used; `tensor_cores.LARGE` chooses between the last two.
+WAYS_OF_UPDATE = {torch.float32: {"": 0}, torch.bfloat16: {" in TF32": 0, " in float32": sys.maxsize}}
+
+
 def products(x: Tensor, g: Tensor) -> dict[str, float]:
     """The milliseconds of one layer's four products in each way of multiplying, and their errors."""
     omega = torch.randn(x.shape[1], KEPT + FRESH + PROBES, device=x.device)
@@ -178,7 +185,10 @@ def parts(inputs: int, outputs: int, tokens: int, device: torch.device) -> dict[
         g = (torch.randn(tokens, outputs, device=device) * 1e-3).to(dtype)
         found[f"frozen layer, {dtype}"] = median_ms(functools.partial(frozen, x, g, weight.to(dtype)))
         found |= {f"products of {dtype}: {name}": figure for name, figure in products(x, g).items()}
-        found[f"update of a block of {dtype}, one layer"] = median_ms(functools.partial(update, warm(x, g), x, g))
+        for way, large in WAYS_OF_UPDATE[dtype].items():
+            with unittest.mock.patch.object(tensor_cores, "LARGE", large):
+                milliseconds = median_ms(functools.partial(update, warm(x, g), x, g))
+            found[f"update of a block of {dtype}{way}, one layer"] = milliseconds
     y, z = (torch.randn(STACKED, size, KEPT + FRESH, device=device) for size in (outputs, inputs))
     found["orthonormal, one layer"] = median_ms(lambda: orthonormal(y[0]))
     found["truncation, a stack"] = median_ms(lambda: truncate(y, z, KEPT, exactly=False))
@@ -192,9 +202,9 @@ def main(toy: bool) -> None:
     if device.type != "cuda" and not toy:
         raise SystemExit("This benchmark needs a CUDA device. With --toy it runs on any machine, without a record.")
     results = {}
-    for inputs, outputs in [(48, 64)] if toy else SHAPES:
-        results[f"{inputs} x {outputs}"] = found = parts(inputs, outputs, 256 if toy else TOKENS, device)
-        print(f"\na layer of {inputs} inputs and {outputs} outputs; milliseconds")
+    for inputs, outputs, tokens in [(48, 64, 256)] if toy else SHAPES:
+        results[f"{inputs} x {outputs}, {tokens}"] = found = parts(inputs, outputs, tokens, device)
+        print(f"\na layer of {inputs} inputs and {outputs} outputs, a block of {tokens} tokens; milliseconds")
         for what, figure in found.items():
             print(f"  {what:52} {figure:.3g}", flush=True)
     whole = phases(toy, device)

@@ -14,7 +14,7 @@ from torch import Tensor
 import lora_ga
 from lora_ga import LoraGAConfig
 from lora_ga.layers.factors import Factor
-from lora_ga.linalg import streaming
+from lora_ga.linalg import streaming, tensor_cores
 from lora_ga.linalg.tensor_cores import exact_in_tf32
 from test_initialize import sgd_alignment
 from toys import FAMILIES, adapted, autograd_gradients, causal, llama, logits, train
@@ -54,6 +54,7 @@ def test_products_in_tf32_find_the_directions_that_float32_finds(
         adapted(copy.deepcopy(base)), batches, LoraGAConfig(estimator="dense", oversample=500)
     )
     found = []
+    monkeypatch.setattr(tensor_cores, "LARGE", 0)
     for way in (exact_in_tf32, lambda g: False):
         monkeypatch.setattr(streaming, "exact_in_tf32", way)
         estimate = lora_ga.estimate_gradients(adapted(copy.deepcopy(base)), batches)

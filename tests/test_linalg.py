@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_flatten
 
 from lora_ga.config import CHOICES
 from lora_ga.gradients.setup import ESTIMATORS
-from lora_ga.linalg import streaming
+from lora_ga.linalg import streaming, tensor_cores
 from lora_ga.linalg.accumulator import Accumulator, Size, UnitRows, sum_dtype
 from lora_ga.linalg.dense import Dense
 from lora_ga.linalg.low_rank import (
+    PROBES,
     LowRank,
     estimated_norm,
     generator,
@@ -29,7 +30,7 @@ from lora_ga.linalg.low_rank import (
     truncated_svd,
 )
 from lora_ga.linalg.streaming import Streaming
-from lora_ga.linalg.subspace import STRIDE, direction_change, orthonormal, power_step, truncate
+from lora_ga.linalg.subspace import STRIDE, direction_change, multiplications, orthonormal, power_step, truncate
 from lora_ga.linalg.tensor_cores import exact_in_tf32, float32_products
 from tf32 import Tf32, precision, rounded_to_tf32
 
@@ -701,10 +702,24 @@ def test_the_estimate_loses_nothing_where_tf32_is_on(
 
     in_float32 = error()
     monkeypatch.setattr(streaming, "exact_in_tf32", lambda g: g.dtype != torch.float32)
+    monkeypatch.setattr(tensor_cores, "LARGE", 0)
     with float32_products("tf32"), Tf32() as mode:
         in_tf32 = error()
     assert mode.rounded == (0 if dtype == torch.float32 else 4 * len(parts))
     assert in_tf32 == pytest.approx(in_float32, rel=1e-3, abs=1e-3)
+
+
+def test_only_large_blocks_are_multiplied_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of 200 tokens, 96 outputs and 128 inputs, and Ω with 48 directions and the probes."""
+    ((x, g, weight),) = hard_blocks("few directions", torch.bfloat16)[:1]
+    monkeypatch.setattr(streaming, "exact_in_tf32", lambda g: g.dtype == torch.bfloat16)
+    for large, rounded in ((2 * 200 * (48 + PROBES) * (96 + 128), 4), (2 * 200 * (48 + PROBES) * (96 + 128) + 1, 0)):
+        monkeypatch.setattr(tensor_cores, "LARGE", large)
+        with Tf32() as mode:
+            Streaming({"layer": Size(32, 32)}, 0, 0).add("layer", x, g, weight)
+        assert mode.rounded == rounded
+    rows = UnitRows(torch.zeros(200, dtype=torch.long), 50_000)
+    assert multiplications(rows, g, 48) == 2 * 200 * 48 * 96  # an embedding's rows are looked up
 
 
 @pytest.mark.parametrize("kind", [Dense, Streaming])

@@ -28,13 +28,14 @@ from lora_ga.linalg.low_rank import (
 from lora_ga.linalg.subspace import (
     direction_change,
     first_directions,
+    multiplications,
     orthonormal,
     power_step,
     times,
     transposed_times,
     truncate,
 )
-from lora_ga.linalg.tensor_cores import cut_to_tf32_, exact_in_tf32, float32_products
+from lora_ga.linalg.tensor_cores import cut_to_tf32_, exact_in_tf32, float32_products, gains_from_tf32
 
 # The number of random columns added to the warm start of each block, to find directions that only appear late. With the
 # default `oversample` and a rank divisible by 8, Y and Z have a multiple of 16 columns, which suits kernels.
@@ -130,8 +131,8 @@ class Streaming:
     of the left singular vectors, so they are nearly orthogonal. What is left is done for layers of one shape together,
     by products and Cholesky factors. The host does not wait for the device before `flush`, and there once.
 
-    On CUDA the four products of models in bfloat16 and float16 run in TF32, which has the numbers of x and g exactly.
-    It rounds Ω and `x Ω`, which moves Y: only its span matters. But Z has to belong to Y exactly, because the
+    On CUDA the four products of large blocks in bfloat16 and float16 run in TF32, which has the numbers of x and g
+    exactly. It rounds Ω and `x Ω`, which moves Y: only its span matters. But Z has to belong to Y exactly, because the
     truncation divides by what is left of nearly dependent columns. So Y itself is cut to the digits of TF32, and `g Y`
     is multiplied as the sum of two parts. All other products round as float32, also where the user allows TF32.
 
@@ -168,7 +169,7 @@ class Streaming:
     @float32_products("ieee")
     def add(self, name: str, x_TI: Inputs, g_TO: Tensor, weight: float) -> None:
         """Add a block of tokens to a layer's sum."""
-        dtype, rounds = sum_dtype(g_TO.dtype), exact_in_tf32(g_TO)
+        dtype, half = sum_dtype(g_TO.dtype), exact_in_tf32(g_TO)
         x_TI, g_TO = x_TI.to(dtype) if isinstance(x_TI, Tensor) else x_TI, g_TO.to(dtype)
         stream = self.streams.get(name)
         if stream is None:
@@ -183,6 +184,7 @@ class Streaming:
             stream.before = (stream.u[:, :used].clone(), stream.held[2][:, :used].clone(), stream.sketch.clone())
         for _ in range(self.power_steps):
             stream.turn(power_step(stream.held, x_TI, g_TO, weight, stream.start))
+        rounds = half and gains_from_tf32(multiplications(x_TI, g_TO, stream.omega.shape[1]))
         with float32_products("tf32" if rounds else "ieee"):
             stream.y.addmm_(g_TO.mT, times(x_TI, stream.omega), alpha=weight)
             y_OQ = stream.y[:, :-PROBES]
@@ -254,9 +256,10 @@ class Streaming:
         )
         # Random directions in the place of those that M does not have are orthogonal to the others too. A part of a
         # strong direction in them would hide what is weak.
-        held_NIK = torch.where(s_NK[:, None] > 0, v_NIK, 0.0)
+        found_NK = s_NK[:, None] > 0
+        held_NIK = torch.where(found_NK, v_NIK, 0.0)
         fresh_NIQ = torch.baddbmm(fresh_NIQ, held_NIK, held_NIK.mT @ fresh_NIQ, alpha=-1)
-        v_NIK, new_NIF = torch.where(s_NK[:, None] > 0, v_NIK, fresh_NIQ[..., :kept]), fresh_NIQ[..., kept:]
+        v_NIK, new_NIF = torch.where(found_NK, v_NIK, fresh_NIQ[..., :kept]), fresh_NIQ[..., kept:]
         omega_NIC = torch.cat([v_NIK.mT, new_NIF.mT, probes_IP.mT.expand(len(names), -1, -1)], dim=-2).mT
         crossed_NKQ = s_NK[..., None] * (v_NIK.mT @ omega_NIC[..., :columns])
         y_NOC = torch.cat([crossed_NKQ.mT @ u_NOK.mT, sketch_NOP.mT], dim=-2).mT

@@ -82,6 +82,12 @@ def transposed_times(x_TI: Inputs, c_TC: Tensor, *, in_parts: bool = False) -> T
     return (c_TC.mT @ x_TI).mT
 
 
+def multiplications(x_TI: Inputs, g_TO: Tensor, columns: int) -> int:
+    """How many multiplications the four products of a block take: `x Ω`, `gᵀ(x Ω)`, `g Y` and `xᵀ(g Y)`."""
+    inputs = 0 if isinstance(x_TI, UnitRows) else x_TI.shape[1]  # rows of an embedding are looked up
+    return 2 * g_TO.shape[0] * columns * (inputs + g_TO.shape[1])
+
+
 def power_step(
     held: tuple[Tensor, Tensor, Tensor], x_TI: Inputs, g_TO: Tensor, weight: float, start_IQ: Tensor
 ) -> Tensor:
@@ -164,16 +170,20 @@ def _by_size(h_QQ: Tensor, *, exactly: bool) -> Tensor:
     """
     if exactly:
         return torch.linalg.eigh(h_QQ).eigenvectors.flip(-1)
-    diagonal, rotation = h_QQ.diagonal(dim1=-2, dim2=-1), None
-    diagonal.add_(1e-13 * diagonal.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(h_QQ.dtype).tiny))
-    for _ in range(STEPS):
-        c_QQ = torch.linalg.cholesky_ex(h_QQ).L
-        t_QQ = torch.linalg.cholesky_ex(c_QQ.mT @ c_QQ).L.mT
-        step = torch.linalg.solve_triangular(t_QQ, c_QQ, upper=True, left=False)
-        rotation = step if rotation is None else rotation @ step
-        h_QQ = t_QQ @ t_QQ.mT
-    assert rotation is not None
+    diagonal = h_QQ.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(diagonal.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(h_QQ.dtype).tiny * 1e13), alpha=1e-13)
+    t_QQ, rotation = _step(h_QQ)
+    for _ in range(STEPS - 1):
+        t_QQ, step = _step(t_QQ @ t_QQ.mT)
+        rotation = rotation @ step
     return rotation
+
+
+def _step(h_QQ: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of the QR algorithm on H: T and R, for which `Rᵀ H R = T Tᵀ`; see `_by_size`."""
+    c_QQ = torch.linalg.cholesky_ex(h_QQ).L
+    t_QQ = torch.linalg.cholesky_ex(c_QQ.mT @ c_QQ).L.mT
+    return t_QQ, torch.linalg.solve_triangular(t_QQ, c_QQ, upper=True, left=False)
 
 
 def truncate(y_OQ: Tensor, z_IQ: Tensor, kept: int, *, exactly: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,12 +215,12 @@ def truncate(y_OQ: Tensor, z_IQ: Tensor, kept: int, *, exactly: bool = True) -> 
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-12)
     factor = torch.linalg.cholesky_ex(gram).L
     shares = factor.diagonal(dim1=-2, dim2=-1)
-    above_rounding = shares * lengths[..., 0] > ROUNDING * lengths.amax(dim=-2)
-    independent = ((shares > DEPENDENT) & above_rounding).to(factor.dtype)
+    rounding = lengths.amax(dim=-2) / lengths[..., 0] * ROUNDING
+    independent = (shares > rounding.clamp_min(DEPENDENT)).to(factor.dtype)
     inverse = torch.linalg.solve_triangular(factor.mT, torch.diag_embed(independent), upper=True) / lengths
     mixed = inverse @ _by_size(inverse.mT @ other @ inverse, exactly=exactly)[..., :kept]
-    s_K = ((other @ mixed) * mixed).sum(dim=-2).clamp_min(0).sqrt()
-    v_IK = z64 @ (mixed / s_K.clamp_min(tiny)[..., None, :])
+    s_K = ((other @ mixed) * mixed).sum(dim=-2).clamp_min(tiny).sqrt()
+    v_IK = z64 @ (mixed / s_K[..., None, :])
     s_K = s_K * (s_K > NOISE[z_IQ.dtype] * s_K.amax(dim=-1, keepdim=True))
     return (y64 @ mixed).to(y_OQ), s_K.to(y_OQ), v_IK.to(z_IQ)
 

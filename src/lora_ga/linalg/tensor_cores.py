@@ -12,12 +12,20 @@ from torch import Tensor
 
 # With a model on several devices, the backward pass has a thread for each, and the setting is one for all.
 _one_at_a_time = threading.RLock()
+# The five operations that products in TF32 need besides take some 5 µs each to start. In that time an A100, without
+# its tensor cores, multiplies this many pairs of float32 numbers (19.5 TFLOPS by its data sheet).
+LARGE = 2**28
 _LEADING = -(1 << 13)  # of the 23 digits of float32's mantissa, the first 10
 
 
 def exact_in_tf32(tensor: Tensor) -> bool:
     """Whether a tensor is on CUDA and in a dtype whose numbers TF32 has: bfloat16 or float16."""
     return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def gains_from_tf32(multiplications: int) -> bool:
+    """Whether tensor cores save more time in a block than the operations cost that keep its sums exact."""
+    return multiplications >= LARGE
 
 
 @contextlib.contextmanager
