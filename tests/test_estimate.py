@@ -10,6 +10,7 @@ import logging
 import math
 import random
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -256,6 +257,15 @@ def test_every_warning_shows_the_line_of_the_user(function: Any) -> None:
         function(model, data)
     assert {str(each.message)[:6] for each in caught} == {"1 of 2", "Fewer "}
     assert {each.filename for each in caught} == {__file__}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from Python 3.11 on")
+def test_an_error_of_the_model_has_a_note_with_the_number_of_the_batch() -> None:
+    data = causal(3)
+    data[1]["input_ids"][0, 0] = 10_000  # the vocabulary is smaller
+    with pytest.raises(IndexError) as caught:
+        lora_ga.estimate_gradients(adapted(llama()), data)
+    assert caught.value.__notes__ == ["This happened in batch 2 of those that LoRA-GA reads."]
 
 
 def test_a_batch_without_labels_raises_an_error_with_its_number() -> None:

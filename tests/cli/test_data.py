@@ -266,6 +266,7 @@ def test_prompts_and_targets_of_seq2seq_become_inputs_and_labels(t5: Path) -> No
     ("task", "given", "message"),
     [
         ("causal-lm", {"text_pair_column": "b"}, "--text_pair_column belongs to --task seq-cls"),
+        ("seq2seq", {"label_column": "b"}, "--label_column belongs to --task seq-cls"),
         ("seq-cls", {"prompt_column": "p", "target_column": "t"}, "do not belong to --task seq-cls"),
         ("seq2seq", {"messages_column": "m"}, "--messages_column belongs to --task causal-lm"),
         ("causal-lm", {"assistant_only_loss": True}, "--assistant_only_loss belongs to conversations"),

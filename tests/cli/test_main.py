@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,22 @@ def test_user_errors_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[
     }.items():
         assert main([*words]) == 2
         assert capsys.readouterr().err == f"lora-ga {words[0]}: error: {what}.\n"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from Python 3.11 on")
+def test_notes_of_an_error_are_shown_below_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(argv: list[str]) -> int:
+        error = ValueError("This model takes no such text.")
+        error.add_note("This happened in batch 2.")
+        raise error
+
+    monkeypatch.setattr(command.importlib, "import_module", lambda name: SimpleNamespace(main=refused))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "lora-ga train: error: This model takes no such text.\nThis happened in batch 2.\n"
+    )
 
 
 def test_debug_mode_raises_the_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,6 +190,20 @@ def test_each_method_has_a_default_learning_rate(method: str) -> None:
     assert job(*NEEDED, "--method", method, "--learning_rate", "1").training.learning_rate == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        (["--stable_gamma", "16", "--estimate_batches", "4", "--rank", "4"], []),
+        (["--method", "lora", "--stable_gamma", "16", "--estimate_batches", "4"], ["stable_gamma", "estimate_batches"]),
+        (["--method", "lora", "--reach", "0.35", "--rank", "4", "--alpha", "8"], []),
+        (["--method", "full", "--rank", "4", "--alpha", "8", "--tolerance", "0.1"], ["rank", "alpha", "tolerance"]),
+        (["--estimate_file", "e", "--power_steps", "1", "--on_missing", "lora", "--reach", "0.5"], ["power_steps"]),
+    ],
+)
+def test_options_that_the_method_does_not_read_are_found(given: list[str], unused: list[str]) -> None:
+    assert job(*NEEDED, *given).unused() == unused
+
+
 def test_choices_and_defaults_equal_those_of_the_library() -> None:
     hints: dict[str, Any] = get_type_hints(AdapterOptions) | get_type_hints(EstimateOptions)
     assert {name: get_args(hints[name]) for name in CHOICES} == dict(CHOICES)

@@ -310,7 +310,9 @@ def test_the_end_of_a_run_says_what_took_the_time_and_gives_commands_that_work(
     columns = {"prompt_column": "prompt", "target_column": "target"} if task == "seq2seq" else {}
     folder = tmp_path / "my run"
     run(request.getfixturevalue(model), data, folder, task=task, method=method, max_steps=1, **columns)
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    warning = "warning: --rank, --estimate_batches: no effect for --method full.\n"
+    assert (warning in said, "no effect" in said) == (method == "full", method == "full")
     parts = "estimate, " if method == "lora-ga" else ""
     assert re.search(rf": 1 steps in \d+ s \(.*{parts}\d+ s training, \d+ s loading, evaluation and saving\), ", shown)
     commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("  ")]

@@ -67,8 +67,9 @@ def columns_of(task: str, options: DataOptions) -> dict[str, str]:
     """
     names = ["text_column", "text_pair_column", "label_column"]
     if task != "seq-cls":
-        if options.text_pair_column is not None:
-            raise ValueError(f"--text_pair_column belongs to --task seq-cls, but the task is {task}. Leave it out.")
+        for name in ("text_pair_column", "label_column"):
+            if getattr(options, name) != getattr(DataOptions, name):  # the default
+                raise ValueError(f"--{name} belongs to --task seq-cls, but the task is {task}. Leave it out.")
         names = ["text_column"] if options.prompt_column is None else ["prompt_column", "target_column"]
     elif options.prompt_column is not None:
         raise ValueError("--prompt_column and --target_column do not belong to --task seq-cls. Leave them out.")

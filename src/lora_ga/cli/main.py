@@ -90,7 +90,7 @@ def _call(command: str, argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        return _refuse(f"lora-ga {command}", shown(str(error)))
+        return _refuse(f"lora-ga {command}", shown("\n".join([str(error), *getattr(error, "__notes__", [])])))
     except KeyboardInterrupt as error:
         if debug:
             raise

@@ -6,7 +6,7 @@ The parser shows the help text of each field and its default. This module import
 import contextlib
 import re
 import shlex
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -424,3 +424,22 @@ class Job:
         values = {name: value for group in groups for name, value in asdict(group).items()}
         del values["resume"]
         return values
+
+    def unused(self) -> list[str]:
+        """The options with another value than the default that this method, or a given estimate, does not read."""
+        method, of_estimate = self.training.method, [item.name for item in fields(self.estimate)]
+        names: list[str] = []
+        if method == "full":
+            names = [item.name for group in (self.target, self.adapter) for item in fields(group)] + of_estimate
+        elif method == "lora":
+            names = [*START, *of_estimate]
+        elif self.training.estimate_file is not None:
+            names = [name for name in of_estimate if name != "on_missing"]
+        defaults = {item.name: _default(item) for group in self.GROUPS for item in fields(group)}
+        given = self.options()
+        return [name for name in names if given[name] != defaults[name]]
+
+
+def _default(item: Field[Any]) -> Any:
+    """The default of an option."""
+    return item.default if item.default_factory is MISSING else item.default_factory()

@@ -8,7 +8,7 @@ from lora_ga.cli import checkpoints
 from lora_ga.cli.columns import check_files
 from lora_ga.cli.options import Job, check_data_file, check_inputs
 from lora_ga.cli.parsing import OptionParser, config_parser, parse_with_config
-from lora_ga.cli.terminal import loading
+from lora_ga.cli.terminal import loading, warn
 
 USAGE = "lora-ga train --model MODEL --task TASK (--train_file FILE | --dataset NAME) --output_dir FOLDER [options]"
 
@@ -84,6 +84,11 @@ def main(argv: list[str]) -> int:
         KeyboardInterrupt: The training was interrupted; the message says how it goes on.
     """
     job, checkpoint = parse(argv)
+    if unused := job.unused():
+        why = (
+            "with --estimate_file" if job.training.estimate_file is not None else f"for --method {job.training.method}"
+        )
+        warn(f"{', '.join(f'--{name}' for name in unused)}: no effect {why}.")
     loading(f"{job.model.model} and the data")
     from lora_ga.cli.finetune import finetune
     from lora_ga.experiments.records.runs import RECORD

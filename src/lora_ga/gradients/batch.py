@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from lora_ga.layers.targets import peft_model_in
 
 @contextlib.contextmanager
 def batch_in_errors(number: int) -> Iterator[None]:
-    """Name the batch in the errors of the block.
+    """Name the batch in the errors of the block: in the message of ours, in a note below those of the model.
 
     Args:
         number: The batch's number, from 1.
@@ -39,6 +40,10 @@ def batch_in_errors(number: int) -> Iterator[None]:
         raise ValueError(
             f"batch {number}: {error}. Check that batch, or compute in float32 or bfloat16 (float16 overflows)."
         ) from error
+    except Exception as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(f"This happened in batch {number} of those that LoRA-GA reads.")
+        raise
 
 
 class BatchPass:
