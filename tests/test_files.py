@@ -18,18 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_ga
-from lora_ga import GradientEstimate, LoraGAConfig, files
+from lora_ga import GradientEstimate, LoraGAConfig, base
 from lora_ga import files as files_module
+from lora_ga.base import another_base, fingerprint
 from lora_ga.experiments.suites.trained import save as save_trained
-from lora_ga.files import (
-    another_base,
-    check_empty,
-    fingerprint,
-    new_folder,
-    write_atomically,
-    write_safetensors,
-    write_tensors,
-)
+from lora_ga.files import check_empty, new_folder, write_atomically, write_safetensors, write_tensors
 from toys import adapted, bert, causal, gpt2, llama, logits, saved, train
 
 
@@ -400,8 +393,8 @@ def test_an_adapter_with_a_tied_head_loads_onto_its_base(name: str, is_trainable
 def test_files_with_the_fingerprint_that_earlier_versions_gave_a_tied_head_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = files._shapes
-    monkeypatch.setattr(files, "_shapes", lambda model, **settings: shapes(model, **settings | {"wrappers": True}))
+    shapes = base._shapes
+    monkeypatch.setattr(base, "_shapes", lambda model, **settings: shapes(model, **settings | {"wrappers": True}))
     model = wrapped(llama(tie_word_embeddings=True), WRAPPERS["head, tied"])
     estimate = lora_ga.estimate_gradients(model, causal())
     lora_ga.apply_estimate(model, estimate)

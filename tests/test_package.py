@@ -41,6 +41,15 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "lora_ga"
 
 
+def test_the_table_of_packages_names_what_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = text.partition("| package of `src/lora_ga` |")[2].partition("\n\n")[0].splitlines()[2:]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    named += re.findall(r"`lora_ga\.(\w+)`", text)
+    there = {each.stem for each in SOURCE.iterdir() if each.stem.isidentifier()}
+    assert set(named) == there - {"__init__", "__main__", "__pycache__", "version", "py"}
+
+
 def test_there_are_at_most_12_public_names_and_each_has_a_docstring() -> None:
     assert len(lora_ga.__all__) <= 12
     assert set(lora_ga.__all__) == set(lora_ga._HOMES)

@@ -52,13 +52,10 @@ _HOMES = {
     "load": "adapter.load",
 }
 
-# Modules that other programs reach as attributes after a bare `import lora_ga`: ms-swift does so with the first.
-_MODULES = ("entrypoint", "optim")
-
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"lora_ga.{name}")
+    if name == "entrypoint":  # ms-swift reaches this module as an attribute after a bare `import lora_ga`
+        return importlib.import_module("lora_ga.entrypoint")
     if name not in _HOMES:
         raise AttributeError(f"module 'lora_ga' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"lora_ga.{_HOMES[name]}"), name)

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
 
-from lora_ga.files import COMPILED, damaged, without_compiled, write_atomically
+from lora_ga.base import COMPILED, without_compiled
+from lora_ga.files import damaged, write_atomically
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.targets import PREFIX
 

@@ -31,9 +31,10 @@ from lora_ga.adapter.alignment import alignment_of, scaling_of
 from lora_ga.adapter.file import ENDS, compiled_names
 from lora_ga.adapter.save import FILE, read_sidecar
 from lora_ga.adapter.structure import build_structure, padding_of
+from lora_ga.base import another_base, base_model, embeddings, without_compiled
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
-from lora_ga.files import adapters_in, another_base, base_model, damaged, embeddings, without_compiled
+from lora_ga.files import adapters_in, damaged
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.joined import JoinedA, JoinedB
 from lora_ga.layers.kinds import entries, weight_of

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.directions import LayerSpec, split
 from lora_ga.adapter.structure import on_meta
+from lora_ga.base import another_base, embeddings, fingerprint
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded, whole
-from lora_ga.files import another_base, embeddings, fingerprint
 from lora_ga.gradients.coverage import BEYOND, report_missing, warn_parts, warn_unused_blocks
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.factors import Factor

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_ga.files import another_base
+from lora_ga.base import another_base
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.kinds import base_weights
 from lora_ga.layers.targets import find_targets, peft_model_in

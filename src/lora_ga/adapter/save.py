@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.file import Factors, adapter_file, opened, pad, rewrite
 from lora_ga.adapter.model_card import write_section
+from lora_ga.base import without_compiled
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import sharded
-from lora_ga.files import read_tensors, without_compiled, write_tensors
+from lora_ga.files import read_tensors, write_tensors
 from lora_ga.layers.factors import Shifted
 from lora_ga.layers.targets import PREFIX, layer_name
 from lora_ga.layers.tied import tied_heads

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of, factors_of
 from lora_ga.adapter.file import Padded, compiled_names, load_padded
 from lora_ga.adapter.save import AlignedLoraConfig
+from lora_ga.base import base_model, fingerprint
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import partitioned, placed_like, register_moved, whole
-from lora_ga.files import base_model, fingerprint
 from lora_ga.gradients.coverage import report_missing
 from lora_ga.gradients.isolation import compute_device
 from lora_ga.layers.embedding import FactorTable

@@ -241,7 +241,8 @@ def advice_of(adapter: Path, base: Any, mismatch: str) -> str:
     Returns:
         The end of an error message.
     """
-    from lora_ga.files import LABELS, embeddings
+    from lora_ga.base import embeddings
+    from lora_ga.files import LABELS
 
     saved, own = ([int(size) for size in shape.split(",") if size.strip()] for shape in SHAPE.findall(mismatch))
     differing = [(one, other) for one, other in zip(saved, own, strict=False) if one != other]

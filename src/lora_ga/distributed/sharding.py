@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_ga.files import COMPILED
+from lora_ga.base import COMPILED
 
 
 def unwrapped(model: Any) -> Any:

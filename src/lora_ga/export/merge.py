@@ -14,9 +14,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_ga.adapter.file import check_names, compiled_names
+from lora_ga.base import embeddings
 from lora_ga.distributed.sharding import unwrapped
 from lora_ga.export.saved_adapter import read_adapter
-from lora_ga.files import Companions, check_empty, embeddings, new_folder, no_companions
+from lora_ga.files import Companions, check_empty, new_folder, no_companions
 from lora_ga.layers.kinds import kind_of, layout_of
 from lora_ga.layers.targets import PREFIX
 from lora_ga.layers.tied import tied_heads

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_ga.adapter.file import check_names
-from lora_ga.files import adapters_in, damaged, without_compiled
+from lora_ga.base import without_compiled
+from lora_ga.files import adapters_in, damaged
 
 
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -11,8 +11,8 @@ from typing import Any
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from lora_ga.base import base_model
 from lora_ga.distributed.processes import in_group
-from lora_ga.files import base_model
 from lora_ga.gradients.isolation import computes_in_float16, grad_kept, input_device
 from lora_ga.gradients.loss import BatchError, LossFunction, counted_labels, weighed_loss
 from lora_ga.gradients.noise import NoiseOff, RandomStates

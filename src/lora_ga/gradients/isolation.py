@@ -18,8 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_ga.base import base_model
 from lora_ga.distributed.sharding import reshard
-from lora_ga.files import base_model
 from lora_ga.gradients.noise import drops, rates
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import packs, unpack

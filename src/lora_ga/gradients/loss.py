@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ga.files import base_model
+from lora_ga.base import base_model
 
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, float]]
 

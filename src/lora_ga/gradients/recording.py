@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from lora_ga.base import base_model
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.processes import DeferredError
-from lora_ga.files import base_model
 from lora_ga.gradients.batch import batch_in_errors
 from lora_ga.gradients.merge import merged_estimate
 from lora_ga.gradients.noise import NoiseOff

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_ga.base import fingerprint
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.agreement import check_same
 from lora_ga.distributed.processes import DeferredError, Processes, processes
 from lora_ga.distributed.sharding import in_step, unwrapped
 from lora_ga.distributed.tensor_parallel import check_together
-from lora_ga.files import fingerprint
 from lora_ga.gradients.checkpoint import Checkpoint, Progress
 from lora_ga.gradients.coverage import refuse_probe, report_missing
 from lora_ga.gradients.isolation import (

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from lora_ga.base import base_model
 from lora_ga.distributed.processes import processes
-from lora_ga.files import base_model
 from lora_ga.linalg.low_rank import generator
 
 # Models that take latents in rows of 2 x 2 patches, and time steps as a share of the number of training steps.

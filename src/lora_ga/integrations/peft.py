@@ -20,8 +20,8 @@ from torch import nn
 
 from lora_ga.adapter.undo import base_kept
 from lora_ga.adapter.write import apply_estimate
+from lora_ga.base import another_base
 from lora_ga.config import LoraGAConfig as Settings
-from lora_ga.files import another_base
 from lora_ga.gradients.isolation import random_state_kept
 from lora_ga.gradients.recording import recording
 from lora_ga.gradients.result import GradientEstimate

@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
+from lora_ga.base import named_modules, without_compiled
 from lora_ga.distributed.sharding import gathered, whole
 from lora_ga.distributed.tensor_parallel import Split, in_fsdp, split_of, unfit
-from lora_ga.files import named_modules, without_compiled
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, entries, kind_of, layout_of, warn_never_run, weight_of
 from lora_ga.layers.linear import WeightLayout

@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_ga.base import base_model
 from lora_ga.distributed.sharding import partitioned, sharded
 from lora_ga.distributed.tensor_parallel import split_of
-from lora_ga.files import base_model
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, layout_of, weight_of
 from lora_ga.layers.linear import LINEAR
