@@ -33,7 +33,8 @@ import lora_ga
 from cases import EXPERTS, LAYERS, Case, mixtral, seeded
 from lora_ga import LoraGAConfig
 from lora_ga.adapter import save as sidecar
-from lora_ga.adapter.load import check_optimizer_state, restore_starts
+from lora_ga.adapter.load import restore_starts
+from lora_ga.adapter.optimizer_state import check_optimizer_state
 from lora_ga.adapter.save import FILE
 from lora_ga.config import CHOICES
 from lora_ga.export.merge import merge_adapter

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import alignment_of, scaling_of
 from lora_ga.adapter.file import ENDS, compiled_names
+from lora_ga.adapter.fits import adapters_below, check_base, check_vocabulary
+from lora_ga.adapter.optimizer_state import check_saved_optimizer
 from lora_ga.adapter.save import FILE, read_sidecar
 from lora_ga.adapter.structure import build_structure, padding_of
-from lora_ga.base import another_base, base_model, embeddings, without_compiled
+from lora_ga.base import base_model, embeddings, without_compiled
 from lora_ga.config import LoraGAConfig
 from lora_ga.distributed.sharding import whole
-from lora_ga.files import adapters_in, damaged
+from lora_ga.files import damaged
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.joined import JoinedA, JoinedB
 from lora_ga.layers.kinds import entries, weight_of
@@ -42,8 +44,6 @@ from lora_ga.layers.targets import PREFIX, Target, find_targets, layer_name, pef
 
 # What diffusers calls its file, and the key of its metadata that holds the configurations.
 PIPELINE_FILE, PIPELINE_CONFIGS = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
-# The parts of an optimizer's state that have the shape of the parameter, in Adam, AdamW, SGD and similar optimizers.
-SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 # How files of diffusers name A and B → how PEFT names them.
 PIPELINE_NAMES = {
     ".lora.down.": ".lora_A.",
@@ -77,146 +77,6 @@ class SavedAdapter:
     def layers(self) -> set[str]:
         """The names of its layers."""
         return {key.removesuffix(end) for key in self.tensors for end in ENDS["A"] if key.endswith(end)}
-
-
-def check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
-    """Refuse another base model than the one the adapter was trained on.
-
-    Args:
-        model: A base model, or a model with adapters.
-        trained_on: The fingerprint in the sidecar.
-        path: The adapter, for the message.
-
-    Raises:
-        ValueError: It is another.
-    """
-    if difference := another_base(model, trained_on):
-        raise ValueError(
-            f"{path}: trained on another base model: {difference}. Give the base model it was trained on. If another "
-            f"adapter was saved over it since, {FILE} is that of the old one: remove the file."
-        )
-
-
-def check_layers(base: nn.Module, folder: Path) -> None:
-    """Refuse a base model in which a layer of a saved adapter has another shape, before PEFT loads the adapter.
-
-    Embeddings are left out: `check_base` and `check_vocabulary` name the two sizes of the vocabulary.
-
-    Args:
-        base: The base model.
-        folder: The adapter's folder. One without `adapter_model.safetensors` is not looked at.
-
-    Raises:
-        ValueError: There is such a layer; the message gives its two shapes.
-    """
-    saved, ends = shapes_in(folder), embeddings(base)
-    others = ((path, module) for path, module in base.named_modules() if not any(module is end for end in ends))
-    modules = {layer_name(path): module for path, module in others}
-    for key, shape in saved.items():
-        layer, _, parameter = key.rpartition(".")
-        module = modules.get(layer)
-        weight = getattr(module, parameter, None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and tuple(weight.shape) != shape:
-            classes = len(weight) == getattr(getattr(base, "config", None), "num_labels", None)
-            advice = f"Load the base model with num_labels={shape[0]}" if classes else "Give its own base model"
-            raise ValueError(
-                f"{folder}: {layer} is {shape[0]} x {shape[1]} in this adapter, and {weight.shape[0]} x "
-                f"{weight.shape[1]} in the model. {advice}."
-            )
-    for key in saved:
-        layer = key.removesuffix(ENDS["A"][0])
-        b = saved.get(layer + ENDS["B"][0])
-        sides = tuple(getattr(modules.get(layer), side, None) for side in ("out_features", "in_features"))
-        if b is not None and key != layer and len(b) == 2 and None not in sides and sides != (b[0], saved[key][1]):
-            raise ValueError(
-                f"{folder}: trained on another base model: {layer} is {b[0]} x {saved[key][1]} there, and {sides[0]} x "
-                f"{sides[1]} in this model. Give the base model it was trained on."
-            )
-
-
-def adapters_below(folder: Path) -> str:
-    """Name the adapters in the subfolders of a folder, for the message that it holds none itself.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        A sentence, after a space; empty if there are none.
-    """
-    found = adapters_in(folder)
-    if not found:
-        return ""
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    names = ", ".join(str(each.relative_to(folder)) for each in found[:3])
-    return f" Its subfolders hold adapters: {names}{more}. Give one of them, as {found[0]}."
-
-
-def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a folder's `adapter_model.safetensors`, by their names in the base model.
-
-    Args:
-        folder: The adapter's folder.
-
-    Returns:
-        Name → shape; empty if there is no such file, or one that PEFT refuses.
-    """
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file():
-        return {}
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            return {layer_name(key): tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError:
-        return {}
-
-
-def check_vocabulary(base: nn.Module, shapes: Mapping[str, Sequence[int]], path: str | Path) -> None:
-    """Refuse a base model with another vocabulary than that of the embeddings that an adapter holds.
-
-    Args:
-        base: The base model, also with adapters.
-        shapes: Name of a saved tensor in the base model → its shape.
-        path: The adapter, for the message.
-
-    Raises:
-        ValueError: It has another.
-    """
-    ends = embeddings(base)
-    for name, module in base.named_modules():
-        inner = getattr(module, "base_layer", module)
-        tokens = getattr(inner, "num_embeddings", None) or getattr(inner, "out_features", None)
-        if tokens is None or not any(module is end for end in ends):
-            continue
-        layer = layer_name(name)
-        a_or_weight = {f"{layer}.weight": 0, f"{layer}.base_layer.weight": 0, f"{layer}.lora_embedding_A": 1}
-        for key, dim in (a_or_weight | {f"{layer}.lora_B.weight": 0}).items():
-            if key in shapes and shapes[key][dim] != tokens:
-                raise ValueError(
-                    f"{path}: {layer} has {shapes[key][dim]} tokens in this adapter, and {tokens} in the model. Call "
-                    f"resize_token_embeddings({shapes[key][dim]}) on the base model, before it has an adapter."
-                )
-
-
-def check_saved_optimizer(folder: Path, trained: Iterable[Tensor]) -> None:
-    """Refuse a checkpoint without a sidecar whose optimizer state is that of LoRA-GA's structure.
-
-    Args:
-        folder: The checkpoint; nothing happens if it holds no optimizer state.
-        trained: The parameters that are to train.
-
-    Raises:
-        ValueError: The state has other shapes than the parameters.
-    """
-    if not (folder / "optimizer.pt").is_file():
-        return
-    states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")["state"].values()
-    shapes = {tuple(state[key].shape) for state in states for key in SAME_SHAPE if key in state}
-    if others := shapes - {tuple(parameter.shape) for parameter in trained}:
-        raise ValueError(
-            f"{folder}: {FILE} is missing, so the adapter would train as a plain LoRA, every row of its full rank; "
-            f"but the optimizer state beside it has other shapes ({min(others)}): it belongs to "
-            "LoRA-GA's structure. Put the sidecar back, or remove optimizer.pt to train as plain LoRA."
-        )
 
 
 def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainable: bool) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,20 +17,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
 from lora_ga.adapter.file import Padded, check_names, compiled_names
-from lora_ga.adapter.fill import (
-    SAME_SHAPE,
-    adapters_below,
-    check_base,
-    check_layers,
-    check_saved_optimizer,
-    check_vocabulary,
-    fill,
-    shapes_in,
-)
+from lora_ga.adapter.fill import fill
+from lora_ga.adapter.fits import adapters_below, check_base, check_layers, check_vocabulary, shapes_in
+from lora_ga.adapter.optimizer_state import check_first_steps, check_saved_optimizer
 from lora_ga.adapter.save import FILE, AlignedLoraConfig, read_sidecar
 from lora_ga.adapter.structure import (
     follow_adapters,
@@ -484,57 +475,4 @@ def restore_starts(model: nn.Module, path: Path, adapter_name: str = "default") 
 def _prepare_plain_training(model: nn.Module, path: str | Path, adapter_name: str) -> None:
     """Warn that every row of the adapter trains, and refuse optimizer states that do not fit it later."""
     warn(f"{path} has no {FILE}: it trains on as plain LoRA, every row of its full rank.")
-    _check_first_steps(model, adapter_name)
-
-
-def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose loaded state has other shapes than its parameters.
-
-    Some optimizers end the process without an error message when they step with such a state.
-
-    Args:
-        optimizer: An optimizer (or Accelerate's wrapper of one) after its state has been loaded.
-
-    Raises:
-        ValueError: A state does not have its parameter's shape.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            _check_state(optimizer.state.get(parameter, {}), parameter)
-
-
-def _check_state(state: Mapping[str, Any], parameter: Tensor) -> None:
-    """Refuse an optimizer state whose tensors have other shapes than the parameter.
-
-    Raises:
-        ValueError: There is such a tensor.
-    """
-    for key in SAME_SHAPE:
-        if key in state and state[key].shape != parameter.shape:
-            raise ValueError(
-                f"The optimizer's {key} is {tuple(state[key].shape)}, its parameter {tuple(parameter.shape)}: the "
-                f"state of a LoRA-GA run (rank r) does not fit a plain rank-2r adapter. With {FILE} in the checkpoint "
-                "lora_ga.load(base, checkpoint, is_trainable=True) restores the structure; without it, begin with a "
-                "new optimizer state."
-            )
-
-
-def _check_first_steps(model: nn.Module, adapter_name: str) -> None:
-    """Check the optimizer states of a plain adapter's A and B at the first step of each optimizer that has them.
-
-    An optimizer's state may be loaded after the adapter, and torch calls the hooks of all optimizers. This hook holds
-    the model weakly, looks at the states of its A and B alone, and is removed with the model.
-    """
-    checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-    reference = weakref.ref(model)
-
-    def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        loaded = reference()
-        if loaded is None or optimizer in checked:
-            return
-        layers = [module for module in loaded.modules() if isinstance(module, LoraLayer) and adapter_name in module.r]
-        for parameter in (weight_of(entry) for layer in layers for entry in entries(layer, adapter_name)):
-            _check_state(optimizer.state.get(parameter, {}), parameter)
-        checked.add(optimizer)
-
-    weakref.finalize(model, register_optimizer_step_pre_hook(check).remove)
+    check_first_steps(model, adapter_name)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lora_ga.adapter.load import check_optimizer_state
+from lora_ga.adapter.optimizer_state import check_optimizer_state
 from lora_ga.experiments.records.runs import write_json_atomically
 from lora_ga.files import LABELS
 
