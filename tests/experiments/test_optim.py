@@ -20,7 +20,7 @@ import lora_ga
 import processes
 from cases import LAYERS
 from lora_ga import LoraGAConfig
-from lora_ga.experiments.methods.steps import LoRAPro
+from lora_ga.experiments.methods.steps import LoRAPro, MomentumSGD
 from lora_ga.experiments.optim import LoRAMuon, LoRATSD, PairOptimizer, PoLoRA, ScaledAdamW, ScaledSGD, param_groups
 from lora_ga.experiments.optim.algebra import gram, inverse_root, orthonormal_product, sign_factor, top_eigenvalue
 from lora_ga.experiments.optim.rules import msign
@@ -40,6 +40,7 @@ RULES: dict[str, Callable[..., PairOptimizer]] = {
     "LoRAMuon": LoRAMuon,
     "PoLoRA": PoLoRA,
     "LoRAPro": LoRAPro,
+    "MomentumSGD": MomentumSGD,
 }
 
 
@@ -211,6 +212,17 @@ def lora_pro(scaling: float = 1.7) -> Formula:
     return formula
 
 
+def momentum_sgd() -> Formula:
+    held: list[Tensor] = []
+
+    def formula(a: Tensor, b: Tensor, g: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        old = held or [torch.zeros_like(a), torch.zeros_like(b)]
+        held[:] = [0.9 * old[0] + b.mT @ g, 0.9 * old[1] + g @ a.mT]
+        return -LR * held[0], -LR * held[1]
+
+    return formula
+
+
 FORMULAS: dict[str, tuple[Callable[[], Formula], float]] = {
     "ScaledSGD": (scaled_sgd, 1e-9),
     "ScaledAdamW": (scaled_adamw, 1e-9),
@@ -219,6 +231,7 @@ FORMULAS: dict[str, tuple[Callable[[], Formula], float]] = {
     "LoRAMuon": (lora_muon, 1e-8),
     "PoLoRA": (polora, 2e-3),  # of the bound of `spectral_norm`
     "LoRAPro": (lora_pro, 1e-9),
+    "MomentumSGD": (momentum_sgd, 1e-9),
 }
 
 
@@ -235,7 +248,7 @@ def test_a_rule_takes_the_steps_of_its_formula(rule: str) -> None:
         assert (got - wanted).norm() <= tolerance * (wanted - before).norm()
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in {"ScaledAdamW", "LoRAPro"}])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in {"ScaledAdamW", "LoRAPro", "MomentumSGD"}])
 def test_the_path_of_the_product_does_not_depend_on_how_it_is_factored(rule: str) -> None:
     """Of PoLoRA: on how the factors are rotated."""
     a, b, mix = random(RANK, INPUTS), random(OUTPUTS, RANK, seed=1), random(RANK, RANK, seed=2)
@@ -363,11 +376,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, ba
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_takes_the_same_path_with_both_offsets_also_if_it_was_made_before_the_start(rule: str) -> None:
     early = adapted(llama(num_hidden_layers=1), ["q_proj", "up_proj"])
-    optimizer = RULES[rule](param_groups(early), lr=0.03)
+    rate = 3.0 if rule == "MomentumSGD" else 0.03
+    optimizer = RULES[rule](param_groups(early), lr=rate)
     base, copied = started("base"), copy.deepcopy(started())
     begun = [factor.start for factor in copied.modules() if isinstance(factor, Factor)]
-    wanted = train(base, RULES[rule](param_groups(base), lr=0.03))
-    for reached in (train(started(model=early), optimizer), train(copied, RULES[rule](param_groups(copied), lr=0.03))):
+    wanted = train(base, RULES[rule](param_groups(base), lr=rate))
+    for reached in (train(started(model=early), optimizer), train(copied, RULES[rule](param_groups(copied), lr=rate))):
         for got, end, before in zip(reached, wanted, begun, strict=True):
             assert (end - before).abs().max() > 1e-3
             torch.testing.assert_close(got, end, rtol=0, atol=2e-3 * (end - before).abs().max().item())

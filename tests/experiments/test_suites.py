@@ -15,6 +15,7 @@ from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.cells import (
     MOST_RATES,
     Cell,
+    Look,
     Score,
     best_rate,
     cell_of,
@@ -140,13 +141,16 @@ def test_settings_that_are_not_numbers_are_checked_too(
 
 
 def run_sweep(
-    first: list[int], score: Callable[[float], Score | None], quarter_decades: bool = False
+    first: list[int],
+    score: Callable[[float], Score | None],
+    quarter_decades: bool = False,
+    diverged: Callable[[float], bool] = lambda point: False,
 ) -> tuple[list[float], float | None]:
     """Runs the points that a sweep needs until it needs no more; returns them in their order, and the best."""
     ran: list[float] = []
 
-    def result_at(point: float) -> tuple[bool, Score | None]:
-        return point in ran, score(point) if point in ran else None
+    def result_at(point: float) -> Look:
+        return Look(True, score(point), diverged(point)) if point in ran else Look(ran=False)
 
     while (state := sweep(first, result_at, quarter_decades)).needed:
         ran += state.needed
@@ -179,7 +183,14 @@ def test_a_diverged_rate_is_never_best_and_bounds_the_grid() -> None:
 
 
 def test_if_all_rates_diverge_smaller_ones_are_tried() -> None:
-    assert run_sweep([-6, -5], lambda p: None if p > -8 else (float(p),)) == ([-6, -5, -7, -8, -9], -8)
+    found = run_sweep([-6, -5], lambda p: None if p > -8 else (float(p),), diverged=lambda p: p > -8)
+    assert found == ([-6, -5, -7, -8, -9], -8)
+
+
+def test_if_all_rates_learn_nothing_smaller_and_larger_ones_are_tried_in_turn() -> None:
+    assert run_sweep([-3, -2], lambda p: (-abs(p),) if p > -1 else None) == ([-3, -2, -4, -1, -5, 0, 1], 0)
+    found = run_sweep([-3, -2], lambda p: (-abs(p + 6),) if p < -5 else None, diverged=lambda p: p > -2)
+    assert found == ([-3, -2, -4, -1, -5, -6, -7], -6)
 
 
 FIRST_LOSS = 100.0

@@ -1,4 +1,4 @@
-"""Any start with any rule: those of `starts.py`, with AdamW, SGD or a rule for pairs of factors."""
+"""Any start with any rule: those of `starts.py`, with AdamW or a rule for pairs of factors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ from lora_ga.experiments.optim.pairs import Pairs, State, adam
 from lora_ga.experiments.optim.rules import roots
 
 Groups = list[dict[str, Any]]
+
+
+class MomentumSGD(PairOptimizer):
+    """SGD with momentum 0.9, as torch's, for A and B; AdamW for a new head, as with all other rules."""
+
+    def __init__(self, params: Groups, lr: float) -> None:
+        super().__init__(params, lr)
+
+    def rule(self, pairs: Pairs, state: State, group: Mapping[str, Any], step: int) -> tuple[Tensor, Tensor]:
+        """ΔA and ΔB (see `PairOptimizer.rule`)."""
+        a, b = state.setdefault("momentum", (torch.zeros_like(pairs.grad_a), torch.zeros_like(pairs.grad_b)))
+        a.mul_(0.9).add_(pairs.grad_a)
+        b.mul_(0.9).add_(pairs.grad_b)
+        return -group["lr"] * a, -group["lr"] * b
 
 
 class LoRAPro(PairOptimizer):
@@ -62,12 +76,9 @@ PAIRS: Mapping[str, Callable[[Groups, BuildInputs], Any]] = {
     "scaled_sgd": lambda groups, inputs: ScaledSGD(groups, inputs.rate),
     "scaled_adamw": lambda groups, inputs: ScaledAdamW(groups, inputs.rate),
     "lora_pro": lambda groups, inputs: LoRAPro(groups, inputs.rate),
+    "momentum_sgd": lambda groups, inputs: MomentumSGD(groups, inputs.rate),
 }
-RULES: Mapping[str, Callable[[Groups, BuildInputs], Any]] = {
-    "adamw": adamw,
-    "sgd": lambda groups, inputs: torch.optim.SGD(groups, momentum=0.9),
-    **PAIRS,
-}
+RULES: Mapping[str, Callable[[Groups, BuildInputs], Any]] = {"adamw": adamw, **PAIRS}
 
 
 def _entry(table: Mapping[str, Any], option: str, inputs: BuildInputs) -> Any:

@@ -137,32 +137,49 @@ class Sweep:
         return self.best is not None and not self.needed and min(self.scores) < self.best < max(self.scores)
 
 
-def sweep(
-    first: Sequence[int], look: Callable[[float], tuple[bool, Score | None]], quarter_decades: bool = False
-) -> Sweep:
+@dataclass(frozen=True)
+class Look:
+    """What is known of a rate.
+
+    Attributes:
+        ran: Whether the run has ended.
+        score: Its score, None if it has none (see `score`).
+        diverged: Whether it has none because its loss rose, so that larger rates are of no use.
+    """
+
+    ran: bool
+    score: Score | None = None
+    diverged: bool = False
+
+
+def sweep(first: Sequence[int], look: Callable[[float], Look], quarter_decades: bool = False) -> Sweep:
     """Searches the best rate: the points of `first`, then one more at an edge as long as the best lies there.
+
+    If no run has a score, the search goes down and up in turn, but not up from a run that diverged: a run that learned
+    nothing may have had a rate too low or too high.
 
     Args:
         first: The first exponents.
-        look: Exponent → whether it has run, and its score (None if it has none).
+        look: Exponent → what is known of it.
         quarter_decades: Whether the points half a step beside the best are searched at the end.
 
     Returns:
         The state of the search.
     """
-    found: dict[float, tuple[bool, Score | None]] = {point: look(point) for point in first}
+    found = {float(point): look(point) for point in first}
     while True:
-        needed = sorted(point for point, (ran, _) in found.items() if not ran)
-        scores = {point: score for point, (ran, score) in sorted(found.items()) if ran}
+        needed = sorted(point for point, each in found.items() if not each.ran)
+        scores = {point: each.score for point, each in sorted(found.items()) if each.ran}
         good = {point: score for point, score in scores.items() if score is not None}
         best = max(good, key=good.__getitem__) if good else None
         if needed or len(found) >= MOST_RATES:
             return Sweep(scores, needed, best)
         low, high = min(found), max(found)
-        if best is None or best == low:  # also if all rates diverged
-            found[low - 1] = look(low - 1)
-        elif best == high:
+        turn_up = min(first) - low > high - max(first) and not found[high].diverged
+        if best == high or (best is None and turn_up):
             found[high + 1] = look(high + 1)
+        elif best is None or best == low:
+            found[low - 1] = look(low - 1)
         else:
             between = {best - 0.5, best + 0.5} - set(found) if quarter_decades else set()
             if not between:
@@ -185,10 +202,15 @@ def score(record: Mapping[str, Any], metric: str) -> Score | None:
     if record["status"] != "done":
         return None
     tune = record["metrics"]["tune"]
-    training = record["curves"]["training"]
-    if metric == "loss" and ((training and tune["loss"] > WORSE * training[0]) or _is_constant(tune)):
+    if metric == "loss" and (_rose(record) or _is_constant(tune)):
         return None
     return (-tune[metric] if metric in SMALLER_IS_BETTER else tune[metric], -tune["loss"])
+
+
+def _rose(record: Mapping[str, Any]) -> bool:
+    # Whether a run has ended well above the loss of its first batch.
+    training = record["curves"]["training"]
+    return bool(training) and record["metrics"]["tune"]["loss"] > WORSE * training[0]
 
 
 def _is_constant(measured: Mapping[str, float]) -> bool:
@@ -201,10 +223,13 @@ def _is_constant(measured: Mapping[str, float]) -> bool:
 
 def sweep_of(suite: Suite, task: str, label: str, records: Records) -> Sweep:
     """The search of the tuned protocol for a variant on a task, with seed 0 and the tuning split."""
+    metric = suite.tasks[task].chooser
 
-    def look(point: float) -> tuple[bool, Score | None]:
+    def look(point: float) -> Look:
         record = records.get(cell_of(suite, task, label, rate_at(point), 0).digest())
-        return record is not None, None if record is None else score(record, suite.tasks[task].chooser)
+        if record is None:
+            return Look(ran=False)
+        return Look(True, score(record, metric), record["status"] != "done" or _rose(record))
 
     return sweep(suite.methods[label].rates, look, suite.quarter_decades)
 
