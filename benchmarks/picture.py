@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from tables import ROOT, load
+from published import ROOT, load
 
 PATH = ROOT / "docs" / "start.svg"
 BLUE, ORANGE, GREY, PALE, INK = "#3f6fd1", "#e0862d", "#9aa0a6", "#e4e7eb", "#1f2933"

@@ -34,7 +34,7 @@ from lora_ga.adapter.rate import Group, Search
 from lora_ga.cli.rate import RateOptions, rate_of_lora_ga
 from lora_ga.experiments.methods import load_method
 from lora_ga.experiments.records.store import Store
-from lora_ga.experiments.suites.cells import Cell, cell_of
+from lora_ga.experiments.suites.cells import Cell, cell_of, rate_at
 from lora_ga.experiments.suites.grid import commit
 from lora_ga.experiments.suites.run import Place, build_inputs, run_cell
 from lora_ga.experiments.suites.sources import Sources
@@ -57,10 +57,14 @@ Runs = Mapping[float, Mapping[str, Any]]
 
 
 def lines() -> dict[tuple[str, str], Runs]:
-    """(Task, method) → learning rate → record, of the runs of seed 0 that finished, for at least three rates."""
+    """(Task, method) → learning rate → record, of the runs of seed 0 that finished, for at least three rates.
+
+    All rates are half a decade apart. The points between are left out: only some lines have them.
+    """
     found: dict[tuple[str, str], dict[float, Mapping[str, Any]]] = {}
     for run in Store(STORE).records().values():
-        if run["seed"] == 0 and run["status"] == "done" and run["suite"] != "steps":  # rates of other optimizers
+        on_grid = run["learning_rate"] == rate_at(round(2 * math.log10(run["learning_rate"])))
+        if run["seed"] == 0 and run["status"] == "done" and on_grid and run["suite"] != "steps":  # other optimizers
             label = run["label"] if run["suite"] != "ablation" else f"{run['label']} (ablation)"
             found.setdefault((run["task"], label), {})[run["learning_rate"]] = run
     return {line: runs for line, runs in sorted(found.items()) if len(runs) >= 3}

@@ -7,39 +7,30 @@ python benchmarks/tables.py --write  writes each between its markers in its page
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
-import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_ga.experiments.comparison.curves import mean_and_error
-from lora_ga.experiments.comparison.suites import Result, plain_lora, results, steps_to_loss
-from lora_ga.experiments.records.store import Store
+from against_lora import IN_ERRORS, against_lora_table, better_by, classifier_steps_table, complete_table, steps_table
+from lora_ga.experiments.comparison.suites import Result, plain_lora
 from lora_ga.experiments.suites.cells import score
 from lora_ga.experiments.suites.spec import load_suite
-from lora_ga.experiments.tables.suites import method_table, overview_table, steps_cells
+from lora_ga.experiments.tables.suites import method_table, overview_table
 from lora_ga.experiments.tables.table import BLANK, markdown_lines
+from published import ROOT, better, load, published_results, rate_text, short_mean
+from rate_tables import (
+    found_rates_table,
+    leaders_table,
+    smollm2_found_table,
+    smollm2_summary,
+    smollm2_table,
+    unswept_table,
+)
 
-ROOT = Path(__file__).parent.parent
 MARKERS = re.compile(r"(<!-- drawn from records -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
-
-
-def load(name: str) -> dict[str, Any]:
-    """Reads a record of benchmarks/results."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-
-
-# Tasks on which the rule of find_rate was set, on which one of its constants was, and on which it was judged.
-RATES = {
-    "mean, tasks used to set the constants": ("stories260k", "babyllama105", "sst2"),
-    "mean, QNLI, used to set the least agreement": ("qnli",),
-    "mean, tasks used only to judge": ("cola", "mrpc", "mnli"),
-}
 
 
 def difference_table() -> str:
@@ -63,12 +54,6 @@ def difference_table() -> str:
     ]
     lines = ["| | LoRA-GA, this library | PEFT's `lora_ga` | plain LoRA |", "|---|---|---|---|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def better(cells: Sequence[str], best: Callable[[Iterable[float]], float]) -> list[str]:
-    """Makes the best of some numbers bold. Numbers that read the same are all bold."""
-    value = best(float(cell.split()[0]) for cell in cells if cell != BLANK)
-    return [f"**{cell}**" if cell != BLANK and float(cell.split()[0]) == value else cell for cell in cells]
 
 
 # (Suite, task) → title of its column in the README.
@@ -107,19 +92,12 @@ def readme_table(columns: Mapping[str, Sequence[str]]) -> str:
 
 def results_table() -> str:
     """The metric after training, every method at its best learning rate, the best adapter in bold, in Markdown."""
-    columns = {}
+    columns, leads, rows = {}, [], list(ROWS)
     for title, metric, found in readme_columns():
         *adapters, full = [short_mean(each.values(metric)) for each in found]
         columns[title] = [*better(adapters, min if metric == "loss" else max), full]
-    return readme_table(columns)
-
-
-def short_mean(values: Sequence[float]) -> str:
-    """Mean ± standard error over the seeds, with three decimals, or a blank."""
-    if not values:
-        return BLANK
-    mean, error = mean_and_error(values)
-    return f"{mean:.3f} ± {error:.3f}"
+        leads.append(better_by(found[rows.index("LoRA-GA")], found[rows.index("plain LoRA")], metric))
+    return f"{readme_table(columns)}\n| LoRA-GA better than plain LoRA by, {IN_ERRORS} | {' | '.join(leads)} |"
 
 
 def rates_table() -> str:
@@ -132,11 +110,6 @@ def rates_table() -> str:
 def short_rate(result: Result) -> str:
     """The best learning rate of a method, with two digits, or a blank."""
     return BLANK if result.rate is None else rate_text(result.rate)
-
-
-def rate_text(rate: float) -> str:
-    """A learning rate, as 3.2e-4."""
-    return f"{rate:.1e}".replace("e-0", "e-")
 
 
 def cost_table() -> str:
@@ -241,96 +214,6 @@ def why_table() -> str:
     return "\n".join(lines)
 
 
-def found_rates_table() -> str:
-    """The rates that `find_rate` finds, and one full run at each, against the sweeps, in Markdown."""
-    heads = (
-        "task | method | found | best of the sweep | regret, run at the found rate | regret, nearest rate | "
-        "regret, between rates | spread over seeds | cost ÷ run"
-    )
-    keys, found = ("regret", "nearest", "between"), load("rates")
-    lines = [f"| {heads} |", "|---" * 9 + "|"]
-    for name, row in found["found"].items():
-        task, _, method = name.partition("/")
-        cells = [f"{row[key]:.4f}" if key in row else "not run" for key in keys]
-        cells += [f"{found['spread'][name]:.4f}" if name in found["spread"] else BLANK, f"{row['cost']:.3f}"]
-        lines.append(f"| {task} | {method} | {row['rate']:.2g} | {row['swept best']:g} | {' | '.join(cells)} |")
-    for title, tasks in RATES.items():
-        rows = {name: row for name, row in found["found"].items() if name.partition("/")[0] in tasks}
-        cells = [mean_and_most([row[key] for row in rows.values() if key in row], len(rows)) for key in keys]
-        pooled = math.sqrt(statistics.fmean(found["spread"][name] ** 2 for name in rows if name in found["spread"]))
-        most = max(row["cost"] for row in rows.values())
-        lines.append(f"| **{title}** | all | | | {' | '.join(cells)} | {pooled:.4f} | {most:.3f} |")
-    return "\n".join(lines)
-
-
-def mean_and_most(regrets: Sequence[float], of: int) -> str:
-    """The mean of regrets and the largest, and how many there are if some of all are missing."""
-    if not regrets:
-        return BLANK
-    count = "" if len(regrets) == of else f" ({len(regrets)} of {of})"
-    return f"{statistics.fmean(regrets):.4f}, at most {max(regrets):.4f}{count}"
-
-
-def unswept_table() -> str:
-    """LoRA-GA at the rate that was found, beside LoRA at the rate that people use, in Markdown."""
-    lines = ["| loss | LoRA-GA, found rate | LoRA at 2e-4 | LoRA, best of its sweep |", "|---|---|---|---|"]
-    for task, row in load("rates")["unswept"].items():
-        lines.append(f"| {task} | {row['lora-ga']:.3f} | {row['lora']:.3f} | {row['lora, best']:.3f} |")
-    return "\n".join(lines)
-
-
-def steps_table(tasks: Sequence[str]) -> str:
-    """The lines of the suite `steps` that are complete on some tasks, beside LoRA with AdamW, in Markdown.
-
-    The difference from LoRA is in standard errors of the difference of both means; above 0 is better.
-    """
-    found = {(each.task, each.label): each for each in published_results("steps") if not each.missing and each.runs}
-    heads = [f"{task}, loss ↓ (rate) | better than LoRA by | steps ÷ LoRA's" for task in tasks]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|---|---|" * len(tasks)]
-    for label in load_suite("steps").methods:
-        if all((task, label) in found for task in tasks):
-            cells = [cell for task in tasks for cell in steps_row(found[task, label], found[task, "lora AdamW"])]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def steps_row(result: Result, plain: Result) -> list[str]:
-    """The loss of a line, by how many standard errors it is better than plain LoRA, and its steps to LoRA's loss."""
-    mean, error = mean_and_error(result.values("loss"))
-    steps = steps_cells(steps_to_loss(result, plain))[1]
-    return [f"{mean:.3f} ± {error:.3f} ({result.rate:g})", better_by(result, plain, "loss"), steps]
-
-
-def better_by(result: Result, plain: Result, metric: str) -> str:
-    """By how many standard errors of the difference of both means a line is better than plain LoRA."""
-    (mean, error), (other, its) = (mean_and_error(each.values(metric)) for each in (result, plain))
-    sign = -1 if metric == "loss" else 1
-    return BLANK if result is plain else f"{sign * (mean - other) / math.hypot(error, its):+.1f} s.e."
-
-
-def classifier_steps_table(tasks: Sequence[str]) -> str:
-    """The lines of the suite `steps` that are complete on any of some classifiers, in Markdown."""
-    suite = load_suite("steps")
-    found = {(each.task, each.label): each for each in published_results("steps") if not each.missing and each.runs}
-    columns = [(task, metric) for task in tasks for metric in ("loss", suite.tasks[task].metric)]
-    heads = [f"{task}, {metric}{' (rate)' * (metric == 'loss')} | better than LoRA by" for task, metric in columns]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|---|" * len(columns)]
-    for label in suite.methods:
-        results = {task: found[task, label] for task in tasks if (task, label) in found}
-        cells = []
-        for task, metric in columns:
-            if task not in results:
-                cells += [BLANK, BLANK]
-                continue
-            mean, error = mean_and_error(results[task].values(metric))
-            rate = f" ({results[task].rate:g})" * (metric == "loss")
-            plain = found[task, "lora AdamW"]
-            cells += [f"{mean:.3f} ± {error:.3f}{rate}", better_by(results[task], plain, metric)]
-        if results:
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def optim_table() -> str:
     """The time of a training step with the optimizers of the product, over that with AdamW, in Markdown."""
     costs = load("optim")["tokens"]
@@ -341,60 +224,6 @@ def optim_table() -> str:
         cells = [f"{each['over AdamW']:.2f} | {each['share of the optimizer']:.1%}" for each in found]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def smollm2_table() -> str:
-    """The loss of SmolLM2 on held-out answers after short runs at several rates, in Markdown; the lowest in bold."""
-    runs = load("smollm2")["runs"]["0"]
-    rates = sorted(set(runs) - {"found"}, key=float)
-    lines = ["| loss | " + " | ".join(f"at {rate}" for rate in rates) + " |", "|---" * (1 + len(rates)) + "|"]
-    for method in max(runs.values(), key=len):  # some rates were tried for a few methods
-        losses = [smollm2_loss(runs[rate].get(method)) for rate in rates]
-        lowest = min((loss for loss in losses if loss != BLANK), key=float)
-        lines.append(f"| {method} | {' | '.join(f'**{each}**' if each == lowest else each for each in losses)} |")
-    return "\n".join(lines)
-
-
-def smollm2_found_table() -> str:
-    """The loss of SmolLM2 at the rate that `find_rate` finds, beside the best of the rates tried and 2e-4."""
-    runs = load("smollm2")["runs"]["0"]
-    head = ("loss", "rate found", "at it", "at the best of the rates above", "at 0.0002", "steps of the search")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for method, run in runs["found"].items():
-        search, tried = run["search"], smollm2_tried(runs, method)
-        cells = [f"{search['rate']:g}", smollm2_loss(run), min(tried.values(), key=float), tried["0.0002"]]
-        lines.append(f"| {method} | {' | '.join(cells)} | {sum(group['passes'] for group in search['groups'])} |")
-    return "\n".join(lines)
-
-
-def smollm2_summary() -> str:
-    """The loss of SmolLM2 at 2e-4, at the best of the rates tried, and at the rate that `find_rate` finds."""
-    runs = load("smollm2")["runs"]["0"]
-    names = {"LoRA-GA": "lora-ga reach=0.35", "LoRA-GA, γ = 16": "lora-ga γ=16", "PiSSA": "pissa", "rsLoRA": "rslora"}
-    columns = []
-    for method in (*names.values(), "lora"):
-        tried = smollm2_tried(runs, method)
-        best = min(tried, key=lambda rate: float(tried[rate]))
-        found = runs["found"].get(method)
-        cells = [(tried["0.0002"], ""), (tried[best], rate_text(float(best)))]
-        columns.append([*cells, (smollm2_loss(found), "" if found is None else rate_text(found["search"]["rate"]))])
-    lowest = [min((cell[0] for cell in column if cell[0] != BLANK), key=float) for column in zip(*columns, strict=True)]
-    lines = ["| loss ↓ | at 2e-4 | at the best rate of a sweep | at the rate of `find_rate` |", "|---" * 4 + "|"]
-    for name, row in zip((*names, "plain LoRA"), columns, strict=True):
-        shown = [f"**{loss}**" if loss == best else loss for (loss, _), best in zip(row, lowest, strict=True)]
-        rates = [f" ({rate})" if rate else "" for _, rate in row]
-        lines.append(f"| {name} | {' | '.join(map(''.join, zip(shown, rates, strict=True)))} |")
-    return "\n".join(lines)
-
-
-def smollm2_tried(runs: Mapping[str, Any], method: str) -> dict[str, str]:
-    """Rate → the loss of a method, for the rates of its sweep."""
-    return {rate: smollm2_loss(runs[rate][method]) for rate in runs if rate != "found" and method in runs[rate]}
-
-
-def smollm2_loss(run: dict[str, Any] | None) -> str:
-    """The loss of a run of SmolLM2 on the rows that are reported; BLANK without one."""
-    return BLANK if run is None or "metrics" not in run else f"{run['metrics']['report']['loss']:.3f}"
 
 
 def suite_overview(name: str) -> str:
@@ -444,12 +273,6 @@ def rate_choice_cell(result: Result | None, metric: str, chooser: str) -> str:
         return BLANK
     best = max(scores, key=scores.__getitem__)
     return f"{runs[best]['metrics']['report'][metric]:.3f} ({best:g})"
-
-
-@functools.cache
-def published_results(name: str) -> list[Result]:
-    """The results of a suite from the published records."""
-    return results(load_suite(name), Store(ROOT / "recipes" / "results" / "store").records())
 
 
 def readers_table() -> str:
@@ -633,6 +456,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
     "docs/guide.md": (quantised_table, qlora_table),
     "docs/cost.md": (cost_table, update_table, early_stop_table),
     "docs/evidence.md": (
+        against_lora_table,
         smollm2_table,
         smollm2_found_table,
         functools.partial(suite_overview, "stories-shakespeare"),
@@ -644,9 +468,11 @@ PAGES: Mapping[str, tuple[Callable[[], str], ...]] = {
         functools.partial(reach_table, ("stories260k", "babyllama105", "sst2", "cola", "qnli", "mnli")),
         why_table,
         found_rates_table,
+        leaders_table,
         unswept_table,
         functools.partial(steps_table, ("stories260k", "babyllama105")),
         functools.partial(classifier_steps_table, ("sst2", "cola", "qnli")),
+        functools.partial(complete_table, "steps"),
         optim_table,
     ),
     "docs/serving.md": (readers_table,),

@@ -236,20 +236,6 @@ def test_tables_are_drawn_from_the_records(page: str) -> None:
     assert tables.written(page, text) == text
 
 
-def test_the_table_of_steps_counts_standard_errors_of_the_difference_and_above_zero_is_better() -> None:
-    def result(rate: float, losses: tuple[float, float]) -> tables.Result:
-        runs = {
-            seed: {"metrics": {"report": {"loss": loss}}, "curves": {"training": [4.0] * 10 + [loss] * 10}}
-            for seed, loss in enumerate(losses)
-        }
-        return tables.Result("task", "line", rate, True, runs, [], 0, {})
-
-    plain, better = result(0.01, (2.9, 3.1)), result(0.003, (2.4, 2.6))  # each has a standard error of 0.1
-    assert tables.steps_row(plain, plain) == ["3.000 ± 0.100 (0.01)", tables.BLANK, "1.00"]
-    assert tables.steps_row(better, plain)[:2] == ["2.500 ± 0.100 (0.003)", "+3.5 s.e."]
-    assert tables.steps_row(plain, better)[1:] == ["-3.5 s.e.", "never"]
-
-
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as the site and the usual views of a repository make them."""
     headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?s)```.*?```", "", page.read_text()))
