@@ -79,8 +79,8 @@ def smollm2_summary() -> str:
     for (name, method), row in zip(SMOLLM2.items(), columns, strict=True):
         shown = [f"**{loss}**" if loss == best else loss for (loss, _), best in zip(row, lowest, strict=True)]
         rates = [f" ({rate})" if rate else "" for _, rate in row]
-        cells = [*map("".join, zip(shown, rates, strict=True)), smollm2_start(every, method)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        row_cells = [*map("".join, zip(shown, rates, strict=True)), smollm2_start(every, method)]
+        lines.append(f"| {name} | {' | '.join(row_cells)} |")
     return "\n".join(lines)
 
 

@@ -307,7 +307,7 @@ SUSPICIOUS = re.compile(
 )
 # File of the package, a part of the line → why it may be there.
 ALLOWED = {
-    ("adapter/optimizer_state.py", 'torch.load(folder / "optimizer.pt", weights_only=True'): "tensors alone: code is refused",
+    ("adapter/optimizer_state.py", 'torch.load(folder / "optimizer.pt", weights_only=True'): "tensors alone",
     ("adapter/file.py", "torch.load(weights, weights_only=True"): "tensors alone: code is refused",
     ("gradients/result.py", "Nothing in the file is unpickled"): "a docstring",
     ("adapter/structure.py", "copied and pickled with the model"): "a docstring: of Python's own pickling of a model",
