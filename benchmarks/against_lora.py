@@ -62,8 +62,8 @@ def in_errors(difference: float, error: float) -> float:
 
 
 def better_by(result: Result, plain: Result, metric: str) -> str:
-    """By how many standard errors, alone and paired, a line is better than plain LoRA; a blank for LoRA itself."""
-    return BLANK if result is plain else lead(result, plain, metric).in_errors()
+    """By how many standard errors, alone and paired, a line is better than LoRA; a blank for LoRA itself, or if one diverged."""
+    return BLANK if result is plain or result.diverged or plain.diverged else lead(result, plain, metric).in_errors()
 
 
 def against_lora_table() -> str:
@@ -107,7 +107,8 @@ def steps_table(tasks: Sequence[str]) -> str:
 def steps_row(result: Result, plain: Result) -> list[str]:
     """The loss of a line, by how many standard errors it is better than plain LoRA, and its steps to LoRA's loss."""
     steps = steps_cells(steps_to_loss(result, plain))[1]
-    return [f"{short_mean(result.values('loss'))} ({result.rate:g})", better_by(result, plain, "loss"), steps]
+    shown = result.divergence or short_mean(result.values("loss"))
+    return [f"{shown} ({result.rate:g})", better_by(result, plain, "loss"), steps]
 
 
 def classifier_steps_table(tasks: Sequence[str]) -> str:
@@ -132,7 +133,8 @@ def classifier_cells(found: Mapping[tuple[str, str], Result], task: str, label: 
         return [BLANK, BLANK]
     result = found[task, label]
     rate = f" ({result.rate:g})" * (metric == "loss")
-    return [short_mean(result.values(metric)) + rate, better_by(result, found[task, "lora AdamW"], metric)]
+    shown = result.divergence or short_mean(result.values(metric))
+    return [shown + rate, better_by(result, found[task, "lora AdamW"], metric)]
 
 
 def complete_table(name: str) -> str:

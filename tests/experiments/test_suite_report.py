@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from lora_ga.cli.main import main
-from lora_ga.experiments.comparison.suites import PAPER, Result, find_series, results, steps_to_loss
-from lora_ga.experiments.pages.suite_figures import figure_groups, task_figure
+from lora_ga.experiments.comparison.suites import PAPER, Result, StepsToLoss, find_series, results, steps_to_loss
+from lora_ga.experiments.pages.suite_figures import figure_groups, series_points, task_figure
 from lora_ga.experiments.pages.suites import HTML_NAME, README_NAME, readme_files, report_files, suite_document
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.cells import Cell, missing
@@ -138,6 +138,72 @@ def test_a_seed_that_never_reaches_the_loss_is_reported_and_leaves_the_ratio_bla
     assert steps_cells(found) == ["never in 1 of 2 seeds", "–"]
     never = complete(suite, lambda cell: record_of(cell, level=1.1 if cell.method == "full" else 1.0))
     assert "| never | never |" in text_of(suite, never)
+
+
+def with_diverged_seeds(*diverged: tuple[str, int]) -> Make:
+    """Records of which some (method, seed) diverged at the method's best rate; the method full is better than LoRA."""
+
+    def make(cell: Cell) -> dict[str, Any]:
+        record = record_of(cell, decay=0.1 if cell.method == "full" else 0.05)
+        if cell.method == "full":
+            record["metrics"]["report"] = {"loss": 1.5, "accuracy": 0.95}
+        if (cell.method, cell.seed) in diverged and cell.learning_rate == BEST[cell.method]:
+            record |= {"status": "diverged", "reason": "the training loss is nan at step 3"}
+            del record["metrics"]
+        return record
+
+    return make
+
+
+def test_a_line_with_a_diverged_seed_says_so_in_place_of_a_mean_and_is_never_the_best(
+    suite: Suite, undrawn: None
+) -> None:
+    three = replace(suite, seeds=3)
+    best = text_of(three, complete(three, with_diverged_seeds()))
+    assert "| full | **1.5 ± 0 (0.001)** |" in best
+    assert "| full | 0.001 | **1.5 ± 0** | 3 of 3 | 1 ± 0 |" in best
+    text = text_of(three, complete(three, with_diverged_seeds(("full", 1), ("full", 2))))
+    # Seeds 0, 1 and 2 of the others have 2.0, 2.1 and 2.2.
+    assert "| full | 2 of 3 diverged (0.001) |" in text
+    assert "| lora | **2.100 ± 0.058 (0.00316)** |" in text
+    assert "| full | 0.001 | 2 of 3 diverged | 1 of 3 | – | – | never in 2 of 3 seeds | – |" in text
+    assert "| lora | 0.00316 | **2.100 ± 0.058** | 3 of 3 | 1 ± 0 |" in text
+
+
+def test_a_line_of_which_every_seed_diverged_says_so_at_a_rate_that_nobody_has_swept(
+    suite: Suite, undrawn: None
+) -> None:
+    unswept = replace(suite, tasks={"text": suite.tasks["text"]}, unswept_rates=[BEST["lora"]])
+    text = text_of(unswept, complete(unswept, with_diverged_seeds(("lora", 0), ("lora", 1))))
+    section = text[text.index("## text, loss, without a sweep") :]
+    assert "| lora | 2 of 2 diverged |" in section
+    assert re.search(r"\| full \| \*\*1\.5\S*", section)
+
+
+def test_a_diverged_seed_of_a_method_never_reaches_loras_loss_and_one_of_lora_leaves_no_loss_to_reach(
+    suite: Suite,
+) -> None:
+    def found(*diverged: tuple[str, int]) -> StepsToLoss | None:
+        records = complete(suite, with_diverged_seeds(*diverged))
+        by_label = {each.label: each for each in results(suite, records) if each.task == "text"}
+        return steps_to_loss(by_label["full"], by_label["lora"])
+
+    assert found() == StepsToLoss([24, 24], [STEPS, STEPS])
+    assert found(("full", 1)) == StepsToLoss([24, None], [STEPS, STEPS])
+    assert steps_cells(found(("full", 1))) == ["never in 1 of 2 seeds", "–"]
+    assert found(("lora", 1)) is None
+
+
+def test_a_series_has_no_point_where_a_seed_diverged(suite: Suite) -> None:
+    def make(cell: Cell) -> dict[str, Any]:
+        record = record_of(cell)
+        if cell.options == {"stable_gamma": 4.0} and cell.seed == 1:
+            record |= {"status": "diverged", "reason": "the training loss is nan at step 3"}
+        return record
+
+    by_label = {each.label: each for each in results(suite, complete(suite, make)) if each.task == "text"}
+    points = series_points(find_series(suite)[0], by_label, "loss")
+    assert [value for value, *_ in points] == [16, 64]
 
 
 def test_the_report_of_an_incomplete_grid_states_what_is_missing(suite: Suite, undrawn: None) -> None:

@@ -32,6 +32,7 @@ class Result:
         failures: Title and reason of each run that diverged or failed.
         missing: Number of cells that are known to be needed and have not run.
         search: Learning rate → record of seed 0, for all rates that were tried.
+        diverged: The seeds that diverged at that rate.
     """
 
     task: str
@@ -42,6 +43,13 @@ class Result:
     failures: Sequence[str]
     missing: int
     search: Mapping[float, Record]
+    diverged: Sequence[int] = ()
+
+    @property
+    def divergence(self) -> str:
+        """How many seeds diverged at the rate, in words; empty if none did."""
+        count = len(self.diverged)
+        return f"{count} of {count + len(self.runs)} diverged" if count else ""
 
     def values(self, metric: str, split: str = "report") -> list[float]:
         """A metric of each run, on the split "report" or "tune"."""
@@ -124,12 +132,18 @@ def _result(
 ) -> Result:
     by_digest = {cell.digest(): cell for cell in cells}
     found = [(cell, records[digest]) for digest, cell in by_digest.items() if digest in records]
-    runs = {cell.seed: record for cell, record in found if cell.learning_rate == rate and record["status"] == "done"}
+    at_rate = {cell.seed: record for cell, record in sorted(found, key=_seed) if cell.learning_rate == rate}
+    runs = {seed: record for seed, record in at_rate.items() if record["status"] == "done"}
+    diverged = [seed for seed, record in at_rate.items() if record["status"] == "diverged"]
     failures = [
         f"{cell.title()} {record['status']}: {record['reason']}" for cell, record in found if record["status"] != "done"
     ]
     missing = len(by_digest) - len(found) + unknown
-    return Result(task, label, rate, bracketed, dict(sorted(runs.items())), failures, missing, search)
+    return Result(task, label, rate, bracketed, runs, failures, missing, search, diverged)
+
+
+def _seed(found: tuple[Cell, Record]) -> int:
+    return found[0].seed
 
 
 @dataclass(frozen=True)
@@ -229,21 +243,25 @@ class StepsToLoss:
 def steps_to_loss(result: Result, plain: Result) -> StepsToLoss | None:
     """Counts the steps of a method to the final training loss of plain LoRA.
 
-    Each seed is compared with LoRA's run with the same seed. The two saw the same batches, so they share that noise.
+    Each seed is compared with LoRA's run with the same seed. The two saw the same batches, so they share that noise. A
+    seed of the method that diverged never reaches the loss.
 
     Args:
         result: Of the method.
         plain: Of plain LoRA on the same task.
 
     Returns:
-        The steps; None if the two have no seed in common.
+        The steps; None if the two have no seed in common, or if a seed of plain LoRA diverged, so that its loss would
+        be that of its better seeds.
     """
-    steps, reference = [], []
-    for seed in sorted(set(result.runs) & set(plain.runs)):
+    steps: list[int | None] = []
+    reference = []
+    for seed in sorted({*result.runs, *result.diverged} & set(plain.runs)) if not plain.diverged else ():
         plain_curve = smoothed_training_loss(plain.runs[seed])
         final_loss = plain_curve[-1][1]
         plain_steps = steps_to(plain_curve, final_loss)
         assert plain_steps is not None, "a curve reaches its last value"
-        steps.append(steps_to(smoothed_training_loss(result.runs[seed]), final_loss))
+        run = result.runs.get(seed)
+        steps.append(None if run is None else steps_to(smoothed_training_loss(run), final_loss))
         reference.append(plain_steps)
     return StepsToLoss(steps, reference) if steps else None

@@ -165,7 +165,11 @@ def series_figure(
             axes = figure.add_subplot(rows, columns, number)
             axes.set_xlabel(varied.replace("_", " "))
             axes.set_ylabel(f"{metric}, reported split")
-            _draw_series(axes, lines, None if plain is None or not plain.runs else (plain.label, plain.values(metric)))
+            _draw_series(
+                axes,
+                lines,
+                None if plain is None or not plain.runs or plain.diverged else (plain.label, plain.values(metric)),
+            )
         return figure
 
 
@@ -191,10 +195,10 @@ def _draw_series(
 
 
 def series_points(series: Series, by_label: dict[str, Result], metric: str) -> list[tuple[float, float, float]]:
-    """Value, mean and standard error (0 for a single run) of each variant of a series that has run."""
+    """Value, mean and standard error (0 for a single run) of each variant that has run, without a diverged seed."""
     points = []
     for value, label in series.labels.items():
-        if label in by_label and by_label[label].runs:
+        if label in by_label and by_label[label].runs and not by_label[label].diverged:
             mean, error = mean_and_error(by_label[label].values(metric))
             points.append((value, mean, 0.0 if math.isnan(error) else error))
     return points

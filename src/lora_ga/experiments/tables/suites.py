@@ -16,10 +16,17 @@ AT_ONCE = "runs at once"
 
 
 def best_label(found: Sequence[Result], metric: str) -> str | None:
-    """The label with the best mean of a metric; None while nothing has run."""
+    """The label with the best mean of a metric, of those without a diverged seed; None if there is none."""
     sign = -1 if metric in SMALLER_IS_BETTER else 1
-    means = {each.label: sign * mean_and_error(each.values(metric))[0] for each in found if each.runs}
+    means = {
+        each.label: sign * mean_and_error(each.values(metric))[0] for each in found if each.runs and not each.diverged
+    }
     return max(means, key=means.__getitem__) if means else None
+
+
+def reported_cell(result: Result, metric: str) -> str:
+    """The reported metric. If a seed diverged, a mean of the others would hide that: none is given."""
+    return result.divergence or format_values(result.values(metric))
 
 
 def overview_table(suite: Suite, tasks: Sequence[str], found: Sequence[Result]) -> Table:
@@ -33,10 +40,10 @@ def overview_table(suite: Suite, tasks: Sequence[str], found: Sequence[Result]) 
         row = [label]
         for column, (task, metric) in enumerate(metrics.items(), 1):
             each = by_task.get((task, label))
-            if each is None or not each.runs:
+            if each is None or not (each.runs or each.diverged):
                 row.append(BLANK)
             else:
-                row.append(f"{format_values(each.values(metric))} ({each.rate:g})")
+                row.append(f"{reported_cell(each, metric)} ({each.rate:g})")
             if best[task] == label:
                 bold.add((number, column))
         rows.append(row)
@@ -63,10 +70,10 @@ def method_table(suite: Suite, found: Sequence[Result], plain: Result | None) ->
     headers += [] if plain is None else [f"steps to {plain.label}'s loss", f"÷ {plain.label}'s steps"]
     rows = []
     for each in found:
-        reported = [format_values(each.values(name)) for name in (metric, *also)]
+        reported = [reported_cell(each, name) for name in (metric, *also)]
         row = [each.label, _rate_cell(each), *reported, f"{len(each.runs)} of {suite.seeds}"]
-        row.append(format_values(each.values(chooser, "tune")))
-        row.append(format_values([smoothed_training_loss(run)[-1][1] for run in each.runs.values()]))
+        others = [each.values(chooser, "tune"), [smoothed_training_loss(run)[-1][1] for run in each.runs.values()]]
+        row += [BLANK if each.diverged else format_values(values) for values in others]
         row += [] if plain is None else steps_cells(steps_to_loss(each, plain))
         rows.append(row)
     return Table(headers, rows, {(number, 2) for number, each in enumerate(found) if each.label == best})
@@ -85,8 +92,7 @@ def unswept_table(suite: Suite, found: Mapping[float, Sequence[Result]]) -> Tabl
     metric = suite.tasks[next(iter(found.values()))[0].task].metric
     best = {rate: best_label(some, metric) for rate, some in found.items()}
     rows = [
-        [line[0].label, *(format_values(each.values(metric)) for each in line)]
-        for line in zip(*found.values(), strict=True)
+        [line[0].label, *(reported_cell(each, metric) for each in line)] for line in zip(*found.values(), strict=True)
     ]
     bold = {
         (number, column)
