@@ -25,6 +25,7 @@ from lora_ga.experiments.suites.run import Place, run_cell
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import load_suite
 from lora_ga.experiments.suites.training import EXPLODED, WINDOW, DivergedError, check_loss
+from lora_ga.experiments.tasks import split_metrics
 from toys import autograd_gradients, causal, llama
 
 pytestmark = [
@@ -60,6 +61,7 @@ def test_every_method_runs_on_every_kind_of_task(toy: Path, task: str, label: st
     assert len(record["curves"]["training"]) == 4
     assert [point["step"] for point in record["curves"]["report"]] == [0, 2, 4]
     assert record["metrics"]["report"]["loss"] != record["curves"]["report"][0]["loss"]
+    assert set(record["metrics"]["tune"]) == set(split_metrics(load_suite(str(toy)).tasks[task]))
     assert record["trained_parameters"] > 0
     assert record["peak_memory_mib"] > 0
 

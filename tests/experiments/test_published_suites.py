@@ -20,7 +20,7 @@ from lora_ga.experiments.suites.grid import run_grid
 from lora_ga.experiments.suites.run import Place
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import RECIPES, Suite, available, load_suite
-from lora_ga.experiments.tasks import check
+from lora_ga.experiments.tasks import check, evaluated_metrics, split_metrics
 from lora_ga.gradients.progress import LOGGER
 
 # Suite → the variants that run here, and the metric they report. Other tests run all methods on all kinds of task.
@@ -71,6 +71,10 @@ def test_a_published_suite_runs_from_end_to_end(
     assert {record["status"] for record in records.values()} == {"done"}, [
         record.get("traceback") for record in records.values()
     ]
+    for record in records.values():
+        task = suite.tasks[record["task"]]
+        assert set(record["metrics"]["tune"]) == set(split_metrics(task))
+        assert set(record["metrics"]["report"]) == {*split_metrics(task), *evaluated_metrics(task)}
     assert metric in next(record["metrics"]["report"] for record in records.values() if record["task"] in suite.tasks)
     document = suite_document(suite, Store(tmp_path / "runs").records())
     assert not [notice for notice in document.notices if "have not run" in notice]

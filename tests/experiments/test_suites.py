@@ -25,7 +25,7 @@ from lora_ga.experiments.suites.cells import (
     sweep,
     sweep_of,
 )
-from lora_ga.experiments.suites.spec import RECIPES, Suite, available, load_suite
+from lora_ga.experiments.suites.spec import RECIPES, VALUES, Suite, available, load_suite, names
 from lora_ga.experiments.tasks import KINDS
 
 
@@ -62,12 +62,46 @@ def test_the_package_contains_every_suite_file_and_nothing_else_of_recipes() -> 
             {"methods": {"a": {"method": "lora", "rates": [-6], "settings": {"every": 5}}}},
             "methods.a.settings: every has",
         ),
-        ({"settings": {"steps": 0}}, "settings: steps is 0; it must be int and at least 1"),
+        ({"settings": {"steps": 0}}, "settings: steps is 0; it must be a whole number of at least 1"),
+        ({"settings": {"steps": True}}, "settings: steps is True; it must be a whole number of at least 1"),
+        ({"settings": {"eval_steps": "1e6"}}, "settings: eval_steps is '1e6'; it must be a whole number of at least 1"),
+        ({"settings": {"rank": 2.0}}, "settings: rank is 2.0; it must be a whole number of at least 1"),
+        ({"settings": {"alpha": 0}}, "settings: alpha is 0; it must be a number above 0"),
+        ({"settings": {"alpha": "16"}}, "settings: alpha is '16'; it must be a number above 0"),
+        ({"settings": {"warmup": 1.5}}, "settings: warmup is 1.5; it must be a number from 0 to 1"),
+        ({"settings": [3]}, r"settings holds \[3\], but it must map steps, batch_size"),
+        ({"seeds": 0}, "the suite: seeds is 0; it must be a whole number of at least 1"),
+        ({"seeds": 1.5}, "the suite: seeds is 1.5; it must be a whole number of at least 1"),
+        ({"seeds": "3"}, "the suite: seeds is '3'; it must be a whole number of at least 1"),
+        ({"paper_rate": -1}, "the suite: paper_rate is -1; it must be a number above 0"),
+        ({"paper_rate": float("inf")}, "the suite: paper_rate is inf; it must be a number above 0"),
+        ({"paper_rate": "small"}, "the suite: paper_rate is 'small'; it must be a number above 0"),
+        ({"quarter_decades": 1}, "the suite: quarter_decades is 1; it must be true or false"),
+        ({"title": 2024}, "the suite: title is 2024; it must be a text"),
+        ({"tasks": {1: {}}}, "the suite: tasks is {1: {}}; it must be a mapping whose names are texts"),
+        ({"tasks": {"a": {"kind": "text"}}}, "tasks.a: has no model, files. A task must have kind, model and files"),
         ({"methods": {"lora": {}}}, "methods.lora: rates is .*; it must list whole exponents"),
+        ({"methods": {"lora": [-6]}}, r"methods.lora holds \[-6\], but it must map method, options"),
+        (
+            {"methods": {"lora": {"rates": [-6, 0.5]}}},
+            r"methods.lora: rates is \[-6, 0.5\]; it must be a list of whole",
+        ),
+        ({"methods": {"lora": {"rates": -6}}}, "methods.lora: rates is -6; it must be a list of whole exponents"),
+        ({"methods": {"lora": {"rates": [-700]}}}, "methods.lora: rates is .*; it must be a list of whole exponents"),
+        ({"methods": {"lora": {"rates": [-6], "options": [1]}}}, "methods.lora: options is .*; it must be a mapping"),
+        ({"methods": {"lora": {"rates": [-6], "tasks": "text"}}}, "methods.lora: tasks is 'text'; it must be a list"),
+        (
+            {"methods": {"lora": {"rates": [-6], "settings": {"length": -1}}}},
+            "methods.lora.settings: length is -1; it must be a whole number of at least 1",
+        ),
         ({"methods": {"lora": {"rates": [-6], "tasks": ["maths"]}}}, "methods.lora.tasks: unknown maths"),
         ({"methods": {"lora": {"rate_of": "pissa"}}}, "methods.lora.rate_of: unknown pissa"),
         ({"tasks": {}}, "a suite needs at least one task"),
-        ({"unswept_rates": [0.0002, -1]}, "unswept_rates holds -1; it must list learning rates above 0"),
+        (
+            {"unswept_rates": [0.0002, -1]},
+            r"the suite: unswept_rates is \[0.0002, -1\]; it must be a list of learning rates above 0",
+        ),
+        ({"unswept_rates": 0.1}, "the suite: unswept_rates is 0.1; it must be a list of learning rates above 0"),
     ],
 )
 def test_unknown_keys_and_wrong_values_are_refused(
@@ -77,6 +111,84 @@ def test_unknown_keys_and_wrong_values_are_refused(
     path.write_text(yaml.safe_dump(yaml.safe_load(toy.read_text()) | changes))
     with pytest.raises(ValueError, match=f"changed.yaml: {message}"):
         load_suite(str(path))
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("text", {"metric": "acuracy"}, "metric names 'acuracy'; the metrics of this task of the kind text are loss"),
+        ("classes", {"also": ["f2"]}, "also names 'f2'; the metrics .* kind classes are loss, accuracy, f1, matthews"),
+        ("classes", {"labels": 3, "metric": "matthews"}, "metric names 'matthews'; .* classes are loss, accuracy"),
+        ("classes", {"choose": "los"}, "choose is 'los'; on the tuning split a task of the kind classes has loss, acc"),
+        ("text", {"kind": "texts"}, "kind is 'texts'; it must be one of text, classes, seq2seq, instruct"),
+        ("text", {"files": {"text": 3}}, "files is {'text': 3}; it must be a mapping of texts to texts"),
+        ("classes", {"columns": ["text"]}, r"columns is \['text'\]; it must be a mapping of texts to texts"),
+        ("classes", {"labels": -2}, "labels is -2; it must be a whole number of at least 0"),
+        ("text", {"seconds": 0}, "seconds is 0; it must be a number above 0"),
+        ("text", {"evaluation": {"by": "greedy", "batch": 0}}, "batch is 0; it must be a whole number of at least 1"),
+        ("text", {"settings": {"steps": 1.5}}, "steps is 1.5; it must be a whole number of at least 1"),
+        (
+            "text",
+            {"kind": "instruct", "metric": "gsm8k", "evaluation": {"by": "greedy", "test": "gsm8k"}},
+            "choose is not given, so it is 'gsm8k'; on the tuning split a task of the kind instruct has loss. Set",
+        ),
+    ],
+)
+def test_wrong_values_of_a_task_are_refused_before_anything_runs(
+    toy: Path,
+    tmp_path: Path,
+    task: str,
+    changes: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values, path = yaml.safe_load(toy.read_text()), tmp_path / "mine.yaml"
+    values["tasks"][task] |= changes
+    path.write_text(yaml.safe_dump(values))
+    assert main(["reproduce", str(path), "--store", str(tmp_path / "runs")]) == 2
+    place = f"tasks.{task}" + next((f".{key}" for key in ("settings", "evaluation") if {key} == set(changes)), "")
+    assert re.search(f"mine.yaml: {place}: {message}", capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_rate_may_be_written_with_an_exponent_alone_and_a_key_without_a_value_has_its_default(
+    toy: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    lines = "paper_rate: 1e-4\nunswept_rates: [2E-5, 0.1]\nsettings: {head_rate: 5e-3, alpha: 16}\nseeds:\n"
+    path.write_text(toy.read_text().replace("seeds: 2\n", "").replace("settings:", "unused:", 1) + lines)
+    values = yaml.safe_load(path.read_text())
+    del values["unused"]
+    assert (values["paper_rate"], values["seeds"]) == ("1e-4", None)
+    path.write_text(yaml.safe_dump(values))
+    suite = load_suite(str(path))
+    assert (suite.paper_rate, list(suite.unswept_rates), suite.seeds) == (1e-4, [2e-5, 0.1], 3)
+    assert (suite.settings.head_rate, suite.settings.alpha, suite.settings.steps) == (5e-3, 16, 200)
+    assert complete("lora_ga", {"stable_gamma": "4e3", "oversample": 8.0})["stable_gamma"] == 4000.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stable_gamma": "abc"}, "option stable_gamma is 'abc'; it must be a number of at least 0"),
+        ({"stable_gamma": -4}, "option stable_gamma is -4; it must be a number of at least 0"),
+        ({"stable_gamma": [1]}, r"option stable_gamma is \[1\]; it must be a number of at least 0"),
+        ({"oversample": 1.5}, "option oversample is 1.5; it must be a whole number of at least 0"),
+        ({"oversample": True}, "option oversample is True; it must be a whole number of at least 0"),
+        ({"use_rslora": "false"}, "option use_rslora is 'false'; it must be true or false"),
+        ({"estimator": 3}, "option estimator is 3; it must be a text"),
+    ],
+)
+def test_a_method_refuses_options_of_another_kind(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"lora_ga: {message}"):
+        complete("lora_ga", options)
+
+
+def test_every_field_of_a_suite_file_has_a_check() -> None:
+    apart = {"name", "settings"}  # of a suite: its file's name, and a group with checks of its own
+    assert {kind: set(VALUES[kind]) for kind in VALUES} == {
+        kind: set(names(kind)) - (apart if kind is Suite else set()) for kind in VALUES
+    }
 
 
 def test_a_method_refuses_options_it_does_not_have() -> None:
@@ -127,8 +239,8 @@ def test_an_unknown_suite_is_refused_and_the_known_ones_are_listed(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "float16"}, "dtype is 'float16'; it must be float32 or bfloat16"),
-        ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be one of float32, bfloat16"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1; it must be true or false"),
     ],
 )
 def test_settings_that_are_not_numbers_are_checked_too(

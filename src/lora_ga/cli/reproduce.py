@@ -181,13 +181,13 @@ def checked(suite: Suite, lines: Sequence[tuple[str, str]], sources: Any) -> dic
         try:
             complete(variant.method, variant.options)
         except ValueError as error:
-            raise ValueError(f"methods.{label}: {error}") from error
+            raise ValueError(f"{suite.name}: methods.{label}: {error}") from error
     found = {}
     for task in dict.fromkeys(task for task, _ in lines):
         try:
             found[task] = check(suite.tasks[task], sources)
         except ValueError as error:
-            raise ValueError(f"tasks.{task}: {error}") from error
+            raise ValueError(f"{suite.name}: tasks.{task}: {error}") from error
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from lora_ga.experiments.suites.spec import Task
 
 WAYS = ("harness", "greedy", "judge")
+RATINGS = ("mt_bench", "first_turn", "second_turn")  # the metrics of a judge; the others have one, with the test's name
+
+
+def metrics(evaluation: Mapping[str, Any]) -> tuple[str, ...]:
+    """The metrics that an evaluation returns; none without one."""
+    if evaluation.get("by") == "judge":
+        return RATINGS
+    return (evaluation["test"],) if "test" in evaluation else ()
 
 
 def check(task: Task, sources: Sources) -> list[str]:

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora_ga.experiments.suites.fields import as_number, is_number
+
 if TYPE_CHECKING:
     from lora_ga.experiments.methods.base import Method
 
@@ -56,7 +58,7 @@ def complete(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         All options.
 
     Raises:
-        ValueError: The method has no such option.
+        ValueError: The method has no such option, or a value is not of the kind of its default.
     """
     known = load_method(name).options
     unknown = sorted(set(options) - set(known))
@@ -64,8 +66,32 @@ def complete(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{name}: has no option {', '.join(unknown)}. Its options are {', '.join(known) or 'none at all'}."
         )
-    # 16 and 16.0 in a suite file are the same setting.
-    return {**known, **{key: type(known[key])(value) for key, value in options.items()}}
+    return {**known, **{key: _option(f"{name}: option {key}", known[key], value) for key, value in options.items()}}
+
+
+def _option(what: str, default: Any, value: Any) -> Any:
+    """An option as its default is: true or false, a text, or a number from 0 (16 and 16.0 are the same setting).
+
+    Args:
+        what: The option, for the message.
+        default: Its default.
+        value: What a suite file gives.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It is of another kind, or below 0.
+    """
+    words = {bool: "true or false", str: "a text", int: "a whole number of at least 0", float: "a number of at least 0"}
+    kind, read = type(default), as_number(value) if type(default) is float else value
+    if kind in (bool, str):
+        right = isinstance(read, kind)
+    else:
+        right = is_number(read) and read >= 0 and (kind is float or read == int(read))
+    if not right:
+        raise ValueError(f"{what} is {value!r}; it must be {words[kind]}.")
+    return kind(read)
 
 
 def non_default_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
+from lora_ga.experiments.suites import fields
+from lora_ga.experiments.suites.fields import FLAG, MAPPING, NAMES, POINTS, POSITIVE, RATES, TEXT, TEXTS, Kind, whole
+from lora_ga.experiments.tasks import KINDS, evaluated_metrics, split_metrics
+
 # In a checkout, and in an installed package.
 RECIPES = (Path(__file__).parents[4] / "recipes", Path(__file__).parents[2] / "recipes")
-DTYPES = ("float32", "bfloat16")
 # Setting → its name in records and in digests, which keep the names of the first version.
 RECORDED = {
     "batch_size": "rows",
@@ -20,7 +23,6 @@ RECORDED = {
     "gradient_checkpointing": "recompute",
     "eval_steps": "every",
 }
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,6 @@ class Settings:
     gradient_accumulation_steps: int = 1
     dtype: str = "float32"
     gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"settings: dtype is {self.dtype!r}; it must be {' or '.join(DTYPES)}.")
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise ValueError(
-                f"settings: gradient_checkpointing is {self.gradient_checkpointing!r}; it must be true or false."
-            )
-        for item in (item for item in dataclasses.fields(self) if item.type in {"int", "float"}):
-            found, least = getattr(self, item.name), 0 if item.name == "warmup" else 1 if item.type == "int" else 1e-12
-            wrong = isinstance(found, bool) or not isinstance(found, int if item.type == "int" else (int, float))
-            if wrong or found < least:
-                raise ValueError(f"settings: {item.name} is {found!r}; it must be {item.type} and at least {least}.")
 
     @property
     def effective_batch_size(self) -> int:
@@ -257,10 +246,8 @@ def load_suite(name: str) -> Suite:
         raise ValueError(f"{path}: holds no mapping; a suite has the keys {', '.join(names(Suite))}.")
     try:
         return _suite(path.stem, values)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (AttributeError, KeyError) as error:
-        raise ValueError(f"{path}: a value has the wrong type ({error}). recipes/ holds examples of suites.") from error
 
 
 def names(kind: Any) -> list[str]:
@@ -268,37 +255,100 @@ def names(kind: Any) -> list[str]:
     return [item.name for item in dataclasses.fields(kind)]
 
 
+# What the fields of a suite file may hold.
+VALUES: dict[Any, Mapping[str, Kind]] = {
+    Settings: fields.SETTINGS,
+    Task: {
+        "kind": fields.one_of(KINDS),
+        **dict.fromkeys(("model", "metric", "choose", "input", "target", "clean"), TEXT),
+        **dict.fromkeys(("files", "columns"), NAMES),
+        **dict.fromkeys(("also", "words"), TEXTS),
+        **dict.fromkeys(("evaluation", "fields", "settings"), MAPPING),
+        "labels": whole(0),
+        "seconds": POSITIVE,
+    },
+    Variant: {
+        **dict.fromkeys(("method", "rate_of"), TEXT),
+        **dict.fromkeys(("options", "settings"), MAPPING),
+        "rates": POINTS,
+        "tasks": TEXTS,
+    },
+    Suite: {
+        "title": TEXT,
+        **dict.fromkeys(("tasks", "methods"), MAPPING),
+        "seeds": whole(1),
+        "paper_rate": POSITIVE,
+        "unswept_rates": RATES,
+        "quarter_decades": FLAG,
+    },
+}
+
+
 def _suite(name: str, values: dict[str, Any]) -> Suite:
-    given = {"title": "", **values, "name": name}
-    _refuse_old_names(given.get("settings") or {}, "settings")
-    given["settings"] = _read(Settings, given.get("settings") or {}, "settings")
-    given["tasks"] = {key: _read(Task, value, f"tasks.{key}") for key, value in (given.get("tasks") or {}).items()}
+    _refuse_unknown(values, names(Suite), "the suite")
+    given = fields.check_values({"title": "", **_given(values)}, VALUES[Suite], "the suite")
+    given["name"] = name
+    given["settings"] = Settings(**_settings(given.get("settings", {}), "settings"))
+    given["tasks"] = {key: _task(value, f"tasks.{key}") for key, value in given.get("tasks", {}).items()}
     given["methods"] = {
-        key: _read(Variant, {"method": key, **(value or {})}, f"methods.{key}")
-        for key, value in (given.get("methods") or {}).items()
+        key: _variant(key, {} if value is None else value, f"methods.{key}")
+        for key, value in given.get("methods", {}).items()
     }
-    suite = _read(Suite, given, "the suite")
-    if not suite.tasks or not suite.methods:
+    if not given["tasks"] or not given["methods"]:
         raise ValueError("a suite needs at least one task under 'tasks' and one variant under 'methods'.")
-    wrong = [rate for rate in suite.unswept_rates if isinstance(rate, (bool, str)) or not rate > 0]
-    if wrong:
-        raise ValueError(f"unswept_rates holds {wrong[0]!r}; it must list learning rates above 0, as 0.0002.")
+    suite = Suite(**given)
     for label, variant in suite.methods.items():
         _check_variant(suite, label, variant)
-    for task, label in suite.lines():
-        for place, changes in ((f"tasks.{task}", suite.tasks[task]), (f"methods.{label}", suite.methods[label])):
-            _refuse_old_names(changes.settings, f"{place}.settings")
-            _refuse_unknown(changes.settings, names(Settings), f"{place}.settings")
-        suite.settings_of(task, label)
     return suite
+
+
+def _task(values: Any, where: str) -> Task:
+    given = _read(Task, values, where)
+    lacking = [name for name in ("kind", "model", "files") if name not in given]
+    if lacking:
+        raise ValueError(f"{where}: has no {', '.join(lacking)}. A task must have kind, model and files.")
+    given["settings"] = _settings(given.get("settings", {}), f"{where}.settings")
+    given["evaluation"] = fields.check_values(given.get("evaluation", {}), fields.EVALUATION, f"{where}.evaluation")
+    task = Task(**given)
+    _check_metrics(task, where)
+    return task
+
+
+def _check_metrics(task: Task, where: str) -> None:
+    """Refuses metrics that the task does not have. Only those of the splits can choose a learning rate."""
+    of_splits = split_metrics(task)
+    reported = (*of_splits, *evaluated_metrics(task))
+    for name, metric in (("metric", task.metric), *(("also", each) for each in task.also)):
+        if metric not in reported:
+            raise ValueError(
+                f"{where}: {name} names {metric!r}; the metrics of this task of the kind {task.kind} are "
+                f"{', '.join(reported)}."
+            )
+    if task.chooser not in of_splits:
+        said = f"choose is {task.choose!r}" if task.choose else f"choose is not given, so it is {task.metric!r}"
+        raise ValueError(
+            f"{where}: {said}; on the tuning split a task of the kind {task.kind} has {', '.join(of_splits)}. Set "
+            "choose to one of them."
+        )
+
+
+def _variant(label: str, values: Any, where: str) -> Variant:
+    given = {"method": label, **_read(Variant, values, where)}
+    given["settings"] = _settings(given.get("settings", {}), f"{where}.settings")
+    return Variant(**given)
+
+
+def _settings(values: Any, where: str) -> dict[str, Any]:
+    _refuse_old_names(values, where)
+    return _read(Settings, values, where)
 
 
 def _check_variant(suite: Suite, label: str, variant: Variant) -> None:
     for task in variant.tasks or ():
         _refuse_unknown({task: None}, list(suite.tasks), f"methods.{label}.tasks")
-    if variant.rate_of is None and (not variant.rates or not all(isinstance(point, int) for point in variant.rates)):
+    if variant.rate_of is None and not variant.rates:
         raise ValueError(
-            f"methods.{label}: rates is {variant.rates!r}; it must list whole exponents of √10 (-6 is 1e-3), or "
+            f"methods.{label}: rates is {list(variant.rates)}; it must list whole exponents of √10 (-6 is 1e-3), or "
             "rate_of must name another variant."
         )
     if variant.rate_of is not None:
@@ -307,12 +357,24 @@ def _check_variant(suite: Suite, label: str, variant: Variant) -> None:
             raise ValueError(f"methods.{label}: rate_of names {variant.rate_of}, which has no rates either.")
 
 
-def _read(kind: type[T], values: Any, where: str) -> T:
-    """Makes a dataclass from a mapping; the error for an unknown key lists the known ones."""
+def _read(kind: Any, values: Any, where: str) -> dict[str, Any]:
+    """Checks a mapping; the error for an unknown key lists the known ones.
+
+    Returns:
+        Name → value of the fields of the dataclass `kind` that are given.
+
+    Raises:
+        ValueError: A key or a value is not allowed.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{where} holds {values!r}, but it must map {', '.join(names(kind))} to values.")
     _refuse_unknown(values, names(kind), where)
-    return kind(**values)
+    return fields.check_values(_given(values), VALUES[kind], where)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys with a value: a key with nothing after it stands for the default."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _refuse_old_names(values: Any, where: str) -> None:

@@ -5,14 +5,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from lora_ga.experiments import judging
+
 if TYPE_CHECKING:
     from lora_ga.experiments.suites.cells import Cell
     from lora_ga.experiments.suites.sources import Sources
     from lora_ga.experiments.suites.spec import Task
     from lora_ga.experiments.tasks.prepared import PreparedTask
 
-# Each kind is a module of this package, with check(task, sources) and prepare(cell, sources).
-KINDS = ("text", "classes", "seq2seq", "instruct")
+# Each kind is a module of this package, with check(task, sources) and prepare(cell, sources). Kind → what its `measure`
+# returns, on the tuning split and on the reported one.
+KINDS = {
+    "text": ("loss",),
+    "classes": ("loss", "accuracy", "f1", "matthews"),
+    "seq2seq": ("loss", "accuracy"),
+    "instruct": ("loss",),
+}
+OF_TWO_CLASSES = ("f1", "matthews")
+
+
+def split_metrics(task: Task) -> tuple[str, ...]:
+    """The metrics of a task's tuning split and reported split."""
+    return tuple(name for name in KINDS[task.kind] if task.labels == 2 or name not in OF_TWO_CLASSES)
+
+
+def evaluated_metrics(task: Task) -> tuple[str, ...]:
+    """The metrics that the evaluation of the trained model adds to those of the reported split."""
+    return judging.metrics(task.evaluation) if task.kind == "instruct" else ()
 
 
 def check(task: Task, sources: Sources) -> list[str]:
