@@ -426,6 +426,7 @@ def test_the_calculated_rate_has_the_s_f_rate_of_the_known_one(options: dict[str
     ("argv", "message"),
     [
         ([], "--learning_rate is missing. Give it: the rate that is known."),
+        (["--learning_rate", "0"], "--learning_rate: found 0, but it must be a number greater than 0"),
         (["--learning_rate", "-1"], "--learning_rate: found -1, but it must be a number greater than 0"),
         (["--learning_rate", "1e-4", "--stable_gamma", "16"], "--stable_gamma needs --width"),
         (["--learning_rate", "1e-4", "--width", "4096"], "--width needs --stable_gamma"),

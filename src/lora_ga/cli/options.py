@@ -52,7 +52,7 @@ def fraction(options: object, *names: str) -> None:
 
 
 def require(options: Any, *names: str, config: bool = True) -> None:
-    """Refuses required options that were not given. `config`: whether the command has the option --config.
+    """Refuses required options that have their default, "" or None. `config`: whether there is the option --config.
 
     Raises:
         ValueError: An option is missing.
@@ -60,7 +60,7 @@ def require(options: Any, *names: str, config: bool = True) -> None:
     where = " on the command line or in the --config file" if config else ""
     helps = {item.name: str(item.metadata["help"]) for item in fields(options)}
     for name in names:
-        if not getattr(options, name):
+        if getattr(options, name) in ("", None):
             what = re.sub(r" \(required[^)]*\)", "", helps[name])
             raise ValueError(f"--{name} is missing. Give it{where}: {what}.")
 

@@ -31,7 +31,7 @@ LORA_OVER_FULL = 10.0
 class RateOptions:
     """What is known, and the adapter to train."""
 
-    learning_rate: float = option(0.0, "the rate that is known (required)")
+    learning_rate: float | None = option(None, "the rate that is known (required)")
     known_for: Literal["lora", "rslora", "full"] = option(
         "lora", "what it is known for: lora (s = alpha / r), rslora (s = alpha / sqrt(r)), or full fine-tuning"
     )
@@ -86,6 +86,7 @@ def size_of_lora_ga(options: RateOptions) -> float:
 
 def rate_of_lora_ga(options: RateOptions) -> float:
     """The learning rate where LoRA-GA begins."""
+    assert options.learning_rate is not None, "required"
     known, target = options.learning_rate, size_of_lora_ga(options)
     plain = size_of_lora(options.alpha, options.rank, rslora=False)
     if options.known_for == "full":
