@@ -16,7 +16,7 @@ from lora_ga.experiments.comparison.suites import PAPER, Result, StepsToLoss, fi
 from lora_ga.experiments.pages.suite_figures import figure_groups, series_points, task_figure
 from lora_ga.experiments.pages.suites import HTML_NAME, README_NAME, readme_files, report_files, suite_document
 from lora_ga.experiments.records.store import Store
-from lora_ga.experiments.suites.cells import Cell, missing
+from lora_ga.experiments.suites.cells import Cell, best_rate, missing
 from lora_ga.experiments.suites.run import Place, about
 from lora_ga.experiments.suites.sources import Sources
 from lora_ga.experiments.suites.spec import Suite, Variant, load_suite
@@ -192,6 +192,28 @@ def test_a_diverged_seed_of_a_method_never_reaches_loras_loss_and_one_of_lora_le
     assert found(("full", 1)) == StepsToLoss([24, None], [STEPS, STEPS])
     assert steps_cells(found(("full", 1))) == ["never in 1 of 2 seeds", "–"]
     assert found(("lora", 1)) is None
+
+
+def test_a_failed_cell_leaves_the_search_open_and_says_how_to_run_it_again(suite: Suite, undrawn: None) -> None:
+    def broken(cell: Cell, status: str) -> dict[str, Any]:
+        return record_of(cell) | ({"status": status, "reason": "no memory"} if cell.method == "lora" else {})
+
+    once = replace(suite, seeds=1, tasks={"text": suite.tasks["text"]})
+    records: dict[str, dict[str, Any]] = {}
+    while cells := missing(once, once.lines(), records):
+        records |= {cell.digest(): broken(cell, "failed") for cell in cells}
+    text = text_of(once, records)
+    assert "text/lora lr 0.01 seed 0 failed: no memory (`lora-ga reproduce --retry` runs it again)." in text
+    assert "| lora | – | – | 0 of 1 |" in text
+    assert best_rate(once, "text", "lora", records) is None
+    assert sorted(each["learning_rate"] for each in records.values() if each["label"] == "lora") == [
+        0.001,
+        0.00316,
+        0.01,
+    ]
+    text = text_of(once, complete(once, lambda cell: broken(cell, "diverged")))
+    assert "| lora | none trains | – | 0 of 1 |" in text
+    assert "--retry" not in text
 
 
 def test_a_series_has_no_point_where_a_seed_diverged(suite: Suite) -> None:

@@ -266,24 +266,27 @@ def show_results(suite: Suite, lines: Sequence[tuple[str, str]], records: dict[s
         0; 1 if a cell failed, now or before.
     """
     from lora_ga.cli.terminal import as_rich, terminal
-    from lora_ga.experiments.suites.cells import best_rate, cell_of, sweep_of, wanted
-    from lora_ga.experiments.tables.table import BLANK, Table, format_values
+    from lora_ga.experiments.comparison.suites import results
+    from lora_ga.experiments.suites.cells import wanted
+    from lora_ga.experiments.tables.suites import reported_cell
+    from lora_ga.experiments.tables.table import BLANK, Table
 
-    rows, failed = [], set()
+    by_line = {(each.task, each.label): each for each in results(suite, records)}
+    rows, failed, waiting = [], set(), []
     for task, label in lines:
-        metric, rate = suite.tasks[task].metric, best_rate(suite, task, label, records)
+        metric, found = suite.tasks[task].metric, by_line[task, label]
         cells = {cell.digest() for cell in wanted(suite, task, label, records)}
         failed |= {digest for digest in cells if records[digest]["status"] == "failed"}
-        found = (
-            []
-            if rate is None
-            else [records[cell_of(suite, task, label, rate, seed).digest()] for seed in range(suite.seeds)]
-        )
-        values = [record["metrics"]["report"][metric] for record in found if record["status"] == "done"]
-        inside = rate is not None and sweep_of(suite, task, suite.methods[label].rate_of or label, records).inside
-        shown = BLANK if rate is None else f"{rate:g}" + ("" if inside else " (at the edge)")
-        rows.append([f"{task}/{label}", shown, f"{metric} {format_values(values)}", f"{len(values)} of {suite.seeds}"])
+        if found.rate is None:
+            shown = BLANK
+            waiting += [] if found.none_trains else [f"{task}/{label}"]
+        else:
+            shown = f"{found.rate:g}" + ("" if found.bracketed else " (at the edge)")
+        ended = f"{len(found.runs)} of {suite.seeds}"
+        rows.append([f"{task}/{label}", shown, f"{metric} {reported_cell(found, metric)}", ended])
     terminal().print(as_rich(Table(["line", "best rate", "reported", "runs that ended well"], rows)))
+    if waiting:
+        print(f"The search for a rate waits for cells that failed: {', '.join(waiting)}. --retry runs them again.")
     if count := len(failed - set(ran)):
         one = count == 1
         print(

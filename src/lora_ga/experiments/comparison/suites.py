@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_ga.experiments.comparison.curves import smooth, steps_to
@@ -17,6 +17,7 @@ from lora_ga.experiments.suites.spec import Suite
 Record = Mapping[str, Any]
 Records = Mapping[str, Record]
 TUNED, PAPER = "tuned", "paper"
+AGAIN = " (`lora-ga reproduce --retry` runs it again)"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Result:
         missing: Number of cells that are known to be needed and have not run.
         search: Learning rate → record of seed 0, for all rates that were tried.
         diverged: The seeds that diverged at that rate.
+        none_trains: Whether the search is over, and every rate diverged.
     """
 
     task: str
@@ -44,6 +46,7 @@ class Result:
     missing: int
     search: Mapping[float, Record]
     diverged: Sequence[int] = ()
+    none_trains: bool = False
 
     @property
     def divergence(self) -> str:
@@ -103,10 +106,11 @@ def _tuned(suite: Suite, task: str, label: str, records: Records) -> Result:
         for point in sweep.scores:
             search[rate_at(point)] = records[cell_of(suite, task, label, rate_at(point), 0).digest()]
     rate = best_rate(suite, task, label, records)
-    no_rate_trains = not sweep.needed and sweep.best is None
+    none_trains = not sweep.needed and sweep.best is None
     # While the rate is unknown, its seeds have no cells yet. They will be needed, so they count as missing.
-    unknown = suite.seeds - (searched_label == label) if rate is None and not no_rate_trains else 0
-    return _result(task, label, rate, sweep.inside, cells, records, search, unknown)
+    unknown = suite.seeds - (searched_label == label) if rate is None and not none_trains else 0
+    result = _result(task, label, rate, sweep.inside, cells, records, search, unknown)
+    return replace(result, none_trains=none_trains)
 
 
 def _paper(suite: Suite, task: str, label: str, records: Records) -> Result:
@@ -136,7 +140,9 @@ def _result(
     runs = {seed: record for seed, record in at_rate.items() if record["status"] == "done"}
     diverged = [seed for seed, record in at_rate.items() if record["status"] == "diverged"]
     failures = [
-        f"{cell.title()} {record['status']}: {record['reason']}" for cell, record in found if record["status"] != "done"
+        f"{cell.title()} {record['status']}: {record['reason']}" + AGAIN * (record["status"] == "failed")
+        for cell, record in found
+        if record["status"] != "done"
     ]
     missing = len(by_digest) - len(found) + unknown
     return Result(task, label, rate, bracketed, runs, failures, missing, search, diverged)

@@ -227,7 +227,8 @@ def sweep_of(suite: Suite, task: str, label: str, records: Records) -> Sweep:
 
     def look(point: float) -> Look:
         record = records.get(cell_of(suite, task, label, rate_at(point), 0).digest())
-        if record is None:
+        # A run that failed says nothing about its rate: the search waits until it is run again.
+        if record is None or record["status"] == "failed":
             return Look(ran=False)
         return Look(True, score(record, metric), record["status"] != "done" or _rose(record))
 
