@@ -62,7 +62,7 @@ def in_errors(difference: float, error: float) -> float:
 
 
 def better_by(result: Result, plain: Result, metric: str) -> str:
-    """By how many standard errors, alone and paired, a line is better than LoRA; blank for LoRA, or if either diverged."""
+    """By how many standard errors, alone and paired, a line is better than LoRA; blank for LoRA, or if one diverged."""
     return BLANK if result is plain or result.diverged or plain.diverged else lead(result, plain, metric).in_errors()
 
 
