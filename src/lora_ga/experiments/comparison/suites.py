@@ -34,7 +34,7 @@ class Result:
         missing: Number of cells that are known to be needed and have not run.
         search: Learning rate → record of seed 0, for all rates that were tried.
         diverged: The seeds that diverged at that rate.
-        none_trains: Whether the search is over, and every rate diverged.
+        none_trains: Whether the search is over, and no rate has a score (most or all of them diverged).
     """
 
     task: str
