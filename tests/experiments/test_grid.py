@@ -120,7 +120,9 @@ def test_a_failed_cell_does_not_stop_the_grid_and_runs_again_only_with_retry(
         calls.append(cell.learning_rate)
         if cell.learning_rate == 0.01 and calls.count(0.01) == 1:
             raise RuntimeError("out of luck")
-        return {"status": "done", "metrics": {"tune": {"loss": abs(cell.learning_rate - 0.00316)}}}
+        metrics = {split: {"loss": abs(cell.learning_rate - 0.00316)} for split in ("tune", "report")}
+        seconds = dict.fromkeys(("load", "start", "train"), 1.0)
+        return {"status": "done", "metrics": metrics, "seconds": seconds, "trained_parameters": 1}
 
     monkeypatch.setattr("lora_ga.experiments.suites.run.result", result)
     lines = [("text", "lora")]

@@ -20,7 +20,29 @@ DIGEST = "0" * 12
 
 
 def record(digest: str = DIGEST, suite: str = "toy", **changes: Any) -> dict[str, Any]:
-    return {"digest": digest, "suite": suite, "status": "done", "loss": 1.5, **changes}
+    """A record with all that readers need."""
+    status = changes.get("status", "done")
+    whole = {
+        "digest": digest,
+        "suite": suite,
+        "task": "text",
+        "label": "lora",
+        "learning_rate": 0.001,
+        "seed": 0,
+        "cell": {"method": "lora"},
+        "commit": None,
+        "versions": {"torch": "2.13.0"},
+        "device": "cpu, 1 thread",
+        "date": "2026-01-02T03:04:05+00:00",
+        "status": "done",
+        "seconds": {},
+        "curves": {"training": [2.0, None], "report": [{"step": 2, "loss": 1.5}]},
+    }
+    if status != "done":
+        return whole | {"reason": "the training loss is nan at step 2"} | changes
+    measured = {"metrics": {split: {"loss": 1.5} for split in ("tune", "report")}, "trained_parameters": 10}
+    seconds = dict.fromkeys(("load", "start", "train", "total"), 1.0)
+    return whole | measured | {"seconds": seconds, "peak_memory_mib": 500.0} | changes
 
 
 def old_store(folder: Path, *records: dict[str, Any]) -> Path:
@@ -144,7 +166,52 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
     with Store(tmp_path).locked() as store:
         path = store.add(record())
     gzip_lines.append(path, record("1" * 12) | {"schema": SCHEMA + 1, "attempt": 1})
-    with pytest.raises(ValueError, match=rf"toy\.jsonl\.gz: written in format {SCHEMA + 1}, this version reads"):
+    with pytest.raises(
+        ValueError, match=rf"toy\.jsonl\.gz: line 2: written in format {SCHEMA + 1}, this version reads"
+    ):
+        Store(tmp_path).records()
+
+
+@pytest.mark.parametrize(
+    ("status", "path", "value", "fault"),
+    [
+        ("done", "versions", None, "it has no versions"),
+        ("done", "commit", None, "it has no commit"),
+        ("done", "peak_memory_mib", None, "it has no peak_memory_mib"),
+        ("done", "curves", None, "it has no curves"),
+        ("done", "metrics", None, "it has no metrics"),
+        ("done", "metrics.report", None, "it has no metrics.report"),
+        ("done", "seconds.train", None, "it has no seconds.train"),
+        ("failed", "reason", None, "it has no reason"),
+        ("diverged", "date", None, "it has no date"),
+        ("done", "status", "ended", "its status is 'ended', and must be done, diverged, failed"),
+        ("done", "metrics.report.loss", "1.5", "its metrics.report is {'loss': '1.5'}, and must be a mapping of names"),
+        ("done", "curves.training", [1.0, "2"], r"its curves.training is \[1.0, '2'\], and must be a list of numbers"),
+        ("done", "curves.report", [{"loss": 1.0}], "its curves.report is .*, and must be a list of evaluations"),
+        ("diverged", "seed", True, "its seed is True, and must be a whole number"),
+        ("done", "attempt", "1", "its attempt is '1', and must be a whole number"),
+    ],
+)
+def test_a_record_that_lacks_what_readers_need_is_refused_with_its_line_and_field_and_never_written(
+    tmp_path: Path, status: str, path: str, value: Any, fault: str
+) -> None:
+    broken: dict[str, Any] = record("1" * 12, status=status)
+    *outer, last = path.split(".")
+    inner = broken
+    for key in outer:
+        inner = inner[key]
+    inner.pop(last, None)
+    if value is not None:
+        inner[last] = value
+    with Store(tmp_path).locked() as store:
+        file = store.add(record())
+        whole = file.read_bytes()
+        if path != "attempt":  # which the store itself gives
+            with pytest.raises(ValueError, match=f"the record of the cell 1{{12}} cannot be added: {fault}"):
+                store.add(broken)
+        assert file.read_bytes() == whole
+    gzip_lines.append(file, {"schema": SCHEMA, "attempt": 1, **broken})
+    with pytest.raises(ValueError, match=f"toy.jsonl.gz: line 2: a damaged record: {fault}.*Restore the file from a c"):
         Store(tmp_path).records()
 
 

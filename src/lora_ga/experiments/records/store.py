@@ -15,12 +15,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_ga.experiments.records import gzip_lines
+from lora_ga.experiments.records.fields import fault_of
 from lora_ga.files import parse_json, write_atomically
 
 SCHEMA = 1  # of a record
 FORMAT, OLD_FORMAT = 2, 1  # of the folder: one file for each suite; one JSON file for each record
 HEADER, LOCK, HOLDER, ENDING = "store.json", ".lock", ".lock.pid", ".jsonl.gz"
-NEEDED = {"digest": str, "suite": str, "status": str, "attempt": int}  # the store's own keys of a record
 UNJUDGED = "unjudged"  # folder of trained models that have not been judged yet
 Record = dict[str, Any]
 
@@ -61,8 +61,12 @@ class Store:
             ValueError: The folder is not a store, has another version, or contains a damaged file.
         """
         self._check()
-        found = [_checked(path, record) for path in self.files() for record in gzip_lines.read(path)]
-        return found + [_checked(path, _single(path)) for path in self.single_files()]
+        found = [
+            _checked(f"{path}: line {number}", record)
+            for path in self.files()
+            for number, record in enumerate(gzip_lines.read(path), 1)
+        ]
+        return found + [_checked(str(path), _single(path)) for path in self.single_files()]
 
     def unjudged(self, digest: str = "") -> Path:
         """The folder of trained models that have not been evaluated yet, or that of one cell."""
@@ -123,6 +127,7 @@ class Store:
 
         Raises:
             RuntimeError: This process has not locked the store.
+            ValueError: The record lacks what its readers need. Nothing is written.
             FileExistsError: The cell has a record whose status is not "failed".
         """
         if self._last is None:
@@ -132,6 +137,8 @@ class Store:
             raise FileExistsError(f"{self.folder}: the cell {digest} has run; its record is never replaced.")
         attempt = 1 if before is None else before["attempt"] + 1
         path, whole = self._file(record["suite"]), {"schema": SCHEMA, **record, "attempt": attempt}
+        if fault := fault_of(whole):
+            raise ValueError(f"{self.folder}: the record of the cell {digest} cannot be added: {fault}.")
         gzip_lines.append(path, whole)
         self._last[digest] = whole
         return path
@@ -222,13 +229,15 @@ def _single(path: Path) -> Record:
         raise ValueError(f"{path}: damaged, it is not JSON ({error}). Remove it to run its cell again.") from error
 
 
-def _checked(path: Path, record: Any) -> Record:
+def _checked(place: str, record: Any) -> Record:
     found = record.get("schema") if isinstance(record, dict) else None
     if found != SCHEMA:
-        raise ValueError(f"{path}: written in format {found}, this version reads format {SCHEMA}.")
-    for key, kind in NEEDED.items():
-        if not isinstance(record.get(key), kind):
-            raise ValueError(f"{path}: damaged, the {key} of a record is {record.get(key)!r}. Restore it from a copy.")
+        raise ValueError(f"{place}: written in format {found}, this version reads format {SCHEMA}.")
+    if fault := fault_of(record):
+        raise ValueError(
+            f"{place}: a damaged record: {fault}. Restore the file from a copy; or take the record out, to run its "
+            "cell again."
+        )
     return record
 
 
