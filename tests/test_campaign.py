@@ -101,7 +101,7 @@ def test_a_damaged_adapter_file_is_refused_with_its_name(adapter: Path, content:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "bomb.jsonl.gz": (gzip_lines.read, "it holds more than 0 MiB of text"),
+    "bomb.jsonl.gz": (gzip_lines.read, "holds more than 524,288 bytes of text"),
     "deep.jsonl.gz": (gzip_lines.read, "line 1 is damaged, it is not JSON .nested too deeply"),
     "store.json": (lambda file: Store(file.parent).records(), "written in format None"),
     STATE: (

@@ -15,6 +15,7 @@ import processes
 from lora_ga.experiments.records import gzip_lines
 from lora_ga.experiments.records.store import ENDING, FORMAT, HEADER, SCHEMA, Store
 from lora_ga.experiments.records.store import main as store_command
+from lora_ga.files import write_atomically
 
 DIGEST = "0" * 12
 
@@ -339,6 +340,71 @@ def test_compacting_keeps_every_attempt_once_in_one_file_per_suite(
     with Store(folder).locked() as store:
         store.add(record("9" * 12))
     assert len(Store(folder).records()) == len(before) + 1
+
+
+def test_a_full_file_is_followed_by_a_second_one_and_every_record_can_be_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"toy{ENDING}", f"toy.2{ENDING}", f"toy.3{ENDING}"]
+    line = len(gzip_lines.line({"schema": SCHEMA, **record(), "attempt": 1}))
+    monkeypatch.setattr(gzip_lines, "MOST", 2 * line)
+    for number in range(5):  # each time by a process that has to find the room
+        with Store(tmp_path).locked() as store:
+            assert store.add(record(f"{number:012}")).name == names[number // 2]
+    assert sorted(Store(tmp_path).records()) == [f"{number:012}" for number in range(5)]
+    with Store(tmp_path).locked() as store:
+        store.add(record("9" * 12, suite="other"))
+        with pytest.raises(
+            ValueError, match=f"of the cell 7{{12}} has .* bytes of text; a file .* at most {2 * line:,}"
+        ):
+            store.add(record("7" * 12, note="x" * 2 * line))
+        assert [path.name for path in store.compact()] == [f"other{ENDING}", *sorted(names)]
+        assert store.add(record("6" * 12)).name == names[2]
+    assert len(Store(tmp_path).records()) == 7
+
+
+def test_interrupted_compacting_keeps_records_that_move_from_one_file_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gzip_lines, "MOST", 2 * len(gzip_lines.line({"schema": SCHEMA, **record(), "attempt": 1})))
+    with Store(tmp_path).locked() as store:
+        for number in (4, 3, 2, 1):  # in the order of their digests each goes into the other file
+            store.add(record(f"{number:012}"))
+    before = Store(tmp_path).records()
+
+    def killed(path: Path, content: bytes) -> None:
+        write_atomically(path, content)
+        if path.name == f"toy{ENDING}":
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, Store(tmp_path).locked() as store:
+            patch.setattr("lora_ga.experiments.records.store.write_atomically", killed)
+            with pytest.raises(KeyboardInterrupt):
+                store.compact()
+        assert Store(tmp_path).records() == before
+    store_command([str(tmp_path)])
+    assert Store(tmp_path).records() == before
+    assert len(Store(tmp_path).attempts()) == 4
+
+
+def test_a_file_with_more_text_than_is_read_is_refused_and_the_advice_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in "12":
+        with Store(tmp_path / number).locked() as store:
+            store.add(record(number * 12))
+    one, other = (tmp_path / number / f"toy{ENDING}" for number in "12")
+    whole = one.read_bytes()
+    one.write_bytes(whole + other.read_bytes())
+    monkeypatch.setattr(gzip_lines, "MOST", 1000)
+    with pytest.raises(
+        ValueError, match=r"toy\.jsonl\.gz: holds more than 1,000 bytes of text.* under two names that e"
+    ):
+        Store(tmp_path / "1").records()
+    one.write_bytes(whole)
+    (tmp_path / "1" / f"from-the-other{ENDING}").write_bytes(other.read_bytes())
+    assert sorted(Store(tmp_path / "1").records()) == ["1" * 12, "2" * 12]
 
 
 def test_interrupted_compacting_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,14 @@ GZIP = 16 + zlib.MAX_WBITS  # zlib's code for "a gzip header and its checksum"
 MOST = 2**28  # bytes of text that a file may hold: a small damaged file can decompress to very many
 
 
+def line(item: Mapping[str, Any]) -> bytes:
+    """The text of one object."""
+    return (json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def encode(objects: Iterable[Mapping[str, Any]]) -> bytes:
     """One gzip member that holds one JSON object a line; equal objects give equal bytes."""
-    lines = (json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in objects)
-    return gzip.compress("".join(lines).encode(), mtime=0)
+    return gzip.compress(b"".join(map(line, objects)), mtime=0)
 
 
 def append(path: Path, item: Mapping[str, Any]) -> None:
@@ -32,7 +36,8 @@ def append(path: Path, item: Mapping[str, Any]) -> None:
     If the write fails, for example because the disk is full, the file keeps its old content.
 
     Args:
-        path: The file; it is created if it does not exist. Its last member must be complete.
+        path: The file; it is created if it does not exist. Its last member must be complete, and its text with this
+            object must have at most `MOST` bytes.
         item: The object.
 
     Raises:
@@ -63,9 +68,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         ValueError: The file is damaged, or a line is not a JSON object.
     """
     objects = []
-    for number, line in enumerate(_complete(path)[0].splitlines(), 1):
+    for number, text in enumerate(_complete(path)[0].splitlines(), 1):
         try:
-            found = parse_json(line)
+            found = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{path}: line {number} is damaged, it is not JSON ({error}).") from error
         if not isinstance(found, dict):
@@ -74,13 +79,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-def repair(path: Path) -> None:
-    """Cuts off an incomplete last member; a file without one stays untouched. Call this before the first `append`."""
-    _, length = _complete(path)
+def repair(path: Path) -> int:
+    """Cuts off an incomplete last member; a file without one stays untouched. Call this before the first `append`.
+
+    Returns:
+        The bytes of text that the file holds.
+    """
+    text, length = _complete(path)
     if length < path.stat().st_size:
         with path.open("r+b") as file:
             file.truncate(length)
             os.fsync(file.fileno())
+    return len(text)
 
 
 def _complete(path: Path) -> tuple[bytes, int]:
@@ -105,7 +115,9 @@ def _complete(path: Path) -> tuple[bytes, int]:
             ) from error
         if len(text) + len(found) > MOST:
             raise ValueError(
-                f"{path}: damaged, it holds more than {MOST // 2**20} MiB of text. Restore it from a copy."
+                f"{path}: holds more than {MOST:,} bytes of text, the most that is read of one file. If the files of "
+                "two stores were appended to each other, put them into one folder under two names that end in "
+                ".jsonl.gz instead: all files of a store are read. Otherwise it is damaged; restore it from a copy."
             )
         if not member.eof:
             break

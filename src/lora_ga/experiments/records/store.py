@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -28,8 +29,9 @@ Record = dict[str, Any]
 class Store:
     """A folder of run records.
 
-    `SUITE.jsonl.gz` holds the records of the cells that the suite SUITE ran first. A cell that two suites share has one
-    digest and one record, in the file of the suite that ran it; reading therefore reads all files.
+    `SUITE.jsonl.gz` holds the records of the cells that the suite SUITE ran first. A file that would get more text than
+    readers take (`gzip_lines.MOST`) is left as it is, and `SUITE.2.jsonl.gz` goes on. A cell that two suites share has
+    one digest and one record, in the file of the suite that ran it; reading therefore reads all files.
 
     A process that is killed loses at most the record that it was about to append. A second record of a cell is refused
     unless the first one has the status "failed". Reading needs no lock; adding does.
@@ -39,6 +41,7 @@ class Store:
         """Args: folder: It need not exist."""
         self.folder = Path(folder)
         self._last: dict[str, Record] | None = None  # digest → record, while this process holds the lock
+        self._sizes: dict[Path, int] = {}  # file → bytes of its text, while this process holds the lock
 
     def records(self) -> dict[str, Record]:
         """Every cell's digest → its record: the one that did not fail, or else its last attempt.
@@ -103,8 +106,7 @@ class Store:
             ) from error
         try:
             holder.write_text(str(os.getpid()))
-            for path in self.files():
-                gzip_lines.repair(path)
+            self._sizes = {path: gzip_lines.repair(path) for path in self.files()}
             self._last = self.records()
             if self._check() != FORMAT:
                 write_atomically(
@@ -127,7 +129,7 @@ class Store:
 
         Raises:
             RuntimeError: This process has not locked the store.
-            ValueError: The record lacks what its readers need. Nothing is written.
+            ValueError: The record lacks what its readers need, or is larger than a file may be. Nothing is written.
             FileExistsError: The cell has a record whose status is not "failed".
         """
         if self._last is None:
@@ -136,10 +138,12 @@ class Store:
         if before is not None and before["status"] != "failed":
             raise FileExistsError(f"{self.folder}: the cell {digest} has run; its record is never replaced.")
         attempt = 1 if before is None else before["attempt"] + 1
-        path, whole = self._file(record["suite"]), {"schema": SCHEMA, **record, "attempt": attempt}
+        whole = {"schema": SCHEMA, **record, "attempt": attempt}
         if fault := fault_of(whole):
             raise ValueError(f"{self.folder}: the record of the cell {digest} cannot be added: {fault}.")
+        path, size = self._place_for(whole, self._sizes)
         gzip_lines.append(path, whole)
+        self._sizes[path] = size
         self._last[digest] = whole
         return path
 
@@ -159,16 +163,53 @@ class Store:
         if self._last is None:
             raise RuntimeError(f"{self.folder}: compact a store only inside its locked().")
         old = [*self.files(), *self.single_files()]
-        suites: dict[Path, dict[str, Record]] = defaultdict(dict)
-        for record in self.attempts():
-            suites[self._file(record["suite"])][json.dumps(record, sort_keys=True)] = record  # each once
-        for path, records in suites.items():
-            ordered: list[Record] = sorted(records.values(), key=_place)
-            write_atomically(path, gzip_lines.encode(ordered))
-        for path in old:
-            if path not in suites:
+        once = {json.dumps(record, sort_keys=True): record for record in self.attempts()}
+        files: dict[Path, list[Record]] = defaultdict(list)
+        sizes: dict[Path, int] = {}
+        for record in sorted(once.values(), key=lambda record: (record["suite"], _place(record))):
+            path, sizes[path] = self._place_for(record, sizes)
+            files[path].append(record)
+        # A record may move from a file that is written now into one that is written later: until then it is in a copy.
+        copies = [self._copied(path) for path in old if path in files]
+        for path, records in files.items():
+            write_atomically(path, gzip_lines.encode(records))
+        for path in (*old, *copies):
+            if path not in files:
                 path.unlink()
-        return sorted(suites)
+        self._sizes = sizes
+        return sorted(files)
+
+    def _copied(self, path: Path) -> Path:
+        """Copies a file to a name that no file has; copies of an interrupted run may be there already."""
+        stem = path.name.removesuffix(ENDING)
+        names = (path.with_name(f"{stem}.old{number}{ENDING}") for number in itertools.count(1))
+        copy = next(name for name in names if not name.exists())
+        write_atomically(copy, path.read_bytes())
+        return copy
+
+    def _place_for(self, record: Record, sizes: Mapping[Path, int]) -> tuple[Path, int]:
+        """The first file of a suite that has room for a record, and the bytes of its text with the record in it.
+
+        Args:
+            record: The record.
+            sizes: File → bytes of its text.
+
+        Returns:
+            The file and the bytes.
+
+        Raises:
+            ValueError: The record is larger than a file may be.
+        """
+        size = len(gzip_lines.line(record))
+        if size > gzip_lines.MOST:
+            raise ValueError(
+                f"{self.folder}: the record of the cell {record['digest']} has {size:,} bytes of text; a file of a "
+                f"store holds at most {gzip_lines.MOST:,}. Train with fewer steps, or evaluate less often (eval_steps)."
+            )
+        suite = record["suite"]
+        paths = (self._file(suite if number == 1 else f"{suite}.{number}") for number in itertools.count(1))
+        path = next(path for path in paths if sizes.get(path, 0) + size <= gzip_lines.MOST)
+        return path, sizes.get(path, 0) + size
 
     def _file(self, suite: str) -> Path:
         if not suite or Path(suite).name != suite:
