@@ -106,7 +106,7 @@ def unswept_table(suite: Suite, found: Mapping[float, Sequence[Result]]) -> Tabl
 def _rate_cell(result: Result) -> str:
     """The learning rate, or why there is none."""
     if result.rate is None:
-        return "none trains" if result.none_trains and result.failures else BLANK
+        return "none trains" if result.none_trains else BLANK
     return f"{result.rate:g}" + ("" if result.bracketed else " (edge)")
 
 
