@@ -270,6 +270,16 @@ def starts(model: Any) -> list[torch.Tensor]:
     return [module.start for module in model.modules() if hasattr(module, "start")]
 
 
+class SizedStream(torch.utils.data.IterableDataset[Any]):
+    """A stream that says its length, and cannot be indexed."""
+
+    def __len__(self) -> int:
+        return len(EXAMPLES)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(EXAMPLES)
+
+
 def test_the_estimate_uses_the_first_examples_cut_to_max_length() -> None:
     model = call_as_ms_swift(llama(), iter(EXAMPLES))
     expected = lora_ga.get_lora_ga_model(
@@ -280,6 +290,8 @@ def test_the_estimate_uses_the_first_examples_cut_to_max_length() -> None:
     )
     assert starts(expected)
     assert all(torch.equal(one, other) for one, other in zip(starts(model), starts(expected), strict=True))
+    streamed = call_as_ms_swift(llama(), SizedStream())
+    assert all(torch.equal(one, other) for one, other in zip(starts(streamed), starts(expected), strict=True))
     whole = call_as_ms_swift(llama(), max_length=None)
     assert not torch.equal(starts(whole)[0], starts(expected)[0])
 

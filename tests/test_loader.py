@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 import lora_ga
 from lora_ga import LoraGACallback, LoraGAConfig
+from lora_ga.gradients.reader import known_length
 from toys import adapted, causal, llama
 from trainers import settings, tokenizer
 
@@ -208,3 +209,33 @@ def test_training_masks_what_it_would_have_masked_without_the_callback(tmp_path:
     expected = seen([])
     assert len(expected) == 6
     assert seen([LoraGACallback()]) == expected
+
+
+class Stream(IterableDataset[Any]):
+    """Rows without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(SEQUENCES)
+
+
+class FailingLength(list[Any]):
+    """Batches whose length cannot be found out."""
+
+    def __len__(self) -> int:
+        raise OSError("the length is not known")
+
+
+def test_the_length_of_data_is_known_or_not() -> None:
+    assert known_length([1, 2]) == 2
+    assert known_length(DataLoader(SEQUENCES, batch_size=4)) == 8  # type: ignore[arg-type]
+    for data in (DataLoader(Stream()), FailingLength([1]), iter([1]), None):
+        assert known_length(data) is None
+
+
+def test_a_loader_over_a_stream_gives_the_estimate_of_its_batches() -> None:
+    loader = DataLoader(Stream(), batch_size=4)
+    found = lora_ga.initialize(adapted(llama()), loader, LoraGAConfig(estimator="dense"))
+    whole = lora_ga.initialize(adapted(llama()), list(loader), LoraGAConfig(estimator="dense"))
+    assert found.batches == whole.batches == 8
+    assert all(torch.equal(found[name].U, whole[name].U) for name in whole)
+    assert lora_ga.estimate_gradients(adapted(llama()), FailingLength(loader)).batches == 8

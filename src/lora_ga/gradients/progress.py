@@ -10,12 +10,13 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 from transformers.utils.logging import tqdm
 
 from lora_ga.config import BATCHES, LoraGAConfig
+from lora_ga.gradients.reader import known_length
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.gradients.setup import Setup
 
@@ -56,12 +57,12 @@ class Report:
         """
         self._ranks = {key: target.rank for target in setup.fitting.values() for key in target.keys}
         self._began, self._says = time.monotonic(), setup.processes.rank == 0 and LOGGER.isEnabledFor(logging.INFO)
-        known, most = None, setup.config.max_batches
+        length, most = known_length(data), setup.config.max_batches
         assert most != "auto", "resolved by `prepare`"
-        if isinstance(data, Sized):
-            known = len(data) * (1 if setup.tensor_parallel else setup.processes.size)
+        if length is not None:
+            known = length * (1 if setup.tensor_parallel else setup.processes.size)
             most = known if most is None else min(known, most)
-        count = "all" if most is None else f"{most}" if known is not None else f"up to {most}"
+        count = "all" if most is None else f"{most}" if length is not None else f"up to {most}"
         self._say(
             f"LoRA-GA: estimating the gradients of {_counted(len(setup.targets), 'layer')} on {count} "
             f"batch{'es' * (most != 1)}"

@@ -43,6 +43,24 @@ def check_data(data: Any) -> None:
         )
 
 
+def known_length(data: Any) -> int | None:
+    """The length of data, if it is known.
+
+    A `DataLoader` over a stream has a `__len__` that raises, and a length of the user's may fail. Then it is not known:
+    the length serves messages and early checks alone.
+
+    Args:
+        data: Batches or rows.
+
+    Returns:
+        Their number; None if it is not known.
+    """
+    try:
+        return len(data)
+    except Exception:
+        return None
+
+
 class BatchReader:
     """Reads the batches of this process, one at a time.
 

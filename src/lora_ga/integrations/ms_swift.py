@@ -16,12 +16,13 @@ import peft
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lora_ga.adapter.initialize import initialize
 from lora_ga.adapter.undo import base_kept
 from lora_ga.config import LoraGAConfig
 from lora_ga.gradients.isolation import replaced
+from lora_ga.gradients.reader import known_length
 
 # Names of scales in ms-swift that differ from those of `LoraGAConfig`.
 SCALES = {"weightS": "weight", "weights": "weight"}
@@ -139,8 +140,9 @@ def _first_examples(dataset: Any, count: int, max_length: int | None) -> list[An
 
 def _rows(dataset: Any) -> Iterator[Any]:
     """The rows of a data set, which can be indexed or iterated over."""
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        return (dataset[index] for index in range(len(dataset)))
+    count = None if isinstance(dataset, IterableDataset) else known_length(dataset)
+    if count is not None and hasattr(dataset, "__getitem__"):
+        return (dataset[index] for index in range(count))
     return iter(dataset)
 
 

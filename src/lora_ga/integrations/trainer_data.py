@@ -16,6 +16,7 @@ from transformers import Trainer
 from lora_ga.gradients.isolation import deactivate_adapter, modes_kept, set_modes
 from lora_ga.gradients.loader import loader_kept
 from lora_ga.gradients.loss import LossFunction
+from lora_ga.gradients.reader import known_length
 
 
 def check_training_data(trainer: Trainer) -> None:
@@ -28,7 +29,7 @@ def check_training_data(trainer: Trainer) -> None:
         ValueError: The data is empty, or an iterable that may not restart.
     """
     data = trainer.train_dataset
-    if data is not None and hasattr(data, "__len__") and len(data) == 0:
+    if known_length(data) == 0:
         raise ValueError(
             f"The training data of the {type(trainer).__name__} is empty; the gradient needs at least one example."
         )

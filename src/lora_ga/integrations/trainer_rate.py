@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.trainer_utils import has_length
 
 from lora_ga.adapter.rate import check_batches
 from lora_ga.adapter.trials import is_of_adam
 from lora_ga.gradients.progress import LOGGER
+from lora_ga.gradients.reader import known_length
 from lora_ga.integrations.trainer_data import restarts
 
 
@@ -228,9 +228,9 @@ def check_data_of_search(loader: Any, batches: Any, accumulation: int) -> None:
             "not restart since it is or holds an iterator. The estimate and the search for a learning rate both read "
             "them from the beginning. Give a list of batches, or an iterable whose __iter__ begins anew."
         )
-    read = loader if batches is None else batches
-    if has_length(read):
-        check_batches(len(read), accumulation)
+    count = known_length(loader if batches is None else batches)
+    if count is not None:
+        check_batches(count, accumulation)
 
 
 def found_rate(state: Any, callback: Any) -> dict[str, Any] | None:
