@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 import lora_ga
+import lora_ga.adapter.rate
 import lora_ga.integrations.trainer
 from lora_ga import LoraGACallback
+from lora_ga.distributed.processes import Processes
 from toys import adapted, causal, reactive_llama
 from trainers import CONFIG, TARGETS, callback, factors, settings, tokenised, transformers_trainer
 
@@ -441,3 +444,36 @@ def test_a_short_run_reads_batches_once(tmp_path: Path) -> None:
     transformers_trainer([lora_callback], tmp_path, max_steps=1).train()
     assert lora_callback.estimate is not None
     assert lora_callback.estimate.batches == 3
+
+
+def test_several_processes_are_refused_before_the_estimate(
+    tmp_path: Path, searches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_ga.adapter.rate, "processes", lambda: Processes(0, 2))
+    trainer: Any = auto(tmp_path)
+    trainer.get_train_dataloader = counted = mock.Mock(wraps=trainer.get_train_dataloader)
+    with pytest.raises(
+        ValueError, match=r'LoraGACallback\(learning_rate="auto"\) runs in one process, but there are several'
+    ):
+        trainer.train()
+    assert callback_of(trainer).estimate is None
+    assert counted.call_count == 1  # the loader of training; none of the estimate
+    callback_of(trainer).learning_rate = None  # the advice: a rate of one's own
+    trainer.train()
+    assert trainer.args.learning_rate == 1e-3
+    assert not searches
+
+
+class Stream(IterableDataset[Any]):
+    """Rows without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(tokenised(64).with_format("torch"))
+
+
+def test_batches_of_a_stream_without_a_length_are_searched(tmp_path: Path, searches: Any) -> None:
+    trainer = auto(tmp_path)
+    callback_of(trainer).batches = DataLoader(Stream(), batch_size=4)
+    trainer.train()
+    assert trainer.args.learning_rate == FOUND
+    assert len(searches) == 1

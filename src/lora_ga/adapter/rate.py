@@ -345,6 +345,7 @@ def _check(network: nn.Module, data: Any, steps: int, accumulation: int) -> None
         TypeError: See `find_rate`.
         ValueError: See `find_rate`.
     """
+    refuse_several_processes("find_rate")
     for name, value in (("steps", steps), ("gradient_accumulation_steps", accumulation)):
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r}: it must be an integer of at least 1.")
@@ -355,16 +356,27 @@ def _check(network: nn.Module, data: Any, steps: int, accumulation: int) -> None
             "set the learning rate yourself: 2e-4 is usual."
         )
     refuse_inference_mode(network)
-    if processes().size > 1:
-        raise ValueError(
-            "find_rate runs in one process, but there are several. Search in one process, on batches as large as those "
-            "of all processes together, and give the rate to all."
-        )
     peft_model_in(network)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ValueError(
             "No parameter of the model trains. Load the adapter with is_trainable=True, or make it active by "
             "model.set_adapter."
+        )
+
+
+def refuse_several_processes(caller: str) -> None:
+    """Refuse a search in several processes.
+
+    Args:
+        caller: What was asked to search.
+
+    Raises:
+        ValueError: There are several.
+    """
+    if processes().size > 1:
+        raise ValueError(
+            f"{caller} runs in one process, but there are several. Search in one process, on batches as large as those "
+            "of all processes together, and give the rate to all."
         )
 
 

@@ -21,7 +21,13 @@ from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.initialize import initialize
 from lora_ga.adapter.load import restore_starts
 from lora_ga.adapter.model_card import write_section
-from lora_ga.adapter.rate import LEAST_STEPS, find_rate, note_default_rate, warn_of_constant
+from lora_ga.adapter.rate import (
+    LEAST_STEPS,
+    find_rate,
+    note_default_rate,
+    refuse_several_processes,
+    warn_of_constant,
+)
 from lora_ga.adapter.save import save_sidecar
 from lora_ga.adapter.structure import give_structure
 from lora_ga.config import LoraGAConfig
@@ -81,9 +87,9 @@ class LoraGACallback(TrainerCallback, ExportableState):
             trainer: The trainer to which the callback will be added. Its adapter gets the structure now.
             learning_rate: "auto" looks for the peak learning rate after the start, by `lora_ga.find_rate` on the
                 trainer's batches, and sets it in the optimizer, the schedule and the trainer's arguments. The ratios
-                between the rates of parameter groups stay. In a run of less than 50 steps the optimizer's rate stays. A
-                resumed run has the rate of its checkpoint, and a second call of `train` that of the first. None: the
-                optimizer's rate.
+                between the rates of parameter groups stay. The search runs in one process: several are refused before
+                the estimate. In a run of less than 50 steps the optimizer's rate stays. A resumed run has the rate of
+                its checkpoint, and a second call of `train` that of the first. None: the optimizer's rate.
 
         Raises:
             TypeError: The trainer's model has no LoRA layers, or `config` is no `LoraGAConfig`.
@@ -291,6 +297,7 @@ class LoraGACallback(TrainerCallback, ExportableState):
         searches = rates and state.max_steps >= LEAST_STEPS
         optimizer_of_trials = None
         if searches:  # before the estimate, which would be lost
+            refuse_several_processes('LoraGACallback(learning_rate="auto")')
             peak.check()
             optimizer_of_trials = peak.optimizer_of_trials(model)
             check_data_of_search(loader, self.batches, args.gradient_accumulation_steps)
