@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -229,6 +230,37 @@ def test_a_truncated_checkpoint_or_a_file_of_another_kind_is_refused(tmp_path: P
 def test_an_interval_that_is_not_a_positive_integer_is_refused(tmp_path: Path, every: Any) -> None:
     with pytest.raises(ValueError, match="it must be an integer of at least 1"):
         estimate(BATCHES, LoraGAConfig(), tmp_path / "state.safetensors", every=every)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "is intact. Make room and call again: the estimate continues from there"),
+        (errno.EDQUOT, "is intact. Make room and call again: the estimate continues from there"),
+        (errno.ENOTDIR, "is intact. A folder of this path is a file. Give checkpoint= another path"),
+        (errno.EACCES, "is intact. Let this program write there and call again: the estimate continues from there"),
+        (errno.EIO, "is intact. Remove the cause and call again: the estimate continues from there"),
+    ],
+)
+def test_the_advice_for_a_checkpoint_that_cannot_be_written_fits_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("lora_ga.gradients.checkpoint.write_tensors", refuse)
+    with pytest.raises(OSError, match=rf"after batch 2 \({os.strerror(number)}\)") as caught:
+        estimate(BATCHES, LoraGAConfig(), tmp_path / "state.safetensors")
+    assert caught.value.errno == number
+    assert str(caught.value.strerror).endswith(advice)
+
+
+def test_a_checkpoint_below_a_file_is_refused_and_the_advice_works(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(FileExistsError, match="A folder of this path is a file. Give checkpoint= another path"):
+        estimate(BATCHES[:2], LoraGAConfig(), tmp_path / "file" / "state.safetensors")
+    assert (tmp_path / "file").read_text() == "kept"
+    assert estimate(BATCHES[:2], LoraGAConfig(), tmp_path / "folder" / "state.safetensors").batches == 2
 
 
 def test_a_full_disk_is_reported_and_the_old_checkpoint_stays_intact(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,14 @@ FILE_KIND = "the running state of a LoRA-GA gradient estimate"
 SMALL_CHANGES = 2
 # Fields of `Progress` → their names in the file, where they differ.
 FILE_KEYS = {"small_changes": "calm"}
+# What to do about a checkpoint that cannot be written: numbers of errors, and the advice.
+AGAIN = "and call again: the estimate continues from there"
+ADVICE = (
+    ((errno.ENOSPC, errno.EDQUOT), f"Make room {AGAIN}"),
+    ((errno.EEXIST, errno.ENOTDIR), "A folder of this path is a file. Give checkpoint= another path"),
+    ((errno.EACCES, errno.EPERM, errno.EROFS), f"Let this program write there {AGAIN}"),
+)
+OTHER_ADVICE = f"Remove the cause {AGAIN}"
 VERSIONS = {"lora_ga": __version__, "torch": torch.__version__}
 
 
@@ -161,10 +170,11 @@ class Checkpoint:
         try:
             write_tensors(self.path, FILE_KIND, tensors, record)
         except OSError as error:
+            advice = next((text for numbers, text in ADVICE if error.errno in numbers), OTHER_ADVICE)
             raise OSError(
                 error.errno,
-                f"the checkpoint could not be written after batch {progress.batches} ({error.strerror}); the state "
-                "saved before, if there is one, is intact. Make room and call again: the estimate continues from there",
+                f"the checkpoint could not be written after batch {progress.batches} ({error.strerror or error}); the "
+                f"state saved before, if there is one, is intact. {advice}",
                 str(self.path),
             ) from error
 
