@@ -237,6 +237,7 @@ def test_all_processes_refuse_differing_input_with_the_same_error(results: Resul
     [
         ("no adapter", "TypeError: The LlamaForCausalLM has no LoRA layers"),
         ("raises", "OSError: the disk of process 1 is gone"),
+        ("not data", "TypeError: data is a name, 'estimate.safetensors', but it must be batches"),
         ("no loss", "ValueError: batch 1: The model returned no loss for a batch of input_ids"),
     ],
 )

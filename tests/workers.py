@@ -129,6 +129,13 @@ def estimates(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+class Unsized(list[Any]):
+    """Batches whose length cannot be found out."""
+
+    def __len__(self) -> int:
+        raise OSError("the length is on the disk that is gone")
+
+
 def bad_input(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Calls that raise an error or a warning."""
     mine = causal(4)[rank::size]
@@ -155,6 +162,9 @@ def bad_input(rank: int, size: int, folder: Path) -> dict[str, Any]:
     )
     found["no adapter"] = raised(lambda: estimate(adapted(llama()) if rank == 0 else llama(), mine))
     found["raises"] = raised(lambda: estimate(adapted(llama()), broken()))
+    found["not data"] = raised(lambda: estimate(adapted(llama()), "estimate.safetensors" if rank == 1 else mine))
+    found["no length"] = numbers(estimate(adapted(llama()), Unsized(mine) if rank == 1 else mine))
+    found["length"] = numbers(estimate(adapted(llama()), mine))
     found["rate"] = raised(lambda: lora_ga.find_rate(adapted(llama()), mine, 60))
     without_loss = [{"input_ids": mine[0]["input_ids"]}] if rank == 1 else mine
     found["no loss"] = raised(lambda: estimate(adapted(llama()), without_loss))

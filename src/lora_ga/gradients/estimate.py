@@ -16,7 +16,7 @@ from lora_ga.gradients.loss import LossFunction, unlabelled
 from lora_ga.gradients.merge import merged_estimate
 from lora_ga.gradients.probe import probe_uncalled
 from lora_ga.gradients.progress import Report
-from lora_ga.gradients.reader import BatchReader, check_data
+from lora_ga.gradients.reader import BatchReader
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.gradients.setup import Setup, prepare
@@ -72,8 +72,7 @@ def estimate_gradients(
             processes differ in model, adapter or settings.
         OSError: The checkpoint cannot be written; the one before is intact.
     """
-    check_data(data)
-    setup, recorder = prepare(model, config, adapter_name, process_group, checkpoint, every)
+    setup, recorder = prepare(model, config, adapter_name, process_group, data, checkpoint, every)
     report = Report(setup, data)
     passes = BatchPass(setup.network, loss_fn, report.passed)
     with report, data_kept(data), setup.isolated():

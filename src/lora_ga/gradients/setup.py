@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lora_ga.gradients.isolation import (
     isolated,
     random_state_kept,
 )
+from lora_ga.gradients.reader import check_data
 from lora_ga.gradients.recorder import Recorder
 from lora_ga.layers.targets import Target, find_targets, peft_model_in
 from lora_ga.linalg.accumulator import Accumulator, Size
@@ -101,6 +102,7 @@ def prepare(
     config: LoraGAConfig,
     adapter_name: str,
     process_group: Any,
+    data: Iterable[Any] = (),
     checkpoint: str | Path | None = None,
     every: int = 8,
 ) -> tuple[Setup, Recorder]:
@@ -111,6 +113,7 @@ def prepare(
         config: The settings.
         adapter_name: The adapter to align.
         process_group: The processes that make the estimate together; None for the default group.
+        data: The batches; none where the caller makes the passes.
         checkpoint: A file for the running state.
         every: Batches between two savings of the checkpoint.
 
@@ -118,13 +121,14 @@ def prepare(
         What the estimate works on, and the recorder, which starts where the checkpoint stands.
 
     Raises:
-        TypeError: `config` is no `LoraGAConfig`.
+        TypeError: `config` is no `LoraGAConfig`, or `data` no iterable of batches.
         ValueError: The adapter cannot be aligned, gradients are off, or the checkpoint does not fit or is damaged.
     """
     together, held = processes(process_group), DeferredError()
     found: tuple[Setup, Recorder] | None = None
     identity: dict[str, Any] = {}
     with held:
+        check_data(data)
         LoraGAConfig.check(config)
         config = config.resolved()
         setup = _setup(unwrapped(model), config, adapter_name, together)
