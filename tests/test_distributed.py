@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import lora_ga
@@ -299,6 +303,111 @@ def test_all_processes_agree_on_the_layers_that_have_converged(results: Results)
     total = Progress.sum(parts)
     assert (total.batches, total.weight, total.ran, total.got_gradient) == (5, 38.0, {"a", "b"}, {"a"})
     assert (total.settled, total.settled_weight) == ({"a": 4}, {"a": 28.0})
+
+
+def test_a_length_that_cannot_be_found_out_in_one_process_does_not_matter(results: Results) -> None:
+    for result in results[2]:
+        assert same(result["bad_input"]["no length"], result["bad_input"]["length"])
+        assert result["bad_input"]["length"]["about"][0] == 4
+
+
+# --- errors inside of a communication ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("way", "fails_at"), [("loader", 0), ("loader", 9), ("wrapped", 9), ("probe", 9), ("trainer", 9)]
+)
+def test_a_stream_that_one_process_reads_for_all_stops_all_when_it_fails(
+    tmp_path: Path, way: str, fails_at: int
+) -> None:
+    """The other process waits for the batch, so an exchange would never end."""
+    reader, other = processes.run(workers.failing_reader(way, fails_at), 2, tmp_path, timeout=20)
+    assert reader["error"] == "OSError: the stream broke"
+    assert reader["events"][-1] == "failed"
+    assert "exchange" in reader["events"]
+    assert other["error"].startswith("RuntimeError: ")
+    assert "failed" not in other["events"]
+
+
+def test_files_of_different_batches_go_on_where_one_process_reads_for_all(tmp_path: Path) -> None:
+    first, second = processes.run(workers.resumed_reader, 2, tmp_path, timeout=40)
+    assert (first["all"]["at"], second["all"]["at"]) == ((6, 0), (3, 0))
+    assert (first["early"]["at"], second["early"]["at"]) == ((3, 14), (3, 0))  # all 14 layers of one have converged
+    for name in ("all", "early"):
+        assert second[name]["error"] == "KeyError: 'broken off'"
+        assert same(first[name]["again"], first[name]["whole"])
+        assert same(first[name]["again"], second[name]["again"])
+
+
+@pytest.mark.parametrize(("way", "text"), [("before", "before the forward pass"), ("backward", "in the backward pass")])
+def test_an_error_in_a_pass_of_a_sharded_model_is_raised_in_its_process(tmp_path: Path, way: str, text: str) -> None:
+    other, own = processes.run(workers.failing_pass(way), 2, tmp_path, timeout=20)
+    assert own == f"ZeroDivisionError: {text}"
+    assert other.startswith("RuntimeError: ")
+
+
+def broadcast_after(fails: Callable[[], Any]) -> Any:
+    """As a loader of a framework that reads in one process for all."""
+    value = fails()
+    dist.broadcast_object_list([value])
+    return value
+
+
+def translated() -> None:
+    try:
+        broadcast_after(lambda: 1 / 0)
+    except ZeroDivisionError as error:
+        raise KeyError("the loader failed") from error
+
+
+def after_a_broadcast() -> None:
+    with mock.patch.object(dist, "broadcast_object_list"):
+        broadcast_after(lambda: 1)
+    raise KeyError("after it")
+
+
+@pytest.mark.parametrize(
+    ("call", "at_once"),
+    [
+        (lambda: broadcast_after(lambda: 1 / 0), True),
+        (lambda: list(map(broadcast_after, [lambda: 1 / 0])), True),
+        (translated, True),
+        (after_a_broadcast, False),
+        (lambda: torch.zeros(2).gather(0, torch.tensor([3])), False),
+    ],
+    ids=["inside", "wrapped", "its cause", "after it", "a method of tensors"],
+)
+def test_only_an_error_inside_of_a_communication_is_raised_at_once(call: Callable[[], Any], at_once: bool) -> None:
+    deferred = DeferredError()
+    with pytest.raises((KeyError, ZeroDivisionError)) if at_once else contextlib.nullcontext(), deferred:
+        call()
+    assert (deferred.error is None) == at_once
+
+
+def failure(cause: Exception | None = None) -> ValueError:
+    error = ValueError("of this process")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("cause", [None, KeyError("its own cause")])
+def test_the_error_of_this_process_is_raised_where_the_exchange_fails(
+    cause: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = RuntimeError("connection closed")
+
+    def fail(self: Processes, value: Any) -> None:
+        raise failed
+
+    monkeypatch.setattr(Processes, "gather", fail)
+    deferred = DeferredError()
+    with deferred:
+        raise failure(cause)
+    with pytest.raises(ValueError, match="of this process") as caught:
+        Processes(0, 2).exchange(deferred)
+    assert caught.value.__cause__ is (failed if cause is None else cause)
+    with pytest.raises(RuntimeError, match="connection closed"):
+        Processes(0, 2).exchange(DeferredError())
 
 
 def test_the_other_processes_stop_if_one_dies(tmp_path: Path) -> None:

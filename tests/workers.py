@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -24,15 +25,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import bench_alignment
 import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.adapter.structure import give_structure
+from lora_ga.distributed.processes import Processes
 from lora_ga.experiments.optim import PoLoRA, param_groups
+from lora_ga.files import read_tensors
+from lora_ga.gradients.checkpoint import FILE_KIND
 from lora_ga.layers.factors import Factor
 from toys import adapted, causal, data_folder, fused_llama, llama, logits
 
@@ -381,6 +385,126 @@ def parallel(rank: int, size: int, folder: Path) -> dict[str, Any]:
     found["head"] = raised(lambda: estimate(adapted(split(), ["lm_head"]), batches))
     found["base"] = raised(lambda: lora_ga.initialize(adapted(split()), batches, LoraGAConfig(offset="base")))
     return found
+
+
+# --- one process reads for all ---------------------------------------------------------------------------------------
+
+
+class Rows(IterableDataset[Any]):
+    """A stream of rows; `fail` is called in the place of the row `fails_at`."""
+
+    def __init__(self, rows: Tensor, fails_at: int | None = None, fail: Callable[[], None] = lambda: None) -> None:
+        self.rows, self.fails_at, self.fail = rows, fails_at, fail
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for number, row in enumerate(self.rows):
+            if number == self.fails_at:
+                self.fail()
+            yield {"input_ids": row, "labels": row}
+
+
+def dispatching(rows: IterableDataset[Any]) -> Any:
+    """A loader whose rows process 0 reads for all."""
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    loader = accelerator.prepare(DataLoader(rows, batch_size=2))
+    assert type(loader).__name__ == "DataLoaderDispatcher"
+    return loader
+
+
+def failing_reader(way: str, fails_at: int) -> Callable[[int, int, Path], dict[str, Any]]:
+    """A worker that reads a stream which fails in process 0 before the row `fails_at`."""
+    return functools.partial(_failing_reader, way, fails_at)
+
+
+def _failing_reader(way: str, fails_at: int, rank: int, size: int, folder: Path) -> dict[str, Any]:
+    events: list[str] = []
+    model, gather = adapted(llama()), dist.all_gather_object
+
+    def fail() -> None:
+        events.append("failed")
+        raise OSError("the stream broke")
+
+    stream = Rows(causal(1, rows=32)[0]["input_ids"], fails_at, fail)
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        events.append("exchange")
+        gather(*args, **kwargs)
+
+    dist.all_gather_object = noted
+
+    def call() -> Any:
+        if way == "trainer":
+            given = TrainingArguments(str(folder / "run"), max_steps=4, per_device_train_batch_size=2, use_cpu=True)
+            return Trainer(model, given, train_dataset=stream, callbacks=[lora_ga.LoraGACallback()]).train()
+        loader = dispatching(stream)
+        config = LoraGAConfig(estimator="probe" if way == "probe" else "streaming")
+        data = itertools.islice((dict(batch) for batch in loader), 10) if way == "wrapped" else loader
+        return lora_ga.initialize(model, data, config)
+
+    return {"error": raised(call), "events": events}
+
+
+def resumed_reader(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Estimates that go on from files which stand at different batches; process 0 reads for all."""
+    rows = causal(1, rows=40)[0]["input_ids"]
+    # Process 0 gets the same two rows in each batch, so its layers converge early.
+    steady = torch.cat([torch.cat([rows[:2], rows[at : at + 2]]) for at in range(2, 40, 2)])
+    return {
+        "all": _resumed_reader(Rows(rows), EXACT, rank, folder / "all.safetensors"),
+        "early": _resumed_reader(Rows(steady), LoraGAConfig(tolerance=0.1), rank, folder / "early.safetensors"),
+    }
+
+
+def _resumed_reader(rows: Rows, config: LoraGAConfig, rank: int, file: Path) -> dict[str, Any]:
+    passes = itertools.count(1)
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        if rank == 1 and next(passes) == 6:
+            raise KeyError("broken off")
+        return model(**batch).loss
+
+    def estimate(**settings: Any) -> Any:
+        return lora_ga.estimate_gradients(adapted(llama()), dispatching(rows), config, **settings)
+
+    error = raised(lambda: estimate(loss_fn=loss, checkpoint=file, every=1 + 2 * rank))
+    progress = read_tensors(Processes(rank, 2).own_file(file), FILE_KIND)[1]["progress"]
+    return {
+        "error": error,
+        "at": (progress["batches"], len(progress["settled"])),
+        "again": numbers(estimate(checkpoint=file)),
+        "whole": numbers(estimate()),
+    }
+
+
+# --- errors inside of a pass that communicates ------------------------------------------------------------------------
+
+
+class FailsInBackward(torch.autograd.Function):
+    """The identity, whose backward pass fails."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise ZeroDivisionError("in the backward pass")
+
+
+def failing_pass(way: str) -> Callable[[int, int, Path], str]:
+    """A worker whose model is sharded, and whose loss fails in process 1."""
+    return functools.partial(_failing_pass, way)
+
+
+def _failing_pass(way: str, rank: int, size: int, folder: Path) -> str:
+    def loss(model: Any, batch: Any) -> Tensor:
+        if rank == 1 and way == "before":
+            raise ZeroDivisionError("before the forward pass")
+        found = model(**batch).loss
+        return FailsInBackward.apply(found) if rank == 1 else found
+
+    model = sharded(adapted(llama()), size)
+    return raised(lambda: lora_ga.estimate_gradients(model, causal(4)[rank::size], loss_fn=loss))
 
 
 # --- processes that die ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,27 @@ from torch import Tensor
 
 # The largest message in bytes, unless a single tensor is larger.
 BUCKET = 64 * 2**20
+# Functions in which processes wait for each other, of torch.distributed and of libraries that wrap them. Names that
+# tensors have too, such as gather and scatter, are left out.
+COLLECTIVES = frozenset(
+    {
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_object",
+        "all_reduce",
+        "all_to_all",
+        "all_to_all_single",
+        "barrier",
+        "broadcast",
+        "broadcast_object_list",
+        "gather_object",
+        "monitored_barrier",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "scatter_object_list",
+        "wait_for_everyone",
+    }
+)
 
 Result = TypeVar("Result")
 
@@ -79,10 +101,37 @@ def device_for(backends: str) -> str:
     )
 
 
+def others_wait(error: BaseException) -> bool:
+    """Whether an error has left a function that communicates, so that the other processes wait in that function.
+
+    That is so where one process reads the data for all, as Accelerate's and ms-swift's `DataLoaderDispatcher` do: if it
+    fails before it sends a batch, the others wait for the batch. Such a loader may be inside of anything that iterates
+    over it, so the frames that the error has left are searched. A function communicates if it uses a name of
+    `COLLECTIVES`.
+
+    Args:
+        error: The error.
+
+    Returns:
+        Whether it, or an error that it comes from, has left such a function.
+    """
+    waiting, seen = [error], set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) not in seen:
+            seen.add(id(each))
+            for frame, _ in traceback.walk_tb(each.__traceback__):
+                if any(name.lstrip("_") in COLLECTIVES for name in frame.f_code.co_names):
+                    return True
+            waiting += [other for other in (each.__cause__, each.__context__) if other is not None]
+    return False
+
+
 class DeferredError:
     """Keeps the exception of a block until the processes next exchange values, when it is raised in all of them.
 
-    If a process raised at once, the others would wait for it forever.
+    If a process raised at once, the others would wait for it forever. Only an error inside of a communication is raised
+    at once: the others wait there, not at the exchange, and end when this process ends (see `others_wait`).
 
     Attributes:
         error: The exception; None if there was none.
@@ -95,9 +144,10 @@ class DeferredError:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        if isinstance(error, Exception):
-            self.error = error
-        return isinstance(error, Exception)
+        if not isinstance(error, Exception) or others_wait(error):
+            return False
+        self.error = error
+        return True
 
 
 def _with_rank_in_errors(exchange: Callable[..., Result]) -> Callable[..., Result]:
@@ -171,7 +221,12 @@ class Processes:
             RuntimeError: Another process has an error; the message names the process and repeats the error.
         """
         message = None if deferred.error is None else f"{type(deferred.error).__name__}: {deferred.error}"
-        reports = self.gather((message, None if message else value))
+        try:
+            reports = self.gather((message, None if message else value))
+        except Exception as failed:
+            if (error := deferred.error) is None:
+                raise
+            raise error from (error.__cause__ or error.__context__ or failed)
         if deferred.error is not None:
             raise deferred.error
         for rank, (error, _) in enumerate(reports):

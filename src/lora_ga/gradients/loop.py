@@ -47,7 +47,7 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
     batches = reader.batches(
         keep=lambda: read and bool(uncalled(setup, recorder.progress.ran)), finished=recorder.all_converged
     )
-    more = True
+    more = any(processes.gather(not recorder.all_converged))
     with recorder.hooks():
         for number in itertools.count():
             batch = NO_BATCH
@@ -121,6 +121,8 @@ def _pass(
 ) -> None:
     """One batch forward and backward. An error is kept until the processes next exchange values.
 
+    If the passes communicate, an error inside of one is raised at once, since the others wait in the same pass.
+
     Args:
         setup: What the estimate works on.
         recorder: Records the gradients.
@@ -129,18 +131,33 @@ def _pass(
         batch: The batch.
         recorded: Whether the batch counts; otherwise this process only takes part in the pass.
         sharded: Whether all processes make the pass together.
+
+    Raises:
+        Exception: The error of this process in a pass that communicates, or what another process has found.
     """
-    number = recorder.progress.batches + 1
-    with held, batch_in_errors(number):
-        loss, weight = passes.forward(batch)
-    if sharded:  # so that no process begins the backward pass without the others
-        setup.processes.exchange(held)
+    number, done = recorder.progress.batches + 1, False
+
+    def forward_done(*_: Any) -> None:
+        nonlocal done
+        done = True
+
+    with contextlib.ExitStack() as stack:
+        if sharded:
+            stack.callback(setup.network.register_forward_hook(forward_done).remove)
+        with held, batch_in_errors(number):
+            loss, weight = passes.forward(batch)
+    if sharded:
+        if held.error is not None and not done:
+            raise held.error
+        setup.processes.exchange(held)  # so that no process begins the backward pass without the others
     if held.error is not None:
         return
+    done = False
     with held, batch_in_errors(number):
         recorder.scale = passes.scale(weight) if recorded else 0.0
         with _loss_in_errors(loss):
             passes.backward(loss, weight, recorder.starts)
+            done = True
             if recorded:
                 recorder.finish_batch(weight, loss)
         if recorded and setup.checkpoint is not None and number % setup.checkpoint.every == 0:
@@ -149,6 +166,8 @@ def _pass(
             # The run that goes on from the file starts from this state, layer by layer. So does this one, since
             # products of stacks may round differently.
             recorder.accumulator.restore(state, setup.devices)
+    if sharded and held.error is not None and not done:
+        raise held.error
 
 
 @contextlib.contextmanager

@@ -111,15 +111,18 @@ class BatchReader:
             keep: Whether a layer has not run yet and a probe may need the batches again; asked before every batch.
             finished: Whether nothing is left to record, so that a checkpoint is not compared with the batches.
 
+        Every batch of the data is one of these, so that processes which read in the same rounds stay in step: reading
+        may communicate.
+
         Yields:
-            A batch; `SKIPPED` for one that has no label, and for one beyond the limit. Whoever asks for a batch beyond
-            the limit does so only to stay in step with other processes.
+            A batch; `SKIPPED` for one that has no label, that the checkpoint has read, or that is beyond the limit.
+            Whoever asks for a batch beyond the limit does so only to stay in step with other processes.
 
         Raises:
             ValueError: A checkpoint was made from other batches, or from more.
         """
         share = self._kept(keep)
-        for batch in share if self._checkpoint is None else self._unread(share, finished):
+        for batch in share if self._checkpoint is None or finished else self._unread(share):
             if batch is not SKIPPED:
                 self.last = batch
             yield batch
@@ -177,23 +180,20 @@ class BatchReader:
                 self.kept.clear()
             yield batch
 
-    def _unread(self, batches: Iterable[Any], finished: bool) -> Iterator[Any]:
+    def _unread(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches that the checkpoint has not read. Those that it has read are compared by their digest.
 
         Yields:
-            A batch.
+            A batch, or `SKIPPED`.
 
         Raises:
             ValueError: They differ, or there are fewer.
         """
         assert self._checkpoint is not None
         already, again, count = self._progress.batches, Progress(), 0
-        if already and finished:
-            return
         for batch in batches:
             if batch is SKIPPED:
-                if count >= already:
-                    yield batch
+                yield SKIPPED
                 continue
             count += 1
             if count > already:
@@ -203,8 +203,7 @@ class BatchReader:
             again.update_digest(batch)
             if count == already and again.digest != self._progress.digest:
                 break
-            if count == already and not self.open:
-                return
+            yield SKIPPED
         else:
             if count >= already:
                 return
