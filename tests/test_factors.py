@@ -191,7 +191,20 @@ def test_a_zero3_parameter_is_written_while_gathered_and_only_if_its_values_diff
 
 def test_a_zero3_parameter_keeps_its_name_in_the_state_dict_so_that_deepspeed_gathers_it(zero3_parameter: Any) -> None:
     made = DeltaA(random_tensor(RANK, INPUTS), zero3_parameter)
-    assert list(made.state_dict()) == ["delta_weight"]
+    state = made.state_dict()
+    assert list(state) == ["delta_weight", "start"]
+    assert torch.equal(state["start"], made.start)
+
+
+def test_a_zero3_factor_takes_the_start_of_its_state_dict(zero3_parameter: Any) -> None:
+    made, other = (DeltaA(random_tensor(RANK, INPUTS, seed=seed), zero3_parameter) for seed in (0, 1))
+    assert not torch.equal(made.start, other.start)
+    assert other.load_state_dict(made.state_dict()) == ([], [])
+    assert torch.equal(made.start, other.start)
+    del (old := made.state_dict())["start"]  # of earlier versions: the sidecar has it
+    assert other.load_state_dict(old) == ([], [])
+    with pytest.raises(RuntimeError, match="Missing key.*weight"):
+        other.load_state_dict({})
 
 
 DENSE = LoraGAConfig(estimator="dense", oversample=64)

@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import processes
+from lora_ga.adapter.save import FILE, FILE_KIND
+from lora_ga.files import read_tensors, write_tensors
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "launch"
@@ -32,13 +34,18 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "
 Result = tuple[dict[str, Any], Path]
 
 
-def arguments(engine: str, folder: Path) -> list[str]:
-    """The arguments of `accelerate launch` for a recipe. processes.py makes them work on a CPU."""
+def command(settings: Path, script: Path, folder: Path) -> list[str]:
+    """The arguments of `accelerate launch` for a script. processes.py makes them work on a CPU."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    argv = ["--main_process_port", str(port), "--config_file", f"{RECIPES / engine}.yaml"]
-    argv += [str(ROOT / "tests" / "processes.py"), str(RECIPES / "train.py"), "--output_dir", str(folder)]
+    argv = ["--main_process_port", str(port), "--config_file", str(settings)]
+    return [*argv, str(ROOT / "tests" / "processes.py"), str(script), "--output_dir", str(folder)]
+
+
+def arguments(engine: str, folder: Path) -> list[str]:
+    """The arguments of `accelerate launch` for a recipe."""
+    argv = command(RECIPES / f"{engine}.yaml", RECIPES / "train.py", folder)
     argv += ["--cpu"] if engine == "ddp" else []
     # ZeRO-3 rounds otherwise than DDP. The streaming estimator amplifies rounding to 1e-3 in directions, and the losses
     # then differ by 1e-3. The dense estimator does not, so this compares the engines.
@@ -81,22 +88,31 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Result]:
     @functools.cache
     def run(engine: str) -> Result:
         folder = tmp_path_factory.mktemp(engine)
-        given = launch_command_parser().parse_args(arguments(engine, folder))
-        with mock.patch("torch.distributed.run.run", run_as_torchrun):
-            launch_command(given)
-        return json.loads((folder / "0.txt").read_text().splitlines()[-1]), folder
+        return launched_here(arguments(engine, folder), folder), folder
 
     return run
 
 
-def launched(engine: str, folder: Path) -> Result:
-    """Run the recipe of an engine by its command."""
-    argv = [sys.executable, "-m", "accelerate.commands.launch", *arguments(engine, folder)]
-    shown = subprocess.run(
-        argv, capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=300, check=False, cwd=ROOT
-    )
+def launched_here(argv: list[str], folder: Path) -> dict[str, Any]:
+    """Launch a script in forked processes, and return its last line of output."""
+    given = launch_command_parser().parse_args(argv)
+    with mock.patch("torch.distributed.run.run", run_as_torchrun):
+        launch_command(given)
+    return last_line((folder / "0.txt").read_text())
+
+
+def launched(argv: list[str], folder: Path) -> dict[str, Any]:
+    """Launch a script by its command, and return its last line of output."""
+    argv = [sys.executable, "-m", "accelerate.commands.launch", *argv]
+    environment = os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    shown = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300, check=False, cwd=ROOT)
     assert shown.returncode == 0, shown.stderr[-6000:]
-    return json.loads(shown.stdout.splitlines()[-1]), folder
+    return last_line(shown.stdout)
+
+
+def last_line(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text.splitlines()[-1])
+    return found
 
 
 def assert_trained(result: Result, engine: str, losses: list[float]) -> None:
@@ -125,9 +141,43 @@ def test_the_recipe_trains_in_its_engine_and_saves_a_plain_adapter(
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_command_of_the_recipe_does_the_same(forked: Callable[[str], Result], engine: str, tmp_path: Path) -> None:
+    skip_without_deepspeed(engine)
+    result = launched(arguments(engine, tmp_path), tmp_path), tmp_path
+    assert_trained(result, engine, forked("ddp")[0]["losses"])
+
+
+def skip_without_deepspeed(engine: str) -> None:
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("`make test-zero3` runs this test: it needs DeepSpeed, which compiles a kernel at its first use")
-    assert_trained(launched(engine, tmp_path), engine, forked("ddp")[0]["losses"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind"), [("fsdp2", "FULL_STATE_DICT"), ("fsdp2", "SHARDED_STATE_DICT"), ("zero3", "")]
+)
+def test_a_resumed_run_continues_bit_for_bit_in_a_new_launch(engine: str, kind: str, tmp_path: Path) -> None:
+    skip_without_deepspeed(engine)
+    settings, script = tmp_path / "settings.yaml", ROOT / "tests" / "resuming.py"
+    settings.write_text((RECIPES / f"{engine}.yaml").read_text().replace("FULL_STATE_DICT", kind))
+    launch = launched if engine == "zero3" else launched_here
+    whole = launch(command(settings, script, tmp_path), tmp_path)
+    checkpoint = tmp_path / "checkpoint-2"
+    assert (checkpoint / FILE).is_file()
+    assert (checkpoint / "adapter_model.safetensors").is_file() == (kind != "SHARDED_STATE_DICT")
+    resumed = launch([*command(settings, script, tmp_path), "--resume"], tmp_path)
+    assert whole["estimated"]
+    assert not resumed["estimated"]
+    assert len(whole["losses"]) == 4
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["digests"]["4"] == whole["digests"]["4"]
+    assert resumed["end"] == whole["end"] == whole["digests"]["2"]  # of the best checkpoint
+    assert whole["end"] != whole["digests"]["4"]
+    tensors, record = read_tensors(checkpoint / FILE, FILE_KIND)
+    name = min(tensors)
+    write_tensors(checkpoint / FILE, FILE_KIND, tensors | {name: tensors[name] + 1}, record)
+    assert launch([*command(settings, script, tmp_path), "--resume"], tmp_path) == {
+        "refused": f"{checkpoint}: {FILE} does not belong to the adapter that was loaded: A of {name[:-3]} has another "
+        "start. Put the right one back."
+    }
 
 
 def test_processes_that_accelerate_does_not_connect_are_refused(tmp_path: Path) -> None:

@@ -82,6 +82,15 @@ def test_the_saved_adapter_is_plain_and_loads_on_the_original_base(
     torch.testing.assert_close(logits(again, batch), trained, rtol=0, atol=1e-5)
 
 
+def test_the_state_dict_functions_of_torch_load_the_adapter_and_its_start(tmp_path: Path) -> None:
+    found = processes.run(workers.state_dicts, 2, tmp_path)
+    assert len(found[0]) == 24
+    for result in found:
+        for way, (before, trained, loaded) in result.items():
+            assert (before - trained).abs().max() > 1e-3, way  # another start does not train to the same
+            torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-6, msg=way)
+
+
 def test_an_accelerate_loop_on_two_processes_equals_that_of_one(results: list[dict[str, Any]], tmp_path: Path) -> None:
     one, (first, second) = workers.accelerated(0, 1, tmp_path), (result["accelerated"] for result in results)
     assert first["kind"] == "DistributedDataParallel"

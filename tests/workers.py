@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -34,6 +34,7 @@ import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig
 from lora_ga.adapter.structure import give_structure
 from lora_ga.distributed.processes import Processes
+from lora_ga.distributed.sharding import reshard
 from lora_ga.experiments.optim import PoLoRA, param_groups
 from lora_ga.files import read_tensors
 from lora_ga.gradients.checkpoint import FILE_KIND
@@ -311,6 +312,35 @@ def wrapped(rank: int, size: int, folder: Path) -> dict[str, Any]:
     parallelize_module(parallel.base_model.model.model.layers[1].mlp.up_proj.base_layer, mesh, ColwiseParallel())
     found["parallel"] = raised(lambda: lora_ga.initialize(parallel, batches))
     found["base"] = raised(lambda: lora_ga.initialize(model, batches, LoraGAConfig(offset="base")))
+    return found
+
+
+def state_dicts(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """What the functions of torch.distributed.checkpoint load from a trained model into one of another start."""
+    batches, found = causal(4), {}
+    full: dict[str, Any] = {"full_state_dict": True}
+    saved: list[dict[str, Any]] = [{}, full, full | {"cpu_offload": True}]
+    loaded: list[list[dict[str, Any]]] = [[{}], [{}, {"broadcast_from_rank0": True}], [{"broadcast_from_rank0": True}]]
+    for name in ("ddp", "fsdp, before", "fsdp, after"):
+
+        def made(batches: list[Any], name: str = name) -> Any:
+            model = adapted(llama(num_hidden_layers=1), ["q_proj", "up_proj"])
+            model = sharded(model, size) if name == "fsdp, before" else model
+            lora_ga.initialize(model, batches, EXACT)
+            return sharded(model, size) if name == "fsdp, after" else model
+
+        model = made(batches[rank:2:size])
+        curve(DistributedDataParallel(model) if name == "ddp" else model, batches, rank, size)
+        trained = logits(model, batches[0])
+        for settings, ways in zip(saved, loaded, strict=True):
+            state = get_model_state_dict(model, options=StateDictOptions(**settings))
+            for way, strict in itertools.product(ways, (True, False)):
+                other = made(batches[2 + rank :: size])
+                before = logits(other, batches[0])
+                reshard(other)  # torch cannot load into the parameters that a forward pass has gathered
+                options = StateDictOptions(**settings, **way, strict=strict)
+                set_model_state_dict(other, dict(state), options=options)
+                found[f"{name}, {options}"] = (before, trained, logits(other, batches[0]))
     return found
 
 

@@ -57,6 +57,27 @@ def opened(weights: Path) -> Iterator[tuple[Mapping[str, str] | None, list[str],
             yield file.metadata(), list(file.keys()), file.get_tensor
 
 
+def read_joined(folder: Path, name: str, letter: str) -> Tensor | None:
+    """The joined matrix of a factor in an adapter's folder.
+
+    Args:
+        folder: The folder.
+        name: The layer.
+        letter: "A" or "B".
+
+    Returns:
+        The matrix, (2r, I) or (O, 2r); None if there is no adapter file, or it does not hold the factor.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not (weights := adapter_file(folder)).is_file():
+        return None
+    with damaged(weights), opened(weights) as (_, keys, tensor):
+        held = [key for end in ENDS[letter] if (key := f"{PREFIX}{name}{end}") in keys]
+        return tensor(held[0]) if held else None
+
+
 def _write(weights: Path, tensors: dict[str, Tensor], header: Mapping[str, str] | None) -> None:
     """Write an adapter file in the format that its name has."""
     if weights.name != WEIGHTS_NAME:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
-from lora_ga.adapter.file import Padded, check_names, compiled_names
+from lora_ga.adapter.file import Padded, check_names, compiled_names, read_joined
 from lora_ga.adapter.fill import fill
 from lora_ga.adapter.fits import adapters_below, check_base, check_layers, check_vocabulary, shapes_in
 from lora_ga.adapter.optimizer_state import check_first_steps, check_saved_optimizer
@@ -37,7 +37,7 @@ from lora_ga.adapter.structure import (
 from lora_ga.adapter.undo import base_kept
 from lora_ga.adapter.write import shift_base
 from lora_ga.config import LoraGAConfig
-from lora_ga.distributed.sharding import unwrapped, whole
+from lora_ga.distributed.sharding import gathered, in_zero3, unwrapped, whole
 from lora_ga.files import ADAPTER, damaged, read_labels
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, layout_of, weight_of
@@ -460,16 +460,37 @@ def restore_starts(model: nn.Module, path: Path, adapter_name: str = "default") 
         )
     for name, pair in factors.items():
         for letter, factor in zip("AB", pair, strict=True):
-            loaded, given = factor.joined(), factor.start
-            factor.start = tensors[f"{name}.{letter}0"].to(factor.trainable.device, factor.trainable.dtype)
-            if not factor.agrees(loaded):
-                factor.start = given
+            start = tensors[f"{name}.{letter}0"].to(factor.trainable.device, factor.trainable.dtype)
+            # DeepSpeed ZeRO-3 restores dA and dB from files of its own, with the start that the model had.
+            loaded = read_joined(folder, name, letter) if in_zero3(factor.trainable) else whole(factor.joined())
+            if not _take_start(factor, start, loaded):
                 raise ValueError(
                     f"{folder}: {FILE} does not belong to the adapter that was loaded: {letter} of {name} has "
                     "another start. Put the right one back."
                 )
     alignment.config = LoraGAConfig.from_record(record["config"])
     alignment.summary = record.get("summary", "")
+
+
+def _take_start(factor: Factor, start: Tensor, loaded: Tensor | None) -> bool:
+    """Give a factor another start, if its joined matrix then is the one that was loaded. Its delta stays.
+
+    Args:
+        factor: The factor.
+        start: A₀ or B₀.
+        loaded: The joined matrix, whole; None if it is not known.
+
+    Returns:
+        Whether the factor has the start now.
+    """
+    if start.shape != factor.start.shape:
+        return False
+    given, factor.start = factor.start, start
+    with gathered([factor.trainable]):
+        agrees = loaded is None or factor.agrees(loaded.to(start.device, start.dtype))
+    if not agrees:
+        factor.start = given
+    return agrees
 
 
 def _prepare_plain_training(model: nn.Module, path: str | Path, adapter_name: str) -> None:

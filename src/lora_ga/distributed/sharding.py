@@ -135,7 +135,7 @@ class Zero3Storage(Storage):
 
 def storage_of(parameter: Any) -> Storage:
     """How a parameter is stored at this moment; wrappers may change that later."""
-    if hasattr(parameter, "ds_id"):
+    if in_zero3(parameter):
         return Zero3Storage(parameter)
     return DTensorStorage(parameter) if isinstance(parameter, DTensor) else Storage(parameter)
 
@@ -143,6 +143,11 @@ def storage_of(parameter: Any) -> Storage:
 def sharded(parameter: Any) -> bool:
     """Whether a parameter is spread over processes, or may be."""
     return storage_of(parameter).spread
+
+
+def in_zero3(parameter: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 manages a parameter, partitioned or gathered at this moment."""
+    return hasattr(parameter, "ds_id")
 
 
 def partitioned(parameter: Any) -> bool:
@@ -179,7 +184,7 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    taken = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    taken = [parameter for parameter in parameters if in_zero3(parameter)]
     if not taken:
         yield
         return

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
+from lora_ga.adapter.file import adapter_file
 from lora_ga.adapter.initialize import initialize
 from lora_ga.adapter.load import restore_starts
 from lora_ga.adapter.model_card import write_section
@@ -219,9 +220,9 @@ class LoraGACallback(TrainerCallback, ExportableState):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Write A₀ and B₀ into a checkpoint of a network that contains the `PeftModel`.
+        """Write A₀ and B₀ into a checkpoint for which `PeftModel.save_pretrained` was not called.
 
-        Of a `PeftModel` itself, `save_pretrained` has written them.
+        That is one of a network that contains the `PeftModel`, and one in the shards of FSDP2 (SHARDED_STATE_DICT).
 
         Args:
             args: The trainer's arguments.
@@ -231,9 +232,10 @@ class LoraGACallback(TrainerCallback, ExportableState):
             **kwargs: The event's other arguments.
         """
         network = unwrapped(model)
-        if args.should_save and not isinstance(network, PeftModel):
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            folder = folder if self.adapter_name == "default" else folder / self.adapter_name
+        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = checkpoint if self.adapter_name == "default" else checkpoint / self.adapter_name
+        in_shards = checkpoint.is_dir() and not adapter_file(folder).is_file()
+        if args.should_save and (in_shards or not isinstance(network, PeftModel)):
             save_sidecar(peft_model_in(network), self.adapter_name, folder)
 
     def _use(self, trainer: Trainer) -> None:

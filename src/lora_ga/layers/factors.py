@@ -11,19 +11,24 @@ parameter is stored (a plain tensor, shards, a partition) is the business of `St
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_ga.distributed.sharding import Storage, partitioned, placed_like, sharded, storage_of, whole
+from lora_ga.distributed.processes import in_group
+from lora_ga.distributed.sharding import Storage, in_zero3, partitioned, placed_like, sharded, storage_of, whole
 from lora_ga.distributed.tensor_parallel import PlannedStorage, Split, apply_plan, split_of
 from lora_ga.layers.joined import Joined, JoinedA, JoinedB
 from lora_ga.layers.optimizers import follow
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+# The name of the start in the state dict of a factor that DeepSpeed ZeRO-3 has partitioned.
+START = "start"
 
 
 class Factor(nn.Linear):
@@ -149,8 +154,9 @@ class Factor(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if partitioned(self.trainable):  # DeepSpeed gathers parameters by their names; see `adapter/save.py`
+        if partitioned(self.trainable):  # DeepSpeed gathers parameters by their names; see `adapter/file.py`
             destination[prefix + self.trainable_name] = self.trainable if keep_vars else self.trainable.detach()
+            destination[prefix + START] = self.start
         else:
             joined = self.joined()
             destination[prefix + "weight"] = joined if keep_vars else joined.detach()
@@ -171,10 +177,13 @@ class Factor(nn.Linear):
         missing: list[str] = []
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys.extend(key for key in missing if key == prefix + "bias")
-        if not partitioned(self.trainable):
-            error_msgs.extend(without_start(state_dict, prefix))
+        if partitioned(self.trainable) and prefix + self.trainable_name in state_dict:
+            if prefix + START in state_dict:
+                self.start = state_dict[prefix + START].to(self.start)
+            return
         joined = state_dict.get(prefix + "weight")
         if joined is None:
+            error_msgs.extend(without_start(state_dict, prefix))
             missing_keys.append(prefix + "weight")
         elif tuple(joined.shape) != self._joined_shape():
             error_msgs.append(
@@ -228,6 +237,26 @@ class Delta(Factor):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The joined matrix: (2r, I) or (O, 2r)."""
         return self.joined()
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The buffers; asked without `recurse` in several processes, also the joined matrix of the state dict.
+
+        `torch.distributed.checkpoint.state_dict` loads the tensors that each module names, one module at a time. A
+        whole model names its own, so DDP broadcasts no joined matrix.
+
+        Args:
+            prefix: What the names begin with.
+            recurse: Whether the buffers of the module's children are named too.
+            remove_duplicate: Whether a buffer is named once.
+
+        Yields:
+            Name and tensor.
+        """
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if not recurse and in_group() and not in_zero3(self.trainable):
+            yield f"{prefix}.weight" if prefix else "weight", self.joined().detach()
 
     def delta(self) -> Tensor:
         """The trained parameter itself, or what it differs from the start by."""
