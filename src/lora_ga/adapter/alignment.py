@@ -126,7 +126,8 @@ def scaling_of(config: LoraConfig, name: str) -> float:
 
     Args:
         config: The adapter's configuration.
-        name: The layer's path in the base model.
+        name: The name that PEFT compares with the patterns: the layer's path in the base model, or a parameter's (see
+            `WeightLayout.pattern_name`).
 
     Returns:
         s.

@@ -32,6 +32,7 @@ from lora_ga.adapter.file import ENDS, compiled_names
 from lora_ga.adapter.fits import adapters_below, check_base, check_vocabulary
 from lora_ga.adapter.optimizer_state import check_saved_optimizer
 from lora_ga.adapter.save import FILE, read_sidecar
+from lora_ga.adapter.stock import mend_patterns
 from lora_ga.adapter.structure import build_structure, padding_of
 from lora_ga.base import base_model, embeddings, without_compiled
 from lora_ga.config import LoraGAConfig
@@ -332,8 +333,10 @@ def _check_scaling(saved: SavedAdapter, targets: Mapping[str, Target], adapter_n
     """
     if saved.config is None:
         return
+    mend_patterns(saved.config, {name: target.layer for name, target in targets.items()}, saved.where)
     for name, target in targets.items():
-        theirs, ours = scaling_of(saved.config, name), target.layer.scaling[adapter_name]
+        theirs = scaling_of(saved.config, target.layout.pattern_name(target.layer, name))
+        ours = target.layer.scaling[adapter_name]
         if not math.isclose(theirs, ours, rel_tol=1e-6):
             raise ValueError(
                 f"{saved.where}: multiplies B A of {name} by {theirs:g}, this adapter by {ours:g}. Give the "

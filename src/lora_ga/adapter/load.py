@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from lora_ga.adapter.fill import fill
 from lora_ga.adapter.fits import adapters_below, check_base, check_layers, check_vocabulary, shapes_in
 from lora_ga.adapter.optimizer_state import check_first_steps, check_saved_optimizer
 from lora_ga.adapter.save import FILE, AlignedLoraConfig, read_sidecar
+from lora_ga.adapter.stock import check_scalings, load_stock
 from lora_ga.adapter.structure import (
     follow_adapters,
     follow_ties,
@@ -90,8 +90,9 @@ def load(
             configuration of their adapters.
         ValueError: The sidecar is damaged or belongs to another adapter or base model; or there is none, and the folder
             holds the optimizer state of LoRA-GA training; or the adapter file holds dA and dB without A₀ and B₀, or
-            has the names of a compiled base; or the saved adapter does not fit the model's, or names no base model or
-            no known task. The base or model is then as before.
+            has the names of a compiled base; or PEFT does not find all its layers, or would scale one otherwise than
+            it was trained; or the saved adapter does not fit the model's, or names no base model or no known task. The
+            base or model is then as before.
     """
     model, folder = _base_and_folder(base, path, adapter_name)
     if not peft_models_in(unwrapped(model)):
@@ -136,16 +137,15 @@ def _loaded(
     compiled = compiled_names(base)
     renamed: dict[str, Any] = {"key_mapping": compiled} if compiled else {}
     advice = "Give the base model it was trained on, or put a complete copy of the adapter back."
-    with damaged(path, advice=advice) if Path(path).is_dir() else contextlib.nullcontext(), warnings.catch_warnings():
-        # PEFT 0.21 uses a name that Transformers 5.24 has renamed.
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    with damaged(path, advice=advice) if Path(path).is_dir() else contextlib.nullcontext():
         if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
             check_base(base, sidecar[1]["fingerprint"], path)
         check_vocabulary(base, shapes_in(Path(path)), path)
-        model = PeftModel.from_pretrained(base, str(path), adapter_name, is_trainable=is_trainable, **renamed)
+        model = load_stock(base, path, adapter_name, is_trainable=is_trainable, **renamed)
     if sidecar is not None:
         check_base(model, sidecar[1]["fingerprint"], path)
         _check_tied_heads(model, adapter_name, sidecar[1], path)
+        check_scalings(model, adapter_name, sidecar[1], path)
         if is_trainable:
             with damaged(path):
                 _restore_structure(model, adapter_name, *sidecar, where=str(path))
@@ -390,7 +390,10 @@ def _narrow_padded(
 def _exact_fields(in_file: Mapping[str, Any], layers: Mapping[str, Any], adapter: str) -> dict[str, Any]:
     """The rank fields of the adapter as it trains, if a file has padded some of its layers."""
     held = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer) and adapter in layer.r}
-    own = {name: (layer.r[adapter], layer.lora_alpha[adapter]) for name, layer in held.items()}
+    own = {
+        layout_of(layer).pattern_name(layer, name): (layer.r[adapter], layer.lora_alpha[adapter])
+        for name, layer in held.items()
+    }
     ranks, alphas = patterns_of(own, in_file["r"], in_file["lora_alpha"])
     return {**in_file, "rank_pattern": ranks, "alpha_pattern": alphas}
 

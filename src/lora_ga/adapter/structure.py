@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -106,15 +107,17 @@ def build_structure(
     heads = {head: name for name, target in targets.items() for head in target.heads}
     ranks |= {head: ranks[name] for head, name in heads.items()}
     scaling = alignment.scaling | {head: alignment.scaling[name] for head, name in heads.items()}
-    doubled = doubled_rank_fields(peft_config, ranks, scaling, alignment.plain)
-    alignment.saved = without_rslora(peft_config, doubled, ranks, scaling, alignment.plain)
+    layers = {name: target.layer for name, target in targets.items()} | plain_layers
+    names = {name: layout_of(layer).pattern_name(layer, name) for name, layer in layers.items()}
+    doubled, alignment.saved = _doubled_fields(peft_config, ranks, scaling, alignment.plain, names)
     alignment.padded = load_padded_layers(
         {name: target.layer for name, target in plain.items() if not target.heads}, adapter
     )
     if alignment.padded:
         ranks |= {name: layer.rank for name, layer in alignment.padded.items()}
         scaling |= {name: plain_layers[name].scaling[adapter] for name in alignment.padded}
-        alignment.padded_fields = _padded_fields(peft_config, ranks, scaling, alignment)
+        others = {name: own for name, own in alignment.plain.items() if name not in alignment.padded}
+        alignment.padded_fields = operator.or_(*_doubled_fields(peft_config, ranks, scaling, others, names))
     if config.offset == "base":
         alignment.saved, doubled = doubled | alignment.saved, {}
     model.peft_config[adapter] = AlignedLoraConfig.of(peft_config, alignment, **doubled)
@@ -146,13 +149,30 @@ def _place_factors(
     return moved
 
 
-def _padded_fields(
-    peft_config: Any, ranks: Mapping[str, int], scaling: Mapping[str, float], alignment: Alignment
-) -> dict[str, Any]:
-    """The rank fields of a file in which plain layers are padded to twice their rank."""
-    others = {name: own for name, own in alignment.plain.items() if name not in alignment.padded}
-    fields = doubled_rank_fields(peft_config, ranks, scaling, others)
-    return fields | without_rslora(peft_config, fields, ranks, scaling, others)
+def _doubled_fields(
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    scaling: Mapping[str, float],
+    plain: Mapping[str, tuple[int, float]],
+    names: Mapping[str, str],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rank fields of rank 2r, and those of a file that differ from them.
+
+    Args:
+        config: The configuration of rank r.
+        ranks: Layer name → r, of the layers of rank 2r.
+        scaling: Layer name → s, of the same layers.
+        plain: Layer name → (r, α), of the others.
+        names: Layer name → the name that PEFT compares with patterns, where it is another.
+
+    Returns:
+        Both.
+    """
+    own = {names.get(name, name): (rank, scaling[name]) for name, rank in ranks.items()}
+    others = {names.get(name, name): pair for name, pair in plain.items()}
+    ranks, scaling = {name: rank for name, (rank, _) in own.items()}, {name: s for name, (_, s) in own.items()}
+    doubled = doubled_rank_fields(config, ranks, scaling, others)
+    return doubled, without_rslora(config, doubled, ranks, scaling, others)
 
 
 def make_factors(
@@ -260,9 +280,9 @@ def doubled_rank_fields(
 
     Args:
         config: The configuration of rank r.
-        ranks: Layer name → r, of the aligned layers.
-        scaling: Layer name → s, of the aligned layers.
-        plain: Layer name → (r, α), of the plain layers.
+        ranks: Name in patterns → r, of the aligned layers.
+        scaling: Name in patterns → s, of the aligned layers.
+        plain: Name in patterns → (r, α), of the plain layers.
 
     Returns:
         Values of `RANK_FIELDS`.
@@ -286,7 +306,7 @@ def patterns_of(
     """The rank and alpha patterns that give each layer its own numbers.
 
     Args:
-        layers: Layer name → (r, α).
+        layers: Name in patterns (see `WeightLayout.pattern_name`) → (r, α).
         rank: The rank without a pattern.
         alpha: The α without a pattern.
 
@@ -350,9 +370,9 @@ def without_rslora(
     Args:
         config: The configuration of rank r.
         doubled: Its rank fields at rank 2r.
-        ranks: Layer name → r, of the aligned layers.
-        scaling: Layer name → s, of the aligned layers.
-        plain: Layer name → (r, α), of the plain layers.
+        ranks: Name in patterns → r, of the aligned layers.
+        scaling: Name in patterns → s, of the aligned layers.
+        plain: Name in patterns → (r, α), of the plain layers.
 
     Returns:
         The fields; none if the adapter does not use rsLoRA.

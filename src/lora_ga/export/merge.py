@@ -14,6 +14,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_ga.adapter.file import check_names, compiled_names
+from lora_ga.adapter.save import read_sidecar
+from lora_ga.adapter.stock import check_scalings, load_stock
+from lora_ga.adapter.undo import base_kept
 from lora_ga.base import embeddings
 from lora_ga.distributed.sharding import unwrapped
 from lora_ga.export.saved_adapter import read_adapter
@@ -42,8 +45,8 @@ def merge_adapter(
         TypeError: The base model has no `save_pretrained`.
         ValueError: `out` is not empty, the base or an adapted layer is quantised, blocks of the base are compiled, an
             adapted weight is shared with other modules or is a grouped convolution's, the adapter replicates layers,
-            has biases for layers without one, or is damaged, the merged weights are not finite, or no configuration
-            describes the merged model.
+            has biases for layers without one, would be scaled otherwise than it was trained, or is damaged, PEFT does
+            not find all its layers, the merged weights are not finite, or no configuration describes the merged model.
     """
     target, base = check_empty(out), unwrapped(base)
     if not hasattr(base, "save_pretrained"):
@@ -62,9 +65,13 @@ def merge_adapter(
             "base's weights, so it cannot be merged. Use it from Python, by lora_ga.load."
         )
     check_names(Path(path), base)
-    model = PeftModel.from_pretrained(base, str(path))
+    sidecar = read_sidecar(path)
+    with base_kept(base):
+        model = load_stock(base, path)
     try:
         _check_complete(model, tensors)
+        if sidecar is not None:
+            check_scalings(model, "default", sidecar[1], path)
         _check_mergeable(model)
         heads = tied_heads(model, "default")
         _check_not_shared(model, heads)

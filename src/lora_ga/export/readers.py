@@ -182,7 +182,8 @@ def check_reader(path: str | Path, name: str) -> Verdict:
     rank = next((allowed for allowed in reader.ranks if allowed >= largest), None if reader.ranks else largest)
     return Verdict(
         tuple(refused),
-        tuple(_mendable(config, ranks, reader)),
+        # The file does not name the parameters, without which their scalings are not known. It is refused anyway.
+        () if config.target_parameters else tuple(_mendable(config, ranks, reader)),
         bool(refused) and not unmergeable and reader.tasks.get(config.task_type) != ENCODER_DECODER,
         rank,
         reader.usage(path, config.base_model_name_or_path, rank),

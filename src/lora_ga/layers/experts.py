@@ -31,6 +31,10 @@ class ExpertsLayout(WeightLayout):
         """The name that `target_parameters` gave."""
         return layer.parameter_name
 
+    def pattern_name(self, layer: Any, name: str) -> str:
+        """The parameter's path. The layers of a module's parameters are nested, each the `base_layer` of the next."""
+        return f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+
     def matrices(self, layer: Any, weight: Tensor) -> Tensor:
         """The base weight as (P, O, I)."""
         if weight.dim() == 2:

@@ -52,6 +52,10 @@ class WeightLayout:
         """The name of the weight in the base layer."""
         return "weight"
 
+    def pattern_name(self, layer: Any, name: str) -> str:
+        """The name that PEFT compares with `rank_pattern` and `alpha_pattern`, of the layer of this name."""
+        return name
+
     def matrices(self, layer: Any, weight: Tensor) -> Tensor:
         """The base weight as (P, O, I), a view of it."""
         return weight[None]
