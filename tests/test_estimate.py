@@ -32,6 +32,7 @@ from lora_ga.gradients import loop, progress
 from lora_ga.gradients.coverage import report_missing
 from lora_ga.gradients.loss import label_tokens
 from lora_ga.gradients.setup import prepare
+from lora_ga.layers.linear import LINEAR
 from lora_ga.linalg.low_rank import LowRank, probes, truncated_svd
 from toys import (
     FAMILIES,
@@ -362,7 +363,7 @@ def test_a_loss_that_uses_no_layer_is_always_an_error() -> None:
 
 @pytest.mark.parametrize(("count", "text"), [(8, "\n  8: too far\n"), (9, "\n  1, 2, 3 and 6 more: too far\n")])
 def test_up_to_eight_layers_with_one_reason_are_listed_one_by_one(count: int, text: str) -> None:
-    targets: Any = {str(number): SimpleNamespace(unknown=None, unfit=None) for number in range(1, 20)}
+    targets: Any = {str(number): SimpleNamespace(unknown=None, unfit=None, layout=LINEAR) for number in range(1, 20)}
     with pytest.raises(ValueError, match=text):
         report_missing(dict.fromkeys(list(targets)[:count], "too far"), targets, "error")
 

@@ -22,6 +22,7 @@ from lora_ga.gradients.coverage import BEYOND, report_missing, warn_parts, warn_
 from lora_ga.gradients.result import GradientEstimate
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import base_weights, entries, kind_of, weight_of
+from lora_ga.layers.plain import follows_weight
 from lora_ga.layers.targets import PREFIX, Target, find_targets, peft_model_in
 from lora_ga.warn import warn
 
@@ -238,6 +239,15 @@ def _check_shapes(estimate: GradientEstimate, targets: dict[str, Target]) -> Non
             )
 
 
+def _why_not_shifted(target: Target) -> str | None:
+    """Why `offset="base"` cannot change a layer's base weight, as the object of "cannot change"; None if it can."""
+    reason = target.layout.why_not_shifted(target.layer)
+    if reason is None and not follows_weight(target.layer):
+        kind = type(target.layer.get_base_layer()).__name__
+        return f"a {kind}, whose output does not change with its weight as with an adapter"
+    return reason
+
+
 def _check_base_can_change(network: nn.Module, targets: dict[str, Target], adapter_name: str) -> None:
     """Refuse `offset="base"` for weights that cannot be changed, or that other modules or adapters use too.
 
@@ -260,7 +270,7 @@ def _check_base_can_change(network: nn.Module, targets: dict[str, Target], adapt
             raise ValueError(
                 f'{name}: offset="base" cannot change a quantised weight ({type(base).__name__}); use offset="adapter".'
             )
-        if reason := target.layout.why_not_shifted(target.layer):
+        if reason := _why_not_shifted(target):
             raise ValueError(f'{name}: offset="base" cannot change {reason}; use offset="adapter".')
         weight = getattr(base, target.layout.parameter_name(target.layer))
         if sharded(weight):

@@ -29,6 +29,7 @@ from lora_ga.gradients.isolation import compute_device
 from lora_ga.layers.embedding import FactorTable
 from lora_ga.layers.factors import FACTORS, Factor, follow_plan
 from lora_ga.layers.kinds import entries, layout_of, weight_of
+from lora_ga.layers.plain import convolves
 from lora_ga.layers.targets import Target, find_targets, layer_name, peft_model_in
 from lora_ga.layers.tied import TiedFactor, tied_heads
 
@@ -345,10 +346,13 @@ def padding_of(layer: LoraLayer, adapter: str, *, loaded: bool = False) -> Padde
         loaded: Whether the layer was loaded from such a file, and has twice its rank.
 
     Returns:
-        The rank that trains, and the sizes of its matrices; None if they are not whole in this process.
+        The rank that trains, and the sizes of its matrices; None if they are not whole in this process, or if zeros
+        would change what PEFT computes from the others.
     """
-    rank, parts = layer.r[adapter], layout_of(layer).parts(layer)
-    a, b = (weight_of(entry) for entry in entries(layer, adapter))
+    rank, parts, pair = layer.r[adapter], layout_of(layer).parts(layer), entries(layer, adapter)
+    if not all(convolves(entry) for entry in pair):
+        return None
+    a, b = (weight_of(entry) for entry in pair)
     rows, columns = a.shape[0], b.shape[1] if b.dim() > 1 else 0
     if (rows, columns) not in ((rank * parts, rank * parts), (rank, rank // parts)):  # a convolution divides its rank
         return None

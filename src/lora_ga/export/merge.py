@@ -22,6 +22,7 @@ from lora_ga.distributed.sharding import unwrapped
 from lora_ga.export.saved_adapter import read_adapter
 from lora_ga.files import Companions, check_empty, new_folder, no_companions
 from lora_ga.layers.kinds import kind_of, layout_of
+from lora_ga.layers.plain import follows_weight
 from lora_ga.layers.targets import PREFIX
 from lora_ga.layers.tied import tied_heads
 
@@ -132,8 +133,8 @@ def _check_complete(model: PeftModel, tensors: Iterable[str]) -> None:
 def _check_mergeable(model: PeftModel) -> None:
     """Refuse layers into which PEFT does not merge, or merges something else.
 
-    They are quantised layers, also in a model that does not say that it is quantised, grouped convolutions, and layers
-    without a bias where the adapter has one.
+    They are quantised layers, also in a model that does not say that it is quantised, grouped convolutions, layers with
+    a computation of their own, and layers without a bias where the adapter has one.
 
     PEFT 0.21 takes a frozen layer of quanto for a plain one and adds the change to a dequantised copy of its weight, so
     the merged model is the base. Into other quantised weights it merges with rounding, and into grouped convolutions
@@ -157,6 +158,12 @@ def _check_mergeable(model: PeftModel) -> None:
             raise ValueError(
                 f"{name.removeprefix(PREFIX)}: PEFT cannot merge into a convolution with {base.groups} groups. Keep "
                 "the adapter apart, or train without this layer."
+            )
+        if kind is not None and kind.read is None and not follows_weight(layer):
+            raise ValueError(
+                f"{name.removeprefix(PREFIX)}: a {type(base).__name__} computes something else than its weight says, "
+                "so PEFT would merge another change than was trained. Keep the adapter apart, or train without this "
+                "layer."
             )
         own_type = isinstance(weight, Tensor) and type(weight.data) is not Tensor
         if own_type or (kind is not None and kind.read is not None):
@@ -185,9 +192,15 @@ def _check_not_shared(model: PeftModel, tied: Mapping[str, str]) -> None:
             one = {tied.get(each, each) for each in shared}
             if len(shared) > 1 and not (len(one) == 1 and tied):
                 listed = ", ".join(each.removeprefix(PREFIX) for each in shared)
+                ends = {id(end) for end in embeddings(model)}
+                advice = (
+                    "Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
+                    if id(layer) in ends or id(layer.get_base_layer()) in ends
+                    else "Keep the adapter apart, as these modules are made to share it."
+                )
                 raise ValueError(
                     f"{name.removeprefix(PREFIX)}: its weight is shared ({listed}), so merging would change "
-                    "all of them. Untie them first: set config.tie_word_embeddings=False and give the layer a copy."
+                    f"all of them. {advice}"
                 )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ga.gradients.checkpoint import Progress
-from lora_ga.layers.targets import Target, layer_name
+from lora_ga.layers.targets import Target, exclusion, layer_name
 from lora_ga.linalg.low_rank import LowRank
 from lora_ga.warn import warn
 
@@ -243,6 +243,14 @@ def _largest_that_fits(targets: Sequence[Target]) -> str:
     )
 
 
+def _exclusion(reasons: Mapping[str, str], targets: Mapping[str, Target]) -> str | None:
+    """The setting that leaves these layers out; None if there is none, or a long one."""
+    if any(targets[name].layout.gradient_from_parameter for name in reasons):
+        return None
+    line = exclusion(reasons, (name for name in targets if name not in reasons))
+    return line if line.count(",") < MOST_LISTED else None
+
+
 def report_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on_missing: str) -> None:
     """Raise an error, or warn, where layers cannot be aligned.
 
@@ -263,7 +271,6 @@ def report_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on
             raise ValueError(f"{len(small)} of {len(targets)} layers cannot be aligned: {_largest_that_fits(small)}.")
         raise ValueError(count + "No layer is left. Check target_modules, the batches and the loss.")
     if on_missing == "error":
-        raise ValueError(
-            count + 'Leave them out of target_modules, or set on_missing="lora" to start them as plain LoRA.'
-        )
+        out = "of target_modules" if (line := _exclusion(reasons, targets)) is None else f"with LoraConfig({line})"
+        raise ValueError(count + f'Leave them out {out}, or set on_missing="lora" to start them as plain LoRA.')
     warn(count + "They start as plain LoRA.")

@@ -66,6 +66,9 @@ def record_layers(
 
     Yields:
         Which layers ran and got a gradient so far.
+
+    Raises:
+        ValueError: A layer does not return a tensor.
     """
     coverage = Coverage()
 
@@ -79,6 +82,12 @@ def record_layers(
     def forward_hook(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             coverage.ran.add(name)
+            if not isinstance(output, Tensor):
+                kind = type(getattr(module, "base_layer", module)).__name__
+                raise ValueError(
+                    f"{name} is a {kind} that returns a {type(output).__name__} and not a tensor, so LoRA cannot adapt "
+                    f"it. Leave it out with LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])."
+                )
             if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing; the second has gradients on
                 return output
             x = args[0] if args else next(iter(kwargs.values()))

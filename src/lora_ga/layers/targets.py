@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -19,6 +19,7 @@ from lora_ga.distributed.tensor_parallel import Split, in_fsdp, split_of, unfit
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, entries, kind_of, layout_of, warn_never_run, weight_of
 from lora_ga.layers.linear import WeightLayout
+from lora_ga.layers.plain import convolves
 from lora_ga.layers.tied import tied_heads, why_not_separate, why_not_tied, why_not_used_once
 from lora_ga.linalg.accumulator import Inputs
 from lora_ga.linalg.low_rank import read
@@ -77,9 +78,19 @@ class Target:
 
         Yields:
             The part's key, x and g.
+
+        Raises:
+            ValueError: The layer does not apply its weight as a matrix of its shape.
         """
         keys = self.keys
         for part, x_TI, g_TO in self.layout.rows(self.layer, x, g):
+            if self.split is None and (g_TO.shape[-1], x_TI.shape[-1]) != (self.outputs, self.inputs):
+                kind = type(self.layer.get_base_layer()).__name__
+                raise ValueError(
+                    f"{self.name} is a {kind} that gives {g_TO.shape[-1]} outputs for {x_TI.shape[-1]} inputs, but its "
+                    f"weight is {self.outputs} x {self.inputs}: it does not apply it as one matrix. Leave it out with "
+                    f"LoraConfig(exclude_modules=[{self.name.rpartition('.')[2]!r}])."
+                )
             yield keys[part], *((x_TI, g_TO) if self.split is None else self.split.padded(x_TI, g_TO))
 
     def head_rows(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -230,10 +241,32 @@ def _why_not_aligned(name: str, layer: LoraLayer, adapter_name: str) -> str | No
     return None if reason is None else f"{name} {reason}"
 
 
-def _unknown_kinds(layers: Mapping[str, LoraLayer]) -> dict[str, str]:
+def exclusion(names: Iterable[str], others: Iterable[str]) -> str:
+    """The setting of LoraConfig that leaves layers out of an adapter, and no others.
+
+    Args:
+        names: The layers to leave out.
+        others: The layers that stay.
+
+    Returns:
+        `exclude_modules=[...]`, with the shortest ends of the names that no other layer has.
+    """
+    kept = {end for name in others for end in _ends(name)}
+    chosen = (next((end for end in _ends(name) if end not in kept), name) for name in names)
+    return f"exclude_modules={list(dict.fromkeys(chosen))}"
+
+
+def _ends(name: str) -> list[str]:
+    """The ends of a path, the shortest first: c, b.c, a.b.c."""
+    steps = name.split(".")
+    return [".".join(steps[-count:]) for count in range(1, len(steps) + 1)]
+
+
+def _unknown_kinds(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, str]:
     """The layers of an unknown kind, and those inside them.
 
-    PEFT makes LoRA layers of the parts of a `MultiheadAttention`, but does not call them.
+    PEFT makes LoRA layers of the parts of a `MultiheadAttention`, but does not call them. It makes the factors of a
+    convolution of the class of its base layer, so they may compute something else than a product.
 
     Returns:
         Layer name → why it cannot be aligned.
@@ -250,6 +283,13 @@ def _unknown_kinds(layers: Mapping[str, LoraLayer]) -> dict[str, str]:
             base = type(layer.get_base_layer()).__name__
             reasons[name] = (
                 f"is a {base} (PEFT: {peft_name}); known are {known}. Leave it out with "
+                f"LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
+            )
+        elif not all(convolves(entry) for entry in entries(layer, adapter_name)):
+            base = type(layer.get_base_layer()).__name__
+            reasons[name] = (
+                f"is a {base}, which computes something else than torch's convolution. PEFT makes A and B of this "
+                "class too, so they are no factors of a change of the weight. Leave it out with "
                 f"LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
             )
     return reasons
@@ -289,7 +329,7 @@ def find_targets(network: nn.Module, adapter_name: str = "default", *, fresh: bo
     if refusals:
         more = f" ({len(refusals) - 1} more layers like this)" if len(refusals) > 1 else ""
         raise ValueError(f"Cannot align adapter {adapter_name!r}: {refusals[0]}.{more}")
-    unknown = _unknown_kinds(named)
+    unknown = _unknown_kinds(named, adapter_name)
     known = {name: layer for name, layer in named.items() if name not in unknown}
     if fresh:
         _check_fresh(known, adapter_name, model)
