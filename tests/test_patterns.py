@@ -63,9 +63,13 @@ CASES: dict[str, tuple[Callable[[], Any], Any, dict[str, Any]]] = {
 EXPERT_CASES = [
     name for name, (_, _, settings) in CASES.items() if "target_parameters" in settings or "experts" in name
 ]
-every_case = pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[FUSED_EXPERTS] * (name in EXPERT_CASES)) for name in CASES]
-)
+# PEFT 0.18 knows no fused targets, and allows one adapter on parameters; 0.19 does not work with new Transformers.
+NEW_PEFT = pytest.mark.skipif(is_before("peft", "0.21"), reason="PEFT makes patterns for fused experts well since 0.21")
+EXPERTS_MARKED = [
+    pytest.param(name, marks=[FUSED_EXPERTS, *[NEW_PEFT] * ("own" in name)]) if name in EXPERT_CASES else name
+    for name in CASES
+]
+every_case = pytest.mark.parametrize("case", EXPERTS_MARKED)
 
 
 def scalings(model: nn.Module) -> dict[str, float]:
@@ -96,15 +100,15 @@ def test_every_way_of_loading_keeps_the_scalings_and_the_function(
     make, data, _ = CASES[case]
     model, batch = saved(case, tmp_path, use_rslora=use_rslora, offset=offset), data()[0]
     expected = logits(model, batch)
-    second = PeftModel.from_pretrained(make(), tmp_path, adapter_name="second")
-    second.load_adapter(tmp_path, "default")
-    second.set_adapter("default")
     ways = {
         "PEFT": PeftModel.from_pretrained(make(), tmp_path),
-        "beside another": second,
         "to use": lora_ga.load(make(), tmp_path),
         "to train": lora_ga.load(make(), tmp_path, is_trainable=True),
     }
+    if case not in EXPERT_CASES or not is_before("peft", "0.21"):
+        ways["beside another"] = second = PeftModel.from_pretrained(make(), tmp_path, adapter_name="second")
+        second.load_adapter(tmp_path, "default")
+        second.set_adapter("default")
     again = ways["to train"]
     again.save_pretrained(tmp_path / "again")
     ways["saved again"] = PeftModel.from_pretrained(make(), tmp_path / "again")
@@ -126,7 +130,7 @@ def test_an_adapter_that_exists_takes_the_saved_values(tmp_path: Path, case: str
 
 
 @FUSED_EXPERTS
-@pytest.mark.parametrize("case", EXPERT_CASES)
+@pytest.mark.parametrize("case", EXPERTS_MARKED[: len(EXPERT_CASES)])
 def test_a_merged_model_has_the_whole_change_of_the_experts(tmp_path: Path, case: str) -> None:
     make, data, _ = CASES[case]
     model = saved(case, tmp_path / "adapter")
@@ -167,7 +171,7 @@ def spoil(folder: Path) -> None:
 
 
 @FUSED_EXPERTS
-@pytest.mark.skipif(is_before("peft", "0.19"), reason="PEFT fuses the targets of experts since version 0.19")
+@NEW_PEFT
 @pytest.mark.parametrize("case", ["PEFT's own, of fused experts", "both, of both"])
 def test_a_file_with_the_names_of_earlier_versions_is_loaded_with_the_trained_scalings(
     tmp_path: Path, case: str
@@ -225,7 +229,7 @@ def test_a_file_in_which_peft_does_not_find_a_layer_is_refused_with_its_name(
     save_file(tensors, file, {"format": "pt"})
     base = make()
     with pytest.raises(
-        ValueError, match=r"PEFT did not find transformer\.h\.0\.mlp\.c_fc in the file.*exclude_modules"
+        ValueError, match=r"PEFT did not find transformer\.h\.0\.mlp\.c_fc in the file.*_modules=\['0\.mlp\.c_fc'\]"
     ):
         lora_ga.load(base, tmp_path, is_trainable=is_trainable)
     assert not any(isinstance(module, LoraLayer) for module in base.modules())

@@ -18,7 +18,7 @@ from lora_ga.adapter.save import FILE
 from lora_ga.adapter.structure import set_rank
 from lora_ga.files import damaged
 from lora_ga.layers.kinds import layout_of
-from lora_ga.layers.targets import layer_name
+from lora_ga.layers.targets import exclusion, layer_name
 from lora_ga.warn import warn
 
 
@@ -50,11 +50,12 @@ def load_stock(base: Any, path: str | Path, adapter_name: str = "default", **set
         keys = re.findall(r"'([^']+)'", str(warning).rpartition("keys while loading")[2])
         lost = list(dict.fromkeys(layer_name(key).partition(".lora_")[0] for key in keys))
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        line = exclusion(lost, (name for name in _lora_layers(base) if name not in lost))
         raise ValueError(
             f"{path}: PEFT did not find {', '.join(lost[:3])}{more} in the file, so they would be untrained. Put a "
-            "complete copy of the file back, and give the base model it was trained on. If both are right, PEFT has "
-            "saved these layers under names that it does not find again, as plain LoRA's: leave them out of the "
-            "training (exclude_modules of LoraConfig)."
+            "complete copy of the file back, and give the base model it was trained on. If both are right, PEFT "
+            "renames these layers when it loads an adapter, and finds none of them, with plain LoRA neither: train "
+            f"without them, by LoraConfig({line})."
         ) from warning
     if isinstance(config, LoraConfig):
         layers = _lora_layers(model)
