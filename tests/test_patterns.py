@@ -24,7 +24,7 @@ from lora_ga.export.merge import merge_adapter
 from lora_ga.export.readers import check_reader
 from lora_ga.layers.targets import layer_name
 from lora_ga.version import is_before
-from toys import FAMILIES, FUSED_EXPERTS, adapted, causal, gpt2, logits, train
+from toys import FAMILIES, FUSED_EXPERTS, adapted, causal, gpt2, llama, logits, train
 
 GATE, DOWN = "experts.gate_up_proj", "experts.down_proj"
 CONVOLUTIONS = ["wide", "point", "even", "head"]
@@ -196,6 +196,19 @@ def test_a_file_with_the_names_of_earlier_versions_is_loaded_with_the_trained_sc
         merge_adapter(tmp_path / "old", tmp_path / "merged", base=make())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(merged, batch), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_a_compiled_base_gets_the_scalings_of_the_original_one(tmp_path: Path, is_trainable: bool) -> None:
+    model = adapted(llama(), rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 32})
+    lora_ga.initialize(model, causal())
+    train(model, causal())
+    model.save_pretrained(tmp_path)
+    compiled: Any = torch.compile(llama(), backend="eager")
+    with torch.compiler.set_stance("force_eager"):
+        loaded = lora_ga.load(compiled, tmp_path, is_trainable=is_trainable).eval()
+        assert scalings(loaded) == pytest.approx(scalings(model), rel=1e-12)
+        torch.testing.assert_close(logits(loaded, causal()[0]), logits(model.eval(), causal()[0]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("is_trainable", [True, False])

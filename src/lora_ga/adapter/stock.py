@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_ga.adapter.alignment import scaling_of
+from lora_ga.adapter.file import compiled_names
 from lora_ga.adapter.save import FILE
 from lora_ga.adapter.structure import set_rank
 from lora_ga.files import damaged
@@ -59,7 +60,9 @@ def load_stock(base: Any, path: str | Path, adapter_name: str = "default", **set
         ) from warning
     if isinstance(config, LoraConfig):
         layers = _lora_layers(model)
-        for name in mend_patterns(model.peft_config[adapter_name], layers, path):
+        mended = mend_patterns(model.peft_config[adapter_name], layers, path)
+        # The patterns name layers of the original base, which PEFT does not find in a compiled one.
+        for name in layers if compiled_names(base) else mended:
             key = layout_of(layers[name]).pattern_name(layers[name], name)
             layers[name].scaling[adapter_name] = scaling_of(model.peft_config[adapter_name], key)
             set_rank(layers[name], adapter_name, layers[name].r[adapter_name])
