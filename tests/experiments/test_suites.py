@@ -1,3 +1,5 @@
+import math
+
 """Suite files, and the cells that a suite needs: rate grids that grow, seeds, and one rate for all methods."""
 
 import re
@@ -257,12 +259,13 @@ def run_sweep(
     score: Callable[[float], Score | None],
     quarter_decades: bool = False,
     diverged: Callable[[float], bool] = lambda point: False,
+    guess: Callable[[float], float] = lambda point: math.inf,
 ) -> tuple[list[float], float | None]:
     """Runs the points that a sweep needs until it needs no more; returns them in their order, and the best."""
     ran: list[float] = []
 
     def result_at(point: float) -> Look:
-        return Look(True, score(point), diverged(point)) if point in ran else Look(ran=False)
+        return Look(True, score(point), diverged(point), guess(point)) if point in ran else Look(ran=False)
 
     while (state := sweep(first, result_at, quarter_decades)).needed:
         ran += state.needed
@@ -303,6 +306,18 @@ def test_if_all_rates_learn_nothing_smaller_and_larger_ones_are_tried_in_turn() 
     assert run_sweep([-3, -2], lambda p: (-abs(p),) if p > -1 else None) == ([-3, -2, -4, -1, -5, 0, 1], 0)
     found = run_sweep([-3, -2], lambda p: (-abs(p + 6),) if p < -5 else None, diverged=lambda p: p > -2)
     assert found == ([-3, -2, -4, -1, -5, -6, -7], -6)
+
+
+def test_a_run_no_better_than_a_guess_has_no_score() -> None:
+    """The runs at -3 and -2 guess. So does the one at -1, though not the same for each row; those below -5 learn."""
+    losses = {-3: 0.68, -2: 0.68, -1: 0.69, 0: 0.68, -4: 0.68, -5: 0.5, -6: 0.4, -7: 0.6}
+    guessing = (-4, -3, -2, 0)
+    found = run_sweep(
+        [-3, -2, -1],
+        lambda p: None if p in guessing else (-losses[int(p)],),
+        guess=lambda p: losses[int(p)] if p in guessing else math.inf,
+    )
+    assert found == ([-3, -2, -1, -4, 0, -5, -6, -7], -6)
 
 
 FIRST_LOSS = 100.0

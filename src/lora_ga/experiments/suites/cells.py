@@ -145,18 +145,25 @@ class Look:
         ran: Whether the run has ended.
         score: Its score, None if it has none (see `score`).
         diverged: Whether it has none because its loss rose, so that larger rates are of no use.
+        guess: The loss of predicting the shares of the classes for every row, if the run shows it.
     """
 
     ran: bool
     score: Score | None = None
     diverged: bool = False
+    guess: float = math.inf
+
+    def better_than(self, guess: float) -> Score | None:
+        """The score, None if the loss is not below a guess's."""
+        return None if self.score is None or -self.score[-1] >= guess else self.score
 
 
 def sweep(first: Sequence[int], look: Callable[[float], Look], quarter_decades: bool = False) -> Sweep:
     """Searches the best rate: the points of `first`, then one more at an edge as long as the best lies there.
 
-    If no run has a score, the search goes down and up in turn, but not up from a run that diverged: a run that learned
-    nothing may have had a rate too low or too high.
+    Where a run shows the loss of a guess, those that are no better have no score either. If no run has one, the search
+    goes down and up in turn, but not up from a run that diverged: a run that learned nothing may have had a rate too
+    low or too high.
 
     Args:
         first: The first exponents.
@@ -169,7 +176,8 @@ def sweep(first: Sequence[int], look: Callable[[float], Look], quarter_decades: 
     found = {float(point): look(point) for point in first}
     while True:
         needed = sorted(point for point, each in found.items() if not each.ran)
-        scores = {point: each.score for point, each in sorted(found.items()) if each.ran}
+        guess = min(each.guess for each in found.values())
+        scores = {point: each.better_than(guess) for point, each in sorted(found.items()) if each.ran}
         good = {point: score for point, score in scores.items() if score is not None}
         best = max(good, key=good.__getitem__) if good else None
         if needed or len(found) >= MOST_RATES:
@@ -217,8 +225,13 @@ def _is_constant(measured: Mapping[str, float]) -> bool:
     # Whether a classifier of two classes gives one of them for every row, with at least the loss of the shares of the
     # classes. All runs at rates that are too high can end so. Their losses then differ by chance, and one of them has
     # worse neighbours on both sides.
+    return measured["loss"] >= _guess(measured)
+
+
+def _guess(measured: Mapping[str, float]) -> float:
+    # The loss of predicting the shares of two classes for every row, if a classifier gives one class for every row.
     share = measured["accuracy"] if measured.get("matthews") == 0.0 else 0.0
-    return 0.0 < share < 1.0 and measured["loss"] >= -sum(each * math.log(each) for each in (share, 1.0 - share))
+    return -sum(each * math.log(each) for each in (share, 1.0 - share)) if 0.0 < share < 1.0 else math.inf
 
 
 def sweep_of(suite: Suite, task: str, label: str, records: Records) -> Sweep:
@@ -230,7 +243,8 @@ def sweep_of(suite: Suite, task: str, label: str, records: Records) -> Sweep:
         # A run that failed says nothing about its rate: the search waits until it is run again.
         if record is None or record["status"] == "failed":
             return Look(ran=False)
-        return Look(True, score(record, metric), record["status"] != "done" or _rose(record))
+        guess = _guess(record["metrics"]["tune"]) if record["status"] == "done" and metric == "loss" else math.inf
+        return Look(True, score(record, metric), record["status"] != "done" or _rose(record), guess)
 
     return sweep(suite.methods[label].rates, look, suite.quarter_decades)
 
