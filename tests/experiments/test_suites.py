@@ -1,7 +1,6 @@
-import math
-
 """Suite files, and the cells that a suite needs: rate grids that grow, seeds, and one rate for all methods."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
