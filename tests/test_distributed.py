@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -197,6 +197,23 @@ def test_buckets_keep_the_order_and_the_size_limit() -> None:
     assert list(buckets([1, 2, 3])) == [[0, 1, 2]]
     assert list(buckets([2**25, 2**25, 1, 2**30, 1])) == [[0, 1], [2], [3], [4]]
     assert list(buckets([])) == []
+
+
+def test_a_resumed_estimate_gives_the_warning_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "processes", lambda group: Processes(0, 2))
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, value])
+    monkeypatch.setattr(Processes, "merge", lambda self, keys, state, absorb: list(keys))
+    monkeypatch.setattr(Processes, "share", lambda self, tensors: dict(tensors))
+    data, file = causal(4), tmp_path / "estimate"
+
+    def broken() -> Iterator[Any]:
+        yield from data[:2]
+        raise OSError("the disk is gone")
+
+    for batches, failure in ((broken(), pytest.raises(OSError, match="is gone")), (data, contextlib.nullcontext())):
+        model = adapted(llama(num_hidden_layers=1), ["q_proj"])
+        with pytest.warns(UserWarning, match="All 2 processes begin with the same batch"), failure:
+            lora_ga.estimate_gradients(model, batches, checkpoint=file, every=1)
 
 
 @pytest.mark.parametrize("way", ["streaming", "probe", "sharded"])

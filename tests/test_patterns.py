@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -249,6 +250,14 @@ def test_a_file_in_which_peft_does_not_find_a_layer_is_refused_with_its_name(
     with pytest.raises(ValueError, match=r"PEFT did not find transformer\.h\.0\.mlp\.c_fc"):
         merge_adapter(tmp_path, tmp_path / "merged", base=base)
     assert not any(isinstance(module, LoraLayer) for module in base.modules())
+
+
+def test_another_warning_of_peft_that_the_program_makes_an_error_is_raised_as_it_is(tmp_path: Path) -> None:
+    make, _, _ = CASES["Conv1D"]
+    saved("Conv1D", tmp_path)
+    refusing = mock.patch.object(PeftModel, "from_pretrained", side_effect=UserWarning("another"))
+    with refusing, pytest.raises(UserWarning, match="^another$"):
+        lora_ga.load(make(), tmp_path)
 
 
 @FUSED_EXPERTS

@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import CausalLMOutput, ImageClassifierOutput
 from transformers.pytorch_utils import Conv1D
 
@@ -192,12 +194,77 @@ def test_the_base_offset_and_merging_refuse_a_layer_that_does_not_follow_its_wei
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=with_class(Product, UP))  # which computes the product
 
 
+class Dropping(nn.Linear):
+    """The same map, with dropout in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(functional.dropout(x, 0.5, self.training), self.weight, self.bias)
+
+
+def test_a_layer_is_tried_without_its_dropout_and_its_mode_stays() -> None:
+    layer = layer_of(Dropping(8, 6)).train()
+    state = torch.get_rng_state()
+    assert follows_weight(layer)
+    assert layer.get_base_layer().training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-3, 16.0])
+@pytest.mark.parametrize("kind", [Scaled, Product])
+def test_a_layer_is_tried_with_a_change_of_the_size_of_its_weight(kind: Any, size: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base = kind(64, 16)
+    base.weight.data = (base.weight.detach() * size).to(dtype)
+    assert follows_weight(layer_of(base.to(dtype)))
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the bytes of the largest new tensor."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.bytes = max([self.bytes, *(each.nbytes for each in tree_leaves(found) if isinstance(each, Tensor))])
+        return found
+
+
+@pytest.mark.parametrize("base", [Scaled(4096, 16), Product(256, 512)])
+def test_trying_a_layer_makes_nothing_larger_than_its_weight(base: nn.Module) -> None:
+    layer = layer_of(base.bfloat16())
+    with Largest() as largest:
+        assert follows_weight(layer)
+    assert 0 < largest.bytes <= layer.weight.nbytes
+
+
+class Two(nn.Module):
+    """A standardised convolution and two linear layers, whose names end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Sequential(Standardized(3, 8, 3)), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> ImageClassifierOutput:
+        scores = self.head(self.stem(pixel_values).mean((2, 3)))
+        return ImageClassifierOutput(loss=nn.functional.cross_entropy(scores, labels), logits=scores)
+
+
+def test_the_setting_that_leaves_a_layer_out_leaves_out_no_other() -> None:
+    with pytest.raises(ValueError, match="is a Standardized") as caught:
+        lora_ga.initialize(adapted(Two(), ["stem.0", "head.0", "head.1"]), pictures())
+    assert set(re.findall(r"exclude_modules=(\[.*?\])", str(caught.value))) == {"['stem.0']"}
+    with pytest.raises(ValueError, match=rf"{UP} is a Router.*exclude_modules=\['0.mlp.up_proj'\]"):
+        lora_ga.initialize(adapted(with_class(Router, UP), "all-linear"), causal())
+
+
 @pytest.mark.parametrize("config", [{}, {"on_missing": "lora"}])
 def test_a_layer_that_returns_a_tuple_is_refused_by_name_with_the_setting_that_leaves_it_out(
     config: dict[str, Any],
 ) -> None:
     model = adapted(with_class(Router, UP), "all-linear")
-    message = rf"{UP} is a Router that returns a tuple and not a tensor.*exclude_modules=\['up_proj'\]"
+    message = rf"{UP} is a Router that returns a tuple and not a tensor.*exclude_modules=\['0.mlp.up_proj'\]"
     with pytest.raises(ValueError, match=message):
         lora_ga.initialize(model, causal(), LoraGAConfig(**config))
     assert not any(module._forward_hooks for module in model.modules())

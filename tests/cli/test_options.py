@@ -280,6 +280,7 @@ def test_every_setting_has_a_help_text_for_the_command_line() -> None:
 
 RANK = "  a, b: rank 12 is too large. The largest rank that fits all is 8 (a)\n"
 LEAVE = 'Leave them out of target_modules, or set on_missing="lora" to start them as plain LoRA.'
+NAMED = LEAVE.replace("of target_modules", "with LoraConfig(exclude_modules=['a', 'b'])")
 OPTIONS = "eave them out of --target_modules, or set --on_missing lora to start them as plain LoRA."
 
 
@@ -291,6 +292,7 @@ OPTIONS = "eave them out of --target_modules, or set --on_missing lora to start 
         ("set max_batches=8", "set --estimate_batches 8"),
         ("a/scale=stable: --target_modules x", "a/scale=stable: --target_modules x"),
         (f"2 of 4:\n{RANK}{LEAVE}", f"2 of 4:\n{RANK}Give --rank 8, l{OPTIONS}"),
+        (f"2 of 4:\n{RANK}{NAMED}", f"2 of 4:\n{RANK}Give --rank 8, l{OPTIONS}"),
         (f"3 of 4:\n{RANK}  c: no gradient\n{LEAVE}", f"3 of 4:\n{RANK}  c: no gradient\nL{OPTIONS}"),
     ],
 )

@@ -37,6 +37,7 @@ def load_stock(base: Any, path: str | Path, adapter_name: str = "default", **set
 
     Raises:
         ValueError: PEFT did not find values for all layers of the adapter. The base then has LoRA layers.
+        UserWarning: The program lets warnings be errors, and PEFT gave one.
     """
     config = PeftConfig.from_pretrained(str(path))
     try:
@@ -48,6 +49,8 @@ def load_stock(base: Any, path: str | Path, adapter_name: str = "default", **set
                 warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match")
             model = PeftModel.from_pretrained(base, str(path), adapter_name, **settings)
     except UserWarning as warning:
+        if "Found missing adapter keys" not in str(warning):  # the program lets all warnings be errors
+            raise
         keys = re.findall(r"'([^']+)'", str(warning).rpartition("keys while loading")[2])
         lost = list(dict.fromkeys(layer_name(key).partition(".lora_")[0] for key in keys))
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""

@@ -113,6 +113,7 @@ def in_options(message: str) -> str:
         for text in (rf"LoraGAConfig\({setting}\)", setting):
             message = re.sub(before + text, rf"--{OPTION_OF.get(name, name)} \2", message)
     message = re.sub(rf"{before}target_modules\b", "--target_modules", message)
+    message = re.sub(r"with LoraConfig\(exclude_modules=\[[^\]]*\]\)", "of --target_modules", message)
     fits = re.findall(r"^  .*The largest rank that fits all is (\d+)", message, re.MULTILINE)
     if fits and len(re.findall(r"^  ", message, re.MULTILINE)) == 1:
         message = message.replace("\nLeave them out of", f"\nGive --rank {fits[0]}, leave them out of")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ga.gradients.isolation import shadow_parameter, unshadow_parameter
+from lora_ga.layers.targets import exclusion
 from lora_ga.linalg.accumulator import Inputs
 
 # Receives the name of a layer or of a part of one, x as (T, I) and g as (T, O), with G = gᵀ x.
@@ -83,10 +84,12 @@ def record_layers(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             coverage.ran.add(name)
             if not isinstance(output, Tensor):
-                kind = type(getattr(module, "base_layer", module)).__name__
+                kind = type(getattr(module, "base_layer", module))
+                alike = [each for each in layers if type(getattr(layers[each], "base_layer", layers[each])) is kind]
                 raise ValueError(
-                    f"{name} is a {kind} that returns a {type(output).__name__} and not a tensor, so LoRA cannot adapt "
-                    f"it. Leave it out with LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])."
+                    f"{name} is a {kind.__name__} that returns a {type(output).__name__} and not a tensor, so LoRA "
+                    "cannot adapt it. Leave such layers out with "
+                    f"LoraConfig({exclusion(alike, layers.keys() - alike)})."
                 )
             if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing; the second has gradients on
                 return output

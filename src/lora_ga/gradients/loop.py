@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,8 +47,9 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
         keep=lambda: read and bool(uncalled(setup, recorder.progress.ran)), finished=recorder.all_converged
     )
     more = any(processes.gather(not recorder.all_converged))
+    first = processes.size > 1  # whether the first batches are still to be compared
     with recorder.hooks():
-        for number in itertools.count():
+        while True:
             batch = NO_BATCH
             # All processes read in the same rounds, since reading may communicate as well.
             if more and (processes.size > 1 or not recorder.all_converged):
@@ -57,7 +57,7 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
                     batch = next(batches, NO_BATCH)
             has_batch = batch is not NO_BATCH and batch is not SKIPPED
             recorded = has_batch and not recorder.all_converged
-            compared = setup.tensor_parallel or (number == 0 and processes.size > 1)
+            compared = setup.tensor_parallel or first
             digest = digest_of(batch) if compared and has_batch else ""
             wants_more = reader.open and not recorder.all_converged
             own = (recorded, wants_more, reader.last is not NO_BATCH, read_here, digest)
@@ -65,7 +65,9 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
             more, read = any(wants for _, wants, *_ in reports), any(reads for *_, reads, _ in reports)
             if not read:
                 reader.kept.clear()
-            (check_same_data if setup.tensor_parallel else warn_same_data)([each for *_, each in reports])
+            digests = [each for *_, each in reports]
+            (check_same_data if setup.tensor_parallel else warn_same_data)(digests)
+            first = first and not any(digests)
             if any(records for records, *_ in reports):
                 if sharded:
                     reader.lend(processes, [has for _, _, has, *_ in reports])

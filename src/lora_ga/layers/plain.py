@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,9 +52,10 @@ def follows_weight(layer: Any) -> bool:
     weight = base.weight
     if weight.is_meta or not weight.numel() or type(weight.data) is not Tensor:
         return True
-    change = _spread(weight.shape, weight)
+    rows = min(8, len(weight)) if own is nn.Embedding else len(weight)  # only rows that are looked up change
+    change = _spread((rows, *weight.shape[1:]), weight) * (weight[:8].abs().max() or 1.0)
     if own is nn.Embedding:
-        x = torch.arange(min(8, len(weight)), device=weight.device)
+        x = torch.arange(rows, device=weight.device)
         wanted = functional.embedding(x, change) * getattr(base, "embed_scale", 1.0)  # PEFT multiplies by it too
     elif own in CONVOLUTIONS:
         x = _spread((2, base.in_channels, *(size * 2 + 8 for size in base.kernel_size)), weight)
@@ -60,14 +63,35 @@ def follows_weight(layer: Any) -> bool:
     else:
         x = _spread((4, layer.in_features), weight)
         wanted = functional.linear(x, change.mT if own is Conv1D else change)
+    changed, bias = weight.clone(), getattr(base, "bias", None)
+    changed[:rows] += change
+    without_bias = {} if bias is None else {"bias": torch.zeros_like(bias)}  # a large one would hide the change
     try:
-        found = functional_call(base, {"weight": weight + change}, (x,)) - base(x)
+        with _silent(base):
+            found, before = (functional_call(base, {"weight": each} | without_bias, (x,)) for each in (changed, weight))
+            found = found - before
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # it takes or gives something else
         return False
     near = 0.02 * wanted.abs().max().item()  # the layers may compute in half precision
     return found.shape == wanted.shape and torch.allclose(found, wanted.to(found), rtol=0, atol=near)
 
 
-def _spread(shape: Any, like: Tensor) -> Tensor:
-    """A tensor of different numbers between -1 and 1, without a random generator."""
-    return torch.arange(math.prod(shape), device=like.device).double().sin().reshape(shape).to(like.dtype)
+def _spread(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor of different numbers between -1 and 1, without a random generator or a large tensor besides."""
+    sizes = shape[0], math.prod(shape[1:])
+    one, other = (torch.arange(1, size + 1, device=like.device).double().sin().to(like.dtype) for size in sizes)
+    return torch.outer(one, other).reshape(shape)
+
+
+@contextlib.contextmanager
+def _silent(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode, without dropout; modes and random states are as before afterwards."""
+    modes = [(each, each.training) for each in module.modules()]
+    devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        try:
+            module.eval()
+            yield
+        finally:
+            for each, training in modes:
+                each.training = training

@@ -88,8 +88,8 @@ class Target:
                 kind = type(self.layer.get_base_layer()).__name__
                 raise ValueError(
                     f"{self.name} is a {kind} that gives {g_TO.shape[-1]} outputs for {x_TI.shape[-1]} inputs, but its "
-                    f"weight is {self.outputs} x {self.inputs}: it does not apply it as one matrix. Leave it out with "
-                    f"LoraConfig(exclude_modules=[{self.name.rpartition('.')[2]!r}])."
+                    f"weight is {self.outputs} x {self.inputs}: it does not apply it as one matrix. Leave it, and "
+                    f"others of its class, out with LoraConfig(exclude_modules=[{self.name!r}])."
                 )
             yield keys[part], *((x_TI, g_TO) if self.split is None else self.split.padded(x_TI, g_TO))
 
@@ -283,14 +283,14 @@ def _unknown_kinds(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[s
             base = type(layer.get_base_layer()).__name__
             reasons[name] = (
                 f"is a {base} (PEFT: {peft_name}); known are {known}. Leave it out with "
-                f"LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
+                f"LoraConfig({exclusion([name], layers.keys() - {name})})"
             )
         elif not all(convolves(entry) for entry in entries(layer, adapter_name)):
             base = type(layer.get_base_layer()).__name__
             reasons[name] = (
                 f"is a {base}, which computes something else than torch's convolution. PEFT makes A and B of this "
                 "class too, so they are no factors of a change of the weight. Leave it out with "
-                f"LoraConfig(exclude_modules=[{name.rpartition('.')[2]!r}])"
+                f"LoraConfig({exclusion([name], layers.keys() - {name})})"
             )
     return reasons
 
