@@ -94,4 +94,4 @@ def _silent(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             for each, training in modes:
-                each.training = training
+                each.train(training)  # its children follow it in this list
