@@ -231,6 +231,27 @@ def test_an_adapter_that_would_be_scaled_otherwise_than_it_was_trained_is_refuse
     assert lora_ga.load(base, tmp_path) is not None
 
 
+def test_the_scaling_of_a_layer_that_stayed_plain_lora_is_compared_too(tmp_path: Path) -> None:
+    def first_block(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model(**batch, output_hidden_states=True).hidden_states[1].square().mean()
+
+    last = "model.layers.1.self_attn.q_proj"
+    model = adapted(llama(), ["q_proj"], alpha_pattern={last: 4})
+    with pytest.warns(UserWarning, match="They start as plain LoRA"):
+        lora_ga.initialize(model, causal(), LoraGAConfig(on_missing="lora"), loss_fn=first_block)
+    model.save_pretrained(tmp_path)
+    trained = model.get_submodule(f"base_model.model.{last}").scaling["default"]
+    file = tmp_path / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    (key,) = (key for key in fields["alpha_pattern"] if last in key.replace("\\", ""))
+    fields["alpha_pattern"][key] *= 2
+    file.write_text(json.dumps(fields))
+    with pytest.raises(
+        ValueError, match=rf"{last} would be scaled by {2 * trained:g}, but was trained with {trained:g}"
+    ):
+        lora_ga.load(llama(), tmp_path)
+
+
 @pytest.mark.parametrize("is_trainable", [True, False])
 def test_a_file_in_which_peft_does_not_find_a_layer_is_refused_with_its_name(
     tmp_path: Path, is_trainable: bool

@@ -161,6 +161,12 @@ def layer_of(base: Any) -> Any:
             type("Same", (nn.Conv2d,), {"forward": lambda self, x: self._conv_forward(x, self.weight, None)})(3, 8, 3),
             True,
         ),
+        (
+            type("Twice", (nn.Conv2d,), {"_conv_forward": lambda self, *x: 2 * nn.Conv2d._conv_forward(self, *x)})(
+                3, 8, 3
+            ),
+            False,
+        ),
         (Squared(8, 6), False),
         (Router(8, 6), False),
         (Blocks(8, 6), False),
