@@ -7,6 +7,7 @@ from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lora_ga.cli.main import main
 from lora_ga.cli.reproduce import check_device, chosen
 from lora_ga.experiments.methods import METHODS, load_method
 from lora_ga.experiments.methods.base import BuildInputs
+from lora_ga.experiments.optim import PairOptimizer
 from lora_ga.experiments.records.store import Store
 from lora_ga.experiments.suites.cells import Cell, cell_of
 from lora_ga.experiments.suites.grid import WorkerPool, run_grid
@@ -309,3 +311,11 @@ def test_every_rule_of_steps_trains_the_toy(toy: Path, rule: str) -> None:
     record = run_cell(cell, PLACE)
     assert record["status"] == "done", record["reason"]
     assert record["metrics"]["report"]["loss"] != record["curves"]["report"][0]["loss"]
+
+
+def test_a_gradient_that_an_optimizer_of_pairs_refuses_is_a_divergence(toy: Path) -> None:
+    cell = replace(cell_of(load_suite(str(toy)), "classes", "steps", 1e-2, 0), options={"rule": "momentum_sgd"})
+    refused = FloatingPointError("MomentumSGD: the gradient of q_proj is not finite.")
+    with mock.patch.object(PairOptimizer, "step", side_effect=refused):
+        record = run_cell(cell, PLACE)
+    assert (record["status"], record["reason"]) == ("diverged", f"a gradient is not finite at step 1: {refused}")

@@ -185,8 +185,15 @@ class Loop:
         check_loss(self.curves.training)
 
     def update(self, step: int) -> None:
-        """Takes the optimizer's step with the number `step`, from 1."""
-        self.optimizer.step()
+        """Takes the optimizer's step with the number `step`, from 1.
+
+        Raises:
+            DivergedError: The optimizer refuses a gradient that is not finite.
+        """
+        try:
+            self.optimizer.step()
+        except FloatingPointError as error:
+            raise DivergedError(f"a gradient is not finite at step {step}: {error}") from error
         self.method.after_step(self.model, step)
         self.schedule.step()
 
