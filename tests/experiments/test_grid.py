@@ -318,4 +318,4 @@ def test_a_gradient_that_an_optimizer_of_pairs_refuses_is_a_divergence(toy: Path
     refused = FloatingPointError("MomentumSGD: the gradient of q_proj is not finite.")
     with mock.patch.object(PairOptimizer, "step", side_effect=refused):
         record = run_cell(cell, PLACE)
-    assert (record["status"], record["reason"]) == ("diverged", f"a gradient is not finite at step 1: {refused}")
+    assert (record["status"], record["reason"]) == ("diverged", "a gradient is not finite at step 1")

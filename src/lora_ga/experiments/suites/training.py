@@ -193,7 +193,7 @@ class Loop:
         try:
             self.optimizer.step()
         except FloatingPointError as error:
-            raise DivergedError(f"a gradient is not finite at step {step}: {error}") from error
+            raise DivergedError(f"a gradient is not finite at step {step}") from error
         self.method.after_step(self.model, step)
         self.schedule.step()
 
