@@ -316,6 +316,6 @@ def test_every_rule_of_steps_trains_the_toy(toy: Path, rule: str) -> None:
 def test_a_gradient_that_an_optimizer_of_pairs_refuses_is_a_divergence(toy: Path) -> None:
     cell = replace(cell_of(load_suite(str(toy)), "classes", "steps", 1e-2, 0), options={"rule": "momentum_sgd"})
     refused = FloatingPointError("MomentumSGD: the gradient of q_proj is not finite.")
-    with mock.patch.object(PairOptimizer, "step", side_effect=refused):
+    with mock.patch.object(PairOptimizer, "_check_finite", side_effect=refused):
         record = run_cell(cell, PLACE)
     assert (record["status"], record["reason"]) == ("diverged", "a gradient is not finite at step 1")
