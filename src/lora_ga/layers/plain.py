@@ -69,10 +69,11 @@ def follows_weight(layer: Any) -> bool:
     try:
         with _silent(base):
             found, before = (functional_call(base, {"weight": each} | without_bias, (x,)) for each in (changed, weight))
+            rounding = 2 * torch.finfo(before.dtype).eps * before.abs().max().item()
             found = found - before
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # it takes or gives something else
         return False
-    near = 0.02 * wanted.abs().max().item()  # the layers may compute in half precision
+    near = 0.02 * wanted.abs().max().item() + rounding  # the layers may compute in half precision
     return found.shape == wanted.shape and torch.allclose(found, wanted.to(found), rtol=0, atol=near)
 
 
