@@ -84,11 +84,23 @@ def test_the_saved_adapter_is_plain_and_loads_on_the_original_base(
 
 def test_the_state_dict_functions_of_torch_load_the_adapter_and_its_start(tmp_path: Path) -> None:
     found = processes.run(workers.state_dicts, 2, tmp_path)
-    assert len(found[0]) == 24
+    assert len(found[0]) == 40
     for result in found:
         for way, (before, trained, loaded) in result.items():
             assert (before - trained).abs().max() > 1e-3, way  # another start does not train to the same
             torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-6, msg=way)
+
+
+def test_torch_leaves_out_frozen_parameters_and_keeps_the_adapter(tmp_path: Path) -> None:
+    """Accelerate saves an adapter under FSDP2 like this."""
+    layer = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    table = "base_model.model.model.embed_tokens.lora_embedding_"
+    names = sorted([f"{layer}{each}.default.weight" for each in "AB"] + [f"{table}{each}.default" for each in "AB"])
+    for found in processes.run(workers.names_of_factors, 2, tmp_path):
+        assert found["buffers"] == ["inv_freq", "original_inv_freq"]  # of Llama's positions
+        assert found["children"] == ["base_model.model.model.embed_tokens.lora_embedding_A.default"]
+        for frozen in ("none", "lora_A", "lora_"):
+            assert found[frozen] == (names, True), frozen
 
 
 def test_an_accelerate_loop_on_two_processes_equals_that_of_one(results: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from lora_ga.experiments.optim import PoLoRA, param_groups
 from lora_ga.files import read_tensors
 from lora_ga.gradients.checkpoint import FILE_KIND
 from lora_ga.layers.factors import Factor
+from lora_ga.version import is_before
 from toys import adapted, causal, data_folder, fused_llama, llama, logits
 
 STEPS = 20
@@ -316,18 +317,28 @@ def wrapped(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def state_dicts(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """What the functions of torch.distributed.checkpoint load from a trained model into one of another start."""
+    """What the functions of torch.distributed.checkpoint load from a trained model into one of another start.
+
+    With offset="base" it has the same start, since that is in its base weight.
+    """
     batches, found = causal(4), {}
     full: dict[str, Any] = {"full_state_dict": True}
     saved: list[dict[str, Any]] = [{}, full, full | {"cpu_offload": True}]
     loaded: list[list[dict[str, Any]]] = [[{}], [{}, {"broadcast_from_rank0": True}], [{"broadcast_from_rank0": True}]]
-    for name in ("ddp", "fsdp, before", "fsdp, after"):
+    for name in ("ddp", "ddp itself", "fsdp, before", "fsdp, after", "fsdp, base"):
+        config = LoraGAConfig(estimator="dense", offset="base" if name == "fsdp, base" else "adapter")
 
-        def made(batches: list[Any], name: str = name) -> Any:
-            model = adapted(llama(num_hidden_layers=1), ["q_proj", "up_proj"])
+        def made(batches: list[Any], name: str = name, config: LoraGAConfig = config) -> Any:
+            tied: dict[str, Any] = {"ensure_weight_tying": True} if name in ("ddp itself", "fsdp, after") else {}
+            if is_before("peft", "0.19"):
+                tied = {}
+            base = llama(num_hidden_layers=1, tie_word_embeddings=bool(tied))
+            model = adapted(base, ["q_proj", "up_proj", *["embed_tokens"] * bool(tied)], **tied)
             model = sharded(model, size) if name == "fsdp, before" else model
-            lora_ga.initialize(model, batches, EXACT)
-            return sharded(model, size) if name == "fsdp, after" else model
+            lora_ga.initialize(model, batches, config)
+            if name == "ddp itself":
+                return DistributedDataParallel(model)
+            return sharded(model, size) if name in ("fsdp, after", "fsdp, base") else model
 
         model = made(batches[rank:2:size])
         curve(DistributedDataParallel(model) if name == "ddp" else model, batches, rank, size)
@@ -335,12 +346,32 @@ def state_dicts(rank: int, size: int, folder: Path) -> dict[str, Any]:
         for settings, ways in zip(saved, loaded, strict=True):
             state = get_model_state_dict(model, options=StateDictOptions(**settings))
             for way, strict in itertools.product(ways, (True, False)):
-                other = made(batches[2 + rank :: size])
+                other = made(batches[rank:2:size] if name == "fsdp, base" else batches[2 + rank :: size])
                 before = logits(other, batches[0])
                 reshard(other)  # torch cannot load into the parameters that a forward pass has gathered
                 options = StateDictOptions(**settings, **way, strict=strict)
-                set_model_state_dict(other, dict(state), options=options)
+                given = {} if way and rank else dict(state)
+                set_model_state_dict(other, given, options=options)
                 found[f"{name}, {options}"] = (before, trained, logits(other, batches[0]))
+    return found
+
+
+def names_of_factors(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """What modules name in a process group, and what torch saves of an adapter whose factors A, or all, are frozen."""
+    model = adapted(llama(num_hidden_layers=1), ["q_proj", "embed_tokens"])
+    lora_ga.initialize(model, causal(1), EXACT)
+    plain = set(get_model_state_dict(model))
+    found: dict[str, Any] = {
+        "buffers": [name for module in model.modules() for name, _ in module.named_buffers(recurse=False)],
+        "children": [name for name, _ in model.named_modules() if name.endswith("lora_embedding_A.default")],
+    }
+    for frozen in ("none", "lora_A", "lora_"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name and (frozen not in name.replace("embedding_", "")))
+        found[frozen] = (
+            sorted(get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))),
+            set(get_model_state_dict(model)) == plain,
+        )
     return found
 
 

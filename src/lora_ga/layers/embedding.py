@@ -5,11 +5,12 @@ Shapes: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Mapping, ValuesView
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from typing import Any
 
 from torch import Tensor, nn
 
+from lora_ga.distributed.state_dicts import loads_state
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.linear import Rows, TransposedLayout
 from lora_ga.linalg.accumulator import UnitRows
@@ -95,6 +96,32 @@ class FactorTable(nn.ParameterDict):
         for name in self._factors():
             made[f"{prefix}{name}"] = made.pop(f"{prefix}{name}.weight")
         return made
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The factors; none for `set_model_state_dict`, which would look for their own names in the state dict.
+
+        Yields:
+            Name and factor.
+        """
+        if not loads_state():
+            yield from super().named_children()
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The buffers; for `set_model_state_dict`, which loads what modules name, also the joined matrices.
+
+        Args:
+            prefix: What the names begin with.
+            recurse: Whether the buffers of the module's children are named too.
+            remove_duplicate: Whether a buffer is named once.
+
+        Yields:
+            Name and tensor.
+        """
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if loads_state():
+            yield from ((name, self[name].detach()) for name in self._factors())
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         assert isinstance(state_dict, dict)  # a copy that load_state_dict made for this module

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_ga.distributed.processes import in_group
-from lora_ga.distributed.sharding import Storage, in_zero3, partitioned, placed_like, sharded, storage_of, whole
+from lora_ga.distributed.sharding import Storage, partitioned, placed_like, sharded, storage_of, whole
+from lora_ga.distributed.state_dicts import leaves_out_frozen, loads_state
 from lora_ga.distributed.tensor_parallel import PlannedStorage, Split, apply_plan, split_of
 from lora_ga.layers.joined import Joined, JoinedA, JoinedB
 from lora_ga.layers.optimizers import follow
@@ -145,6 +145,40 @@ class Factor(nn.Linear):
     def _joined_shape(self) -> tuple[int, ...]:
         return tuple(2 * size if dim == self.joined_dim else size for dim, size in enumerate(self.start.shape))
 
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The buffers; for `set_model_state_dict`, which loads what modules name, also the joined matrix.
+
+        Args:
+            prefix: What the names begin with.
+            recurse: Whether the buffers of the module's children are named too.
+            remove_duplicate: Whether a buffer is named once.
+
+        Yields:
+            Name and tensor.
+        """
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if loads_state() and not partitioned(self.trainable):
+            yield f"{prefix}.weight" if prefix else "weight", self.joined().detach()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters; for `set_model_state_dict` without the trainable one, which is in the joined matrix.
+
+        Args:
+            prefix: What the names begin with.
+            recurse: Whether the parameters of the module's children are named too.
+            remove_duplicate: Whether a parameter is named once.
+
+        Yields:
+            Name and parameter.
+        """
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            if parameter is not self.trainable or partitioned(self.trainable) or not loads_state():
+                yield name, parameter
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         with torch.no_grad():
@@ -160,6 +194,8 @@ class Factor(nn.Linear):
         else:
             joined = self.joined()
             destination[prefix + "weight"] = joined if keep_vars else joined.detach()
+            if self.trainable_name != "weight" and not self.trainable.requires_grad and leaves_out_frozen():
+                destination[prefix + self.trainable_name] = self.trainable.detach()  # for torch to take it out
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -237,26 +273,6 @@ class Delta(Factor):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The joined matrix: (2r, I) or (O, 2r)."""
         return self.joined()
-
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The buffers; asked without `recurse` in several processes, also the joined matrix of the state dict.
-
-        `torch.distributed.checkpoint.state_dict` loads the tensors that each module names, one module at a time. A
-        whole model names its own, so DDP broadcasts no joined matrix.
-
-        Args:
-            prefix: What the names begin with.
-            recurse: Whether the buffers of the module's children are named too.
-            remove_duplicate: Whether a buffer is named once.
-
-        Yields:
-            Name and tensor.
-        """
-        yield from super().named_buffers(prefix, recurse, remove_duplicate)
-        if not recurse and in_group() and not in_zero3(self.trainable):
-            yield f"{prefix}.weight" if prefix else "weight", self.joined().detach()
 
     def delta(self) -> Tensor:
         """The trained parameter itself, or what it differs from the start by."""

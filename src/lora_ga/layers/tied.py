@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lora_ga.base import base_model
 from lora_ga.distributed.sharding import partitioned, sharded
+from lora_ga.distributed.state_dicts import loads_state
 from lora_ga.distributed.tensor_parallel import split_of
 from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import entries, layout_of, weight_of
@@ -62,6 +63,22 @@ class TiedFactor(nn.Linear):
                 "the embedding alone. Make the adapter with ensure_weight_tying=False, or use ZeRO-2."
             )
         return functional.linear(x, self.weight)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """None; for `set_model_state_dict`, which loads what modules name, the transposed matrix.
+
+        Args:
+            prefix: What the names begin with.
+            recurse: Without effect.
+            remove_duplicate: Without effect.
+
+        Yields:
+            Name and tensor.
+        """
+        if loads_state():
+            yield f"{prefix}.weight" if prefix else "weight", self.weight.detach()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not partitioned(self.source.trainable):  # PEFT finds the values in the embedding's factor
