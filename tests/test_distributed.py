@@ -7,12 +7,14 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import operations
 from torch import Tensor
 
 import lora_ga
@@ -363,11 +365,59 @@ def test_an_error_in_a_pass_of_a_sharded_model_is_raised_in_its_process(tmp_path
     assert other.startswith("RuntimeError: ")
 
 
+@pytest.mark.parametrize(
+    ("fails", "own", "other"),
+    [
+        ("before", "ZeroDivisionError: before the gathering", ""),
+        ("after", "ZeroDivisionError: after the gathering", "Process 1 of 2 failed, so all of them stop: Zero"),
+        ("backward", "ZeroDivisionError: in the backward", "Process 1 of 2 failed, so all of them stop: Zero"),
+    ],
+)
+def test_an_error_in_a_loss_that_gathers_stops_all_processes(tmp_path: Path, fails: str, own: str, other: str) -> None:
+    """At the second batch it is known how often the loss gathers, in whatever function."""
+    found = processes.run(workers.failing_gathering(fails), 2, tmp_path, timeout=20)
+    assert found[1].startswith(own)
+    assert found[0].startswith(f"RuntimeError: {other}")
+
+
+def test_a_process_without_a_batch_takes_part_where_the_loss_gathers(tmp_path: Path) -> None:
+    for found in processes.run(workers.gathering, 2, tmp_path, timeout=40):
+        assert found["plain"]["about"][0] == 6
+        assert same(found["gathering"], found["plain"])
+        assert found["passes"] in (4, None)  # of process 1, which has two batches
+        for name in ("beside", "beside, in shards"):
+            assert found[name]["about"] == found["plain"]["about"]
+            for layer, each in found["plain"]["layers"].items():
+                torch.testing.assert_close(found[name]["layers"][layer][1], each[1], rtol=1e-4, atol=1e-7)
+
+
 def broadcast_after(fails: Callable[[], Any]) -> Any:
     """As a loader of a framework that reads in one process for all."""
     value = fails()
     dist.broadcast_object_list([value])
     return value
+
+
+def gather_after(fails: Callable[[], Any]) -> Any:
+    """As a trainer whose loss gathers."""
+    trainer = mock.Mock()
+    value = fails()
+    return trainer.accelerator.gather(value)
+
+
+def gather_all_after(fails: Callable[[], Any]) -> Any:
+    """As in a file that has imported the function of Accelerate."""
+
+    def call() -> Any:
+        return gather(fails())  # type: ignore[name-defined] # noqa: F821 (a global name of the next line)
+
+    return FunctionType(call.__code__, {"gather": operations.gather}, closure=call.__closure__)()
+
+
+def take_after(fails: Callable[[], Any]) -> Any:
+    """With the method that tensors have."""
+    value = fails()
+    return value.gather(0, value)
 
 
 def translated() -> None:
@@ -389,10 +439,13 @@ def after_a_broadcast() -> None:
         (lambda: broadcast_after(lambda: 1 / 0), True),
         (lambda: list(map(broadcast_after, [lambda: 1 / 0])), True),
         (translated, True),
+        (lambda: gather_after(lambda: 1 / 0), True),
+        (lambda: gather_all_after(lambda: 1 / 0), True),
+        (lambda: take_after(lambda: 1 / 0), False),
         (after_a_broadcast, False),
         (lambda: torch.zeros(2).gather(0, torch.tensor([3])), False),
     ],
-    ids=["inside", "wrapped", "its cause", "after it", "a method of tensors"],
+    ids=["inside", "wrapped", "its cause", "accelerator", "function", "method", "after it", "a method of tensors"],
 )
 def test_only_an_error_inside_of_a_communication_is_raised_at_once(call: Callable[[], Any], at_once: bool) -> None:
     deferred = DeferredError()

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -566,6 +567,63 @@ def _failing_pass(way: str, rank: int, size: int, folder: Path) -> str:
 
     model = sharded(adapted(llama()), size)
     return raised(lambda: lora_ga.estimate_gradients(model, causal(4)[rank::size], loss_fn=loss))
+
+
+class Gathering:
+    """A loss that gathers values of all processes, in another function. It fails in process 1 at its second batch."""
+
+    def __init__(self, rank: int, fails: str = "") -> None:
+        self.rank, self.fails, self.accelerator = rank, fails, Accelerator(cpu=True)
+        self.passes = itertools.count(1)
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        fails = self.fails if self.rank == 1 and next(self.passes) == 2 else ""
+        loss = model(**batch).loss
+        if fails == "before":
+            raise ZeroDivisionError("before the gathering")
+        self.note(loss.detach())
+        if fails == "after":
+            raise ZeroDivisionError("after the gathering")
+        return FailsInBackward.apply(loss) if fails == "backward" else loss
+
+    def note(self, value: Tensor) -> None:
+        self.accelerator.gather(value)
+
+
+def failing_gathering(fails: str) -> Callable[[int, int, Path], str]:
+    """A worker whose loss gathers, and fails in process 1."""
+    return functools.partial(_failing_gathering, fails)
+
+
+def _failing_gathering(fails: str, rank: int, size: int, folder: Path) -> str:
+    loss = Gathering(rank, fails)
+    return raised(lambda: lora_ga.estimate_gradients(adapted(llama()), causal(4)[rank::size], loss_fn=loss))
+
+
+def gathering(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Estimates on uneven shares, with the model's loss, with one that gathers, and with one beside the model."""
+    share = causal(6)[:4] if rank == 0 else causal(6)[4:]
+    loss = Gathering(rank)
+
+    def beside(model: Any, batch: Any) -> Tensor:
+        inner = model.base_model.model
+        scores = inner.lm_head(inner.model(input_ids=batch["input_ids"]).last_hidden_state)
+        return functional.cross_entropy(scores[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    def layers_sharded() -> Any:
+        model = adapted(llama())
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (size,)))
+        return model
+
+    estimate = lora_ga.estimate_gradients
+    return {
+        "plain": numbers(estimate(adapted(llama()), share, EXACT)),
+        "gathering": numbers(estimate(adapted(llama()), share, EXACT, loss_fn=loss)),
+        "beside": numbers(estimate(adapted(llama()), share, EXACT, loss_fn=beside)),
+        "beside, in shards": numbers(estimate(layers_sharded(), share, EXACT, loss_fn=beside)),
+        "passes": next(loss.passes) - 1 if rank == 1 else None,
+    }
 
 
 # --- processes that die ----------------------------------------------------------------------------------------------

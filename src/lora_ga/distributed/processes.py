@@ -13,7 +13,7 @@ import math
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -22,8 +22,7 @@ from torch import Tensor
 
 # The largest message in bytes, unless a single tensor is larger.
 BUCKET = 64 * 2**20
-# Functions in which processes wait for each other, of torch.distributed and of libraries that wrap them. Names that
-# tensors have too, such as gather and scatter, are left out.
+# Functions in which processes wait for each other, of torch.distributed and of libraries that wrap them.
 COLLECTIVES = frozenset(
     {
         "all_gather",
@@ -35,14 +34,22 @@ COLLECTIVES = frozenset(
         "barrier",
         "broadcast",
         "broadcast_object_list",
+        "gather_for_metrics",
         "gather_object",
         "monitored_barrier",
+        "nested_gather",
+        "pad_across_processes",
         "reduce_scatter",
         "reduce_scatter_tensor",
         "scatter_object_list",
         "wait_for_everyone",
     }
 )
+# Those whose names other functions have too, as methods of tensors. They count beside one of the names that follow, or
+# if they are global functions of these packages.
+SHARED_NAMES = frozenset({"gather", "reduce", "scatter"})
+OWNERS = frozenset({"accelerate", "accelerator", "dist", "distributed"})
+PACKAGES = ("accelerate", "torch.distributed")
 
 Result = TypeVar("Result")
 
@@ -106,8 +113,8 @@ def others_wait(error: BaseException) -> bool:
 
     That is so where one process reads the data for all, as Accelerate's and ms-swift's `DataLoaderDispatcher` do: if it
     fails before it sends a batch, the others wait for the batch. Such a loader may be inside of anything that iterates
-    over it, so the frames that the error has left are searched. A function communicates if it uses a name of
-    `COLLECTIVES`.
+    over it, so the frames that the error has left are searched. It is so too where a loss gathers values, as GRPO's. A
+    function communicates if it uses a name of `COLLECTIVES`, or one of `SHARED_NAMES` that belongs to such a library.
 
     Args:
         error: The error.
@@ -120,11 +127,23 @@ def others_wait(error: BaseException) -> bool:
         each = waiting.pop()
         if id(each) not in seen:
             seen.add(id(each))
-            for frame, _ in traceback.walk_tb(each.__traceback__):
-                if any(name.lstrip("_") in COLLECTIVES for name in frame.f_code.co_names):
-                    return True
+            if any(_communicates(frame) for frame, _ in traceback.walk_tb(each.__traceback__)):
+                return True
             waiting += [other for other in (each.__cause__, each.__context__) if other is not None]
     return False
+
+
+def _communicates(frame: FrameType) -> bool:
+    """Whether the function of a frame uses the name of one that communicates."""
+    code = frame.f_code
+    used = {name.lstrip("_") for name in code.co_names}
+    if not COLLECTIVES.isdisjoint(used):
+        return True
+    shared = SHARED_NAMES & used
+    named = bool(shared) and not OWNERS.isdisjoint({*used, *code.co_varnames, *code.co_freevars})
+    return named or any(
+        str(getattr(frame.f_globals.get(name), "__module__", "")).startswith(PACKAGES) for name in shared
+    )
 
 
 class DeferredError:
@@ -186,6 +205,17 @@ class Processes:
     def identity(self) -> dict[str, Any]:
         """What a file of one process records, so that another process does not read it; empty with one process."""
         return {"process": [self.rank, self.size]} if self.size > 1 else {}
+
+    @property
+    def communications(self) -> int:
+        """How many operations this process has begun in the group and the default group; 0 where nobody counts them."""
+        if self.size == 1 or not in_group():
+            return 0
+        groups: set[Any] = {self.group or dist.group.WORLD, dist.group.WORLD}
+        try:
+            return sum(group._get_sequence_number_for_group() for group in groups)
+        except RuntimeError:  # a backend that does not count
+            return 0
 
     def own_file(self, path: Path) -> Path:
         """The path of this process's file: `state-1-of-4.safetensors` for `state.safetensors`, if there are several."""

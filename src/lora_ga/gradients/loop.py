@@ -1,7 +1,8 @@
 """The loop over batches: each process passes its share through the model, in step with the others.
 
-The processes go in rounds of one batch each. Where a pass communicates (sharded parameters), a process that has no
-batch left takes part with its last one, or with one lent by another process, and records nothing.
+The processes go in rounds of one batch each. Where a pass communicates (sharded parameters, or a loss that gathers
+values), a process that has no batch left takes part with its last one, or with one lent by another process, and records
+nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_ga.distributed.agreement import check_same_data, warn_same_data
-from lora_ga.distributed.processes import DeferredError
+from lora_ga.distributed.processes import DeferredError, Processes
 from lora_ga.gradients.batch import BatchPass, batch_in_errors
 from lora_ga.gradients.checkpoint import digest_of
 from lora_ga.gradients.loss import refuse_infinite_loss
@@ -38,7 +39,7 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
         Whether a process has, or may have, layers that the loss reads without calling them (see `read_uncalled`).
     """
     processes, held = setup.processes, DeferredError()
-    sharded = processes.size > 1 and setup.in_step
+    traffic = Traffic(processes)
     # Whether the loss reads layers without calling them: here, as far as is known, and in any process. The first batch
     # decides it. With a tensor-parallel plan a process cannot try a batch alone.
     read_here = read = True
@@ -60,19 +61,20 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
             compared = setup.tensor_parallel or first
             digest = digest_of(batch) if compared and has_batch else ""
             wants_more = reader.open and not recorder.all_converged
-            own = (recorded, wants_more, reader.last is not NO_BATCH, read_here, digest)
+            own = (recorded, wants_more, reader.last is not NO_BATCH, traffic.seen, read_here, digest)
             reports = processes.exchange(held, own)
             more, read = any(wants for _, wants, *_ in reports), any(reads for *_, reads, _ in reports)
+            together = processes.size > 1 and (setup.in_step or any(seen for _, _, _, seen, *_ in reports))
             if not read:
                 reader.kept.clear()
             digests = [each for *_, each in reports]
             (check_same_data if setup.tensor_parallel else warn_same_data)(digests)
             first = first and not any(digests)
             if any(records for records, *_ in reports):
-                if sharded:
+                if together:
                     reader.lend(processes, [has for _, _, has, *_ in reports])
-                if sharded or recorded:
-                    _pass(setup, recorder, passes, held, reader.last, recorded=recorded, sharded=sharded)
+                if together or recorded:
+                    _pass(setup, recorder, passes, held, traffic, reader.last, recorded=recorded, together=together)
                 if recorded and not tried and held.error is None:
                     tried, read_here = True, _try(setup, recorder, passes, held, reader)
             elif not more:
@@ -111,15 +113,52 @@ def report_unlabelled(setup: Setup, reader: BatchReader) -> None:
         )
 
 
+class Traffic:
+    """What the forward and the backward passes of a process communicate: in shards, or by a loss that gathers values.
+
+    Attributes:
+        seen: Whether a pass has communicated.
+        broken_off: Whether the last pass failed after another number of communications than the pass before had.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        """Count the communications of this process."""
+        self.seen = self.broken_off = False
+        self._processes = processes
+        self._counts: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def counted(self, part: str) -> Iterator[None]:
+        """Count the communications of a block.
+
+        Args:
+            part: "forward" or "backward".
+
+        Yields:
+            Nothing.
+        """
+        before, finished = self._processes.communications, False
+        try:
+            yield
+            finished = True
+        finally:
+            count = self._processes.communications - before
+            self.seen = self.seen or count > 0
+            self.broken_off = not finished and self._counts.get(part, count) != count
+            if finished:
+                self._counts[part] = count
+
+
 def _pass(
     setup: Setup,
     recorder: Recorder,
     passes: BatchPass,
     held: DeferredError,
+    traffic: Traffic,
     batch: Any,
     *,
     recorded: bool,
-    sharded: bool,
+    together: bool,
 ) -> None:
     """One batch forward and backward. An error is kept until the processes next exchange values.
 
@@ -130,36 +169,38 @@ def _pass(
         recorder: Records the gradients.
         passes: Makes the pass.
         held: Keeps an error.
+        traffic: Counts the communications of the passes.
         batch: The batch.
         recorded: Whether the batch counts; otherwise this process only takes part in the pass.
-        sharded: Whether all processes make the pass together.
+        together: Whether all processes make the pass together.
 
     Raises:
         Exception: The error of this process in a pass that communicates, or what another process has found.
     """
-    number, done = recorder.progress.batches + 1, False
+    number, done = recorder.progress.batches + 1, not setup.in_step
 
     def forward_done(*_: Any) -> None:
         nonlocal done
         done = True
 
     with contextlib.ExitStack() as stack:
-        if sharded:
+        if together:
             stack.callback(setup.network.register_forward_hook(forward_done).remove)
-        with held, batch_in_errors(number):
+        with held, batch_in_errors(number), traffic.counted("forward"):
             loss, weight = passes.forward(batch)
-    if sharded:
-        if held.error is not None and not done:
+    if together:
+        if held.error is not None and (not done or traffic.broken_off):
             raise held.error
         setup.processes.exchange(held)  # so that no process begins the backward pass without the others
     if held.error is not None:
         return
-    done = False
+    done = not setup.in_step
     with held, batch_in_errors(number):
         recorder.scale = passes.scale(weight) if recorded else 0.0
-        with _loss_in_errors(loss):
+        with _loss_in_errors(loss), traffic.counted("backward"):
             passes.backward(loss, weight, recorder.starts)
-            done = True
+        done = True
+        with _loss_in_errors(loss):
             if recorded:
                 recorder.finish_batch(weight, loss)
         if recorded and setup.checkpoint is not None and number % setup.checkpoint.every == 0:
@@ -168,7 +209,7 @@ def _pass(
             # The run that goes on from the file starts from this state, layer by layer. So does this one, since
             # products of stacks may round differently.
             recorder.accumulator.restore(state, setup.devices)
-    if sharded and held.error is not None and not done:
+    if together and held.error is not None and (not done or traffic.broken_off):
         raise held.error
 
 
