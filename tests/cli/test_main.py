@@ -1,5 +1,6 @@
 """`lora-ga` calls its sub-commands, reports their errors, and names the extra `cli` if it is missing."""
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -49,6 +50,32 @@ def test_every_command_has_a_main_and_a_help_with_an_example(name: str, capsys: 
         main([name, "--help"])
     assert ended.value.code == 0
     assert f"\n  lora-ga {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "rate"])
+def test_several_processes_are_refused_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each would write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([name]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"lora-ga {name}: error: runs in one process, but WORLD_SIZE is 2. Start it without torchrun"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with contextlib.suppress(SystemExit):
+        main([name, "--help" if name == "fetch" else "--no_such_option"])
+    assert "WORLD_SIZE" not in capsys.readouterr().err
+
+
+def test_a_rate_is_computed_in_several_processes_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    argv = ["--learning_rate", "2e-5", "--known_for", "full", "--stable_gamma", "16", "--width", "4096"]
+    assert main(["rate", *argv]) == 0
+    assert "Begin LoRA-GA at" in capsys.readouterr().out
 
 
 def test_user_errors_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -546,18 +546,6 @@ def test_an_adapter_in_the_place_of_the_model_is_refused_with_what_to_do(
     assert "this is an adapter, not a model." in error_of(command(adapter, prompts, tmp_path / "again", **given))
 
 
-def test_several_processes_are_refused(
-    bert: Path,
-    labelled_texts: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error_of: Callable[[list[object]], str],
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    message = error_of(command(bert, labelled_texts, tmp_path / "run"))
-    assert "lora-ga train runs in one process, but WORLD_SIZE is 2" in message
-
-
 @pytest.mark.parametrize(
     ("loader", "model"), [(AutoModelForCausalLM, "llama"), (AutoModelForSeq2SeqLM, "t5")], ids=["causal-lm", "seq2seq"]
 )

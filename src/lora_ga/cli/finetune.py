@@ -1,7 +1,6 @@
 """One fine-tuning run: from the options to a folder with adapter, estimate and record."""
 
 import math
-import os
 import shutil
 import sys
 import time
@@ -156,14 +155,8 @@ def check_environment(job: Job) -> None:
     """Refuses what would fail late, or go wrong without an error.
 
     Raises:
-        ValueError: There are several processes, or a name in --report_to is not known or its package not installed.
+        ValueError: A name in --report_to is not known or its package not installed.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ValueError(
-            f"lora-ga train runs in one process, but WORLD_SIZE is {processes}. Start it without torchrun or "
-            "accelerate, or call lora_ga.initialize in your training script."
-        )
     available = get_available_reporting_integrations()
     unknown = [name for name in job.training.report_to if name not in {*available, "none", "all"}]
     if unknown:

@@ -34,6 +34,13 @@ EXTRA = {
     "jinja2": "jinja2",
 }
 
+# Commands that people start in several processes: what they can do there instead.
+SEVERAL = {
+    "train": ", or call lora_ga.initialize in your training script",
+    "estimate": ", or divide the batches by --shard and give each process an --output of its own, with WORLD_SIZE=1",
+    "reproduce": ", and give it --workers",
+}
+
 _HELP = """\
 usage: lora-ga COMMAND [options]
 
@@ -77,6 +84,13 @@ def _call(command: str, argv: list[str]) -> int:
             f"lora-ga {command}",
             f"needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
             'Run pip install -e ".[cli]" in a checkout of LoRA-GA (it is not on PyPI yet).',
+        )
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count not in {"", "0", "1"} and command != "rate" and not {"-h", "--help"}.intersection(argv):
+        return _refuse(
+            f"lora-ga {command}",
+            f"runs in one process, but WORLD_SIZE is {count}. Start it without torchrun or accelerate"
+            f"{SEVERAL.get(command, '')}.",
         )
     debug = os.environ.get("LORA_GA_DEBUG", "") not in {"", "0"}
     # PEFT 0.21 and TRL 1.16 use names that Transformers 5.23 and 5.24 have renamed.
