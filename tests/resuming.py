@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
     rows = [{key: value[0] for key, value in batch.items()} for batch in causal(16, rows=1)]
     digests = Digests()
@@ -59,6 +60,7 @@ def main() -> None:
         greater_is_better=True,  # the loss falls
         report_to=[],
         disable_tqdm=True,
+        use_cpu=options.cpu,
     )
     trainer = Trainer(
         adapted(reactive_llama()), arguments, train_dataset=rows, eval_dataset=rows[:4], callbacks=[callback, digests]

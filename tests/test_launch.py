@@ -152,18 +152,19 @@ def skip_without_deepspeed(engine: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "kind"), [("fsdp2", "FULL_STATE_DICT"), ("fsdp2", "SHARDED_STATE_DICT"), ("zero3", "")]
+    ("engine", "kind"), [("ddp", ""), ("fsdp2", "FULL_STATE_DICT"), ("fsdp2", "SHARDED_STATE_DICT"), ("zero3", "")]
 )
 def test_a_resumed_run_continues_bit_for_bit_in_a_new_launch(engine: str, kind: str, tmp_path: Path) -> None:
     skip_without_deepspeed(engine)
     settings, script = tmp_path / "settings.yaml", ROOT / "tests" / "resuming.py"
     settings.write_text((RECIPES / f"{engine}.yaml").read_text().replace("FULL_STATE_DICT", kind))
     launch = launched if engine == "zero3" else launched_here
-    whole = launch(command(settings, script, tmp_path), tmp_path)
+    argv = [*command(settings, script, tmp_path), *["--cpu"] * (engine == "ddp")]
+    whole = launch(argv, tmp_path)
     checkpoint = tmp_path / "checkpoint-2"
     assert (checkpoint / FILE).is_file()
     assert (checkpoint / "adapter_model.safetensors").is_file() == (kind != "SHARDED_STATE_DICT")
-    resumed = launch([*command(settings, script, tmp_path), "--resume"], tmp_path)
+    resumed = launch([*argv, "--resume"], tmp_path)
     assert whole["estimated"]
     assert not resumed["estimated"]
     assert len(whole["losses"]) == 4
@@ -174,7 +175,7 @@ def test_a_resumed_run_continues_bit_for_bit_in_a_new_launch(engine: str, kind: 
     tensors, record = read_tensors(checkpoint / FILE, FILE_KIND)
     name = min(tensors)
     write_tensors(checkpoint / FILE, FILE_KIND, tensors | {name: tensors[name] + 1}, record)
-    assert launch([*command(settings, script, tmp_path), "--resume"], tmp_path) == {
+    assert launch([*argv, "--resume"], tmp_path) == {
         "refused": f"{checkpoint}: {FILE} does not belong to the adapter that was loaded: A of {name[:-3]} has another "
         "start. Put the right one back."
     }
