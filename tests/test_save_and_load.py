@@ -33,6 +33,7 @@ import lora_ga
 from cases import EXPERTS, LAYERS, Case, mixtral, seeded
 from lora_ga import LoraGAConfig
 from lora_ga.adapter import save as sidecar
+from lora_ga.adapter.file import opened
 from lora_ga.adapter.load import restore_starts
 from lora_ga.adapter.optimizer_state import check_optimizer_state
 from lora_ga.adapter.save import FILE
@@ -155,6 +156,32 @@ def test_a_named_adapter_is_saved_in_its_folder_with_its_sidecar(tmp_path: Path)
     assert (tmp_path / "second" / FILE).exists()
     stock = PeftModel.from_pretrained(llama(), tmp_path / "second")
     torch.testing.assert_close(logits(stock, causal(1)[0]), logits(model.eval(), causal(1)[0]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_starts_of_partitioned_factors_are_compared_with_one_reading_of_the_file(
+    tmp_path: Path, safe: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed ZeRO-3 restores dA and dB itself, so that the adapter file has to say which start they belong to."""
+    model, again = adapted(llama()), adapted(llama())
+    lora_ga.initialize(model, causal())
+    lora_ga.initialize(again, causal(1))
+    train(model, causal())
+    model.save_pretrained(tmp_path, safe_serialization=safe)
+    monkeypatch.setattr("lora_ga.adapter.load.in_zero3", lambda parameter: True)
+    factors = [module for module in model.modules() if isinstance(module, Factor)]
+    others = [module for module in again.modules() if isinstance(module, Factor)]
+    with torch.no_grad():
+        for factor, other in zip(factors, others, strict=True):
+            other.trainable.copy_(factor.trainable)
+    with patch("lora_ga.adapter.file.opened", wraps=opened) as reading:
+        restore_starts(again, tmp_path)
+    assert reading.call_count == 1
+    assert all(torch.equal(other.start, factor.start) for factor, other in zip(factors, others, strict=True))
+    with torch.no_grad():
+        others[0].trainable.add_(1)
+    with pytest.raises(ValueError, match="does not belong to the adapter that was loaded: A of .*q_proj has"):
+        restore_starts(again, tmp_path)
 
 
 def test_the_folder_that_save_pretrained_was_given_loads_an_adapter_by_its_name(tmp_path: Path) -> None:

@@ -57,25 +57,34 @@ def opened(weights: Path) -> Iterator[tuple[Mapping[str, str] | None, list[str],
             yield file.metadata(), list(file.keys()), file.get_tensor
 
 
-def read_joined(folder: Path, name: str, letter: str) -> Tensor | None:
-    """The joined matrix of a factor in an adapter's folder.
+@contextlib.contextmanager
+def joined_in(folder: Path) -> Iterator[Callable[[str, str], Tensor | None]]:
+    """Open an adapter's folder, to read the joined matrices of its factors.
 
     Args:
         folder: The folder.
-        name: The layer.
-        letter: "A" or "B".
 
-    Returns:
-        The matrix, (2r, I) or (O, 2r); None if there is no adapter file, or it does not hold the factor.
+    Yields:
+        A function from a layer and "A" or "B" to the matrix, (2r, I) or (O, 2r); None if there is no adapter file, or
+        it does not hold the factor.
 
     Raises:
         ValueError: The file is damaged.
     """
     if not (weights := adapter_file(folder)).is_file():
-        return None
-    with damaged(weights), opened(weights) as (_, keys, tensor):
-        held = [key for end in ENDS[letter] if (key := f"{PREFIX}{name}{end}") in keys]
-        return tensor(held[0]) if held else None
+        yield lambda name, letter: None
+        return
+    with contextlib.ExitStack() as stack:
+        with damaged(weights):
+            _, keys, tensor = stack.enter_context(opened(weights))
+        held = set(keys)
+
+        def joined(name: str, letter: str) -> Tensor | None:
+            key = next((key for end in ENDS[letter] if (key := f"{PREFIX}{name}{end}") in held), None)
+            with damaged(weights):
+                return None if key is None else tensor(key)
+
+        yield joined
 
 
 def _write(weights: Path, tensors: dict[str, Tensor], header: Mapping[str, str] | None) -> None:

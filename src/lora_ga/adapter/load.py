@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import RANK_FIELDS, Alignment, ModelReference, alignment_of
-from lora_ga.adapter.file import Padded, check_names, compiled_names, read_joined
+from lora_ga.adapter.file import Padded, check_names, compiled_names, joined_in
 from lora_ga.adapter.fill import fill
 from lora_ga.adapter.fits import adapters_below, check_base, check_layers, check_vocabulary, shapes_in
 from lora_ga.adapter.optimizer_state import check_first_steps, check_saved_optimizer
@@ -461,18 +461,30 @@ def restore_starts(model: nn.Module, path: Path, adapter_name: str = "default") 
             f"{folder}: {FILE} belongs to an adapter with other layers: {len(different)} layers are in only one of the "
             f"two, as {different[0]}. Give the adapter the settings of the run that is resumed."
         )
-    for name, pair in factors.items():
-        for letter, factor in zip("AB", pair, strict=True):
+    _restore_all(factors, tensors, folder)
+    alignment.config = LoraGAConfig.from_record(record["config"])
+    alignment.summary = record.get("summary", "")
+
+
+def _restore_all(factors: Mapping[str, tuple[Factor, Factor]], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Give factors their starts from a checkpoint.
+
+    Raises:
+        ValueError: A factor's joined matrix has another start.
+    """
+    each = [(name, *both) for name, pair in factors.items() for both in zip("AB", pair, strict=True)]
+    with contextlib.ExitStack() as stack:
+        # DeepSpeed ZeRO-3 restores dA and dB from files of its own, with the start that the model had.
+        partitioned = any(in_zero3(factor.trainable) for *_, factor in each)
+        read = stack.enter_context(joined_in(folder)) if partitioned else None
+        for name, letter, factor in each:
             start = tensors[f"{name}.{letter}0"].to(factor.trainable.device, factor.trainable.dtype)
-            # DeepSpeed ZeRO-3 restores dA and dB from files of its own, with the start that the model had.
-            loaded = read_joined(folder, name, letter) if in_zero3(factor.trainable) else whole(factor.joined())
+            loaded = whole(factor.joined()) if read is None else read(name, letter)
             if not _take_start(factor, start, loaded):
                 raise ValueError(
                     f"{folder}: {FILE} does not belong to the adapter that was loaded: {letter} of {name} has "
                     "another start. Put the right one back."
                 )
-    alignment.config = LoraGAConfig.from_record(record["config"])
-    alignment.summary = record.get("summary", "")
 
 
 def _take_start(factor: Factor, start: Tensor, loaded: Tensor | None) -> bool:
