@@ -36,7 +36,7 @@ def leaves_out_frozen() -> bool:
     frame = inspect.currentframe()
     while frame is not None and (_module(frame), frame.f_code.co_name) != (TORCH, "_get_model_state_dict"):
         frame = frame.f_back
-    return frame is not None and bool(frame.f_locals["info"].ignore_frozen_params)
+    return frame is not None and getattr(frame.f_locals.get("info"), "ignore_frozen_params", False) is True
 
 
 def _module(frame: FrameType) -> str:
