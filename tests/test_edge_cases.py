@@ -20,6 +20,8 @@ from transformers import (
     BertForQuestionAnswering,
     OPTConfig,
     OPTForCausalLM,
+    PerceiverConfig,
+    PerceiverForMaskedLM,
     Trainer,
     TrainingArguments,
 )
@@ -612,6 +614,38 @@ def test_the_vision_block_that_llava_does_not_use_stays_plain_with_one_warning(t
     torch.testing.assert_close(logits(stock, batches[0]), logits(model.eval(), batches[0]), rtol=0, atol=1e-5)
     with pytest.warns(UserWarning, match="their 2 layers start as plain LoRA"):
         lora_ga.apply_estimate(adapted(make(), ["q_proj", "v_proj"]), estimate)
+
+
+def perceiver() -> PerceiverForMaskedLM:
+    """A small Perceiver, whose input embeddings are a parameter."""
+    torch.manual_seed(0)
+    config = PerceiverConfig(
+        vocab_size=64,
+        d_model=32,
+        d_latents=32,
+        num_latents=8,
+        num_self_attends_per_block=1,
+        num_self_attention_heads=4,
+        num_cross_attention_heads=4,
+        qk_channels=32,
+        v_channels=32,
+        max_position_embeddings=12,
+        attention_probs_dropout_prob=0.0,
+    )
+    return PerceiverForMaskedLM(config).eval()
+
+
+def test_a_model_whose_input_embeddings_are_a_parameter_starts_trains_and_loads(tmp_path: Path) -> None:
+    assert isinstance(perceiver().get_input_embeddings(), nn.Parameter)
+    model = adapted(perceiver())
+    expected = logits(perceiver(), causal()[0])
+    lora_ga.initialize(model, causal())
+    assert torch.equal(logits(model, causal()[0]), expected)
+    losses = train(model, causal(1))
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path)
+    for loaded in (PeftModel.from_pretrained(perceiver(), tmp_path), lora_ga.load(perceiver(), tmp_path)):
+        torch.testing.assert_close(logits(loaded.eval(), causal()[0]), logits(model, causal()[0]), rtol=0, atol=1e-5)
 
 
 def test_a_vision_tower_that_runs_not_at_all_is_an_error() -> None:

@@ -440,7 +440,8 @@ def input_device(model: Any) -> torch.device:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # not a Transformers model, or one for audio or images
         embeddings = None
-    return compute_device(model if embeddings is None else embeddings)
+    # A Perceiver gives a parameter: its latents.
+    return compute_device(embeddings if isinstance(embeddings, nn.Module) else model)
 
 
 def compute_device(layer: nn.Module) -> torch.device:
