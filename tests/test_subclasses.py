@@ -91,15 +91,17 @@ class Blocks(nn.Linear):
 
 
 class Mixed(nn.Module):
-    """A language model of one block-diagonal layer between an embedding and a head."""
+    """A language model of two block-diagonal layers between an embedding and a head."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.mix, self.head = nn.Embedding(64, 16), Blocks(8, 32, bias=False), nn.Linear(32, 64)
+        self.embed, self.head = nn.Embedding(64, 16), nn.Linear(32, 64)
+        self.mix, self.more = Blocks(8, 32, bias=False), Blocks(8, 32, bias=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> CausalLMOutput:
-        scores = self.head(self.mix(self.embed(input_ids)).flatten(-2))
+        x = self.embed(input_ids)
+        scores = self.head(self.mix(x).flatten(-2) + self.more(x).flatten(-2))
         return CausalLMOutput(loss=functional.cross_entropy(scores.flatten(0, 1), labels.flatten()), logits=scores)
 
 
@@ -112,6 +114,12 @@ def with_class(kind: type, *places: str) -> Any:
 
 
 UP = "model.layers.0.mlp.up_proj"
+
+
+def excluded_in(error: Exception) -> list[str]:
+    """The names in the first setting of a message that leaves layers out."""
+    found: list[str] = ast.literal_eval(re.findall(r"LoraConfig\(exclude_modules=(\[.*?\])\)", str(error))[0])
+    return found
 
 
 def test_a_convolution_with_a_computation_of_its_own_is_refused_by_name() -> None:
@@ -273,6 +281,22 @@ def test_the_setting_that_leaves_a_layer_out_leaves_out_no_other() -> None:
         lora_ga.initialize(adapted(with_class(Router, UP), "all-linear"), causal())
 
 
+def test_many_layers_of_a_class_that_is_not_supported_have_one_line_which_leaves_all_of_them_out() -> None:
+    def network() -> nn.Module:
+        base = Two()
+        base.stem.extend([Standardized(8, 8, 3, padding=1) for _ in range(9)])
+        return base
+
+    places = [f"stem.{number}" for number in range(10)]
+    with pytest.raises(ValueError, match="10 of 12 layers cannot be aligned") as caught:
+        lora_ga.initialize(adapted(network(), [*places, "head.0", "head.1"]), pictures())
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("  stem.0, stem.1, stem.2 and 7 more: is a Standardized, which")
+    again = adapted(network(), [*places, "head.0", "head.1"], exclude_modules=excluded_in(caught.value))
+    assert set(lora_ga.initialize(again, pictures())) == {"head.0", "head.1"}
+
+
 @pytest.mark.parametrize("config", [{}, {"on_missing": "lora"}])
 def test_a_layer_that_returns_a_tuple_is_refused_by_name_with_the_setting_that_leaves_it_out(
     config: dict[str, Any],
@@ -285,7 +309,7 @@ def test_a_layer_that_returns_a_tuple_is_refused_by_name_with_the_setting_that_l
 
 
 def test_a_layer_that_does_not_apply_its_weight_as_one_matrix_is_refused_at_the_first_batch() -> None:
-    model = adapted(Mixed(), ["mix", "head"])
+    model = adapted(Mixed(), ["mix", "more", "head"])
     read = []
 
     def batches() -> Any:
@@ -293,12 +317,13 @@ def test_a_layer_that_does_not_apply_its_weight_as_one_matrix_is_refused_at_the_
             read.append(batch)
             yield batch
 
-    message = r"mix is a Blocks that gives 16 outputs for 16 inputs, but its weight is 32 x 8.*_modules=\['mix'\]"
-    with pytest.raises(ValueError, match=message):
+    message = "(mix|more) is a Blocks that gives 16 outputs for 16 inputs, but its weight is 32 x 8"
+    with pytest.raises(ValueError, match=message) as caught:
         lora_ga.initialize(model, batches())
     assert len(read) <= 2  # the second is read ahead
     assert not any(module._forward_hooks for module in model.modules())
-    lora_ga.initialize(adapted(Mixed(), ["mix", "head"], exclude_modules=["mix"]), causal())  # as the message says
+    again = adapted(Mixed(), ["mix", "more", "head"], exclude_modules=excluded_in(caught.value))
+    lora_ga.initialize(again, causal())  # as the message says: both layers of the class are left out
 
 
 @pytest.mark.parametrize(

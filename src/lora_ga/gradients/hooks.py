@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ga.gradients.isolation import shadow_parameter, unshadow_parameter
-from lora_ga.layers.targets import exclusion
+from lora_ga.layers.targets import NotOneMatrixError, exclusion_of_class
 from lora_ga.linalg.accumulator import Inputs
 
 # Receives the name of a layer or of a part of one, x as (T, I) and g as (T, O), with G = gᵀ x.
@@ -69,28 +69,26 @@ def record_layers(
         Which layers ran and got a gradient so far.
 
     Raises:
-        ValueError: A layer does not return a tensor.
+        ValueError: A layer does not return a tensor, or does not apply its weight as one matrix.
     """
     coverage = Coverage()
 
     def receive(name: str, x: Tensor, g: Tensor) -> None:
         coverage.got_gradient.add(name)
         with torch.no_grad():
-            for key, x_TI, g_TO in (rows or {}).get(name, functools.partial(flat, name))(x, g):
-                if len(x_TI):
-                    sink(key, x_TI, g_TO)
+            try:
+                for key, x_TI, g_TO in (rows or {}).get(name, functools.partial(flat, name))(x, g):
+                    if len(x_TI):
+                        sink(key, x_TI, g_TO)
+            except NotOneMatrixError as error:
+                raise _refusal(name, layers, str(error)) from None
 
     def forward_hook(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             coverage.ran.add(name)
             if not isinstance(output, Tensor):
-                kind = type(getattr(module, "base_layer", module))
-                alike = [each for each in layers if type(getattr(layers[each], "base_layer", layers[each])) is kind]
-                raise ValueError(
-                    f"{name} is a {kind.__name__} that returns a {type(output).__name__} and not a tensor, so LoRA "
-                    "cannot adapt it. Leave such layers out with "
-                    f"LoraConfig({exclusion(alike, layers.keys() - alike)})."
-                )
+                reason = f"returns a {type(output).__name__} and not a tensor, so LoRA cannot adapt it"
+                raise _refusal(name, layers, reason)
             if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing; the second has gradients on
                 return output
             x = args[0] if args else next(iter(kwargs.values()))
@@ -104,6 +102,13 @@ def record_layers(
             stack.callback(handle.remove)
             coverage.remove_hooks[name] = handle.remove
         yield coverage
+
+
+def _refusal(name: str, layers: Mapping[str, nn.Module], reason: str) -> ValueError:
+    """The error about a layer whose class cannot be adapted. It says how to leave out all layers of the class."""
+    kind = type(getattr(layers[name], "base_layer", layers[name]))
+    line = exclusion_of_class(kind, layers)
+    return ValueError(f"{name} is a {kind.__name__} that {reason}. Leave such layers out with LoraConfig({line}).")
 
 
 def flat(name: str, x: Tensor, g: Tensor) -> Iterator[tuple[str, Inputs, Tensor]]:

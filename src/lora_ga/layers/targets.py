@@ -35,6 +35,10 @@ VARIANTS = ("DoraLinearVariant", "DoraConv2dVariant")
 ZERO_STARTS = ("gaussian", "eva")
 
 
+class NotOneMatrixError(Exception):
+    """A layer does not apply its weight as one matrix; the message is the end of a sentence about it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A LoRA layer to align.
@@ -80,16 +84,14 @@ class Target:
             The part's key, x and g.
 
         Raises:
-            ValueError: The layer does not apply its weight as a matrix of its shape.
+            NotOneMatrixError: The layer does not apply its weight as a matrix of its shape.
         """
         keys = self.keys
         for part, x_TI, g_TO in self.layout.rows(self.layer, x, g):
             if self.split is None and (g_TO.shape[-1], x_TI.shape[-1]) != (self.outputs, self.inputs):
-                kind = type(self.layer.get_base_layer()).__name__
-                raise ValueError(
-                    f"{self.name} is a {kind} that gives {g_TO.shape[-1]} outputs for {x_TI.shape[-1]} inputs, but its "
-                    f"weight is {self.outputs} x {self.inputs}: it does not apply it as one matrix. Leave it, and "
-                    f"others of its class, out with LoraConfig(exclude_modules=[{self.name!r}])."
+                raise NotOneMatrixError(
+                    f"gives {g_TO.shape[-1]} outputs for {x_TI.shape[-1]} inputs, but its weight is {self.outputs} x "
+                    f"{self.inputs}: it does not apply it as one matrix"
                 )
             yield keys[part], *((x_TI, g_TO) if self.split is None else self.split.padded(x_TI, g_TO))
 
@@ -256,6 +258,20 @@ def exclusion(names: Iterable[str], others: Iterable[str]) -> str:
     return f"exclude_modules={list(dict.fromkeys(chosen))}"
 
 
+def exclusion_of_class(kind: type, layers: Mapping[str, nn.Module]) -> str:
+    """The setting of LoraConfig that leaves out the layers of a class, and no others.
+
+    Args:
+        kind: The class of the base layers.
+        layers: Layer name → layer.
+
+    Returns:
+        As `exclusion`.
+    """
+    alike = {name: None for name, layer in layers.items() if type(getattr(layer, "base_layer", layer)) is kind}
+    return exclusion(alike, layers.keys() - alike.keys())
+
+
 def _ends(name: str) -> list[str]:
     """The ends of a path, the shortest first: c, b.c, a.b.c."""
     steps = name.split(".")
@@ -278,20 +294,20 @@ def _unknown_kinds(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[s
         outer = next((other for other in reasons if name.startswith(f"{other}.")), None)
         if outer is not None:
             reasons[name] = f"is a part of {outer}, whose kind is not known"
-        elif kind_of(layer) is None:
+            continue
+        base = type(layer.get_base_layer())
+        if kind_of(layer) is None:
             peft_name = f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}"
-            base = type(layer.get_base_layer()).__name__
-            reasons[name] = (
-                f"is a {base} (PEFT: {peft_name}); known are {known}. Leave it out with "
-                f"LoraConfig({exclusion([name], layers.keys() - {name})})"
-            )
+            reason = f"is a {base.__name__} (PEFT: {peft_name}); known are {known}"
         elif not all(convolves(entry) for entry in entries(layer, adapter_name)):
-            base = type(layer.get_base_layer()).__name__
-            reasons[name] = (
-                f"is a {base}, which computes something else than torch's convolution. PEFT makes A and B of this "
-                "class too, so they are no factors of a change of the weight. Leave it out with "
-                f"LoraConfig({exclusion([name], layers.keys() - {name})})"
+            reason = (
+                f"is a {base.__name__}, which computes something else than torch's convolution. PEFT makes A and B of "
+                "this class too, so they are no factors of a change of the weight"
             )
+        else:
+            continue
+        # One text for all layers of a class, so that they are counted and not listed.
+        reasons[name] = f"{reason}. Leave such layers out with LoraConfig({exclusion_of_class(base, layers)})"
     return reasons
 
 
