@@ -297,6 +297,23 @@ def test_a_dilated_convolution_is_refused() -> None:
         lora_ga.initialize(model, [])
 
 
+def test_the_weight_of_a_linear_layer_may_be_named_as_a_parameter(tmp_path: Path) -> None:
+    # PEFT adapts the shared experts of a mixture in this way alone: see docs/faq.md.
+    model = adapted(llama(), ["q_proj"], target_parameters=["mlp.up_proj.weight"])
+    estimate = lora_ga.initialize(model, causal(1), DENSE)
+    truth = autograd_gradients(llama(), lambda base: base(**causal(1)[0]).loss)
+    named = [name for name in truth if name.endswith(("up_proj", "q_proj"))]
+    assert len(named) == len(estimate) == 4
+    for name in named:
+        found = (estimate[name].U * estimate[name].S) @ estimate[name].V.mT
+        torch.testing.assert_close(found, truth[name], rtol=1e-4, atol=1e-6)
+    assert torch.equal(logits(model.eval(), causal()[0]), logits(llama(), causal()[0]))
+    train(model, causal())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, causal()[0]), logits(model.eval(), causal()[0]), rtol=0, atol=1e-5)
+
+
 def test_experts_with_another_active_adapter_are_refused() -> None:
     model = adapted(seeded(mixtral)(), [], target_parameters=["mlp.experts.down_proj"])
     model.add_adapter("other", LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.down_proj"]))
