@@ -5,6 +5,7 @@
 # Behaviour: PEFT renames the keys of a saved adapter as Transformers renames those of a checkpoint. Of Laguna the pattern
 # "mlp.shared_expert." also matches keys that have the new name "mlp.shared_experts" already, so none of these is found.
 # PeftModel.from_pretrained warns of missing keys, and returns a model whose shared experts are untrained.
+# The same was seen of the shared experts of Mistral-Large-4, and of the language layers of Unlimited-OCR.
 # Output seen:
 #   PEFT warns: Found missing adapter keys while loading the checkpoint:
 #     ['base_model.model.model.layers.1.mlp.shared_experts.gate_proj.lora_A...

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -271,6 +275,48 @@ def test_a_file_in_which_peft_does_not_find_a_layer_is_refused_with_its_name(
     with pytest.raises(ValueError, match=r"PEFT did not find transformer\.h\.0\.mlp\.c_fc"):
         merge_adapter(tmp_path, tmp_path / "merged", base=base)
     assert not any(isinstance(module, LoraLayer) for module in base.modules())
+
+
+def laguna() -> Any:
+    """A small Laguna, whose shared experts PEFT does not find in a file."""
+    config = transformers.LagunaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_attention_heads_per_layer=[4, 4],
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        pad_token_id=0,
+    )
+    return transformers.LagunaForCausalLM(config).eval()
+
+
+@NEW_PEFT
+@pytest.mark.skipif(not hasattr(transformers, "LagunaConfig"), reason="this version of Transformers has no Laguna")
+@pytest.mark.filterwarnings("ignore:.*experts .or groups. got no gradient:UserWarning")
+def test_layers_that_peft_will_not_find_are_named_before_they_train_with_the_line_that_leaves_them_out(
+    tmp_path: Path,
+) -> None:
+    """See findings/peft_does_not_load_laguna_shared_experts.sh."""
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    with pytest.warns(UserWarning, match=r"PEFT will not find model\.layers\.1\.mlp\.shared_experts") as caught:
+        lora_ga.initialize(adapted(seeded(laguna)(), targets), causal())
+    (message,) = (str(each.message) for each in caught if "will not find" in str(each.message))
+    (line,) = re.findall(r"LoraConfig\(exclude_modules=(\[.*?\])\)", message)
+    model = adapted(seeded(laguna)(), targets, exclude_modules=ast.literal_eval(line))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="PEFT will not find")
+        lora_ga.initialize(model, causal())
+    train(model, causal())
+    model.save_pretrained(tmp_path)
+    loaded = lora_ga.load(seeded(laguna)(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, causal()[0]), logits(model.eval(), causal()[0]), rtol=0, atol=1e-5)
 
 
 def test_another_warning_of_peft_that_the_program_makes_an_error_is_raised_as_it_is(tmp_path: Path) -> None:

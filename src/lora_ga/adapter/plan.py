@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_ga.adapter.alignment import Alignment, alignment_of
 from lora_ga.adapter.directions import LayerSpec, split
+from lora_ga.adapter.stock import warn_not_found
 from lora_ga.adapter.structure import on_meta
 from lora_ga.base import another_base, embeddings, fingerprint
 from lora_ga.config import LoraGAConfig
@@ -97,6 +98,8 @@ def make_plan(
         _check_base_can_change(network, aligned, adapter_name)
     _warn_parts_without_gradient(estimate, aligned, already_warned)
     _warn_cannot_train(model, targets, adapter_name)
+    if isinstance(model, PeftModel):
+        warn_not_found(model, targets, adapter_name)
     starts = {name: _start(target, estimate, config, adapter_name) for name, target in aligned.items()}
     plain = {name: target for name, target in targets.items() if name in reasons}
     identity = {

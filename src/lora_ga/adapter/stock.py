@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -19,7 +20,7 @@ from lora_ga.adapter.save import FILE
 from lora_ga.adapter.structure import set_rank
 from lora_ga.files import damaged
 from lora_ga.layers.kinds import layout_of
-from lora_ga.layers.targets import exclusion, layer_name
+from lora_ga.layers.targets import PREFIX, exclusion, layer_name
 from lora_ga.warn import warn
 
 
@@ -70,6 +71,38 @@ def load_stock(base: Any, path: str | Path, adapter_name: str = "default", **set
             layers[name].scaling[adapter_name] = scaling_of(model.peft_config[adapter_name], key)
             set_rank(layers[name], adapter_name, layers[name].r[adapter_name])
     return model
+
+
+def warn_not_found(model: Any, names: Collection[str], adapter_name: str) -> None:
+    """Warn of layers that PEFT will not find in the adapter's own file, before they are trained.
+
+    PEFT renames the keys of a file as Transformers renames those of a checkpoint. Of some models the patterns match
+    new names as well.
+
+    Args:
+        model: The model.
+        names: The layers of the adapter.
+        adapter_name: The adapter.
+    """
+    keys = {f"{PREFIX}{name}.lora_A.weight": name for name in names}
+    try:
+        from peft.utils.transformers_weight_conversion import (
+            convert_peft_adapter_state_dict_for_transformers as renamed,
+        )
+
+        file = {key: torch.empty(1, 1, device="meta") for key in keys}
+        found = renamed(model, model.peft_config[adapter_name], file, adapter_name)
+    except Exception:  # PEFT 0.18 renames nothing; and this serves a warning alone
+        return
+    lost = [name for key, name in keys.items() if key not in found]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        line = exclusion(lost, (name for name in names if name not in lost))
+        warn(
+            f"PEFT will not find {', '.join(lost[:3])}{more} in the file of this adapter: it renames their keys when "
+            "it loads one, also of plain LoRA. They would load untrained, with a warning of missing keys. Leave them "
+            f"out with LoraConfig({line})."
+        )
 
 
 def mend_patterns(config: LoraConfig, layers: Mapping[str, LoraLayer], path: str | Path) -> list[str]:
