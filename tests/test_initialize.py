@@ -526,10 +526,18 @@ def test_merged_adapters_are_refused() -> None:
         lora_ga.initialize(model, causal())
 
 
-def test_an_estimate_of_another_model_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"intermediate_size": 40}, r"model\.layers\.0\.mlp\.gate_proj is 48 x 32 there, and 40 x 32 in this model"),
+        ({"num_hidden_layers": 1}, r"this model has no model\.layers\.1\.self_attn\.q_proj"),
+        ({"num_hidden_layers": 3}, r"its fingerprint is \w{16}, this model's \w{16} .*"),
+    ],
+)
+def test_an_estimate_of_another_model_is_refused_and_a_layer_named(other: dict[str, int], difference: str) -> None:
     estimate = lora_ga.estimate_gradients(adapted(llama()), causal())
-    model = adapted(llama(num_hidden_layers=3))
-    with pytest.raises(ValueError, match="The estimate belongs to another model: its fingerprint is"):
+    model = adapted(llama(**other))
+    with pytest.raises(ValueError, match=rf"The estimate belongs to another model: {difference}\. Estimate the grad"):
         lora_ga.initialize(model, estimate)
     assert_unchanged(model)
 

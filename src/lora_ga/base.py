@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,13 +75,16 @@ def fingerprint(model: nn.Module) -> str:
     return _digest_of_shapes(_shapes(model, wrappers=False))
 
 
-def another_base(model: nn.Module, recorded: str, found: str | None = None) -> str | None:
+def another_base(
+    model: nn.Module, recorded: str, found: str | None = None, layers: Mapping[str, tuple[int, int]] | None = None
+) -> str | None:
     """How a model differs from the base model whose fingerprint a file has recorded.
 
     Args:
         model: A base model, or a `PeftModel` around it.
         recorded: The fingerprint in the file.
         found: The model's fingerprint, if it is known.
+        layers: Outputs and inputs of the layers in the file, if it has them: layer name → (O, I).
 
     Returns:
         The difference, for an error message; None if the file is for this model.
@@ -95,11 +98,28 @@ def another_base(model: nn.Module, recorded: str, found: str | None = None) -> s
     difference = f"its fingerprint is {recorded}, this model's {found} (module names and weight shapes)"
     sizes = _vocabulary_sizes(model, recorded)
     if sizes is None:
-        return difference
+        return _differing_layer(model, layers or {}) or difference
     return (
         f"{difference}. Only the vocabulary differs: {sizes[1]} tokens there, {sizes[0]} in this model "
         f"(resize_token_embeddings({sizes[1]}) changes that)"
     )
+
+
+def _differing_layer(model: nn.Module, layers: Mapping[str, tuple[int, int]]) -> str | None:
+    """The first of a file's layers that a model lacks, or has in another shape. Linear layers alone are compared.
+
+    Returns:
+        The difference; None if there is none.
+    """
+    shapes = dict(_shapes(model, wrappers=False))
+    paths = {without_compiled(_path_in_base(name)) for name, _ in base_model(model).named_modules()}
+    for name, (outputs, inputs) in layers.items():
+        if name not in paths and "[" not in name:
+            return f"this model has no {name}"
+        if shapes.get(name, (outputs, inputs)) != (outputs, inputs):
+            there, here = f"{outputs} x {inputs}", " x ".join(map(str, shapes[name]))
+            return f"{name} is {there} there, and {here} in this model"
+    return None
 
 
 def _digest_of_shapes(shapes: Shapes) -> str:

@@ -162,7 +162,7 @@ def _check_belongs_together(
             f'Adapter {adapter_name!r} was prepared for offset="{alignment.config.offset}", but the settings say '
             f'"{config.offset}". Give the same settings to both.'
         )
-    if difference := another_base(model, estimate.fingerprint, found):
+    if difference := another_base(model, estimate.fingerprint, found, estimate.shapes()):
         raise ValueError(f"The estimate belongs to another model: {difference}. Estimate the gradients of this model.")
 
 

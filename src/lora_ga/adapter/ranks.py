@@ -219,7 +219,7 @@ def _by_spectrum(estimate: GradientEstimate, model: nn.Module | None) -> Worth:
 def _by_importance(estimate: GradientEstimate, model: nn.Module | None) -> Worth:
     if model is None:
         raise ValueError('by="importance" compares gradients with weights: give the model of the estimate (model=...).')
-    if difference := another_base(peft_model_in(model), estimate.fingerprint):
+    if difference := another_base(peft_model_in(model), estimate.fingerprint, layers=estimate.shapes()):
         raise ValueError(f"The estimate belongs to another model: {difference}. Give the model of the estimate.")
     adapter = next(iter(peft_model_in(model).peft_config))
     targets = find_targets(model, adapter, fresh=False)

@@ -82,6 +82,10 @@ class GradientEstimate(Mapping[str, LowRank]):
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         return f'<p>{html.escape(repr(self))}</p><div style="max-height: 30em; overflow: auto">{table}</div>'
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The numbers of outputs and inputs of every layer, layer name → (O, I)."""
+        return {name: (len(layer.U), len(layer.V)) for name, layer in self.layers.items()}
+
     def limit(self, rank: int) -> dict[str, float]:
         """The alignment limit of every layer: the largest cosine between its gradient and a first step of LoRA.
 
@@ -244,9 +248,9 @@ class GradientEstimate(Mapping[str, LowRank]):
         for name in sorted({*self, *self.missing} ^ {*other, *other.missing}):
             return f"only one of them has {name}"
         for name in sorted({*self} & {*other}):
-            (mine, theirs) = (f"{len(each[name].U)} x {len(each[name].V)}" for each in (self, other))
+            mine, theirs = (each.shapes()[name] for each in (self, other))
             if mine != theirs:
-                return f"{name} is {mine} in one, {theirs} in the other"
+                return f"{name} is {mine[0]} x {mine[1]} in one, {theirs[0]} x {theirs[1]} in the other"
         return ""
 
     def _check_same_kind(self, other: GradientEstimate, index: int) -> None:

@@ -134,7 +134,7 @@ def preprocess_loraga(
     cache = None if cache_file is None else Path(cache_file)
     if cache is not None and cache.is_file() and cache.stat().st_size > 0:
         estimate = GradientEstimate.load(cache)
-        if difference := another_base(model, estimate.fingerprint):
+        if difference := another_base(model, estimate.fingerprint, layers=estimate.shapes()):
             raise ValueError(
                 f"{cache}: the cached estimate belongs to another model: {difference}. Remove the file, or name "
                 "another."
