@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 import stat
@@ -21,6 +22,8 @@ import lora_ga
 from lora_ga import GradientEstimate, LoraGAConfig, base
 from lora_ga import files as files_module
 from lora_ga.base import another_base, fingerprint
+from lora_ga.cli.checkpoints import check_output_dir
+from lora_ga.cli.estimate import check_new_file
 from lora_ga.experiments.suites.trained import save as save_trained
 from lora_ga.files import check_empty, new_folder, write_atomically, write_safetensors, write_tensors
 from toys import adapted, bert, causal, gpt2, llama, logits, saved, train
@@ -227,6 +230,26 @@ def test_a_new_folder_appears_when_all_of_it_is_written(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stopped"), new_folder(tmp_path / "other"):
         raise RuntimeError("stopped")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "no" / "target"
+    assert check_empty(target) == target
+    assert list(tmp_path.iterdir()) == []
+
+    def read_only(dir: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), dir)
+
+    monkeypatch.setattr(files_module.tempfile, "TemporaryFile", read_only)
+    message = rf"{target}: nothing can be written in {tmp_path} \(Read-only file system\)\. Choose another\."
+    with pytest.raises(PermissionError, match=message):
+        check_empty(target)
+    with pytest.raises(PermissionError, match="nothing can be written in"):
+        check_new_file(str(tmp_path / "estimate.safetensors"))
+    with pytest.raises(PermissionError, match="nothing can be written in"):
+        check_output_dir(target)
 
 
 @pytest.mark.parametrize("kind", ["current", "mounted", "read-only parent"])

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,11 +277,32 @@ def check_empty(folder: str | Path) -> Path:
 
     Raises:
         ValueError: It is a file, or not empty.
+        PermissionError: Nothing can be written there.
     """
     path = Path(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{path}: not empty. Choose another output folder, or remove this one; nothing was written.")
+    check_writable(path)
     return path
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place in which no file can be made, before long work is done for it. Nothing is left there.
+
+    Args:
+        path: A file or folder to be written; it and the folders above it need not exist.
+
+    Raises:
+        PermissionError: No file can be made in it, or in the nearest folder above it that exists.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"{path}: nothing can be written in {there} ({error.strerror}). Choose another."
+        ) from error
 
 
 def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:

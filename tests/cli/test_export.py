@@ -191,7 +191,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_left_out_with_a_warning(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "Choose what to make: --rank K (a smaller adapter) or --merge (a full model); neither was given."),
+        ([], "--merge (a full model); neither was given. --for PROGRAM"),
         (["--merge", "--rank", "2"], "or --merge (a full model); both were given."),
         (["--rank", "0"], "--rank: found 0, but it must be at least 1."),
         (["--rank", "4"], "rank 4: the adapter has rank 4; compress to a rank from 1 to 3."),

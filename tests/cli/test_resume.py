@@ -16,9 +16,9 @@ import torch
 import processes
 from lora_ga.cli import finetune
 from lora_ga.cli.callbacks import OptimizerGuard
-from lora_ga.cli.checkpoints import last_checkpoint
+from lora_ga.cli.checkpoints import how_to_resume, last_checkpoint
 from lora_ga.cli.main import main
-from lora_ga.cli.train import how_to_resume, parse
+from lora_ga.cli.train import parse
 
 from .conftest import text, write_rows
 
@@ -172,7 +172,26 @@ def test_an_interrupted_run_says_how_it_goes_on(
     estimate = interrupted / "estimate.safetensors"
     assert how_to_resume(interrupted).endswith(f" --estimate_file {shlex.quote(str(estimate))} spares the estimate.")
     estimate.unlink()
-    assert how_to_resume(interrupted) == "It has no checkpoint yet (--save_steps), so it cannot be resumed."
+    assert how_to_resume(interrupted).endswith("so it cannot be resumed. Start again in another folder.")
+    (interrupted / "config.yaml").unlink()
+    assert how_to_resume(interrupted).endswith("so it cannot be resumed. Start again.")
+
+
+def test_the_folder_of_another_run_is_refused_with_what_helps_there(
+    uninterrupted: Path, bert: Path, labelled_texts: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    def refused(folder: Path) -> str:
+        return error_of([*command(bert, labelled_texts, folder)])
+
+    assert "holds a finished run. Give a new folder." in refused(uninterrupted)
+    interrupted = interrupted_copy(uninterrupted, tmp_path / "my run")
+    message = refused(interrupted)
+    assert "holds a run that has not finished." in message
+    said = re.search(r"`lora-ga train (.*)` resumes it at step 4\.", message)
+    assert said is not None
+    assert parse(shlex.split(said[1]))[1] == interrupted / "checkpoints" / "checkpoint-4"
+    shutil.rmtree(interrupted / "checkpoints")
+    assert how_to_resume(interrupted) in refused(interrupted)
 
 
 def test_an_incomplete_checkpoint_is_skipped(uninterrupted: Path, tmp_path: Path) -> None:
@@ -214,8 +233,7 @@ def test_a_folder_without_a_run_or_a_complete_checkpoint_is_refused(
     interrupted = interrupted_copy(uninterrupted, tmp_path / "broken")
     shutil.rmtree(interrupted / "checkpoints")
     message = error_of(["train", "--resume", "--output_dir", interrupted])
-    assert "there is no complete checkpoint in" in message
-    assert "the run ended before the first one (--save_steps)" in message
+    assert f"the run in {interrupted} ended before its first checkpoint. {how_to_resume(interrupted)}" in message
 
 
 def test_a_lora_ga_checkpoint_without_its_sidecar_is_refused(

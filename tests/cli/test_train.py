@@ -465,9 +465,7 @@ def test_an_output_folder_that_is_not_empty_is_refused(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
-    assert "the folder is not empty. Give a new one, or --resume" in error_of(
-        command(bert, labelled_texts, tmp_path / "run")
-    )
+    assert "the folder is not empty. Give a new one." in error_of(command(bert, labelled_texts, tmp_path / "run"))
     assert "this is a file. Give a new folder" in error_of(command(bert, labelled_texts, labelled_texts))
     (tmp_path / "run" / "notes.txt").unlink()
     assert parse([str(argument) for argument in command(bert, labelled_texts, tmp_path / "run")[1:]])[1] is None

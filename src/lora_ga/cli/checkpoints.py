@@ -1,6 +1,7 @@
 """The folder of a run: the files in it, and the checkpoint from which an unfinished run resumes."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import yaml
 
 from lora_ga.cli.options import did_you_mean
-from lora_ga.files import parse_json, write_atomically
+from lora_ga.files import check_writable, parse_json, write_atomically
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -18,6 +19,7 @@ STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpo
 
 # Options that a resumed run may change: they do not affect the result.
 MAY_DIFFER = {"output_dir", "report_to", "run_name"}
+RECORD = "run.json"  # written last, by a module that is slow to import
 
 
 def check_output_dir(folder: Path) -> None:
@@ -25,6 +27,7 @@ def check_output_dir(folder: Path) -> None:
 
     Raises:
         FileExistsError: It is a file, is not empty, or cannot be made because of a file.
+        PermissionError: Nothing can be written there.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--output_dir {folder}: this is a file. Give a new folder.")
@@ -34,9 +37,29 @@ def check_output_dir(folder: Path) -> None:
             f"--output_dir {folder}: {above} is a file, so no folder can be made in it. Give another."
         )
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(
-            f"--output_dir {folder}: the folder is not empty. Give a new one, or --resume to resume the run in it."
-        )
+        raise FileExistsError(f"--output_dir {folder}: {_what_is_in(folder)}")
+    check_writable(folder)
+
+
+def _what_is_in(folder: Path) -> str:
+    """What a folder holds that is not empty, and what to do."""
+    if (folder / RECORD).is_file():
+        return "holds a finished run. Give a new folder."
+    if (folder / CONFIG).is_file():
+        return f"holds a run that has not finished. {how_to_resume(folder)}"
+    return "the folder is not empty. Give a new one."
+
+
+def how_to_resume(folder: Path) -> str:
+    """What to do after an interruption of the run in `folder`."""
+    if made := complete_checkpoints(folder):
+        return f"`lora-ga train --resume --output_dir {shlex.quote(str(folder))}` resumes it at step {max(made)}."
+    none = "It has no checkpoint yet (--save_steps), so it cannot be resumed. Start again"
+    if not (folder / CONFIG).is_file():
+        return f"{none}."
+    estimate = folder / ESTIMATE
+    spared = f"; --estimate_file {shlex.quote(str(estimate))} spares the estimate" if estimate.is_file() else ""
+    return f"{none} in another folder{spared}."
 
 
 def find_config(folder: Path) -> Path:
@@ -124,8 +147,7 @@ def last_checkpoint(folder: Path, method: str) -> Path:
     steps = complete_checkpoints(folder)
     if not steps:
         raise FileNotFoundError(
-            f"--resume: there is no complete checkpoint in {folder / CHECKPOINTS}; the run ended before the first one "
-            f"(--save_steps). Remove {folder} and start again."
+            f"--resume: the run in {folder} ended before its first checkpoint. {how_to_resume(folder)}"
         )
     from lora_ga.adapter import save as sidecar  # slow to import, so after the checks above
 

@@ -19,6 +19,7 @@ from lora_ga.cli.options import (
 )
 from lora_ga.cli.parsing import config_parser, parse_with_config
 from lora_ga.cli.terminal import loading
+from lora_ga.files import check_writable
 
 
 @dataclass
@@ -79,6 +80,7 @@ def check_new_file(path: str) -> Path:
     Raises:
         ValueError: It does not end in .safetensors, or its folder does not exist.
         FileExistsError: The file exists.
+        PermissionError: Its folder cannot be written to.
     """
     file = Path(path)
     if file.suffix != ".safetensors":
@@ -87,6 +89,7 @@ def check_new_file(path: str) -> Path:
         raise FileExistsError(f"--output {path}: this file exists. Give another name, or remove it.")
     if not file.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {file.parent}. Make it first.")
+    check_writable(file)
     return file
 
 

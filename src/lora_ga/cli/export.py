@@ -63,7 +63,8 @@ class ExportOptions:
         if (self.rank is None) == (not self.merge):
             found = "neither was" if self.rank is None else "both were"
             raise ValueError(
-                f"Choose what to make: --rank K (a smaller adapter) or --merge (a full model); {found} given."
+                f"Choose what to make: --rank K (a smaller adapter) or --merge (a full model); {found} given. "
+                "--for PROGRAM makes one that another program reads."
             )
         if not self.merge and (self.model is not None or self.dtype != "auto"):
             raise ValueError("--model and --dtype belong to --merge, but --rank was given. Leave them out.")

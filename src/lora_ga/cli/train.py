@@ -48,6 +48,7 @@ def parse(argv: list[str]) -> tuple[Job, Path | None]:
     Raises:
         ValueError: An option is wrong, or a resumed run began with other options.
         FileExistsError: The output folder is not empty.
+        PermissionError: Nothing can be written there.
         FileNotFoundError: There is nothing to resume, or a file or folder does not exist.
     """
     parser = make_parser()
@@ -100,23 +101,12 @@ def main(argv: list[str]) -> int:
     try:
         outcome = finetune(job, checkpoint)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(how_to_resume(folder)) from error
+        raise KeyboardInterrupt(checkpoints.how_to_resume(folder)) from error
     print(summary(outcome.record))
     print(f"{outcome.result}: the result. {folder / RECORD}: its record.")
     for what, how in next_steps(outcome.record, outcome.result):
         print(f"\n{what}:\n  {how}")
     return 0
-
-
-def how_to_resume(folder: Path) -> str:
-    """What to do after an interruption of the run in `folder`."""
-    if made := checkpoints.complete_checkpoints(folder):
-        return f"`lora-ga train --resume --output_dir {shlex.quote(str(folder))}` resumes it at step {max(made)}."
-    kept = "It has no checkpoint yet (--save_steps), so it cannot be resumed."
-    estimate = folder / checkpoints.ESTIMATE
-    if estimate.is_file():
-        kept += f" Start again in another folder; --estimate_file {shlex.quote(str(estimate))} spares the estimate."
-    return kept
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -122,7 +122,7 @@ def load_run(folder: Path) -> Run:
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder}: unfinished run, or none: there is no {RECORD} in it (it is written when training ends). "
-            "Wait until the run ends, continue it with `lora-ga train ... --resume`, or leave this folder out."
+            f"Wait until the run ends, resume it (`lora-ga train --resume --output_dir {folder}`), or leave it out."
         )
     try:
         record = parse_json(path.read_text(encoding="utf-8"))
