@@ -198,6 +198,10 @@ def test_each_method_has_a_default_learning_rate(method: str) -> None:
         (["--method", "lora", "--reach", "0.35", "--rank", "4", "--alpha", "8"], []),
         (["--method", "full", "--rank", "4", "--alpha", "8", "--tolerance", "0.1"], ["rank", "alpha", "tolerance"]),
         (["--estimate_file", "e", "--power_steps", "1", "--on_missing", "lora", "--reach", "0.5"], ["power_steps"]),
+        (
+            ["--from_adapter", "a", "--rank", "4", "--reach", "0.5", "--tolerance", "0.1"],
+            ["rank", "reach", "tolerance"],
+        ),
     ],
 )
 def test_options_that_the_method_does_not_read_are_found(given: list[str], unused: list[str]) -> None:

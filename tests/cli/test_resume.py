@@ -183,7 +183,8 @@ def test_the_folder_of_another_run_is_refused_with_what_helps_there(
     def refused(folder: Path) -> str:
         return error_of([*command(bert, labelled_texts, folder)])
 
-    assert "holds a finished run. Give a new folder." in refused(uninterrupted)
+    finished = f"holds a finished run. Give a new folder. --from_adapter {uninterrupted} trains its adapter further."
+    assert finished in refused(uninterrupted)
     interrupted = interrupted_copy(uninterrupted, tmp_path / "my run")
     message = refused(interrupted)
     assert "holds a run that has not finished." in message

@@ -26,6 +26,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -155,6 +157,81 @@ def test_the_estimate_of_an_earlier_run_gives_the_same_adapter(llama: Path, prom
     run(llama, prompts, tmp_path / "second", task="causal-lm", estimate_file=tmp_path / "first")
     for name in ("adapter/adapter_model.safetensors", "estimate.safetensors"):
         assert_same_tensors(tmp_path / "first" / name, tmp_path / "second" / name)
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "lora"])
+def test_an_adapter_is_trained_further_from_where_it_was(
+    method: str, bert: Path, labelled_texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, still, further, again = (tmp_path / name for name in ("first", "still", "further", "again"))
+    run(bert, labelled_texts, first, method=method, alpha=4, eval_file=labelled_texts)
+    own = {"method": method, "rank": None, "estimate_batches": None, "from_adapter": first, "eval_file": labelled_texts}
+    record = run(bert, labelled_texts, still, **{**own, "learning_rate": 1e-30, "max_steps": 1})
+    assert (record["rank"], record["alpha"], record["config"]["use_rslora"]) == (2, 4.0, True)
+    before, after = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (first, still))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-9) for name in before)
+    if method == "lora-ga":
+        assert_same_tensors(first / "adapter" / "lora_ga.safetensors", still / "adapter" / "lora_ga.safetensors")
+    assert not (still / "estimate.safetensors").exists()
+    capsys.readouterr()
+    run(bert, labelled_texts, further, **{**own, "rank": 4, "save_steps": 3, "learning_rate": 1e-2})
+    assert "warning: --rank: no effect with --from_adapter.\n" in capsys.readouterr().err
+    trained = load_file(further / "adapter" / "adapter_model.safetensors")
+    assert not any(torch.allclose(before[name], trained[name], atol=1e-6) for name in before if "lora_B" in name)
+    # A run that was interrupted at step 3 needs the first adapter no more.
+    shutil.copytree(further, again)
+    (again / "run.json").unlink()
+    for folder in (again / "adapter", again / "checkpoints" / "checkpoint-6"):
+        shutil.rmtree(folder)
+    shutil.rmtree(first)
+    assert main(["train", "--resume", "--output_dir", str(again)]) == 0
+    name = "adapter/adapter_model.safetensors"
+    assert_same_tensors(further / name, again / name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "full"}, "--from_adapter trains an adapter further, but the method is full."),
+        ({"estimate_file": "run"}, "--estimate_file starts a new adapter, --from_adapter has its start."),
+        ({"from_adapter": "ru"}, "--from_adapter ru: there is no adapter (no adapter_config.json). Did you mean run?"),
+        ({"method": "lora"}, "it trains as LoRA-GA (lora_ga.safetensors). Leave --method lora out."),
+        (
+            {"from_adapter": "plain"},
+            "plain/adapter: it has no lora_ga.safetensors, the file with the start of LoRA-GA.",
+        ),
+        (
+            {"model": "wider"},
+            "trained on another base model: bert.encoder.layer.0.intermediate.dense is 48 x 32 there, and",
+        ),
+        (
+            {"train_file": "others.jsonl"},
+            "its classes are bad, good, those of the data bad, fine. Give data with the same",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_trained_further_is_refused(
+    options: dict[str, Any],
+    message: str,
+    bert: Path,
+    labelled_texts: Path,
+    tmp_path: Path,
+    error_of: Callable[[list[object]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(bert, labelled_texts, Path("run"), max_steps=1)
+    if options.get("from_adapter") == "plain":
+        run(bert, labelled_texts, Path("plain"), max_steps=1, method="lora")
+    if "model" in options:
+        config = BertConfig.from_pretrained(bert, intermediate_size=40)
+        BertForSequenceClassification(config).bert.save_pretrained("wider")
+        save_tokenizer(Path("wider"), template="[CLS] $A [SEP]")
+    Path("others.jsonl").write_text(labelled_texts.read_text().replace("good", "fine"))
+    given = {"from_adapter": "run", "model": bert, "train_file": labelled_texts, **options}
+    assert message in error_of(command(given.pop("model"), given.pop("train_file"), Path("new"), **given))
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

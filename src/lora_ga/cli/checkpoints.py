@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lora_ga.cli.options import did_you_mean
-from lora_ga.files import check_writable, parse_json, write_atomically
+from lora_ga.files import ADAPTER, MODEL_FILES, check_writable, parse_json, write_atomically
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -44,7 +44,10 @@ def check_output_dir(folder: Path) -> None:
 def _what_is_in(folder: Path) -> str:
     """What a folder holds that is not empty, and what to do."""
     if (folder / RECORD).is_file():
-        return "holds a finished run. Give a new folder."
+        further = (
+            f" --from_adapter {shlex.quote(str(folder))} trains its adapter further." * (folder / ADAPTER).is_dir()
+        )
+        return f"holds a finished run. Give a new folder.{further}"
     if (folder / CONFIG).is_file():
         return f"holds a run that has not finished. {how_to_resume(folder)}"
     return "the folder is not empty. Give a new one."
@@ -120,6 +123,39 @@ def estimate_of(path: Path) -> Path:
             "estimate` wrote."
         )
     return path
+
+
+def adapter_of(path: Path, method: str) -> Path:
+    """The adapter to train further: the folder itself, or the adapter in the folder of a run.
+
+    Args:
+        path: The folder.
+        method: The method of the run, which must be that of the adapter.
+
+    Returns:
+        The folder of the adapter.
+
+    Raises:
+        FileNotFoundError: There is no adapter.
+        ValueError: It was trained by the other method.
+    """
+    folder = next((each for each in (path, path / ADAPTER) if (each / MODEL_FILES[1]).is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"--from_adapter {path}: there is no adapter (no {MODEL_FILES[1]}).{did_you_mean(path)} Give the folder of "
+            "a run, or the one that save_pretrained wrote."
+        )
+    from lora_ga.adapter import save as sidecar  # slow to import, so after the check above
+
+    started = (folder / sidecar.FILE).is_file()
+    if started and method == "lora":
+        raise ValueError(f"--from_adapter {folder}: it trains as LoRA-GA ({sidecar.FILE}). Leave --method lora out.")
+    if not started and method == "lora-ga":
+        raise ValueError(
+            f"--from_adapter {folder}: it has no {sidecar.FILE}, the file with the start of LoRA-GA. Put it back, or "
+            "give --method lora: all rows of the adapter then train, as plain LoRA."
+        )
+    return folder
 
 
 def complete_checkpoints(folder: Path) -> dict[int, Path]:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers.integrations import get_available_reporting_integrations
 
 import lora_ga
+from lora_ga.adapter.alignment import alignment_of
 from lora_ga.adapter.model_card import CARD
 from lora_ga.adapter.rate import LEAST_STEPS, note_default_rate, steps_of_groups, warn_of_constant
 from lora_ga.cli import checkpoints, tasks
@@ -29,13 +30,13 @@ from lora_ga.cli.callbacks import (
     write_labels,
 )
 from lora_ga.cli.columns import columns_of
-from lora_ga.cli.data import EstimateBatches
+from lora_ga.cli.data import EstimateBatches, Labels
 from lora_ga.cli.models import add_adapter, check_four_bits, train_in_float32
 from lora_ga.cli.options import LEARNING_RATES, Job
 from lora_ga.cli.record import model_card, run_record, usage
 from lora_ga.cli.settings import library_config
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
-from lora_ga.files import ADAPTER, new_folder, write_atomically
+from lora_ga.files import ADAPTER, new_folder, read_labels, write_atomically
 from lora_ga.gradients.progress import LOGGER, note_fewer_batches, note_short_run
 from lora_ga.version import is_before
 
@@ -80,6 +81,8 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
     )
     if data.evaluation is not None:
         check_four_bits(base)
+    if checkpoint is None:  # a resumed run needs the first adapter no more
+        check_classes(job, data.labels)
     model, estimate, seconds = start_model(job, base, data.train, collate, settings.device, checkpoint)
     train_in_float32(model)
     if job.training.learning_rate == "auto":
@@ -98,7 +101,7 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
     if data.evaluation is not None and not is_evaluated(trainer.state):
         trainer.evaluate()
     record = run_record(
-        job,
+        as_trained(job, model),
         dataset=data.source,
         history=trainer.state.log_history,
         steps=trainer.state.global_step,
@@ -228,8 +231,11 @@ def start_model(
     peft_type = tasks.TASK_CLASSES[job.model.task].peft_type
     if job.training.method == "full":
         return base.to(device), None, 0.0
-    if checkpoint is not None and job.training.method == "lora-ga":
-        return lora_ga.load(base, checkpoint, is_trainable=True).to(device), None, 0.0
+    trained = checkpoint if job.training.method == "lora-ga" else None  # the trainer loads that of plain LoRA
+    if trained is None and job.training.from_adapter is not None:
+        trained = checkpoint or checkpoints.adapter_of(Path(job.training.from_adapter), job.training.method)
+    if trained is not None:
+        return lora_ga.load(base, trained, is_trainable=True).to(device), None, 0.0
     model = add_adapter(base, job.target, job.adapter, peft_type).to(device)
     if job.training.method == "lora":
         return model, None, 0.0
@@ -245,6 +251,32 @@ def start_model(
         batches = EstimateBatches(examples, collate, options, job.data.batch_size, job.model.seed)
     estimate = lora_ga.initialize(model, batches, config)
     return model, estimate, time.monotonic() - began
+
+
+def check_classes(job: Job, labels: Labels | None) -> None:
+    """Refuses data with other classes than those of the adapter that is to be trained further.
+
+    Raises:
+        ValueError: It has.
+    """
+    if job.training.from_adapter is None or labels is None:
+        return
+    had = read_labels(checkpoints.adapter_of(Path(job.training.from_adapter), job.training.method))
+    if had and [had[number] for number in sorted(had)] != list(labels.names):
+        raise ValueError(
+            f"--from_adapter {job.training.from_adapter}: its classes are {', '.join(had.values())}, those of the data "
+            f"{', '.join(labels.names)}. Give data with the same classes, or train a new adapter."
+        )
+
+
+def as_trained(job: Job, model: Any) -> Job:
+    """The options for the record: an adapter that was trained further has a rank and a scaling of its own."""
+    if job.training.from_adapter is None:
+        return job
+    alignment = alignment_of(model, "default")
+    kept = model.peft_config["default"].to_dict() if alignment is None else alignment.original
+    scaling = replace(job.adapter, alpha=kept["lora_alpha"], use_rslora=kept["use_rslora"])
+    return replace(job, target=replace(job.target, rank=kept["r"]), adapter=scaling)
 
 
 def rate_before_search(job: Job) -> float:

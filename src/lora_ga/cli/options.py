@@ -127,8 +127,8 @@ def refuse_adapter(model: str) -> None:
     merge = shlex.join(["lora-ga", "export", str(folder), "--merge", "--output"])
     raise ValueError(
         f"--model {model}: this is an adapter{of}, not a model. Give its base model to start a new adapter, or merge "
-        f"this one into it first: {merge} FOLDER. To train this one on, use lora_ga.load({str(folder)!r}, "
-        "is_trainable=True) in Python."
+        f"this one into it first: {merge} FOLDER. To train this one further with `lora-ga train`, give its base model "
+        f"and --from_adapter {shlex.quote(str(folder))}."
     )
 
 
@@ -318,6 +318,11 @@ class TrainingOptions:
     estimate_file: str | None = option(
         None, "lora-ga: an estimate file, or the folder of another run, instead of a new estimate"
     )
+    from_adapter: str | None = option(
+        None,
+        "folder of a trained adapter of --model, or of a run: train it further, instead of a new adapter. It keeps its "
+        "layers, rank and scaling; the optimizer and the schedule begin anew",
+    )
     learning_rate: float | Literal["auto"] | None = option(
         None,
         "peak learning rate (default: "
@@ -364,6 +369,12 @@ class TrainingOptions:
                 raise ValueError(f"--{name}: found {value}, but it must be greater than 0.")
         if self.estimate_file is not None and self.method != "lora-ga":
             raise ValueError(f"--estimate_file belongs to --method lora-ga, but the method is {self.method}.")
+        if self.from_adapter is not None and self.method == "full":
+            raise ValueError("--from_adapter trains an adapter further, but the method is full. Leave one of them out.")
+        if self.from_adapter is not None and self.estimate_file is not None:
+            raise ValueError(
+                "--estimate_file starts a new adapter, --from_adapter has its start. Leave one of them out."
+            )
         if self.eval_steps is not None and self.eval_file is None and self.eval_split is None:
             raise ValueError("--eval_steps was given, but nothing to evaluate on. Give --eval_file or --eval_split.")
 
@@ -426,10 +437,10 @@ class Job:
         return values
 
     def unused(self) -> list[str]:
-        """The options with another value than the default that this method, or a given estimate, does not read."""
+        """The options with another value than the default that the method does not read, or a given file replaces."""
         method, of_estimate = self.training.method, [item.name for item in fields(self.estimate)]
         names: list[str] = []
-        if method == "full":
+        if method == "full" or self.training.from_adapter is not None:
             names = [item.name for group in (self.target, self.adapter) for item in fields(group)] + of_estimate
         elif method == "lora":
             names = [*START, *of_estimate]

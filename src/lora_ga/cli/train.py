@@ -67,6 +67,8 @@ def parse(argv: list[str]) -> tuple[Job, Path | None]:
         if job.training.estimate_file is not None:
             checkpoints.estimate_of(Path(job.training.estimate_file))
         checkpoints.check_output_dir(folder)
+        if job.training.from_adapter is not None:
+            checkpoints.adapter_of(Path(job.training.from_adapter), job.training.method)
         return job, None
     saved = checkpoints.find_config(folder)
     checkpoints.check_same_options(
@@ -86,9 +88,8 @@ def main(argv: list[str]) -> int:
     """
     job, checkpoint = parse(argv)
     if unused := job.unused():
-        why = (
-            "with --estimate_file" if job.training.estimate_file is not None else f"for --method {job.training.method}"
-        )
+        given = [name for name in ("from_adapter", "estimate_file") if getattr(job.training, name) is not None]
+        why = f"with --{given[0]}" if given else f"for --method {job.training.method}"
         warn(f"{', '.join(f'--{name}' for name in unused)}: no effect {why}.")
     loading(f"{job.model.model} and the data")
     from lora_ga.cli.finetune import finetune
