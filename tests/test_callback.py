@@ -488,8 +488,10 @@ def test_a_model_without_lora_layers_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_that_is_aligned_already_is_refused(tmp_path: Path) -> None:
     model = adapted(llama(), TARGETS)
     lora_ga.initialize(model, causal())
-    with pytest.raises(ValueError, match="'default' is already aligned: it comes from lora_ga.initialize or a che"):
+    with pytest.raises(ValueError, match=r"'default' is already aligned: .* Train it without LoraGACallback, or give"):
         make_trainer(tmp_path, model)
+    with pytest.raises(ValueError, match=r"LoraGACallback, with the rate that lora_ga\.find_rate\(model, batches, st"):
+        LoraGACallback(learning_rate="auto").attach(Trainer(model, TrainingArguments(**settings(tmp_path))))
 
 
 def test_an_adapter_that_has_trained_without_the_callback_is_refused(tmp_path: Path) -> None:

@@ -255,9 +255,10 @@ class LoraGACallback(TrainerCallback, ExportableState):
             check_training_data(trainer)
         alignment = alignment_of(model, self.adapter_name)
         if alignment is not None and any(all(f.weight.any() for f in pair) for pair in alignment.factors.values()):
+            rate = ", with the rate that lora_ga.find_rate(model, batches, steps) gives" if self.learning_rate else ""
             raise ValueError(
                 f"Adapter {self.adapter_name!r} is already aligned: it comes from lora_ga.initialize or a checkpoint. "
-                "Train it without LoraGACallback, or give the trainer a fresh adapter."
+                f"Train it without LoraGACallback{rate}, or give the trainer a fresh adapter."
             )
         give_structure(model, self.config, self.adapter_name)
 
