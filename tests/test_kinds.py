@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import importlib.util
+import re
 import warnings
 import weakref
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -153,6 +155,26 @@ def test_an_expert_that_starts_as_plain_lora_trains_as_plain_lora(unused_expert:
 
 def expert_layers(model: PeftModel) -> list[Any]:
     return [module for module in model.modules() if "ParamWrapper" in type(module).__name__]
+
+
+def test_a_router_that_is_too_small_is_refused_and_the_advice_of_the_error_works() -> None:
+    base = seeded(mixtral)
+    message = (
+        r"that fits all is 2 \(model.layers.0.mlp.gate is 4 x 32\)\nSet on_missing=\"lora\" to start them as plain "
+        r"LoRA, or name the other layers in target_modules and target_parameters\."
+    )
+    with pytest.raises(ValueError, match=message):
+        lora_ga.initialize(adapted(base()), causal())
+    lora_ga.initialize(adapted(base()), causal(), LoraGAConfig(on_missing="lora"))
+    named = adapted(base(), ["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    lora_ga.initialize(named, causal())
+    # PEFT doubles rank and alpha of gate_up_proj for "all-linear" alone, and so changes rsLoRA's scaling.
+    assert len({layer.scaling["default"] for layer in named.modules() if isinstance(layer, LoraLayer)}) == 1
+    one: dict[str, Any] = {"target_parameters": ["0.mlp.gate.weight"]}
+    with pytest.raises(ValueError, match=r"at most 2 \(rank_pattern sets it for one layer, as .*\)") as caught:
+        lora_ga.initialize(adapted(base(), ["q_proj"], **one), causal())
+    (key,) = re.findall(r"for one layer, as (\S+)\)", str(caught.value))
+    lora_ga.initialize(adapted(base(), ["q_proj"], **one, rank_pattern={key: 2}), causal())
 
 
 @pytest.mark.support("layers", "fused experts (Mixtral)", "alignment")

@@ -34,6 +34,7 @@ from lora_ga.cli.settings import (
     settings_as_options,
 )
 from lora_ga.config import CHOICES, LoraGAConfig
+from lora_ga.gradients.coverage import NAME_OTHERS
 
 NEEDED = ["--model", "m", "--task", "causal-lm", "--train_file", "t.jsonl", "--output_dir", "o"]
 
@@ -294,6 +295,7 @@ OPTIONS = "eave them out of --target_modules, or set --on_missing lora to start 
         ('LoraGAConfig(estimator="probe") saves', "--estimator probe saves"),
         ("use LoraGAConfig(training_mode=False).", "use --training_mode False."),
         ("set max_batches=8", "set --estimate_batches 8"),
+        (f'Set on_missing="lora" to start them as plain LoRA, or {NAME_OTHERS}.', f"S{OPTIONS[39:]}"),
         ("a/scale=stable: --target_modules x", "a/scale=stable: --target_modules x"),
         (f"2 of 4:\n{RANK}{LEAVE}", f"2 of 4:\n{RANK}Give --rank 8, l{OPTIONS}"),
         (f"2 of 4:\n{RANK}{NAMED}", f"2 of 4:\n{RANK}Give --rank 8, l{OPTIONS}"),

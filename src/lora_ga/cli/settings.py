@@ -107,6 +107,7 @@ def in_options(message: str) -> str:
     Returns:
         The message for the command line.
     """
+    message = message.replace(", or name the other layers in target_modules and target_parameters", "")  # no options
     before, names = r"(?<![\w/.-])", [field.name for field in dataclasses.fields(LoraGAConfig)]
     for name in (name for name in names if name not in ELSEWHERE):
         setting = rf'{name}=(["\']?)(\w+)\1'

@@ -16,6 +16,8 @@ from lora_ga.warn import warn
 # How the reason begins of a layer in a block whose output the model does not use at all.
 BEYOND = "is beyond the last block that the loss uses of "
 
+# What leaves out a parameter (of experts, of a router): `exclude_modules` does not.
+NAME_OTHERS = "name the other layers in target_modules and target_parameters"
 # Above this number, layers with one reason are counted and not listed.
 MOST_LISTED = 8
 
@@ -245,8 +247,6 @@ def _largest_that_fits(targets: Sequence[Target]) -> str:
 
 def _exclusion(reasons: Mapping[str, str], targets: Mapping[str, Target]) -> str | None:
     """The setting that leaves these layers out; None if there is none, or a long one."""
-    if any(targets[name].layout.gradient_from_parameter for name in reasons):
-        return None
     line = exclusion(reasons, (name for name in targets if name not in reasons))
     return line if line.count(",") < MOST_LISTED else None
 
@@ -271,6 +271,8 @@ def report_missing(reasons: Mapping[str, str], targets: Mapping[str, Target], on
             raise ValueError(f"{len(small)} of {len(targets)} layers cannot be aligned: {_largest_that_fits(small)}.")
         raise ValueError(count + "No layer is left. Check target_modules, the batches and the loss.")
     if on_missing == "error":
+        if any(targets[name].layout.gradient_from_parameter for name in reasons):  # exclude_modules leaves none out
+            raise ValueError(f'{count}Set on_missing="lora" to start them as plain LoRA, or {NAME_OTHERS}.')
         out = "of target_modules" if (line := _exclusion(reasons, targets)) is None else f"with LoraConfig({line})"
         raise ValueError(count + f'Leave them out {out}, or set on_missing="lora" to start them as plain LoRA.')
     warn(count + "They start as plain LoRA.")

@@ -119,9 +119,11 @@ class Target:
             return self.unknown
         if self.rank <= self.largest_rank:
             return None
+        pattern = self.layout.pattern_name(self.layer, self.name)
         return (
             f"rank {self.rank} needs {2 * self.rank} gradient directions, but the weight is {self.outputs} x "
-            f"{self.inputs}: use a rank of at most {self.largest_rank} (rank_pattern sets it for one layer)"
+            f"{self.inputs}: use a rank of at most {self.largest_rank} (rank_pattern sets it for one layer"
+            + (f", as {pattern})" if pattern != self.name else ")")
         )
 
 
