@@ -26,12 +26,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import Trainer, TrainingArguments
 
 import demo
 import lora_ga
 import tables
+from cases import mixtral
 from lora_ga.cli.main import main
 from lora_ga.experiments.optim import PoLoRA
 from lora_ga.version import MINIMUM, check_versions, dtype_setting
@@ -199,14 +201,25 @@ def blocks(document: str) -> list[str]:
 def test_the_guides_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     model = adapted(llama())
-    names = {"lora_ga": lora_ga, "PeftModel": PeftModel, "model": model, "base": llama(), "dataloader": causal()}
+    names: dict[str, Any] = {
+        "lora_ga": lora_ga,
+        "PeftModel": PeftModel,
+        "model": model,
+        "base": llama(),
+        "dataloader": causal(),
+    }
     names["config"] = lora_ga.LoraGAConfig()
-    start, loading = blocks("docs/guide.md")
+    start, loading, experts = blocks("docs/guide.md")
     exec(start, names)
     assert (tmp_path / "estimate.safetensors").exists()
     model.save_pretrained("adapter")
     for line in loading.splitlines():
         exec(line, names | {"base": llama()})
+    names["LoraConfig"] = LoraConfig
+    exec(experts, names)
+    mixture = get_peft_model(mixtral(), names["lora"])
+    assert {layer.scaling["default"] for layer in mixture.modules() if isinstance(layer, LoraLayer)} == {16 / 8**0.5}
+    assert lora_ga.initialize(mixture, causal()).missing == {}
 
 
 def test_the_example_of_an_optimizer_of_the_product_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
