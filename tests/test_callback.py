@@ -647,7 +647,7 @@ def test_auto_refuses_the_optimizers_and_schedules_that_it_is_not_made_for(tmp_p
 def test_auto_refuses_too_little_data_before_the_estimate_and_its_advice_works(tmp_path: Path) -> None:
     changes = {"max_steps": 50, "gradient_accumulation_steps": 100}
     trainer = reactive([callback(learning_rate="auto")], tmp_path, **changes)
-    with pytest.raises(ValueError, match=r"a search needs those of 4 steps of 100 batches each.*or smaller batches"):
+    with pytest.raises(ValueError, match=r"those of at least 4 steps of 100 batches each.*or smaller batches"):
         trainer.train()
     again = transformers_trainer([callback(learning_rate="auto")], tmp_path, max_steps=50, model=trainer.model)
     again.train()

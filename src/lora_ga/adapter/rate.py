@@ -393,8 +393,8 @@ def check_batches(count: int, accumulation: int) -> None:
     if count // accumulation < FEWEST:
         of_each = f" of {accumulation} batches each" if accumulation > 1 else ""
         raise ValueError(
-            f"The data gives {count} batches with a label, but a search needs those of {FEWEST} steps{of_each}, better "
-            f"of {TRIAL}. Give more data or smaller batches, or set the learning rate yourself."
+            f"The data gives {count} batches with a label, but a search needs those of at least {FEWEST} steps{of_each}"
+            f", better {TRIAL}. Give more data or smaller batches, or set the learning rate yourself."
         )
 
 
