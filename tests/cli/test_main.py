@@ -1,5 +1,6 @@
 """`lora-ga` calls its sub-commands, reports their errors, and names the extra `cli` if it is missing."""
 
+import errno
 import importlib
 import os
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from lora_ga.cli import main as command
 from lora_ga.cli.main import COMMANDS, EXTRA, main
@@ -120,6 +122,38 @@ def test_bugs_are_not_reported_as_user_errors(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(command.importlib, "import_module", lambda name: Broken)
     with pytest.raises(KeyError, match="a bug"):
         main(["train"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 43840 vs 43732"),
+    ],
+)
+def test_a_full_disk_is_one_message_whichever_library_found_it(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(argv: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "lora_ga.cli.train", SimpleNamespace(main=fill))
+    assert main(["train"]) == 2
+    assert f"lora-ga train: error: the disk is full ({error}). Files that were finished" in capsys.readouterr().err
+
+
+def test_an_error_of_a_full_disk_that_says_what_to_do_is_shown_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(argv: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "the checkpoint could not be written", "state")
+
+    monkeypatch.setitem(sys.modules, "lora_ga.cli.estimate", SimpleNamespace(main=fill))
+    assert main(["estimate"]) == 2
+    assert capsys.readouterr().err == (
+        "lora-ga estimate: error: [Errno 28] the checkpoint could not be written: 'state'\n"
+    )
 
 
 def test_an_interrupted_command_exits_with_130(

@@ -1,5 +1,6 @@
 """`lora-ga COMMAND ...`: runs the sub-command and prints user errors as one line, with exit code 2."""
 
+import errno
 import importlib
 import importlib.util
 import os
@@ -40,6 +41,8 @@ SEVERAL = {
     "estimate": ", or divide the batches by --shard and give each process an --output of its own, with WORLD_SIZE=1",
     "reproduce": ", and give it --workers",
 }
+# How safetensors and torch.save say that a disk is full.
+FULL = ("No space left on device", "PytorchStreamWriter failed writing", "inline_container.cc")
 
 _HELP = """\
 usage: lora-ga COMMAND [options]
@@ -104,14 +107,33 @@ def _call(command: str, argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        return _refuse(f"lora-ga {command}", shown("\n".join([str(error), *getattr(error, "__notes__", [])])))
+        said = _full_disk(error) or shown("\n".join([str(error), *getattr(error, "__notes__", [])]))
+        return _refuse(f"lora-ga {command}", said)
     except KeyboardInterrupt as error:
         if debug:
             raise
         print(f"\nlora-ga {command}: interrupted{'.' * bool(error.args)}", *error.args, file=sys.stderr)
         return 130
+    except Exception as error:
+        if debug or (text := _full_disk(error)) is None:
+            raise
+        return _refuse(f"lora-ga {command}", text)
     finally:
         warnings.formatwarning = formatted
+
+
+def _full_disk(error: Exception) -> str | None:
+    """The message where a disk is full; None for another error. Each library says it in a type of its own."""
+    if isinstance(error, OSError):  # one with another text is ours, and says what to do
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.strerror == os.strerror(error.errno)
+    else:
+        full = any(text in str(error) for text in FULL)
+    if not full:
+        return None
+    return (
+        f"the disk is full ({str(error).splitlines()[0]}). Files that were finished are whole. Make room, or give "
+        "another folder, and call again; `lora-ga train --resume` goes on from the last checkpoint."
+    )
 
 
 def _shown(command: str) -> Callable[[str], str]:
