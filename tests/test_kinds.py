@@ -320,7 +320,7 @@ def test_a_dilated_convolution_is_refused() -> None:
 
 
 def test_the_weight_of_a_linear_layer_may_be_named_as_a_parameter(tmp_path: Path) -> None:
-    # PEFT adapts the shared experts of a mixture in this way alone: see docs/faq.md.
+    # PEFT adapts the shared experts of a mixture in this way alone: see docs/guide.md.
     model = adapted(llama(), ["q_proj"], target_parameters=["mlp.up_proj.weight"])
     estimate = lora_ga.initialize(model, causal(1), DENSE)
     truth = autograd_gradients(llama(), lambda base: base(**causal(1)[0]).loss)
