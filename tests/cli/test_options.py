@@ -295,7 +295,10 @@ OPTIONS = "eave them out of --target_modules, or set --on_missing lora to start 
         ('LoraGAConfig(estimator="probe") saves', "--estimator probe saves"),
         ("use LoraGAConfig(training_mode=False).", "use --training_mode False."),
         ("set max_batches=8", "set --estimate_batches 8"),
-        (f'Set on_missing="lora" to start them as plain LoRA, or {NAME_OTHERS}.', f"S{OPTIONS[39:]}"),
+        (
+            f'Set on_missing="lora" to start them as plain LoRA, or {NAME_OTHERS}.',
+            f"S{OPTIONS[39:-1]}, or name the other layers in --target_modules and --target_parameters.",
+        ),
         ("a/scale=stable: --target_modules x", "a/scale=stable: --target_modules x"),
         (f"2 of 4:\n{RANK}{LEAVE}", f"2 of 4:\n{RANK}Give --rank 8, l{OPTIONS}"),
         (f"2 of 4:\n{RANK}{NAMED}", f"2 of 4:\n{RANK}Give --rank 8, l{OPTIONS}"),

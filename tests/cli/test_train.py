@@ -30,6 +30,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForSequenceClassification,
     TrainingArguments,
@@ -49,6 +51,7 @@ from lora_ga.cli.options import EstimateOptions, ModelOptions
 from lora_ga.cli.train import parse
 from lora_ga.experiments.records.runs import load_run
 from lora_ga.version import dtype_setting
+from toys import FUSED_EXPERTS
 
 from .conftest import VOCABULARY, save_tokenizer, text, write_rows
 
@@ -600,6 +603,29 @@ def test_a_rank_that_some_layers_are_too_small_for_is_refused_with_options_that_
     )
     run(llama, prompts, tmp_path / "lower", **given, rank=8)
     run(llama, prompts, tmp_path / "plain", **given, rank=12, on_missing="lora")
+
+
+@FUSED_EXPERTS
+def test_parameters_that_are_no_layers_are_adapted_by_name(
+    prompts: Path, tmp_path: Path, error_of: Callable[[list[object]], str]
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 2}
+    tokens = {"vocab_size": len(VOCABULARY), "bos_token_id": None, "eos_token_id": VOCABULARY["</s>"]}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads, **tokens)).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", pad=False)
+    named = ["--target_modules", "q_proj", "--target_parameters", "experts.gate_up_proj"]
+    argv = [*command(tmp_path / "base", prompts, tmp_path / "run", task="causal-lm"), *named]
+    wrong = (
+        "--target_parameters experts.up_proj: the model has no parameter of this name. Those that are no weights of "
+    )
+    assert f"{wrong}layers: experts.gate_up_proj, experts.down_proj." in error_of([*argv[:-1], "experts.up_proj"])
+    assert main([*map(str, argv), "experts.down_proj"]) == 0
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    experts = [name for name in saved if ".mlp.experts." in name]
+    assert len(experts) == 4
+    assert len(saved) == 6  # A and B of q_proj and of both parameters; none of the router
+    assert all(saved[name].any() for name in saved)
 
 
 def test_an_adapter_in_the_place_of_the_model_is_refused_with_what_to_do(

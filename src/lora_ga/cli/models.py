@@ -134,6 +134,22 @@ def check_targets(base: Any, names: list[str]) -> None:
             raise ValueError(f"--target_modules {name}: the model has no layer of this name. It has {listed}.")
 
 
+def check_parameters(base: Any, names: list[str]) -> None:
+    """Refuses names of parameters that the model does not have, and lists those that are no weights of layers.
+
+    Raises:
+        ValueError: There are such names.
+    """
+    paths = [path for path, _ in base.named_parameters()]
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            ends = {".".join(path.split(".")[-2:]): None for path in paths if not path.endswith((".weight", ".bias"))}
+            listed = (
+                f"Those that are no weights of layers: {', '.join(ends)}." if ends else "All are weights of layers."
+            )
+            raise ValueError(f"--target_parameters {name}: the model has no parameter of this name. {listed}")
+
+
 def load_base(
     options: ModelOptions, model_class: str, tokenizer: Any, labels: Labels | None, *, trains_all: bool = False
 ) -> Any:
@@ -283,6 +299,7 @@ def add_adapter(base: Any, target: TargetOptions, adapter: AdapterOptions, peft_
         ValueError: No layer has one of the target names.
     """
     check_targets(base, target.target_modules)
+    check_parameters(base, target.target_parameters or [])
     heads = [name for name in new_heads(base) if name not in PEFT_HEADS] if peft_type == "SEQ_CLS" else []
     config = LoraConfig(
         task_type=peft_type,
@@ -291,6 +308,7 @@ def add_adapter(base: Any, target: TargetOptions, adapter: AdapterOptions, peft_
         use_rslora=adapter.use_rslora,
         lora_dropout=adapter.lora_dropout,
         target_modules=target.targets,
+        target_parameters=target.target_parameters,
         modules_to_save=heads or None,
     )
     try:

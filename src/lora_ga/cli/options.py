@@ -258,6 +258,9 @@ class TargetOptions:
     target_modules: list[str] = option(  # noqa: RUF009 (it makes a default_factory)
         ["all-linear"], "names of the layers to adapt (last parts of their names), or all-linear"
     )
+    target_parameters: list[str] | None = option(  # noqa: RUF009 (a default of None)
+        None, "names of parameters to adapt that are no layers (last parts of their names): experts.down_proj"
+    )
 
     def __post_init__(self) -> None:
         at_least(self, rank=1)

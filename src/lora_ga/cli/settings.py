@@ -107,13 +107,12 @@ def in_options(message: str) -> str:
     Returns:
         The message for the command line.
     """
-    message = message.replace(", or name the other layers in target_modules and target_parameters", "")  # no options
     before, names = r"(?<![\w/.-])", [field.name for field in dataclasses.fields(LoraGAConfig)]
     for name in (name for name in names if name not in ELSEWHERE):
         setting = rf'{name}=(["\']?)(\w+)\1'
         for text in (rf"LoraGAConfig\({setting}\)", setting):
             message = re.sub(before + text, rf"--{OPTION_OF.get(name, name)} \2", message)
-    message = re.sub(rf"{before}target_modules\b", "--target_modules", message)
+    message = re.sub(rf"{before}(target_modules|target_parameters)\b", r"--\1", message)
     message = re.sub(r"with LoraConfig\(exclude_modules=\[[^\]]*\]\)", "of --target_modules", message)
     fits = re.findall(r"^  .*The largest rank that fits all is (\d+)", message, re.MULTILINE)
     if fits and len(re.findall(r"^  ", message, re.MULTILINE)) == 1:
