@@ -30,7 +30,19 @@ from lora_ga.layers.factors import Factor
 from lora_ga.layers.kinds import KINDS, base_weights, kind_of
 from lora_ga.layers.linear import WeightLayout
 from lora_ga.layers.targets import find_targets
-from toys import VOCABULARY, adapted, autograd_gradients, causal, classified, gpt2, llama, logits, tokens, train
+from toys import (
+    FUSED_EXPERTS,
+    VOCABULARY,
+    adapted,
+    autograd_gradients,
+    causal,
+    classified,
+    gpt2,
+    llama,
+    logits,
+    tokens,
+    train,
+)
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
 OPTIONAL = {"bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel"}
@@ -111,6 +123,7 @@ def unused_expert() -> PeftModel:
     return adapted(base, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
 
+@FUSED_EXPERTS
 def test_experts_without_a_token_start_as_plain_lora_with_one_warning_that_counts_them(
     unused_expert: PeftModel,
 ) -> None:
@@ -138,6 +151,7 @@ def test_experts_without_a_token_start_as_plain_lora_with_one_warning_that_count
         assert set(target.keys) & set(estimate) == set(target.keys[:3])
 
 
+@FUSED_EXPERTS
 def test_an_expert_that_starts_as_plain_lora_trains_as_plain_lora(unused_expert: PeftModel) -> None:
     with pytest.warns(UserWarning, match="4 of 16 experts"):
         estimate = lora_ga.estimate_gradients(unused_expert, causal())
@@ -157,6 +171,7 @@ def expert_layers(model: PeftModel) -> list[Any]:
     return [module for module in model.modules() if "ParamWrapper" in type(module).__name__]
 
 
+@FUSED_EXPERTS
 def test_a_router_that_is_too_small_is_refused_and_the_advice_of_the_error_works() -> None:
     base = seeded(mixtral)
     message = (
@@ -177,6 +192,7 @@ def test_a_router_that_is_too_small_is_refused_and_the_advice_of_the_error_works
     lora_ga.initialize(adapted(base(), ["q_proj"], **one, rank_pattern={key: 2}), causal())
 
 
+@FUSED_EXPERTS
 @pytest.mark.support("layers", "fused experts (Mixtral)", "alignment")
 def test_every_experts_first_step_follows_its_best_rank_2r_gradient() -> None:
     torch.manual_seed(7)
@@ -217,7 +233,7 @@ def test_a_4_bit_layer_that_evaluation_packed_still_gets_its_gradient() -> None:
         pytest.skip("bitsandbytes packs weights on processors with AVX512-BF16 only")
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True
-    logits(base, causal(1)[0])
+    before = logits(base, causal(1)[0])
     assert any(layer.weight.quant_state.packing_format_for_cpu for layer in layers)
     model = adapted(base)
     found = lora_ga.estimate_gradients(model, causal(), DENSE)
@@ -225,6 +241,23 @@ def test_a_4_bit_layer_that_evaluation_packed_still_gets_its_gradient() -> None:
     truth = gradients(dequantised(wide_llama(), model), causal())
     for name, part in found.items():
         assert ((part.U * part.S) @ part.V.mT - truth[name]).norm() <= 1e-4 * truth[name].norm(), name
+    assert torch.equal(logits(model.eval(), causal(1)[0]), before)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_packed_4_bit_weight_is_unpacked_to_the_same_values(double: bool) -> None:
+    LAYERS["bitsandbytes nf4"].check_installed()
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(256, 64, bias=False, compress_statistics=double, quant_type="nf4").to("cpu")
+    before = kinds.READ(layer)
+    layer.weight.data, _ = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    assert layer.weight.quant_state.packing_format_for_cpu
+    kinds.unpack(layer)
+    # Packing rounds the blocks' scales to bfloat16, and unpacking those of double quantisation to 8 bits.
+    torch.testing.assert_close(kinds.READ(layer), before, rtol=2**-6 if double else 2**-8, atol=0)
 
 
 @pytest.mark.parametrize("place", ["meta", "cpu"])
@@ -336,6 +369,7 @@ def test_the_weight_of_a_linear_layer_may_be_named_as_a_parameter(tmp_path: Path
     torch.testing.assert_close(logits(loaded, causal()[0]), logits(model.eval(), causal()[0]), rtol=0, atol=1e-5)
 
 
+@FUSED_EXPERTS
 def test_experts_with_another_active_adapter_are_refused() -> None:
     model = adapted(seeded(mixtral)(), [], target_parameters=["mlp.experts.down_proj"])
     model.add_adapter("other", LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.down_proj"]))

@@ -110,6 +110,9 @@ def unpack(module: Any) -> None:
     """Undo the repacking of a 4-bit weight; its values stay the same."""
     if packs(module) and getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
         module.state_dict()  # which unpacks the weight in place
+        state = module.weight.quant_state
+        if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves the scales of the blocks transposed
+            state.absmax = state.absmax.mT.flatten().float()
 
 
 def kind_of(layer: LoraLayer) -> Kind | None:
