@@ -40,7 +40,7 @@ OTHER_OBJECTS = {
     "cli/export.py": {"base"},
     "cli/finetune.py": {"settings", "trainer"},
     "cli/main.py": {"warnings"},  # for the time of the command
-    "cli/models.py": {"tokenizer", "model", "parameter"},
+    "cli/models.py": {"tokenizer", "model", "parameter", "layer"},
     "cli/tasks.py": {"tokenizer"},
     # A function of our own.
     "cli/parsing.py": {"read"},

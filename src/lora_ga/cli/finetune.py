@@ -31,7 +31,7 @@ from lora_ga.cli.callbacks import (
 )
 from lora_ga.cli.columns import columns_of
 from lora_ga.cli.data import EstimateBatches, Labels
-from lora_ga.cli.models import add_adapter, check_four_bits, train_in_float32
+from lora_ga.cli.models import add_adapter, train_in_float32
 from lora_ga.cli.options import LEARNING_RATES, Job
 from lora_ga.cli.record import model_card, run_record, usage
 from lora_ga.cli.settings import library_config
@@ -79,8 +79,6 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
         trains_all=method == "full",
         weights=checkpoint if method == "full" else None,
     )
-    if data.evaluation is not None:
-        check_four_bits(base)
     if checkpoint is None:  # a resumed run needs the first adapter no more
         check_classes(job, data.labels)
     model, estimate, seconds = start_model(job, base, data.train, collate, settings.device, checkpoint)

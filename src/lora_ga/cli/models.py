@@ -182,10 +182,10 @@ def load_base(
     if options.load_in_4bit:
         settings |= four_bits(options, loader, has_new_head=labels is not None)
     model = load_pretrained(loader, options.model, **settings)
+    keep_unpacked(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if model_class == "AutoModelForCausalLM":
-        check_four_bits(model)
         check_causal(model, options.model)
     if options.gradient_checkpointing:
         # Transformers 5.23 renamed the method.
@@ -226,28 +226,14 @@ def four_bits(options: ModelOptions, loader: Any, *, has_new_head: bool) -> dict
     return {"quantization_config": quantisation, "device_map": {"": device()}}
 
 
-@torch.no_grad()
-def check_four_bits(model: Any) -> None:
-    """Refuses a model that cannot be evaluated because of a 4-bit layer that bitsandbytes cannot compute on this CPU.
+def keep_unpacked(model: Any) -> None:
+    """Stops bitsandbytes from packing 4-bit weights where it evaluates on some CPUs.
 
-    On some CPUs it packs the weights for evaluation, which needs certain widths. In training it does not.
-
-    Raises:
-        ValueError: There is such a layer.
+    A packed layer passes no gradient to its input, in training too, and packing rounds the scales of its blocks.
     """
-    if model.device.type != "cpu" or not getattr(model, "is_loaded_in_4bit", False):
-        return
-    from bitsandbytes.nn import Linear4bit
-
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear4bit):
-            try:
-                layer.eval()(torch.zeros(2, layer.in_features, dtype=layer.compute_dtype))
-            except AssertionError as error:
-                raise ValueError(
-                    f"--load_in_4bit: bitsandbytes cannot evaluate {name} ({layer.out_features} x {layer.in_features}) "
-                    f"in 4 bits on this CPU ({error}). Leave it out, or use a GPU."
-                ) from error
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def device() -> torch.device:
