@@ -199,7 +199,7 @@ def state_of_fsdp2(**changes: Any) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("state", "version", "found"),
     [
-        (SimpleNamespace(_is_root=True, _lazy_init=None, groups=[]), "2.13.0", "'_fsdp_param_groups'"),
+        (SimpleNamespace(_is_root=True, _lazy_init=None, groups=[]), "2.13.0", "'_fsdp_param_group'"),
         (SimpleNamespace(_lazy_init=None, _fsdp_param_groups=[]), "2.13.0", "its state lacks _is_root"),
         (state_of_fsdp2(_fsdp_param_groups=[SimpleNamespace(params=[])]), "2.13.0", "'fsdp_params'"),
         (state_of_fsdp2(), "2.16.0a0", "the newest version tried is 2.15"),
@@ -214,11 +214,20 @@ def test_a_state_of_fsdp2_in_another_layout_is_refused(
             use(nn.Sequential(layer_in_fsdp2(state)))
 
 
-def test_register_moved_gives_fsdp2_the_modules_that_hold_the_parameters_now() -> None:
+@pytest.mark.parametrize("plural", [True, False], ids=["torch 2.13", "torch 2.8"])
+def test_register_moved_gives_fsdp2_the_modules_that_hold_the_parameters_now(plural: bool) -> None:
     state, new = state_of_fsdp2(), nn.Linear(2, 2)
     info = state._fsdp_param_groups[0].fsdp_params[0]._module_info
+    if not plural:  # one group, under another name
+        state._fsdp_param_group = vars(state).pop("_fsdp_param_groups")[0]
     register_moved(layer_in_fsdp2(state), {info.module: (new, "delta_weight")})
     assert (info.module, info.param_name) == (new, "delta_weight")
+
+
+def test_a_module_of_fsdp2_without_parameters_of_its_own_is_accepted_in_older_versions_of_torch() -> None:
+    state = SimpleNamespace(_is_root=True, _lazy_init=None, _fsdp_param_group=None)
+    register_moved(layer_in_fsdp2(state), {})
+    assert state._fsdp_param_group is None
 
 
 def test_fsdp_1_is_refused() -> None:

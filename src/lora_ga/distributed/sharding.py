@@ -220,9 +220,7 @@ def _fsdp2_states(modules: Sequence[FSDPModule]) -> list[Any]:
     try:
         states = [module._get_fsdp_state() for module in modules]
         missing = [name for state in states for name in ("_is_root", "_lazy_init") if not hasattr(state, name)]
-        infos = [
-            each._module_info for state in states for group in state._fsdp_param_groups for each in group.fsdp_params
-        ]
+        infos = [info for state in states for info in _infos(state)]
         missing += [name for info in infos for name in ("module", "param_name") if not hasattr(info, name)]
     except AttributeError as error:
         missing = [str(error)]
@@ -234,6 +232,21 @@ def _fsdp2_states(modules: Sequence[FSDPModule]) -> list[Any]:
             "Call lora_ga.initialize on the model before fully_shard (or accelerator.prepare), then shard it."
         )
     return states
+
+
+def _infos(state: Any) -> list[Any]:
+    """What FSDP2 remembers of each parameter of a state: its module and its name there.
+
+    A state of older versions of torch has at most one group of parameters, under another name.
+
+    Returns:
+        Torch's records of them.
+    """
+    if hasattr(state, "_fsdp_param_groups"):
+        groups = state._fsdp_param_groups
+    else:
+        groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return [each._module_info for group in groups for each in group.fsdp_params]
 
 
 def reshard(model: nn.Module) -> None:
@@ -263,6 +276,6 @@ def register_moved(model: nn.Module, moved: Mapping[nn.Module, tuple[nn.Module, 
         moved: The module that held a parameter named "weight" → the module that holds it now, and its name there.
     """
     for state in _fsdp2_states(_fsdp2_modules(model)):
-        for info in (each._module_info for group in state._fsdp_param_groups for each in group.fsdp_params):
+        for info in _infos(state):
             if info.module in moved and info.param_name == "weight":
                 info.module, info.param_name = moved[info.module]
