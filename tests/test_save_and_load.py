@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from unittest.mock import Mock, patch
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -42,6 +44,7 @@ from lora_ga.export.merge import merge_adapter
 from lora_ga.files import write_tensors
 from lora_ga.layers.factors import Factor, without_start
 from lora_ga.layers.targets import PREFIX
+from lora_ga.version import written_with
 from toys import (
     FAMILIES,
     FUSED_EXPERTS,
@@ -290,6 +293,29 @@ def test_an_adapter_stored_in_bfloat16_is_close_and_loads(tmp_path: Path) -> Non
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("4.55.4", "from Transformers 4.55.4: Transformers {here}, which .* trained with .transformers==4.55.4.. If"),
+        (None, "from another Transformers: Transformers {here}, which .* it was trained with. If another adapter"),
+    ],
+)
+def test_the_error_about_another_base_names_the_transformers_that_saved_the_adapter(
+    tmp_path: Path, version: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = written_with()
+    assert made["transformers"] == transformers.__version__
+    older = {key: value for key, value in made.items() if key != "transformers"}  # as the first files
+    monkeypatch.setattr(sidecar, "written_with", lambda: older | ({"transformers": version} if version else {}))
+    trained(tmp_path)
+    with pytest.raises(ValueError, match=said.format(here=re.escape(transformers.__version__))):
+        lora_ga.load(llama(num_hidden_layers=3), tmp_path)
+    monkeypatch.setattr(sidecar, "written_with", lambda: made)
+    trained(tmp_path)
+    with pytest.raises(ValueError, match="Give the base model it was trained on. If another adapter was saved"):
+        lora_ga.load(llama(num_hidden_layers=3), tmp_path)
 
 
 def test_another_base_model_is_refused_and_left_unchanged(tmp_path: Path) -> None:

@@ -23,10 +23,15 @@ def check_versions() -> None:
     old = {}
     for name, minimum in MINIMUM.items():
         if is_before(name, minimum):
-            old[name] = f"{name} {_installed(name)} is installed, but {name} {minimum} or newer is needed"
+            old[name] = f"{name} {installed(name)} is installed, but {name} {minimum} or newer is needed"
     if old:
         remedy = " ".join(f'"{name}>={MINIMUM[name]}"' for name in old)
         raise ImportError(f"lora-ga {__version__}: {'; '.join(old.values())}. Run: pip install --upgrade {remedy}")
+
+
+def written_with() -> dict[str, str]:
+    """The versions that every file names which this library writes: its own, and those of torch and Transformers."""
+    return {"lora_ga": __version__} | {name: installed(name) for name in ("torch", "transformers")}
 
 
 def dtype_setting(dtype: Any) -> dict[str, Any]:
@@ -53,12 +58,19 @@ def is_before(library: str, version: str) -> bool:
     Returns:
         Whether it is; no for a library without version metadata.
     """
-    release = _release(_installed(library))
+    release = _release(installed(library))
     return bool(release) and release < _release(version)
 
 
-def _installed(name: str) -> str:
-    """The version in a library's metadata; empty if there is none."""
+def installed(name: str) -> str:
+    """The version in a library's metadata.
+
+    Args:
+        name: Its name in the package index.
+
+    Returns:
+        The version; empty for a library without version metadata.
+    """
     try:
         return importlib.metadata.version(name) or ""
     except importlib.metadata.PackageNotFoundError:

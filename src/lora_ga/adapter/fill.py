@@ -106,7 +106,7 @@ def fill(network: nn.Module, path: str | Path, adapter_name: str, *, is_trainabl
     _check_scaling(saved, targets, adapter_name)
     _check_rest(saved, model, adapter_name)
     if saved.sidecar is not None and (aligned or is_trainable):
-        check_base(model, saved.sidecar[1]["fingerprint"], path)
+        check_base(model, saved.sidecar[1], path)
         _check_starts(saved, aligned)
     check_vocabulary(base_model(model), {key: value.shape for key, value in saved.tensors.items()}, path)
     if is_trainable and not aligned:

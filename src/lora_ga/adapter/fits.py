@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -14,24 +15,39 @@ from lora_ga.adapter.save import FILE
 from lora_ga.base import another_base, embeddings
 from lora_ga.files import adapters_in
 from lora_ga.layers.targets import layer_name
+from lora_ga.version import installed
 
 
-def check_base(model: nn.Module, trained_on: str, path: str | Path) -> None:
+def check_base(model: nn.Module, record: Mapping[str, Any], path: str | Path) -> None:
     """Refuse another base model than the one the adapter was trained on.
 
     Args:
         model: A base model, or a model with adapters.
-        trained_on: The fingerprint in the sidecar.
+        record: The sidecar's record.
         path: The adapter, for the message.
 
     Raises:
         ValueError: It is another.
     """
-    if difference := another_base(model, trained_on):
+    if difference := another_base(model, record["fingerprint"]):
         raise ValueError(
-            f"{path}: trained on another base model: {difference}. Give the base model it was trained on. If another "
-            f"adapter was saved over it since, {FILE} is that of the old one: remove the file."
+            f"{path}: trained on another base model: {difference}. Give the base model it was trained on."
+            f"{_other_transformers(record)} If another adapter was saved over it since, {FILE} is that of the old one: "
+            "remove the file."
         )
+
+
+def _other_transformers(record: Mapping[str, Any]) -> str:
+    """That another version of Transformers may have made the model, for a message; empty if it was the same."""
+    versions, here = record.get("versions"), installed("transformers")
+    saved = versions.get("transformers") if isinstance(versions, Mapping) else None
+    if saved == here:
+        return ""
+    made, pip = (f"Transformers {saved}", f" (transformers=={saved})") if saved else ("another Transformers", "")
+    return (
+        f" If it is the same model, but from {made}: Transformers {here}, which is installed, names the layers of some "
+        f"models otherwise and joins the experts of others. Use the version it was trained with{pip}."
+    )
 
 
 def check_layers(base: nn.Module, folder: Path) -> None:

@@ -139,11 +139,11 @@ def _loaded(
     advice = "Give the base model it was trained on, or put a complete copy of the adapter back."
     with damaged(path, advice=advice) if Path(path).is_dir() else contextlib.nullcontext():
         if sidecar is not None and not _adds_to_base(PeftConfig.from_pretrained(str(path))):
-            check_base(base, sidecar[1]["fingerprint"], path)
+            check_base(base, sidecar[1], path)
         check_vocabulary(base, shapes_in(Path(path)), path)
         model = load_stock(base, path, adapter_name, is_trainable=is_trainable, **renamed)
     if sidecar is not None:
-        check_base(model, sidecar[1]["fingerprint"], path)
+        check_base(model, sidecar[1], path)
         _check_tied_heads(model, adapter_name, sidecar[1], path)
         check_scalings(model, adapter_name, sidecar[1], path)
         if is_trainable:

@@ -31,7 +31,7 @@ from lora_ga.files import read_tensors, write_tensors
 from lora_ga.layers.factors import Shifted
 from lora_ga.layers.targets import PREFIX, layer_name
 from lora_ga.layers.tied import tied_heads
-from lora_ga.version import __version__
+from lora_ga.version import written_with
 from lora_ga.warn import warn
 
 FILE = "lora_ga.safetensors"
@@ -140,7 +140,7 @@ def save_sidecar(model: nn.Module | None, adapter_name: str, folder: Path, *, sa
         "tied": [layer_name(head) for head in tied_heads(model, adapter_name)] if model else [],
         "original": alignment.original,
         "summary": alignment.summary,
-        "versions": {"lora_ga": __version__, "torch": torch.__version__},
+        "versions": written_with(),
     }
     write_tensors(folder / FILE, FILE_KIND, tensors, record)
     if weights.is_file():  # safetensors makes files that their owner alone can read, whatever the umask

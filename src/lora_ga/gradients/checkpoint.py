@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_ga.config import BEFORE
 from lora_ga.files import differences, read_tensors, write_tensors
-from lora_ga.version import __version__
+from lora_ga.version import written_with
 
 FILE_KIND = "the running state of a LoRA-GA gradient estimate"
 # A layer has converged after so many batches in a row with a small change: one alone may be small by chance.
@@ -29,7 +29,6 @@ ADVICE = (
     ((errno.EACCES, errno.EPERM, errno.EROFS), f"Let this program write there {AGAIN}"),
 )
 OTHER_ADVICE = f"Remove the cause {AGAIN}"
-VERSIONS = {"lora_ga": __version__, "torch": torch.__version__}
 
 
 @dataclasses.dataclass
@@ -166,7 +165,7 @@ class Checkpoint:
             FILE_KEYS.get(field, field): sorted(value) if isinstance(value, set) else value
             for field, value in vars(progress).items()
         }
-        record = {"identity": self.identity, "progress": values, "versions": VERSIONS}
+        record = {"identity": self.identity, "progress": values, "versions": written_with()}
         try:
             write_tensors(self.path, FILE_KIND, tensors, record)
         except OSError as error:

@@ -12,14 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_ga.config import LoraGAConfig
 from lora_ga.files import differences, read_tensors, write_tensors
 from lora_ga.linalg import low_rank
 from lora_ga.linalg.low_rank import LowRank
-from lora_ga.version import __version__
+from lora_ga.version import written_with
 
 FILE_KIND = "a LoRA-GA gradient estimate"
 PARTS = ("U", "S", "V", "sketch")
@@ -125,7 +124,7 @@ class GradientEstimate(Mapping[str, LowRank]):
             "settled_weight": dict(self.settled_weight),
             "merged_from": list(self.merged_from),
             "norms": {name: layer.norm for name, layer in self.layers.items()},
-            "versions": {"lora_ga": __version__, "torch": torch.__version__},
+            "versions": written_with(),
         }
         write_tensors(path, FILE_KIND, tensors, about)
 
