@@ -312,8 +312,8 @@ def find_tokenizer(sources: list[str]) -> Any:
             continue
         try:
             return transformers.AutoTokenizer.from_pretrained(source)
-        # OSError: no such tokenizer on the hub, or no connection. ValueError: a damaged file, or an unknown class.
-        # ImportError: it needs a package that is not installed.
-        except (OSError, ValueError, ImportError) as error:
+        # No such tokenizer on the hub, no connection, an unknown class, a package that is not installed, a damaged
+        # file. For the last the package tokenizers raises Exception itself.
+        except Exception as error:
             warn(f"{source}: the tokenizer could not be loaded and is left out ({error}).")
     return None
