@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, LoraGAConfig, LoraModel, PeftModel, get_peft_model
-from peft.tuners.lora.loraga import preprocess_loraga
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -46,17 +46,18 @@ class OldRun:
 
 
 def old_run(folder: Path, make: Callable[[], Any], batches: list[Any], targets: list[str], **lora: Any) -> OldRun:
+    loraga = pytest.importorskip("peft.tuners.lora.loraga", reason="PEFT has LoRA-GA since version 0.19")
     base = make()
     lora_bias = lora.pop("lora_bias", False)
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": targets} | lora
-    config = LoraConfig(**settings, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    config = LoraConfig(**settings, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
     config.lora_bias = lora_bias  # PEFT's constructor refuses it with LoRA-GA; the authors' fork does not
 
     def train_step() -> None:
         for batch in batches:
             base(**batch).loss.backward()
 
-    preprocess_loraga(base, config, train_step)
+    loraga.preprocess_loraga(base, config, train_step)
     torch.manual_seed(3)
     model = get_peft_model(base, config)
     model.save_pretrained(folder / "init")

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 import lora_ga
 from lora_ga.adapter.model_card import CLOSING, OPENING, section_of
 from lora_ga.adapter.save import FILE
-from toys import adapted, causal, llama, logits, tokens
+from toys import FUSED_EXPERTS, adapted, causal, llama, logits, tokens
 from trainers import (
     CONFIG,
     TARGETS,
@@ -75,7 +75,10 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.fixture(scope="module", params=TRAINERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=FUSED_EXPERTS) if "experts" in name else name for name in TRAINERS],
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     make, base = TRAINERS[request.param]
     folder, first = tmp_path_factory.mktemp("run"), FirstLogits()
