@@ -25,6 +25,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
     T5Config,
