@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast, ViTConfig, ViTForImageClassifi
 
 import picture
 from lora_ga.cli.main import main
-from toys import bert, llama
+from toys import INPUTS, bert, llama
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -40,7 +40,7 @@ def letters(template: str | None = CHAT) -> PreTrainedTokenizerFast:
     model = Tokenizer(WordLevel(LETTERS, unk_token="[UNK]"))
     model.pre_tokenizer = Split("", "isolated")
     special = {"unk_token": "[UNK]", "eos_token": "</s>", "pad_token": "[PAD]"}
-    return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=template, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=template, model_input_names=INPUTS, **special)
 
 
 def small_llama() -> Any:

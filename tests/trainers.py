@@ -21,7 +21,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 from cases import EXPERTS, mixtral, seeded
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.layers.factors import Delta
-from toys import adapted, llama
+from toys import INPUTS, adapted, llama
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 CONFIG = LoraGAConfig(max_batches=3)
@@ -32,7 +32,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token for each letter."""
     words = Tokenizer(WordLevel(WORDS, unk_token="[UNK]"))
     words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>", pad_token="[PAD]")
+    special = {"unk_token": "[UNK]", "eos_token": "</s>", "pad_token": "[PAD]"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_input_names=INPUTS, **special)
 
 
 def text(seed: object, length: int) -> str:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from lora_ga.cli.main import main
+from toys import INPUTS
 
 WORDS = [*"abcdefghij", *"klmnopqrst"]
 VOCABULARY = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "</s>", "[CLS]", "[SEP]", *WORDS])}
@@ -36,7 +37,7 @@ def save_tokenizer(folder: Path, *, template: str | None = None, pad: bool = Tru
         special = [(token, VOCABULARY[token]) for token in ("[CLS]", "[SEP]", "</s>")]
         pair = f"{template} $B:1 [SEP]:1" if "[SEP]" in template else f"{template} $B </s>"
         words.post_processor = TemplateProcessing(single=template, pair=pair, special_tokens=special)
-    options: dict[str, Any] = {"pad_token": "[PAD]"} if pad else {}
+    options: dict[str, Any] = {"model_input_names": INPUTS} | ({"pad_token": "[PAD]"} if pad else {})
     if template is not None and "[SEP]" in template:
         options["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     PreTrainedTokenizerFast(
