@@ -6,6 +6,7 @@ import math
 import random
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
