@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import lora_ga
 import lora_ga.integrations.trainer
 import processes
+from cases import LAYERS
 from lora_ga import LoraGACallback, LoraGAConfig
 from lora_ga.adapter.save import FILE
 from lora_ga.adapter.structure import give_structure
@@ -664,3 +665,22 @@ def test_auto_warns_of_a_schedule_that_does_not_decay(tmp_path: Path) -> None:
 def test_a_rate_is_auto_or_given_to_the_trainer() -> None:
     with pytest.raises(ValueError, match=r'learning_rate=0.001: it must be "auto" or None. Give a number to the'):
         LoraGACallback(learning_rate=1e-3)  # type: ignore[arg-type]
+
+
+def test_an_evaluation_in_the_middle_does_not_pack_4_bit_layers(tmp_path: Path) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes packs them in evaluation, and packed layers pass no gradient on."""
+    case = LAYERS["bitsandbytes nf4"]
+    case.check_installed()
+    trained = []
+    for changes in ({}, {"eval_strategy": "steps", "eval_steps": 2}):
+        base = case.make()
+        layers = [module for module in base.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
+        model, arguments = adapted(base, TARGETS), TrainingArguments(**settings(tmp_path, **changes))
+        data: dict[str, Any] = {"train_dataset": tokenised(), "eval_dataset": tokenised()}
+        Trainer(model, arguments, **data, callbacks=[LoraGACallback(LoraGAConfig(max_batches=2))]).train()
+        assert layers
+        assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+        trained.append(factors(model))
+    assert all(torch.equal(one.trainable, other.trainable) for one, other in zip(*trained, strict=True))

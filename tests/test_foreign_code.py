@@ -22,7 +22,8 @@ OTHER_OBJECTS = {
     "gradients/recording.py": {"recorded"},
     "experiments/suites/run.py": {"run"},
     "layers/factors.py": {"factor"},
-    "layers/kinds.py": {"state"},  # bitsandbytes' record of a weight, which it gave a wrong shape
+    # bitsandbytes' record of a weight, which it gave a wrong shape, and whether it packs weights in evaluation.
+    "layers/kinds.py": {"state", "module"},
     "linalg/streaming.py": {"stream"},
     "linalg/tensor_cores.py": {"setting"},  # torch's setting for products, for the length of two lines
     # FSDP2's record of where a parameter is, in the one function that checks its layout first.
@@ -40,7 +41,7 @@ OTHER_OBJECTS = {
     "cli/export.py": {"base"},
     "cli/finetune.py": {"settings", "trainer"},
     "cli/main.py": {"warnings"},  # for the time of the command
-    "cli/models.py": {"tokenizer", "model", "parameter", "layer"},
+    "cli/models.py": {"tokenizer", "model", "parameter"},
     "cli/tasks.py": {"tokenizer"},
     # A function of our own.
     "cli/parsing.py": {"read"},

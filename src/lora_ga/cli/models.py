@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_ga.cli.data import Labels
 from lora_ga.cli.options import AdapterOptions, ModelOptions, TargetOptions, not_reached
+from lora_ga.layers.kinds import keep_unpacked
 from lora_ga.version import dtype_setting
 
 DEFAULT_LENGTH = 512
@@ -224,16 +225,6 @@ def four_bits(options: ModelOptions, loader: Any, *, has_new_head: bool) -> dict
         llm_int8_skip_modules=heads,
     )
     return {"quantization_config": quantisation, "device_map": {"": device()}}
-
-
-def keep_unpacked(model: Any) -> None:
-    """Stops bitsandbytes from packing 4-bit weights where it evaluates on some CPUs.
-
-    A packed layer passes no gradient to its input, in training too, and packing rounds the scales of its blocks.
-    """
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
 
 
 def device() -> torch.device:

@@ -39,6 +39,7 @@ from lora_ga.gradients.result import GradientEstimate, scalars
 from lora_ga.integrations.trainer_data import TrainerLoss, batches_of_trainer, check_training_data
 from lora_ga.integrations.trainer_rate import PeakRate, check_data_of_search, found_rate
 from lora_ga.integrations.trainer_state import trainer_kept, use_arguments_of_one_batch
+from lora_ga.layers.kinds import keep_unpacked
 from lora_ga.layers.targets import peft_model_in
 
 
@@ -189,6 +190,7 @@ class LoraGACallback(TrainerCallback, ExportableState):
         """
         trainer, checkpoint = self._trainer_and_checkpoint(state)
         checkpoint = checkpoint or _checkpoint_of(args, state)
+        keep_unpacked(model)
         peak = PeakRate(trainer, optimizer, lr_scheduler)
         if checkpoint is not None:
             restore_starts(model, checkpoint, self.adapter_name)

@@ -115,6 +115,22 @@ def unpack(module: Any) -> None:
             state.absmax = state.absmax.mT.flatten().float()
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from packing the 4-bit weights of a model, where it evaluates on some CPUs.
+
+    A packed layer passes no gradient to its input, in training too, and packing rounds the scales of its blocks. So an
+    evaluation in the middle of training would spoil all later steps.
+
+    Args:
+        model: The model that will be trained.
+    """
+    module: Any
+    for module in filter(packs, model.modules()):
+        unpack(module)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def kind_of(layer: LoraLayer) -> Kind | None:
     """The layer's row of `KINDS`; None if it has none."""
     name, bases = f"{type(layer).__module__}.{type(layer).__qualname__}", _names_of(type(layer.get_base_layer()))
