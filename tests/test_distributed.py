@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -385,7 +385,7 @@ def test_a_process_without_a_batch_takes_part_where_the_loss_gathers(tmp_path: P
         assert found["plain"]["about"][0] == 6
         assert same(found["gathering"], found["plain"])
         assert found["passes"] in (4, None)  # of process 1, which has two batches
-        for name in ("beside", "beside, in shards"):
+        for name in ("all in one", "beside", "beside, in shards"):
             assert found[name]["about"] == found["plain"]["about"]
             for layer, each in found["plain"]["layers"].items():
                 torch.testing.assert_close(found[name]["layers"][layer][1], each[1], rtol=1e-4, atol=1e-7)
@@ -403,6 +403,13 @@ def gather_after(fails: Callable[[], Any]) -> Any:
     trainer = mock.Mock()
     value = fails()
     return trainer.accelerator.gather(value)
+
+
+def take_in_group_after(fails: Callable[[], Any]) -> Any:
+    """With the method of tensors, beside names that libraries for several processes have too."""
+    dist = SimpleNamespace(logits=torch.zeros(2, 2), accelerator=SimpleNamespace(device="cpu"))
+    value = fails()
+    return dist.logits.gather(0, value.to(dist.accelerator.device))
 
 
 def gather_all_after(fails: Callable[[], Any]) -> Any:
@@ -440,12 +447,13 @@ def after_a_broadcast() -> None:
         (lambda: list(map(broadcast_after, [lambda: 1 / 0])), True),
         (translated, True),
         (lambda: gather_after(lambda: 1 / 0), True),
+        (lambda: take_in_group_after(lambda: 1 / 0), False),
         (lambda: gather_all_after(lambda: 1 / 0), True),
         (lambda: take_after(lambda: 1 / 0), False),
         (after_a_broadcast, False),
         (lambda: torch.zeros(2).gather(0, torch.tensor([3])), False),
     ],
-    ids=["inside", "wrapped", "its cause", "accelerator", "function", "method", "after it", "a method of tensors"],
+    ids=["inside", "wrapped", "its cause", "accelerator", "beside", "function", "method", "after it", "of tensors"],
 )
 def test_only_an_error_inside_of_a_communication_is_raised_at_once(call: Callable[[], Any], at_once: bool) -> None:
     deferred = DeferredError()

@@ -620,6 +620,7 @@ def gathering(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return {
         "plain": numbers(estimate(adapted(llama()), share, EXACT)),
         "gathering": numbers(estimate(adapted(llama()), share, EXACT, loss_fn=loss)),
+        "all in one": numbers(estimate(adapted(llama()), [] if rank else causal(6), EXACT, loss_fn=Gathering(rank))),
         "beside": numbers(estimate(adapted(llama()), share, EXACT, loss_fn=beside)),
         "beside, in shards": numbers(estimate(layers_sharded(), share, EXACT, loss_fn=beside)),
         "passes": next(loss.passes) - 1 if rank == 1 else None,

@@ -15,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 from lora_ga.cli import main as command
-from lora_ga.cli.main import COMMANDS, EXTRA, main
+from lora_ga.cli.main import COMMANDS, EXTRA, SEVERAL, main
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]])
@@ -53,7 +53,7 @@ def test_every_command_has_a_main_and_a_help_with_an_example(name: str, capsys: 
     assert f"\n  lora-ga {name} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "rate"])
+@pytest.mark.parametrize("name", SEVERAL)
 def test_several_processes_are_refused_at_once(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -210,6 +210,7 @@ def test_an_adapter_is_trained_further_from_where_it_was(
             {"train_file": "others.jsonl"},
             "its classes are bad, good, those of the data bad, fine. Give data with the same",
         ),
+        ({"from_adapter": "chat"}, "--from_adapter chat: it was trained for --task causal-lm, but --task is seq-cls."),
     ],
 )
 def test_an_adapter_that_cannot_be_trained_further_is_refused(
@@ -225,6 +226,9 @@ def test_an_adapter_that_cannot_be_trained_further_is_refused(
     run(bert, labelled_texts, Path("run"), max_steps=1)
     if options.get("from_adapter") == "plain":
         run(bert, labelled_texts, Path("plain"), max_steps=1, method="lora")
+    if options.get("from_adapter") == "chat":
+        file = Path(shutil.copytree("run", "chat")) / "adapter" / "adapter_config.json"
+        file.write_text(file.read_text().replace("SEQ_CLS", "CAUSAL_LM"))
     if "model" in options:
         config = BertConfig.from_pretrained(bert, intermediate_size=40)
         BertForSequenceClassification(config).bert.save_pretrained("wider")

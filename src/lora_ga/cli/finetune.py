@@ -36,7 +36,7 @@ from lora_ga.cli.options import LEARNING_RATES, Job
 from lora_ga.cli.record import model_card, run_record, usage
 from lora_ga.cli.settings import library_config
 from lora_ga.experiments.records.runs import RECORD, write_json_atomically
-from lora_ga.files import ADAPTER, new_folder, read_labels, write_atomically
+from lora_ga.files import ADAPTER, MODEL_FILES, new_folder, parse_json, read_labels, write_atomically
 from lora_ga.gradients.progress import LOGGER, note_fewer_batches, note_short_run
 from lora_ga.version import is_before
 
@@ -80,7 +80,7 @@ def finetune(job: Job, checkpoint: Path | None = None) -> Outcome:
         weights=checkpoint if method == "full" else None,
     )
     if checkpoint is None:  # a resumed run needs the first adapter no more
-        check_classes(job, data.labels)
+        check_adapter(job, data.labels)
     model, estimate, seconds = start_model(job, base, data.train, collate, settings.device, checkpoint)
     train_in_float32(model)
     if job.training.learning_rate == "auto":
@@ -251,15 +251,26 @@ def start_model(
     return model, estimate, time.monotonic() - began
 
 
-def check_classes(job: Job, labels: Labels | None) -> None:
-    """Refuses data with other classes than those of the adapter that is to be trained further.
+def check_adapter(job: Job, labels: Labels | None) -> None:
+    """Refuses another task, and data with other classes, than those of the adapter that is to be trained further.
 
     Raises:
-        ValueError: It has.
+        ValueError: They are others.
     """
-    if job.training.from_adapter is None or labels is None:
+    if job.training.from_adapter is None:
         return
-    had = read_labels(checkpoints.adapter_of(Path(job.training.from_adapter), job.training.method))
+    folder = checkpoints.adapter_of(Path(job.training.from_adapter), job.training.method)
+    kinds = {task: each.peft_type for task, each in tasks.TASK_CLASSES.items()}
+    made_for = parse_json((folder / MODEL_FILES[1]).read_text(encoding="utf-8")).get("task_type")
+    if made_for not in (None, kinds[job.model.task]):
+        fitting = " or ".join(task for task, kind in kinds.items() if kind == made_for) or "another"
+        raise ValueError(
+            f"--from_adapter {job.training.from_adapter}: it was trained for --task {fitting}, but --task is "
+            f"{job.model.task}. Give its own task, or train a new adapter."
+        )
+    if labels is None:
+        return
+    had = read_labels(folder)
     if had and [had[number] for number in sorted(had)] != list(labels.names):
         raise ValueError(
             f"--from_adapter {job.training.from_adapter}: its classes are {', '.join(had.values())}, those of the data "

@@ -35,7 +35,7 @@ EXTRA = {
     "jinja2": "jinja2",
 }
 
-# Commands that people start in several processes: what they can do there instead.
+# Commands that people start in several processes, all of which would write the same files: what they can do instead.
 SEVERAL = {
     "train": ", or call lora_ga.initialize in your training script",
     "estimate": ", or divide the batches by --shard and give each process an --output of its own, with WORLD_SIZE=1",
@@ -89,11 +89,11 @@ def _call(command: str, argv: list[str]) -> int:
             'Run pip install -e ".[cli]" in a checkout of LoRA-GA (it is not on PyPI yet).',
         )
     count = os.environ.get("WORLD_SIZE", "1")
-    if count not in {"", "0", "1"} and command != "rate" and not {"-h", "--help"}.intersection(argv):
+    if count not in {"", "0", "1"} and command in SEVERAL and not {"-h", "--help"}.intersection(argv):
         return _refuse(
             f"lora-ga {command}",
             f"runs in one process, but WORLD_SIZE is {count}. Start it without torchrun or accelerate"
-            f"{SEVERAL.get(command, '')}.",
+            f"{SEVERAL[command]}. Where it is one process all the same, set WORLD_SIZE=1.",
         )
     debug = os.environ.get("LORA_GA_DEBUG", "") not in {"", "0"}
     # PEFT 0.21 and TRL 1.16 use names that Transformers 5.23 and 5.24 have renamed.

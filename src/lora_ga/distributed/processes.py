@@ -7,13 +7,14 @@ shared again; how tensors travel. With one process nothing is communicated, by t
 from __future__ import annotations
 
 import dataclasses
+import dis
 import functools
 import json
 import math
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, ModuleType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -45,10 +46,10 @@ COLLECTIVES = frozenset(
         "wait_for_everyone",
     }
 )
-# Those whose names other functions have too, as methods of tensors. They count beside one of the names that follow, or
-# if they are global functions of these packages.
+# Those whose names other functions have too, as methods of tensors. They count as functions of these packages, and as
+# methods of something that is called `accelerator`.
 SHARED_NAMES = frozenset({"gather", "reduce", "scatter"})
-OWNERS = frozenset({"accelerate", "accelerator", "dist", "distributed"})
+OWNER = "accelerator"
 PACKAGES = ("accelerate", "torch.distributed")
 
 Result = TypeVar("Result")
@@ -114,7 +115,7 @@ def others_wait(error: BaseException) -> bool:
     That is so where one process reads the data for all, as Accelerate's and ms-swift's `DataLoaderDispatcher` do: if it
     fails before it sends a batch, the others wait for the batch. Such a loader may be inside of anything that iterates
     over it, so the frames that the error has left are searched. It is so too where a loss gathers values, as GRPO's. A
-    function communicates if it uses a name of `COLLECTIVES`, or one of `SHARED_NAMES` that belongs to such a library.
+    function communicates if it uses a name of `COLLECTIVES`, or one of `SHARED_NAMES` of such a library.
 
     Args:
         error: The error.
@@ -134,16 +135,26 @@ def others_wait(error: BaseException) -> bool:
 
 
 def _communicates(frame: FrameType) -> bool:
-    """Whether the function of a frame uses the name of one that communicates."""
+    """Whether the function of a frame uses one that communicates."""
     code = frame.f_code
-    used = {name.lstrip("_") for name in code.co_names}
-    if not COLLECTIVES.isdisjoint(used):
+    if any(name.lstrip("_") in COLLECTIVES for name in code.co_names):
         return True
-    shared = SHARED_NAMES & used
-    named = bool(shared) and not OWNERS.isdisjoint({*used, *code.co_varnames, *code.co_freevars})
-    return named or any(
-        str(getattr(frame.f_globals.get(name), "__module__", "")).startswith(PACKAGES) for name in shared
-    )
+    if SHARED_NAMES.isdisjoint(code.co_names):
+        return False
+    scope, before = {**frame.f_globals, **frame.f_locals}, ""
+    for instruction in dis.get_instructions(code):
+        name = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+        owner = before if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") else name
+        if name in SHARED_NAMES and (owner == OWNER or _in_packages(scope.get(owner))):
+            return True
+        before = name if instruction.opname.startswith("LOAD_") else ""
+    return False
+
+
+def _in_packages(value: Any) -> bool:
+    """Whether a module, a function or the class of an object is in one of `PACKAGES`."""
+    named = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
+    return str(named).startswith(PACKAGES)
 
 
 class DeferredError:

@@ -10,11 +10,15 @@ from __future__ import annotations
 import inspect
 from types import FrameType
 
+import torch
+
 TORCH = "torch.distributed.checkpoint.state_dict"
 
 
 def loads_state() -> bool:
     """Whether `set_model_state_dict` asks a module of ours for the tensors that it loads."""
+    if torch.compiler.is_compiling():  # it cannot read frames
+        return False
     frame = inspect.currentframe()
     while frame is not None and _module(frame).partition(".")[0] == "lora_ga":
         frame = frame.f_back

@@ -64,7 +64,9 @@ def record_batches(setup: Setup, recorder: Recorder, reader: BatchReader, passes
             own = (recorded, wants_more, reader.last is not NO_BATCH, traffic.seen, read_here, digest)
             reports = processes.exchange(held, own)
             more, read = any(wants for _, wants, *_ in reports), any(reads for *_, reads, _ in reports)
-            together = processes.size > 1 and (setup.in_step or any(seen for _, _, _, seen, *_ in reports))
+            # A process that has not read a batch does not know yet whether the loss gathers.
+            gathers = any(seen or not has for _, _, has, seen, *_ in reports)
+            together = processes.size > 1 and (setup.in_step or gathers)
             if not read:
                 reader.kept.clear()
             digests = [each for *_, each in reports]

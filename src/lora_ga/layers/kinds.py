@@ -107,7 +107,7 @@ def packs(module: nn.Module) -> bool:
 
 
 def unpack(module: Any) -> None:
-    """Undo the repacking of a 4-bit weight; its values stay the same."""
+    """Undo the packing of a 4-bit weight; its values stay those of the packed one, whose scales are rounded."""
     if packs(module) and getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
         module.state_dict()  # which unpacks the weight in place
         state = module.weight.quant_state
