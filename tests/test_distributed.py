@@ -407,7 +407,7 @@ def gather_after(fails: Callable[[], Any]) -> Any:
 
 def take_in_group_after(fails: Callable[[], Any]) -> Any:
     """With the method of tensors, beside names that libraries for several processes have too."""
-    dist = SimpleNamespace(logits=torch.zeros(2, 2), accelerator=SimpleNamespace(device="cpu"))
+    dist = SimpleNamespace(logits=torch.zeros(2, 2), accelerator=SimpleNamespace(device="cpu"), shape=())
     value = fails()
     return dist.logits.gather(0, value.to(dist.accelerator.device))
 

@@ -44,10 +44,10 @@ def check_output_dir(folder: Path) -> None:
 def _what_is_in(folder: Path) -> str:
     """What a folder holds that is not empty, and what to do."""
     if (folder / RECORD).is_file():
-        further = (
-            f" --from_adapter {shlex.quote(str(folder))} trains its adapter further." * (folder / ADAPTER).is_dir()
-        )
-        return f"holds a finished run. Give a new folder.{further}"
+        finished = "holds a finished run. Give a new folder."
+        if not (folder / ADAPTER).is_dir():  # a full fine-tuning
+            return finished
+        return f"{finished} --from_adapter {shlex.quote(str(folder))} trains its adapter further."
     if (folder / CONFIG).is_file():
         return f"holds a run that has not finished. {how_to_resume(folder)}"
     return "the folder is not empty. Give a new one."

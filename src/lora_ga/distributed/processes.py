@@ -143,7 +143,9 @@ def _communicates(frame: FrameType) -> bool:
         return False
     scope, before = {**frame.f_globals, **frame.f_locals}, ""
     for instruction in dis.get_instructions(code):
-        name = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+        name = instruction.argval
+        if isinstance(name, tuple):  # of two names that one instruction loads, the second; or a constant
+            name = name[-1] if name else None
         owner = before if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") else name
         if name in SHARED_NAMES and (owner == OWNER or _in_packages(scope.get(owner))):
             return True
